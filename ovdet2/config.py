@@ -1,0 +1,104 @@
+"""Every configuration key ovdet2 adds to Detectron2's, one line of documentation each, and safe loading of yaml files."""
+
+from pathlib import Path
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg as detectron2_get_cfg
+
+from ovdet2.errors import UsageError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def get_cfg():
+    """Detectron2's default configuration with the keys of ovdet2 added and the test-time defaults of OVD.
+
+    Detectron2 drops detections below 0.05, which removes most novel ones: here the threshold is 0.
+    """
+    cfg = detectron2_get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "OpenVocabularyRCNN"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+
+    # The frozen vision-language model whose embedding space the detector learns.
+    cfg.MODEL.TEACHER = CN()
+    # open_clip architecture, such as "ViT-B-32"; "ovshapes-resnet" and "ovshapes-vit" are embedded in the package.
+    cfg.MODEL.TEACHER.ARCHITECTURE = ""
+    # open_clip pretrained tag ("openai"), "embedded", or a local weight file.
+    cfg.MODEL.TEACHER.PRETRAINED = ""
+
+    cfg.MODEL.VOCABULARY = CN()
+    # A file of tools/build_vocabulary.py; empty: the class names of the data set are embedded by the teacher at start-up.
+    cfg.MODEL.VOCABULARY.FILE = ""
+    # Prompt template set used when FILE is empty: "single", "vild63", "openclip80" or "photo12".
+    cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
+
+    cfg.MODEL.OVD = CN()
+    # "text": cosine to the vocabulary and a learned background; "closed_set": a linear layer over fixed classes (sanity row).
+    cfg.MODEL.OVD.CLASSIFIER = "text"
+    # tau of the softmax over cosines, in training and at test.
+    cfg.MODEL.OVD.TEMPERATURE = 0.01
+    # Test-time CLIP on cropped proposals: "off", "only" (replaces the scores), "only_objectness" (times objectness,
+    # square-rooted), "fuse" (with the detector's scores by FUSION_*). A slow reference, not a method.
+    cfg.MODEL.OVD.CLIP_ON_CROPS = "off"
+    # Exponent of the CLIP branch on base and on novel classes; the detector's is one minus it.
+    cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
+    cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
+
+    # Unreadable training images tolerated (each logged) by one data-loading process before the run stops.
+    cfg.DATALOADER.MAX_BAD_IMAGES = 10
+
+    # Proposals kept per image to report recall (AR@100, AR@300) on base and on novel boxes; 0 switches it off.
+    cfg.TEST.PROPOSALS_PER_IMAGE = 300
+    return cfg
+
+
+def find_config(name):
+    """The path of a yaml file: as given, or below the package's own ``configs/`` ("ovshapes/vild_text.yaml").
+
+    Raises:
+        UsageError: there is no such file; the message lists the configurations that come with the package.
+    """
+    shipped = _configs_folder()
+    relative = Path(*Path(name).parts[1:]) if Path(name).parts[:1] == ("configs",) else Path(name)
+    for candidate in (Path(name), shipped / relative):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml")))
+    raise UsageError(f"there is no configuration file {name}. Those that come with ovdet2: {known}.")
+
+
+def load_config(name, overrides=()):
+    """Read a yaml file over the defaults and apply ``KEY VALUE ...`` overrides.
+
+    Args:
+        name: path, or name below the package's ``configs/``; "" for the defaults alone.
+        overrides: list [key, value, key, value, ...] as from a command line.
+
+    Returns:
+        CfgNode, not frozen.
+
+    Raises:
+        UsageError: unknown file, unknown key, or a value of the wrong type; yaml tags that run code are refused.
+    """
+    cfg = get_cfg()
+    try:
+        if name:
+            cfg.merge_from_file(str(find_config(name)), allow_unsafe=False)
+        cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError, AssertionError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = error.args[0] if error.args else error
+        raise UsageError(
+            f"{reason} (in {name or 'the command line'} or its overrides). "
+            "Keys are documented in ovdet2/config.py and in Detectron2's config/defaults.py."
+        ) from None
+    return cfg
+
+
+def _configs_folder():
+    """``configs/`` inside an installed package, or beside the package in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"

@@ -1,0 +1,120 @@
+"""Reading and writing artefacts: atomic, hashed, never pickled.
+
+Every artefact is written to a temporary name in its own folder, fsynced and renamed, so a kill or a full disk
+leaves either the old file or the new one, never a part of it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+
+from ovdet2.errors import DataError
+
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary :class:`~pathlib.Path` beside ``path``; on success it is fsynced and renamed to ``path``.
+
+    The parent folder is created. When the body raises, the temporary file is removed and ``path`` is untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+        _fsync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path, text):
+    """Write ``text`` (UTF-8) to ``path`` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value, indent=None):
+    """Write ``value`` as JSON to ``path`` atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def read_json(path, remedy="check the path"):
+    """Read a JSON file.
+
+    Raises:
+        DataError: the file is missing or is not JSON; the message names the path and ends with ``remedy``.
+    """
+    try:
+        with open(path, encoding="utf-8") as handle:
+            return json.load(handle)
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: {remedy}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON ({error}): {remedy}.") from None
+
+
+def write_safetensors(path, tensors, manifest):
+    """Write named tensors with a JSON manifest in the header's metadata, atomically.
+
+    Args:
+        path: file to write.
+        tensors: dict of name to tensor; made contiguous and moved to the CPU here.
+        manifest: JSON-serialisable dict; must hold "schema".
+    """
+    from safetensors.torch import save_file
+
+    if "schema" not in manifest:
+        raise ValueError("a manifest needs the key 'schema'")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"manifest": json.dumps(manifest, ensure_ascii=False)})
+
+
+def read_safetensors(path, schema, remedy="rebuild it"):
+    """Read a file of :func:`write_safetensors`.
+
+    Args:
+        path: the file.
+        schema: the "schema" value the manifest must hold.
+        remedy: what the user should do, appended to error messages.
+
+    Returns:
+        (tensors, manifest): dict of CPU tensors, and the manifest dict.
+
+    Raises:
+        DataError: missing file, damaged file, no manifest, or another schema.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise DataError(f"{path} does not exist: {remedy}.")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            manifest = json.loads((handle.metadata() or {}).get("manifest", "{}"))
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not a whole safetensors file ({error}): {remedy}.") from None
+    if manifest.get("schema") != schema:
+        raise DataError(f"{path} has schema {manifest.get('schema')!r}, expected {schema!r}: {remedy}.")
+    return tensors, manifest
+
+
+def sha256_file(path):
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _fsync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
