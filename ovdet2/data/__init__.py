@@ -1,0 +1,1 @@
+"""Data sets, image reading, mappers and loaders."""
