@@ -1,0 +1,8 @@
+"""Layers without configuration: each is built from modules, tensors and numbers."""
+
+from ovdet2.layers.class_wise_nms import class_wise_nms
+from ovdet2.layers.score_fusion import fuse_scores, fusion_exponents
+from ovdet2.layers.text_classifier import ClosedSetClassifier, TextClassifier
+from ovdet2.layers.vocabulary_buffer import VocabularyBuffer
+
+__all__ = ["ClosedSetClassifier", "TextClassifier", "VocabularyBuffer", "class_wise_nms", "fuse_scores", "fusion_exponents"]

@@ -1,0 +1,98 @@
+"""Classifiers over region features: by cosine to text embeddings, and the closed linear layer it is compared with.
+
+Shapes: R regions, C channels, K words, B base words, D embedding dimension.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ovdet2.errors import UsageError
+
+
+class TextClassifier(nn.Module):
+    """Logits ``cos(e, [t_1 .. t_K, e_bg]) / tau`` with a learned background embedding (ViLD Eq. 2).
+
+    In training only the B base columns and the background exist; at test the whole vocabulary does.
+    """
+
+    def __init__(self, input_dim, vocabulary, temperature=0.01):
+        """
+        Args:
+            input_dim: C.
+            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; B in training is read from it.
+            temperature: tau > 0, the same in training and at test.
+        """
+        super().__init__()
+        dim = vocabulary.embeddings.shape[1]
+        self.vocabulary = vocabulary
+        self.temperature = temperature
+        self.projection = nn.Linear(input_dim, dim)
+        self.background = nn.Parameter(torch.empty(dim))
+        nn.init.normal_(self.projection.weight, std=0.01)
+        nn.init.zeros_(self.projection.bias)
+        nn.init.normal_(self.background, std=0.01)
+
+    @property
+    def num_training_classes(self):
+        """B: the label that means background in training."""
+        return self.vocabulary.vocabulary.num_base
+
+    def embed(self, features):
+        """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
+        return F.normalize(self.projection(features).float(), dim=1)
+
+    def forward(self, features):
+        """
+        Args:
+            features: Tensor [R, C].
+
+        Returns:
+            Tensor [R, B + 1] in training, [R, K + 1] at test; background last; float32.
+        """
+        words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
+        columns = torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
+        embeddings = self.embed(features)
+        with torch.autocast(features.device.type, enabled=False):  # half precision cannot resolve cos / 0.01
+            return embeddings @ columns.T / self.temperature
+
+
+class ClosedSetClassifier(nn.Linear):
+    """A linear layer over the fixed words it was built with: the sanity row whose novel AP must be about 0.
+
+    It has a column for every word, so it is asked about novel ones too, but no training box ever supports them.
+    """
+
+    def __init__(self, input_dim, vocabulary):
+        """
+        Args:
+            input_dim: C.
+            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; K is fixed to its present length.
+        """
+        super().__init__(input_dim, len(vocabulary.vocabulary) + 1)
+        self.vocabulary = vocabulary
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    @property
+    def num_training_classes(self):
+        """K: every word has a column in training."""
+        return self.out_features - 1
+
+    def forward(self, features):
+        """
+        Args:
+            features: Tensor [R, C].
+
+        Returns:
+            Tensor [R, K + 1], background last.
+
+        Raises:
+            UsageError: the vocabulary is no longer the one the layer was built for.
+        """
+        if len(self.vocabulary.vocabulary) != self.num_training_classes:
+            raise UsageError(
+                f"a closed-set head of {self.num_training_classes} classes cannot take {len(self.vocabulary.vocabulary)} words: "
+                'use MODEL.OVD.CLASSIFIER "text".'
+            )
+        return super().forward(features)

@@ -1,0 +1,87 @@
+"""The vocabulary as buffers of the model: moved with it, saved in its checkpoints, replaced at will."""
+
+from torch import nn
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.fingerprint import require_same_teacher
+from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes
+
+
+class VocabularyBuffer(nn.Module):
+    """Holds one :class:`~ovdet2.vocabulary.Vocabulary`; K is free and may change at any time.
+
+    Shapes: K words, B base words, D embedding dimension.
+    """
+
+    def __init__(self, vocabulary):
+        """
+        Args:
+            vocabulary: :class:`Vocabulary`.
+        """
+        super().__init__()
+        for name in ("embeddings", "base_mask", "manifest"):
+            self.register_buffer(name, None)
+        self._store(vocabulary)
+        self.trained_base_names = frozenset(self._names_of_base())
+
+    def set(self, vocabulary):
+        """Replace the vocabulary.
+
+        Raises:
+            DataError: other teacher or other D than the present one.
+        """
+        require_same_teacher(self.vocabulary.teacher, "the model", vocabulary.teacher, "the new vocabulary")
+        if vocabulary.embeddings.shape[1] != self.embeddings.shape[1]:
+            raise DataError(
+                f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model {self.embeddings.shape[1]}: "
+                "embed the words with the model's teacher."
+            )
+        self._store(vocabulary)
+
+    @property
+    def training_embeddings(self):
+        """Tensor [B, D]: rows of the base words, the only columns that exist in training.
+
+        Raises:
+            UsageError: no base word, or a novel word before a base one: contiguous class ids would be shifted.
+        """
+        count = self.vocabulary.num_base
+        if count == 0 or not bool(self.vocabulary.base_mask[:count].all()):
+            raise UsageError(f"training needs base words first, but the base mask is {self.vocabulary.base_mask.tolist()}.")
+        return self.embeddings[:count]
+
+    def adopt_saved_vocabulary(self, saved):
+        """Compare with what a checkpoint holds; the vocabulary of this run stays (architecture.md, contract 13).
+
+        The checkpoint's base words are remembered: a word given later counts as base if training saw boxes of it.
+
+        Args:
+            saved: dict with the checkpoint's "embeddings", "base_mask" and "manifest"; empty: nothing to compare.
+
+        Raises:
+            DataError: the checkpoint was trained in another embedding space.
+        """
+        if not saved:
+            return
+        try:
+            trained = from_buffers(saved["embeddings"], saved["base_mask"], saved["manifest"])
+        except (KeyError, ValueError) as error:
+            raise DataError(f"the checkpoint's vocabulary cannot be read ({error}): it is damaged or not ovdet2's.") from None
+        require_same_teacher(trained.teacher, "the checkpoint", self.vocabulary.teacher, "the vocabulary of this run")
+        self.trained_base_names = frozenset(trained.base().names) if trained.num_base else frozenset()
+
+    def _store(self, vocabulary):
+        device = self.embeddings.device if self.embeddings is not None else None
+        if not isinstance(vocabulary, Vocabulary):
+            raise UsageError(f"expected a Vocabulary, got {type(vocabulary).__name__}.")
+        self.vocabulary = vocabulary
+        self.embeddings = vocabulary.embeddings.float().to(device)
+        self.base_mask = vocabulary.base_mask.to(device)
+        self.manifest = manifest_bytes(vocabulary).to(device)
+
+    def _names_of_base(self):
+        return [name for name, base in zip(self.vocabulary.names, self.vocabulary.base_mask.tolist()) if base]
+
+    def extra_repr(self):
+        """Shown when the model is printed."""
+        return f"{len(self.vocabulary)} words, {self.vocabulary.num_base} base, teacher {self.vocabulary.teacher}"

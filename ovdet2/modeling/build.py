@@ -1,0 +1,72 @@
+"""From configuration to the parts every family shares: teacher, vocabulary, classifier."""
+
+import functools
+
+from detectron2.data import MetadataCatalog
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.layers import ClosedSetClassifier, TextClassifier
+from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
+from ovdet2.vlm.teacher import Teacher
+from ovdet2.vocabulary import Vocabulary
+
+
+@functools.lru_cache(maxsize=1)
+def _load_teacher(architecture, pretrained):
+    return Teacher.load(architecture, pretrained)
+
+
+def build_teacher(cfg):
+    """The teacher of MODEL.TEACHER, loaded once per process, on the CPU.
+
+    Raises:
+        UsageError: no architecture is set.
+    """
+    if not cfg.MODEL.TEACHER.ARCHITECTURE:
+        raise UsageError("MODEL.TEACHER.ARCHITECTURE is empty: name an open_clip model, such as ovshapes-resnet or ViT-B-32.")
+    return _load_teacher(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+
+
+def dataset_split(cfg):
+    """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first test set (else the first training set)."""
+    import ovdet2.data.datasets  # noqa: F401  registers them
+
+    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        split = MetadataCatalog.get(name).get("ov_split")
+        if split is None:
+            raise UsageError(f"the data set {name!r} has no base/novel split: register it with register_ov_dataset.")
+        return split
+    raise UsageError("DATASETS.TEST and DATASETS.TRAIN are empty: there are no class names to build a vocabulary from.")
+
+
+def build_vocabulary(cfg):
+    """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's names embedded by the teacher.
+
+    Raises:
+        DataError: the file is of another teacher than MODEL.TEACHER, or its words are not the data set's.
+    """
+    split = dataset_split(cfg)
+    if not cfg.MODEL.VOCABULARY.FILE:
+        return Vocabulary.build(split.names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, split.base_mask,
+                                split.category_ids)
+    path = cfg.MODEL.VOCABULARY.FILE
+    vocabulary = Vocabulary.load(path)
+    configured = Fingerprint(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, None)
+    require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration")
+    if vocabulary.names != tuple(split.names) or vocabulary.base_mask.tolist() != list(split.base_mask):
+        different = [pair for pair in zip(vocabulary.names, split.names) if pair[0] != pair[1]][:3]
+        raise DataError(
+            f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name} has {len(split.names)} "
+            f"({sum(split.base_mask)} base); first differences {different}: rebuild it with tools/build_vocabulary.py --dataset."
+        )
+    return vocabulary
+
+
+def build_classifier(cfg, input_dim, vocabulary):
+    """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.VocabularyBuffer`."""
+    kind = cfg.MODEL.OVD.CLASSIFIER
+    if kind == "text":
+        return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE)
+    if kind == "closed_set":
+        return ClosedSetClassifier(input_dim, vocabulary)
+    raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')

@@ -1,0 +1,6 @@
+"""The frozen vision-language teacher: loading, prompts, crops."""
+
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vlm.teacher import Teacher
+
+__all__ = ["Fingerprint", "Teacher"]

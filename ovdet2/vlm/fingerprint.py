@@ -1,0 +1,70 @@
+"""Which embedding space a vector lives in.
+
+Vectors of two CLIP models of equal dimension look alike and mean nothing to each other: training would run and
+learn nothing. So every artefact that holds embeddings states its teacher, and readers compare before use.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+
+from ovdet2.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Identity of a teacher's weights.
+
+    Attributes:
+        architecture: open_clip architecture name, such as "ViT-B-32".
+        pretrained: pretrained tag ("openai"), "embedded", or the name of a local weight file.
+        weights_sha256: hash of the loaded weights; None when a user only states where an imported table came from.
+    """
+
+    architecture: str
+    pretrained: str
+    weights_sha256: str | None = None
+
+    def to_dict(self):
+        """Plain dict for a manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values, source):
+        """Read a manifest entry. Raises :class:`DataError` naming ``source`` when a field is missing."""
+        try:
+            return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
+        except (KeyError, TypeError):
+            raise DataError(f"{source} states no teacher fingerprint: rebuild it with this version of ovdet2.") from None
+
+    def __str__(self):
+        digest = self.weights_sha256[:12] if self.weights_sha256 else "stated by the user"
+        return f"{self.architecture} / {self.pretrained} ({digest})"
+
+
+def require_same_teacher(first, first_name, second, second_name):
+    """Raise unless two fingerprints are of one embedding space.
+
+    With both hashes known they decide. Where one is unknown (an imported table), architecture and pretrained tag must
+    match and a warning says that this was taken on trust.
+
+    Args:
+        first, second: :class:`Fingerprint`.
+        first_name, second_name: what carries them, for the message ("the vocabulary file x.safetensors").
+
+    Raises:
+        DataError: they differ; the message names both.
+    """
+    if first.weights_sha256 and second.weights_sha256:
+        same = first.architecture == second.architecture and first.weights_sha256 == second.weights_sha256
+    else:
+        same = (first.architecture, first.pretrained) == (second.architecture, second.pretrained)
+        if same and first != second:
+            logger.warning("%s and %s are taken to be of one teacher (%s) by its name alone: one states no weight hash.",
+                           first_name, second_name, first)
+    if not same:
+        raise DataError(
+            f"{first_name} is of teacher {first}, but {second_name} is of teacher {second}. Embeddings of two teachers "
+            "cannot be compared: rebuild one of them, or set MODEL.TEACHER to match."
+        )

@@ -1,0 +1,171 @@
+"""The frozen vision-language model, loaded through open_clip.
+
+Shapes: N images or texts, D embedding dimension, S side of the teacher's input in pixels.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.fingerprint import Fingerprint
+
+logger = logging.getLogger(__name__)
+_EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "open_clip"
+
+
+class Teacher(nn.Module):
+    """A frozen CLIP with its tokenizer and fingerprint. All outputs are unit-norm float32.
+
+    Build one with :meth:`load`. The device is that of the module; parameters never require gradients and the module
+    stays in evaluation mode whatever ``train()`` is called with.
+    """
+
+    def __init__(self, clip, tokenizer, fingerprint):
+        """
+        Args:
+            clip: open_clip model with ``encode_image``, ``encode_text`` and ``visual.preprocess_cfg``.
+            tokenizer: callable, list of str -> token ids [N, T].
+            fingerprint: :class:`Fingerprint` of the weights.
+        """
+        super().__init__()
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.fingerprint = fingerprint
+        preprocess = clip.visual.preprocess_cfg
+        size = preprocess["size"]
+        self.image_size = size if isinstance(size, int) else size[-1]
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def load(cls, architecture, pretrained, device="cpu"):
+        """Load an open_clip model.
+
+        Args:
+            architecture: open_clip architecture name; "ovshapes-resnet" and "ovshapes-vit" come with the package.
+            pretrained: pretrained tag, "embedded" for the packaged ones, or a local weight file.
+            device: where to put it.
+
+        Raises:
+            UsageError: unknown architecture or tag.
+            DataError: the weights cannot be read or fetched.
+        """
+        import open_clip
+
+        register_embedded_models()
+        if architecture not in open_clip.list_models():
+            raise UsageError(f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}.")
+        source = pretrained
+        if pretrained == "embedded":
+            if architecture not in embedded_models():
+                raise UsageError(f"{architecture} is not embedded; embedded ones: {', '.join(embedded_models())}.")
+            source = str(_EMBEDDED / f"{architecture}.safetensors")
+        elif Path(pretrained).is_file():
+            pretrained = Path(pretrained).name
+        elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
+            known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
+            raise UsageError(f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known}).")
+        try:
+            clip = open_clip.create_model(architecture, pretrained=source, precision="fp32", require_pretrained=True)
+        except Exception as error:  # open_clip, the hub client and torch raise many kinds here
+            raise DataError(
+                f"the weights {pretrained!r} of {architecture} could not be loaded ({type(error).__name__}: {error}). "
+                "Without a network, give MODEL.TEACHER.PRETRAINED a local weight file."
+            ) from error
+        fingerprint = Fingerprint(architecture, pretrained, state_dict_sha256(clip.state_dict()))
+        return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
+
+    def train(self, mode=True):
+        """Stay in evaluation mode: batch statistics of a teacher must not move."""
+        return super().train(False)
+
+    @functools.cached_property
+    def embed_dim(self):
+        """D."""
+        return self.encode_text(["a"]).shape[1]
+
+    @property
+    def logit_scale(self):
+        """The teacher's own inverse temperature, a float (about 100 for OpenAI's models)."""
+        return self.clip.logit_scale.exp().item()
+
+    @torch.no_grad()
+    def encode_text(self, texts, batch_size=256):
+        """Unit-norm text embeddings.
+
+        Args:
+            texts: list of N strings.
+            batch_size: texts per forward pass.
+
+        Returns:
+            Tensor [N, D], float32, on the teacher's device.
+
+        Raises:
+            UsageError: a text has more tokens than the teacher's context; it names the text.
+        """
+        self._check_length(texts)
+        chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+        encoded = [self.clip.encode_text(self.tokenizer(chunk).to(self.mean.device)).float() for chunk in chunks]
+        return F.normalize(torch.cat(encoded), dim=-1)
+
+    @torch.no_grad()
+    def encode_image(self, pixels, batch_size=256):
+        """Unit-norm image embeddings.
+
+        Args:
+            pixels: Tensor [N, 3, S, S], RGB in [0, 1].
+            batch_size: images per forward pass.
+
+        Returns:
+            Tensor [N, D], float32; N = 0 gives [0, D].
+        """
+        if len(pixels) == 0:
+            return pixels.new_zeros((0, self.embed_dim), dtype=torch.float32)
+        encoded = []
+        for chunk in pixels.split(batch_size):
+            normalised = (chunk.to(self.mean) - self.mean) / self.std
+            encoded.append(self.clip.encode_image(normalised).float())
+        return F.normalize(torch.cat(encoded), dim=-1)
+
+    def _check_length(self, texts):
+        encode = getattr(self.tokenizer, "encode", None)
+        if encode is None:
+            return  # tokenizers of other text towers cut silently and offer no cheap count
+        limit = self.tokenizer.context_length - 2  # start and end tokens
+        for text in texts:
+            if len(text) > limit and len(encode(text)) > limit:  # a token has at least one character
+                raise UsageError(
+                    f"the prompt {text[:80]!r}... has more than the {limit} tokens {self.fingerprint.architecture} reads: "
+                    "shorten the name or choose a template set with shorter prompts."
+                )
+
+
+def embedded_models():
+    """Names of the open_clip models whose weights come with the package."""
+    return sorted(path.stem for path in _EMBEDDED.glob("*.safetensors"))
+
+
+def register_embedded_models():
+    """Tell open_clip about the packaged model configurations (idempotent)."""
+    import open_clip
+
+    for config in sorted((_EMBEDDED / "configs").glob("*.json")):
+        if config.stem not in open_clip.list_models():
+            open_clip.add_model_config(config)
+
+
+def state_dict_sha256(state_dict):
+    """Hash of named tensors, independent of file format and storage precision: names, shapes and float32 bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().float().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
+        digest.update(tensor.numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,201 @@
+"""The words a detector is asked for, with their text embeddings and the teacher they come from.
+
+Shapes: K words, B of them base, D embedding dimension.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.files import read_safetensors, write_safetensors
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vlm.templates import clean_name, render, templates_sha256
+
+SCHEMA = "ovdet2/vocabulary/1"
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Names and unit text embeddings; classes are an input of every open-vocabulary module.
+
+    Attributes:
+        names: K class names, unique after cleaning, none empty.
+        base_mask: Tensor [K] bool, True where training boxes exist.
+        embeddings: Tensor [K, D] float32, unit rows.
+        teacher: :class:`Fingerprint` of the model that embedded them.
+        templates: name of the prompt template set, or a statement for imported tables.
+        category_ids: K data set category ids, or None for free words.
+
+    Raises:
+        UsageError: empty vocabulary, empty or duplicate word.
+        DataError: shapes that disagree, or embeddings that are not finite unit vectors.
+    """
+
+    names: tuple
+    base_mask: torch.Tensor
+    embeddings: torch.Tensor
+    teacher: Fingerprint
+    templates: str
+    category_ids: tuple | None = field(default=None)
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "base_mask", torch.as_tensor(self.base_mask, dtype=torch.bool))
+        if self.category_ids is not None:
+            object.__setattr__(self, "category_ids", tuple(self.category_ids))
+        check_words(self.names)
+        k = len(self.names)
+        if self.embeddings.ndim != 2 or len(self.embeddings) != k or self.base_mask.shape != (k,):
+            raise DataError(
+                f"a vocabulary of {k} words has embeddings of shape {list(self.embeddings.shape)} and a base mask of shape "
+                f"{list(self.base_mask.shape)}: give one row and one mask entry per word."
+            )
+        norms = self.embeddings.norm(dim=1)
+        wrong = torch.nonzero(~((norms - 1).abs() < 1e-3)).flatten().tolist()  # NaN fails the comparison too
+        if wrong:
+            raise DataError(f"the embedding of {self.names[wrong[0]]!r} (row {wrong[0]}) has norm {norms[wrong[0]]:.4f}, not 1.")
+        if self.category_ids is not None and len(self.category_ids) != k:
+            raise DataError(f"{k} words but {len(self.category_ids)} category ids.")
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def num_base(self):
+        """B."""
+        return int(self.base_mask.sum())
+
+    @property
+    def names_sha256(self):
+        """Hash of the words in their order."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+    def base(self):
+        """The vocabulary of the base words only, in order."""
+        return self.select(self.base_mask)
+
+    def select(self, mask):
+        """The sub-vocabulary of a boolean mask [K]."""
+        keep = torch.nonzero(mask).flatten().tolist()
+        ids = None if self.category_ids is None else tuple(self.category_ids[i] for i in keep)
+        return replace(self, names=tuple(self.names[i] for i in keep), base_mask=self.base_mask[keep],
+                       embeddings=self.embeddings[keep], category_ids=ids)
+
+    def manifest(self):
+        """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
+        return {
+            "schema": SCHEMA,
+            "names": list(self.names),
+            "category_ids": None if self.category_ids is None else list(self.category_ids),
+            "templates": self.templates,
+            "templates_sha256": _sha_of_known_set(self.templates),
+            "names_sha256": self.names_sha256,
+            "teacher": self.teacher.to_dict(),
+        }
+
+    def save(self, path):
+        """Write the vocabulary file (safetensors, schema 1)."""
+        write_safetensors(path, {"embeddings": self.embeddings.float(), "base_mask": self.base_mask}, self.manifest())
+
+    @classmethod
+    def load(cls, path):
+        """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
+        tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
+        teacher = Fingerprint.from_dict(manifest.get("teacher"), path)
+        return cls(manifest["names"], tensors["base_mask"], tensors["embeddings"], teacher, manifest["templates"],
+                   manifest["category_ids"])
+
+    @classmethod
+    def build(cls, names, teacher, templates="vild63", base_mask=None, category_ids=None, progress=False):
+        """Embed words: each prompt normalised, averaged over the set, normalised again (ViLD, F-VLM).
+
+        Args:
+            names: K words.
+            teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+            templates: template set name.
+            base_mask: [K] bool; default: every word is novel.
+            category_ids: optional K ids.
+            progress: show a progress bar (21,000 words take minutes on a CPU).
+        """
+        names = tuple(names)
+        check_words(names)
+        rows = []
+        words = names
+        if progress:
+            from tqdm import tqdm
+
+            words = tqdm(names, desc="embedding words", unit="word")
+        for name in words:  # one word at a time: memory stays [templates, D] for any K
+            rows.append(F.normalize(teacher.encode_text(render(name, templates)).mean(0), dim=0).cpu())
+        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
+        return cls(names, mask, torch.stack(rows), teacher.fingerprint, templates, category_ids)
+
+    @classmethod
+    def from_table(cls, names, table, teacher, templates, base_mask=None, category_ids=None):
+        """Import raw embedding rows made elsewhere; they are normalised here.
+
+        Args:
+            names: K words in row order.
+            table: array [K, D], any float type, no zero row.
+            teacher: :class:`Fingerprint` as stated by the user, ``weights_sha256`` None.
+            templates: what the rows were made with, in the user's words.
+
+        Raises:
+            DataError: the row count differs from the number of words, or a row is zero or not finite.
+        """
+        rows = torch.from_numpy(np.asarray(table, dtype=np.float32))
+        if rows.ndim != 2 or len(rows) != len(names):
+            raise DataError(f"the table has shape {list(rows.shape)} but there are {len(names)} words: give one row per word.")
+        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
+        return cls(names, mask, F.normalize(rows, dim=1), teacher, templates, category_ids)
+
+
+def check_words(names):
+    """Raise :class:`UsageError` for an empty vocabulary, an empty word, or two words that clean to the same text."""
+    if not names:
+        raise UsageError("the vocabulary is empty: give at least one word.")
+    seen = {}
+    for position, name in enumerate(names):
+        cleaned = clean_name(name)
+        if not cleaned:
+            raise UsageError(f"word {position} of the vocabulary is empty ({name!r}): remove it.")
+        if cleaned in seen:
+            raise UsageError(f"the vocabulary holds {name!r} twice (words {seen[cleaned]} and {position}): remove one.")
+        seen[cleaned] = position
+
+
+def parse_words(text):
+    """Words from a comma-separated string, or from a text file with one word per line (UTF-8, "#" starts a comment)."""
+    path = Path(text)
+    if len(text) < 1024 and path.suffix and path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        words = [line.split("#")[0].strip() for line in lines]
+        return [word for word in words if word]
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _sha_of_known_set(templates):
+    try:
+        return templates_sha256(templates)
+    except UsageError:  # an imported table: the user's own words about its prompts
+        return None
+
+
+def manifest_bytes(vocabulary):
+    """The manifest and base mask as a uint8 tensor, so that a checkpoint can carry them beside the embeddings."""
+    text = json.dumps(vocabulary.manifest(), ensure_ascii=False)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+
+def from_buffers(embeddings, base_mask, manifest):
+    """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
+    values = json.loads(bytes(manifest.cpu().tolist()).decode())
+    teacher = Fingerprint.from_dict(values.get("teacher"), "the checkpoint's vocabulary")
+    return Vocabulary(values["names"], base_mask.cpu(), embeddings.cpu().float(), teacher, values["templates"],
+                      values["category_ids"])
