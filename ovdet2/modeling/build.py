@@ -1,6 +1,7 @@
 """From configuration to the parts every family shares: teacher, vocabulary, classifier."""
 
 import functools
+import logging
 
 from detectron2.data import MetadataCatalog
 
@@ -9,6 +10,8 @@ from ovdet2.layers import ClosedSetClassifier, TextClassifier
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=1)
@@ -51,8 +54,10 @@ def build_vocabulary(cfg):
                                 split.category_ids)
     path = cfg.MODEL.VOCABULARY.FILE
     vocabulary = Vocabulary.load(path)
-    configured = Fingerprint(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, None)
+    configured = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
     require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration")
+    if vocabulary.teacher.weights_sha256 is None:
+        logger.warning("%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher)
     if vocabulary.names != tuple(split.names) or vocabulary.base_mask.tolist() != list(split.base_mask):
         different = [pair for pair in zip(vocabulary.names, split.names) if pair[0] != pair[1]][:3]
         raise DataError(

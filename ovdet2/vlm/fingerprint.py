@@ -4,12 +4,10 @@ Vectors of two CLIP models of equal dimension look alike and mean nothing to eac
 learn nothing. So every artefact that holds embeddings states its teacher, and readers compare before use.
 """
 
-import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from ovdet2.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,14 @@ class Fingerprint:
         return asdict(self)
 
     @classmethod
+    def stated(cls, architecture, pretrained):
+        """A fingerprint by name alone, for tables and configurations whose weights are not loaded.
+
+        A path to a local weight file is reduced to its file name, as :meth:`Teacher.load` records it.
+        """
+        return cls(architecture, Path(pretrained).name if Path(pretrained).is_file() else pretrained, None)
+
+    @classmethod
     def from_dict(cls, values, source):
         """Read a manifest entry. Raises :class:`DataError` naming ``source`` when a field is missing."""
         try:
@@ -39,15 +45,15 @@ class Fingerprint:
             raise DataError(f"{source} states no teacher fingerprint: rebuild it with this version of ovdet2.") from None
 
     def __str__(self):
-        digest = self.weights_sha256[:12] if self.weights_sha256 else "stated by the user"
+        digest = self.weights_sha256[:12] if self.weights_sha256 else "weights not hashed"
         return f"{self.architecture} / {self.pretrained} ({digest})"
 
 
 def require_same_teacher(first, first_name, second, second_name):
     """Raise unless two fingerprints are of one embedding space.
 
-    With both hashes known they decide. Where one is unknown (an imported table), architecture and pretrained tag must
-    match and a warning says that this was taken on trust.
+    With both hashes known they decide. Where one is unknown (an imported table, or a configuration whose weights are
+    not loaded), architecture and pretrained tag must match.
 
     Args:
         first, second: :class:`Fingerprint`.
@@ -60,9 +66,6 @@ def require_same_teacher(first, first_name, second, second_name):
         same = first.architecture == second.architecture and first.weights_sha256 == second.weights_sha256
     else:
         same = (first.architecture, first.pretrained) == (second.architecture, second.pretrained)
-        if same and first != second:
-            logger.warning("%s and %s are taken to be of one teacher (%s) by its name alone: one states no weight hash.",
-                           first_name, second_name, first)
     if not same:
         raise DataError(
             f"{first_name} is of teacher {first}, but {second_name} is of teacher {second}. Embeddings of two teachers "

@@ -1,0 +1,123 @@
+"""Draw detections of any words on images, folders and glob patterns.
+
+    python demo/demo.py --config-file configs/ovshapes/vild_text_r18.yaml --input a.jpg dir/ "*.png" \
+        --vocabulary "striped moon, red star" --output out/ MODEL.WEIGHTS output/model_final.pth
+"""
+
+import argparse
+import glob
+from pathlib import Path
+
+from detectron2.data.catalog import Metadata
+from detectron2.utils.logger import setup_logger
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
+from tqdm import tqdm
+
+from ovdet2 import Predictor
+from ovdet2.config import load_config
+from ovdet2.errors import DataError, UsageError, exit_on_error
+from ovdet2.files import atomic_path, write_json
+from ovdet2.predictor import to_rgb_array
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def main(argv=None):
+    """Command line; returns the list of written pictures."""
+    args = parse_args(argv)
+    setup_logger(name="ovdet2")
+    predictor = Predictor(load_config(args.config_file, args.overrides))
+    if args.vocabulary:
+        predictor.set_vocabulary(args.vocabulary)
+    print(f"{len(predictor.names)} words: {', '.join(predictor.names[:20])}{' ...' if len(predictor.names) > 20 else ''}")
+    pictures, records = [], []
+    output = Path(args.output)
+    for path in tqdm(find_images(args.input), desc="detecting", unit="image"):
+        try:
+            image = to_rgb_array(path)
+        except DataError as error:
+            tqdm.write(f"skipped: {error}")
+            continue
+        instances = best_per_object(predictor.predict(image), args.confidence_threshold, args.overlap)
+        picture = output / f"{path.stem}.png"
+        if picture in pictures:  # a/1.jpg and b/1.png would overwrite each other
+            picture = output / f"{path.parent.name}_{path.stem}_{len(pictures)}.png"
+        save_picture(picture, draw(image, instances, predictor.names))
+        records.append(to_record(path, instances, predictor.names))
+        pictures.append(picture)
+    if not pictures:
+        raise DataError("no image could be read: see the messages above.")
+    write_json(output / "detections.json", records, indent=1)
+    print(f"{sum(len(r['detections']) for r in records)} detections in {len(pictures)} images, drawn in {output}")
+    return pictures
+
+
+def parse_args(argv):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="yaml of the detector")
+    parser.add_argument("--input", nargs="+", required=True, help="images, folders, glob patterns")
+    parser.add_argument("--output", required=True, help="folder for the pictures and detections.json")
+    parser.add_argument("--vocabulary", default="", help='"cat, red mug" or a text file; default: the data set\'s names')
+    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
+    parser.add_argument("--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="KEY VALUE ..., e.g. MODEL.WEIGHTS model.pth")
+    return parser.parse_args(argv)
+
+
+def find_images(inputs):
+    """Image paths of files, folders (their images, sorted, not recursive) and glob patterns, in the order given.
+
+    Raises:
+        UsageError: an input matches nothing.
+    """
+    found = []
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            matches = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(item))
+        if not matches:
+            raise UsageError(f"--input {item}: no such file, no image in that folder, or nothing matches the pattern.")
+        found.extend(matches)
+    return list(dict.fromkeys(found))
+
+
+def best_per_object(instances, threshold, overlap):
+    """Instances above ``threshold``, with NMS across words: two words for one object would be drawn over each other."""
+    from detectron2.layers import nms
+
+    instances = instances[instances.scores > threshold]
+    return instances[nms(instances.pred_boxes.tensor, instances.scores, overlap)]
+
+
+def draw(image, instances, names):
+    """The image [H, W, 3] uint8 RGB with boxes, words and scores drawn by Detectron2's Visualizer."""
+    # A private Metadata object: the catalogue's entries can be written once only, vocabularies change.
+    metadata = Metadata(name="demo", thing_classes=list(names))
+    scale = max(1.0, 640 / max(image.shape[:2]))  # small images would leave no room for the labels
+    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+    return visualizer.draw_instance_predictions(instances).get_image()
+
+
+def save_picture(path, pixels):
+    """Write an RGB array as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def to_record(path, instances, names):
+    """JSON-serialisable detections of one image; boxes XYXY in pixels."""
+    detections = [
+        {"word": names[word], "score": round(score, 4), "box_xyxy": [round(v, 1) for v in box]}
+        for box, score, word in zip(instances.pred_boxes.tensor.tolist(), instances.scores.tolist(),
+                                    instances.pred_classes.tolist())
+    ]
+    return {"image": str(path), "detections": detections}
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

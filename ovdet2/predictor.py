@@ -1,0 +1,117 @@
+"""Detect any words in images: set the vocabulary once, predict many times."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from PIL import Image
+
+import ovdet2.modeling  # noqa: F401  registers the meta-architectures
+from ovdet2.config import load_config
+from ovdet2.data.images import read_image
+from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.errors import UsageError
+from ovdet2.modeling.build import build_teacher
+from ovdet2.vocabulary import Vocabulary, parse_words
+
+
+class Predictor:
+    """A trained detector with an exchangeable vocabulary.
+
+    >>> predictor = Predictor("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
+    >>> predictor.set_vocabulary("striped moon, red star")
+    >>> instances = predictor.predict("photo.jpg")
+    """
+
+    def __init__(self, config, weights="", overrides=()):
+        """
+        Args:
+            config: yaml path, name of a shipped configuration, or a CfgNode.
+            weights: checkpoint; empty: MODEL.WEIGHTS of the configuration.
+            overrides: KEY VALUE list.
+
+        Raises:
+            UsageError: no weights are given.
+            DataError: the weights cannot be read, or are of another embedding space.
+        """
+        cfg = load_config(config, overrides) if isinstance(config, (str, Path)) else config.clone()
+        weights = str(weights or cfg.MODEL.WEIGHTS)
+        if not weights:
+            raise UsageError("a Predictor needs a trained detector: give weights=... or MODEL.WEIGHTS.")
+        if not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"
+        self.cfg = cfg
+        self.model = build_model(cfg).eval()
+        AtomicCheckpointer(self.model).load(weights)
+        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+
+    @property
+    def names(self):
+        """Words that ``pred_classes`` index."""
+        return self.model.vocabulary.vocabulary.names
+
+    def set_vocabulary(self, words, templates=None):
+        """Ask for other words from now on; they need not be in any data set.
+
+        A word that had training boxes counts as base, every other as novel (this matters only to score fusion).
+
+        Args:
+            words: "cat, red mug", a list, a text file with a word per line, or a :class:`Vocabulary`.
+            templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
+
+        Raises:
+            UsageError: no word, a duplicate word, an unknown template set.
+            DataError: a Vocabulary of another teacher.
+        """
+        if not isinstance(words, Vocabulary):
+            names = parse_words(words) if isinstance(words, str) else list(words)
+            trained = self.model.vocabulary.trained_base_names
+            words = Vocabulary.build(names, build_teacher(self.cfg), templates or self.cfg.MODEL.VOCABULARY.TEMPLATES,
+                                     [name in trained for name in names])
+        self.model.vocabulary.set(words)
+
+    @torch.no_grad()
+    def predict(self, images):
+        """Detect in one image or a batch.
+
+        Args:
+            images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
+
+        Returns:
+            :class:`~detectron2.structures.Instances` on the CPU, best first, with ``pred_boxes`` (XYXY pixels of the
+            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`); a list of them for a list.
+
+        Raises:
+            DataError: an unreadable image file; UsageError: an array of another shape or type.
+        """
+        single = not isinstance(images, (list, tuple))
+        batch = [self._prepare(image) for image in ([images] if single else images)]
+        if not batch:
+            return []
+        found = [output["instances"].to("cpu") for output in self.model(batch)]
+        return found[0] if single else found
+
+    def _prepare(self, image):
+        rgb = to_rgb_array(image)
+        pixels = rgb if self.cfg.INPUT.FORMAT == "RGB" else rgb[:, :, ::-1]
+        resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
+        tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        return {"image": tensor, "height": rgb.shape[0], "width": rgb.shape[1]}
+
+
+def to_rgb_array(image):
+    """Array [H, W, 3] uint8 RGB from a path, a PIL image, or such an array.
+
+    Raises:
+        UsageError: another type, shape or number of channels.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(image, "RGB")
+    if isinstance(image, Image.Image):
+        return np.asarray(image.convert("RGB"))
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UsageError(f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {array.dtype} {list(array.shape)}.")
+    return array
