@@ -17,6 +17,7 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.files import read_json
 
 _SHOWN = 5  # ids named in an error message
+_NO_AREA = "boxes of zero or negative size"
 
 
 @dataclass(frozen=True)
@@ -102,18 +103,18 @@ def filter_coco_json(data, category_ids, keep_images="annotated"):
         raise UsageError(f"keep_images is {keep_images!r}: give 'annotated' or 'all'.")
     _require_lists(data, "the annotation json")
     wanted = set(category_ids)
-    categories = [category for category in data["categories"] if category["id"] in wanted]
+    categories = [category for category in data["categories"] if category.get("id") in wanted]
     absent = wanted - {category["id"] for category in categories}
     if absent:
         raise DataError(
             f"the annotation json has no category {_first(sorted(absent))}: "
             "use a file with the data set's own category ids (not one re-numbered for another code base)."
         )
-    of_wanted = [annotation for annotation in data["annotations"] if annotation["category_id"] in wanted]
-    annotations = [annotation for annotation in of_wanted if _box_fault(annotation.get("bbox")) is None]
-    degenerate = [annotation["id"] for annotation in of_wanted if _box_fault(annotation.get("bbox")) is not None]
-    annotated = {annotation["image_id"] for annotation in annotations}
-    images = [image for image in data["images"] if keep_images == "all" or image["id"] in annotated]
+    of_wanted = [annotation for annotation in data["annotations"] if annotation.get("category_id") in wanted]
+    annotations = [annotation for annotation in of_wanted if _box_fault(annotation.get("bbox")) != _NO_AREA]
+    degenerate = [annotation.get("id") for annotation in of_wanted if _box_fault(annotation.get("bbox")) == _NO_AREA]
+    annotated = {annotation.get("image_id") for annotation in annotations}
+    images = [image for image in data["images"] if keep_images == "all" or image.get("id") in annotated]
     filtered = {**data, "images": images, "annotations": annotations, "categories": categories}
     report = {
         "images": len(images),
@@ -151,9 +152,9 @@ def load_ov_json(json_file, image_root, split, base_only=False):
     """
     data = read_json(json_file, remedy="check the path, or prepare the data set as datasets/README.md says")
     _require_lists(data, json_file)
-    faults = _Faults(json_file)
+    faults, contiguous = _Faults(json_file), split.id_to_contiguous
     for category in data["categories"]:
-        position = split.id_to_contiguous.get(category["id"])
+        position = contiguous.get(category.get("id"))
         if position is not None and category.get("name") != split.names[position]:
             faults.add(
                 f"categories not named as in the split {split.name}, id",
@@ -234,6 +235,8 @@ def _require_lists(data, source):
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"{source} has no list {key!r}: it is not a COCO instances json; check the file.")
+        if not all(isinstance(record, dict) for record in data[key]):
+            raise DataError(f"{source} has entries of {key!r} that are not objects: check the file.")
 
 
 def _image_records(images, image_root, faults):
@@ -306,7 +309,7 @@ def _box_fault(box):
     if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
         return "boxes with a value that is not finite"
     if box[2] <= 0 or box[3] <= 0:
-        return "boxes of zero or negative size"
+        return _NO_AREA
     return None
 
 

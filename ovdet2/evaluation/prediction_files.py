@@ -1,0 +1,107 @@
+"""Predictions of an evaluation on disk: one JSON-lines file per process, merged into one by the first process.
+
+The folder must be seen by all machines of the run. Each file starts with a line holding a token that its writer
+also sends to the merging process, so a file left by an earlier run is never taken for one of this run.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+
+from ovdet2.errors import DataError
+from ovdet2.files import atomic_path
+
+MERGED = "predictions.jsonl"
+
+
+class PredictionWriter:
+    """Writes one process's records, each of one image.
+
+    Args:
+        folder: output folder, made when absent.
+        rank: number of this process.
+    """
+
+    def __init__(self, folder, rank):
+        self.token = uuid.uuid4().hex
+        path = _rank_path(folder, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "w", encoding="utf-8")
+        self.write({"token": self.token})
+
+    def write(self, record):
+        """Append one JSON-serialisable dict."""
+        self._file.write(json.dumps(record) + "\n")
+
+    def close(self):
+        """Put everything on the disk; further calls do nothing."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def merge(folder, tokens, image_ids):
+    """Concatenate the files of all processes into ``predictions.jsonl`` and remove them.
+
+    Args:
+        folder: output folder.
+        tokens: the writers' tokens, by rank.
+        image_ids: the images that must be there, each once.
+
+    Returns:
+        Path of the merged file.
+
+    Raises:
+        DataError: a process's file is missing or of another run; an image is missing, predicted twice, or unknown.
+            The files of the processes are then left as they are.
+    """
+    expected, seen, twice = set(image_ids), set(), []
+    paths = [_rank_path(folder, rank) for rank in range(len(tokens))]
+    merged = Path(folder) / MERGED
+    with atomic_path(merged) as temporary:
+        with open(temporary, "w", encoding="utf-8") as output:
+            for path, token in zip(paths, tokens):
+                for line, record in _records(path, token):
+                    image_id = record["image_id"]
+                    if image_id in seen:
+                        twice.append(image_id)
+                    seen.add(image_id)
+                    output.write(line)
+        for kind, ids in (
+            ("without predictions", expected - seen),
+            ("predicted twice", set(twice)),
+            ("that are not in the data set", seen - expected),
+        ):
+            if ids:
+                shown = ", ".join(str(image_id) for image_id in sorted(ids)[:5])
+                raise DataError(
+                    f"{len(ids)} images {kind}, id {shown}{', ...' if len(ids) > 5 else ''}: every image of the data "
+                    "set must be evaluated exactly once; use the test loader of ovdet2 or Detectron2's InferenceSampler."
+                )
+    for path in paths:
+        path.unlink()
+    return merged
+
+
+def read_merged(path):
+    """Yield the record of each image of a merged file."""
+    with open(path, encoding="utf-8") as handle:
+        for line in handle:
+            yield json.loads(line)
+
+
+def _records(path, token):
+    remedy = "the output folder must be on a file system that all machines of the run share"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: {remedy}.")
+    with open(path, encoding="utf-8") as handle:
+        if json.loads(next(handle, "{}")).get("token") != token:
+            raise DataError(f"{path} is not of this run: {remedy}, and no two runs may write to one folder.")
+        for line in handle:
+            yield line, json.loads(line)
+
+
+def _rank_path(folder, rank):
+    return Path(folder) / f"predictions-rank{rank:04d}.jsonl"
