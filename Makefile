@@ -1,0 +1,47 @@
+# make demo     train, evaluate and draw an open-vocabulary detector on OV-Shapes
+# make test     run the tests
+# make doctor   say what of the environment is missing or mismatched
+# make clean    remove what the commands above have built, .venv included
+#
+# demo and test first create .venv and install what is missing; the next time there is nothing to install.
+# Another Python: make demo PYTHON=python3.12. An environment of your own: make demo VENV=/path/of/it, whose
+# versions are kept where setup.py allows them.
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+# The stamp's name changes with whatever decides what is installed, so that a change installs again.
+INPUTS := setup.py pyproject.toml constraints.txt tools/install_detectron2.py
+STAMP := $(VENV)/.ovdet2-$(shell (pwd; cat $(INPUTS)) | sha256sum | cut -c1-16)
+CONSTRAINTS := $(if $(filter .venv,$(VENV)),-c constraints.txt)
+PIP := $(PY) -m pip --disable-pip-version-check
+
+.PHONY: demo test doctor clean
+
+demo: $(STAMP)
+	@$(PY) -m ovdet2.doctor --quiet
+	$(PY) tools/run_ovshapes.py --demo
+
+test: $(STAMP)
+	@$(PY) -m ovdet2.doctor
+	$(PY) -m pytest tests -m "not slow"
+
+doctor:
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2.doctor
+
+clean:
+	rm -rf build dist .pytest_cache .hypothesis ovdet2.egg-info
+	$(if $(filter .venv,$(VENV)),rm -rf .venv)
+
+# Every step does nothing where its work is done, so an interrupted installation goes on where it stopped.
+# Detectron2 comes last because pip needs torch to read the description of its source.
+$(STAMP): $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed: make PYTHON=python3.11 ..."; exit 4; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	$(PIP) install --quiet $(CONSTRAINTS) "setuptools>=70.1"
+	$(PIP) install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
+	$(PY) tools/install_detectron2.py
+	@rm -f $(VENV)/.ovdet2-* && touch $@

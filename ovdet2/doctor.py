@@ -1,0 +1,353 @@
+"""``python -m ovdet2.doctor``: what of the environment is there, missing or mismatched, in plain sentences.
+
+Every check calls what it judges (NMS, a scheduler, a process group) instead of comparing version numbers alone, and
+ends a complaint with the remedy. Exit code 0: nothing is wrong; 4: something is.
+"""
+
+import argparse
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+OK, NOTE, WRONG = "ok", "note", "wrong"
+INSTALL_DETECTRON2 = "Run `python tools/install_detectron2.py`."
+INSTALL_OVDET2 = "Run `pip install -c constraints.txt .` in the project folder."
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+
+class Finding(NamedTuple):
+    """status: "ok", "note" (works, worth knowing) or "wrong"; sentence: a plain one, with the remedy if wrong."""
+
+    status: str
+    sentence: str
+
+
+def check_python(version=None):
+    """ovdet2 is written for Python 3.11 and later."""
+    version = tuple(version or sys.version_info)[:3]
+    text = ".".join(map(str, version))
+    if version < (3, 11):
+        return Finding(WRONG, f"Python {text} is too old. Use Python 3.11 or later: `make PYTHON=python3.11 demo`.")
+    return Finding(OK, f"Python {text}.")
+
+
+def check_torch_pair():
+    """torch and torchvision fit each other if, and only if, torchvision's compiled NMS can be called."""
+    pair = f"torch {_version('torch')} and torchvision {_version('torchvision')}"
+    try:
+        torch = importlib.import_module("torch")
+        ops = importlib.import_module("torchvision.ops")
+        boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1], [5.0, 5.0, 6.0, 6.0]])
+        kept = ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
+    except Exception as error:  # a mismatched pair raises almost anything
+        return Finding(
+            WRONG,
+            f"{pair} do not work together ({_reason(error)}). Install the pair of constraints.txt from the same index: "
+            "`pip install --force-reinstall -c constraints.txt torch torchvision`.",
+        )
+    if kept != [0, 2]:
+        return Finding(WRONG, f"{pair}: NMS returned {kept}, expected [0, 2]. Reinstall both from constraints.txt.")
+    return Finding(OK, f"{pair} work together (NMS was called).")
+
+
+def check_requirements():
+    """Every library named in setup.py is installed in a version setup.py allows."""
+    try:
+        requirement_class = importlib.import_module("packaging.requirements").Requirement
+        requirements = [requirement_class(line) for line in importlib.metadata.requires("ovdet2") or ()]
+    except ImportError:  # PackageNotFoundError is one
+        return Finding(NOTE, f"ovdet2 is not installed, so the versions of its libraries are unknown. {INSTALL_OVDET2}")
+    problems, count = [], 0
+    for requirement in requirements:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        count += 1
+        version = _version(requirement.name)
+        if version is None:
+            problems.append(f"{requirement.name} is missing")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} is {version}, allowed is {requirement.specifier}")
+    if problems:
+        return Finding(WRONG, f"{'; '.join(problems)}. {INSTALL_OVDET2}")
+    return Finding(OK, f"All {count} libraries of setup.py are installed in versions it allows.")
+
+
+def check_import(module, purpose, remedy=INSTALL_OVDET2):
+    """The library can be imported, which a broken or half-installed one cannot."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a damaged binary raises OSError, an incompatible one almost anything
+        return Finding(WRONG, f"{module} ({purpose}) cannot be imported ({_reason(error)}). {remedy}")
+    return Finding(OK, f"{module} ({purpose}).")
+
+
+def check_opencv(owners=None):
+    """Two distributions that both install ``cv2`` overwrite each other's files: there must be exactly one."""
+    if owners is None:
+        owners = importlib.metadata.packages_distributions().get("cv2", [])
+    owners = sorted(set(owners))
+    if len(owners) > 1:
+        return Finding(
+            WRONG,
+            f"{' and '.join(owners)} both own the module cv2 and overwrite each other. Run "
+            f"`pip uninstall -y {' '.join(owners)}`, then `pip install opencv-python-headless`.",
+        )
+    if not owners:
+        return Finding(WRONG, "OpenCV (cv2) is missing. Run `pip install opencv-python-headless`.")
+    return check_import("cv2", f"drawing, from {owners[0]} {_version(owners[0])}", "Reinstall opencv-python-headless.")
+
+
+def check_detectron2():
+    """Detectron2 >= 0.6 can be imported and does what ovdet2 needs with the libraries installed beside it."""
+    try:
+        detectron2 = importlib.import_module("detectron2")
+    except Exception as error:
+        return Finding(WRONG, f"Detectron2 cannot be imported ({_reason(error)}). {INSTALL_DETECTRON2}")
+    version = getattr(detectron2, "__version__", "of unknown version")
+    place = Path(detectron2.__file__).parent
+    if _numbers(version) < (0, 6):
+        return Finding(WRONG, f"Detectron2 {version} in {place} is too old, 0.6 is needed. {INSTALL_DETECTRON2}")
+    problems, notes = run_probes()
+    if problems:
+        what = "; ".join(problems)
+        return Finding(WRONG, f"Detectron2 {version} in {place} does not run here: {what}. {INSTALL_DETECTRON2}")
+    if notes:
+        return Finding(NOTE, f"Detectron2 {version} in {place} is usable, but {'; '.join(notes)}.")
+    return Finding(OK, f"Detectron2 {version} in {place} passes {len(PROBES)} checks.")
+
+
+def check_cuda():
+    """CUDA devices are not needed, so their absence is no fault."""
+    try:
+        cuda = importlib.import_module("torch").cuda
+        if not cuda.is_available():
+            return Finding(OK, "No CUDA device: everything runs on the CPU.")
+        devices = [cuda.get_device_properties(index) for index in range(cuda.device_count())]
+    except Exception as error:
+        return Finding(NOTE, f"CUDA devices could not be listed ({_reason(error)}); the CPU is used.")
+    listed = ", ".join(f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in devices)
+    return Finding(OK, f"{len(devices)} CUDA device{'s' * (len(devices) > 1)}: {listed}.")
+
+
+def check_disk(folder=".", free_bytes=None):
+    """Room for OV-Shapes, checkpoints and predictions below ``folder``."""
+    free = (shutil.disk_usage(folder).free if free_bytes is None else free_bytes) / 2**30
+    place = Path(folder).resolve()
+    if free < 1:
+        return Finding(WRONG, f"Only {free:.1f} GiB are free in {place}. Free at least 1 GiB before training.")
+    if free < 5:
+        return Finding(NOTE, f"{free:.1f} GiB are free in {place}: enough for OV-Shapes, not for OV-COCO.")
+    return Finding(OK, f"{free:.0f} GiB are free in {place}.")
+
+
+def check_embedded_teachers(folder=None):
+    """The teachers that come with the package, which the demonstration and the tests use."""
+    folder = Path(folder or ASSETS / "open_clip")
+    names = sorted(path.stem for path in folder.rglob("*.safetensors"))
+    if not names:
+        return Finding(WRONG, f"No embedded teachers in {folder}. Install ovdet2 again from a complete checkout.")
+    return Finding(OK, f"Teachers embedded in the package: {', '.join(names)}.")
+
+
+def check_cached_teachers(folders=None):
+    """CLIP weights that open_clip would load without a download."""
+    found = sorted({name for folder, pattern in folders or _teacher_caches() for name in _cached(folder, pattern)})
+    if not found:
+        return Finding(OK, "No CLIP weights are cached: open_clip downloads a model the first time it is used.")
+    return Finding(OK, f"CLIP weights cached on this machine: {', '.join(found)}.")
+
+
+def run_probes(probes=None):
+    """Run every probe of Detectron2.
+
+    Args:
+        probes: tuple of (function, essential, what is wrong if it raises); default PROBES.
+
+    Returns:
+        (problems, notes): sentences without a full stop, for probes that ovdet2 cannot and can do without.
+    """
+    problems, notes = [], []
+    for probe, essential, meaning in probes or PROBES:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                probe()
+        except Exception as error:  # whatever an incompatible library raises is the finding
+            (problems if essential else notes).append(f"{meaning} ({_reason(error)})")
+    return problems, notes
+
+
+def probe_modules():
+    for name in ("checkpoint", "config", "data", "engine", "evaluation", "layers", "modeling", "structures", "_C"):
+        importlib.import_module(f"detectron2.{name}")
+
+
+def probe_operators():
+    import torch
+    from detectron2.layers import ROIAlign, batched_nms
+
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 4.1]])
+    assert len(batched_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor([0, 0]), 0.5)) == 1, "NMS kept a duplicate"
+    rois = torch.tensor([[0.0, 0.0, 0.0, 4.0, 4.0]])
+    assert ROIAlign((2, 2), 1.0, 0, aligned=True)(torch.ones(1, 3, 8, 8), rois).shape == (1, 3, 2, 2), "RoIAlign"
+
+
+def probe_images():
+    import numpy as np
+    from detectron2.data.transforms import ExtentTransform, ResizeTransform
+    from detectron2.utils.visualizer import Visualizer
+
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert ExtentTransform((0, 0, 4, 4), (4, 4)).apply_image(image).shape == (4, 4, 3), "ExtentTransform"
+    assert ResizeTransform(8, 8, 4, 4).apply_image(image).shape == (4, 4, 3), "ResizeTransform"
+    drawn = Visualizer(image).draw_box((1, 1, 6, 6), edge_color="w").get_image()
+    assert drawn.shape == image.shape and drawn.any(), "Visualizer drew nothing"
+
+
+def probe_numpy():
+    from detectron2.data.build import print_instances_class_histogram
+    from detectron2.structures.masks import polygons_to_bitmask
+
+    assert polygons_to_bitmask([], 2, 2).dtype == bool, "masks are not boolean"
+    print_instances_class_histogram([{"annotations": [{"category_id": 0}]}], ["word"])
+
+
+def probe_scheduler(plain=False):
+    """The scheduler's state enters the checkpoint: Detectron2's own scheduler, or with ``plain`` one of torch."""
+    import torch
+    from detectron2.engine import hooks
+    from detectron2.solver import LRMultiplier
+    from fvcore.common.param_scheduler import ConstantParamScheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    if plain:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    else:
+        scheduler = LRMultiplier(optimizer, ConstantParamScheduler(1.0), max_iter=2)
+    assert hooks.LRScheduler(optimizer, scheduler).state_dict(), "empty state"
+
+
+def probe_launch():
+    """One gloo process group through Detectron2's own worker. With CUDA, NCCL is what it uses, and nothing is tried."""
+    import torch
+    import torch.distributed as dist
+    from detectron2.engine import launch
+    from detectron2.utils import comm
+
+    if torch.cuda.is_available() or dist.is_initialized():
+        return
+    seen = []
+    worker = importlib.import_module(launch.__module__)._distributed_worker
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            worker(0, lambda: seen.append(comm.get_local_size()), 1, 1, 0, (Path(folder) / "meet").as_uri(), ())
+        finally:
+            comm._LOCAL_PROCESS_GROUP = None
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    assert seen == [1], f"local sizes {seen}"
+
+
+def probe_skip():
+    from detectron2.data import MapDataset
+
+    assert MapDataset([0, 1], lambda number: number or None)[0] == 1, "another sample was expected"
+
+
+def probe_model_zoo():
+    from detectron2 import model_zoo
+
+    assert Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).is_file(), "Base-RCNN-FPN.yaml"
+
+
+# (function, whether ovdet2 needs it, what is wrong if it raises). The last three are known of upstream's main branch
+# beside new Python, torch and setuptools; ovdet2 does not depend on them.
+PROBES = (
+    (probe_modules, True, "its modules cannot be imported"),
+    (probe_operators, True, "NMS or RoIAlign does not run"),
+    (probe_images, True, "its image transforms do not run with this Pillow"),
+    (probe_numpy, True, "it uses type names that numpy has removed"),
+    (probe_scheduler, True, "the state of its learning-rate scheduler is not saved"),
+    (probe_launch, True, "it cannot start processes without CUDA"),
+    (functools.partial(probe_scheduler, plain=True), False, "the state of plain torch schedulers is not saved"),
+    (probe_skip, False, "its MapDataset cannot replace a skipped sample"),
+    (probe_model_zoo, False, "detectron2.model_zoo does not find its configurations"),
+)
+
+CHECKS = {
+    "python": check_python,
+    "torch": check_torch_pair,
+    "libraries": check_requirements,
+    "open_clip": functools.partial(check_import, "open_clip", "teachers"),
+    "pycocotools": functools.partial(check_import, "pycocotools.mask", "masks of Detectron2"),
+    "faster_coco_eval": functools.partial(check_import, "faster_coco_eval", "evaluation"),
+    "opencv": check_opencv,
+    "detectron2": check_detectron2,
+    "cuda": check_cuda,
+    "disk": check_disk,
+    "embedded_teachers": check_embedded_teachers,
+    "cached_teachers": check_cached_teachers,
+}
+
+
+def main(arguments=None):
+    """Print the findings; return the exit code (0, or 4 when something is wrong)."""
+    parser = argparse.ArgumentParser(prog="python -m ovdet2.doctor", description=__doc__.splitlines()[0])
+    parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
+    parser.add_argument("--only", choices=sorted(CHECKS), action="append", help="one check; may be repeated")
+    options = parser.parse_args(arguments)
+    wrong = 0
+    for name in options.only or CHECKS:
+        finding = CHECKS[name]()
+        wrong += finding.status == WRONG
+        if finding.status == WRONG or not options.quiet:
+            print(f"{finding.status:>5}  {finding.sentence}", flush=True)
+    if wrong:
+        print(f"{wrong} thing{'s' * (wrong > 1)} to mend.", file=sys.stderr)
+    return 4 if wrong else 0
+
+
+def _version(distribution):
+    """Version of an installed distribution, None if there is none."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(distribution)
+    return None
+
+
+def _numbers(version):
+    """The leading numbers of a version: "0.6+cu1" -> (0, 6)."""
+    numbers = []
+    for part in version.split("+")[0].split("."):
+        if not part.isdigit():
+            break
+        numbers.append(int(part))
+    return tuple(numbers)
+
+
+def _reason(error):
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
+def _teacher_caches():
+    """(folder, pattern) of the two places where open_clip keeps downloaded weights."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+    return ((Path(hub), "models--*"), (Path("~/.cache/clip").expanduser(), "*.pt"))
+
+
+def _cached(folder, pattern):
+    names = (path.name.removeprefix("models--").replace("--", "/") for path in Path(folder).glob(pattern))
+    return [name for name in names if "clip" in name.lower() or pattern == "*.pt"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Package definition. Detectron2, which is not on PyPI under its own name, comes from tools/install_detectron2.py."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ovdet2",
+    version="0.1.0",
+    description="Open-vocabulary object detection on Detectron2",
+    python_requires=">=3.11",
+    # configs/ is installed as ovdet2/configs, where ovdet2.config looks first.
+    packages=[*find_packages(include=["ovdet2", "ovdet2.*"]), "ovdet2.configs"],
+    package_dir={"ovdet2.configs": "configs"},
+    package_data={"ovdet2": ["assets/**/*"], "ovdet2.configs": ["**/*.yaml"]},
+    install_requires=[
+        # torch and torchvision must be the pair of one release: constraints.txt names the tested one.
+        "torch>=2.6,<2.16",
+        "torchvision>=0.21,<0.30",
+        "open_clip_torch>=3.0,<4",
+        "timm>=1.0.15,<2",
+        "faster-coco-eval>=1.6.5,<2",
+        "pycocotools>=2.0.8,<3",
+        "safetensors>=0.4.5,<1",
+        "scipy>=1.13,<2",
+        "numpy>=1.26,<3",
+        "Pillow>=10.1,<14",
+        "tqdm>=4.66,<5",
+        # What Detectron2 imports.
+        "cloudpickle>=3.0,<4",
+        "fvcore>=0.1.5.post20221221,<0.1.6",
+        "future>=1.0,<2",
+        "hydra-core>=1.3,<1.4",
+        "iopath>=0.1.9,<0.2",
+        "matplotlib>=3.8,<4",
+        "omegaconf>=2.3,<2.4",
+        "opencv-python-headless>=4.9,<6",
+        "packaging>=23",
+        "pydot>=2.0,<5",
+        "tabulate>=0.9,<1",
+        "tensorboard>=2.16,<3",
+        "termcolor>=2.4,<4",
+        "yacs>=0.1.8,<0.2",
+    ],
+    extras_require={"test": ["pytest>=8,<10", "hypothesis>=6.100,<7"]},
+)
