@@ -46,7 +46,12 @@ def get_cfg():
     cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
-    # Unreadable training images tolerated (each logged) by one data-loading process before the run stops.
+    # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.
+    cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
+
+    # Unreadable training images tolerated (each logged once) by one training process before the run stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
     # Proposals kept per image to report recall (AR@100, AR@300) on base and on novel boxes; 0 switches it off.

@@ -1,0 +1,109 @@
+"""The one place where image files are decoded, so that every reader sees the same pixels and the same errors.
+
+Pillow only: OpenCV returns an array for a truncated JPEG without saying so, which would train on half grey images.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ovdet2.errors import DataError, UsageError
+
+# The deepest feature map of the backbones has stride 32: a smaller image has less than one cell of it.
+MIN_SIDE = 32
+
+_FORMATS = ("RGB", "BGR", "L")
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def read_image(path, format="RGB"):
+    """Decode an image file, upright, in 8 bits per channel.
+
+    The EXIF orientation is applied (a damaged EXIF block is ignored, the pixels being whole). Grayscale is repeated
+    over three channels, CMYK is converted, an alpha channel is dropped, 16-bit values are divided by 257 (Pillow alone
+    would clip them to white), and of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+        format: "RGB", "BGR", or "L" (one channel).
+
+    Returns:
+        (H, W, C) uint8 array, C-contiguous, H and W as they are shown (after the EXIF rotation), C = 3, or 1 for "L".
+
+    Raises:
+        DataError: the file is missing, empty, truncated, no image, above Pillow's pixel limit, of floating-point
+            values, or has a side below :data:`MIN_SIDE` pixels; the message names the path.
+        UsageError: unknown ``format``.
+    """
+    if format not in _FORMATS:
+        raise UsageError(f"image format {format!r} is not one of {', '.join(_FORMATS)}: set INPUT.FORMAT to one of them.")
+    image = _decode(path)
+    if min(image.size) < MIN_SIDE:
+        raise DataError(
+            f"{path} is {image.width}x{image.height} pixels, below the {MIN_SIDE} px a side that the detectors need: "
+            "enlarge it or remove it from the data set."
+        )
+    pixels = np.asarray(image.convert("L" if format == "L" else "RGB"))
+    if format == "L":
+        pixels = pixels[:, :, None]
+    elif format == "BGR":
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _decode(path):
+    """The whole, upright image in an 8-bit mode of Pillow."""
+    if not Path(path).is_file():
+        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            image = _to_eight_bits(image, path)
+            return _upright(image)
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{path} is not an image ({_look(path)}): download it again or remove it from the data set."
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large to decode safely ({error}): scale it down.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        # Pillow's PNG reader raises SyntaxError and its other readers ValueError or EOFError for damaged streams.
+        raise DataError(
+            f"{path} cannot be decoded ({error}): it is damaged or truncated; download it again or remove it."
+        ) from None
+
+
+def _to_eight_bits(image, path):
+    """Bring 16-bit grayscale to 8 bits; other modes are left to Pillow's own conversion."""
+    if image.mode == "F":
+        raise DataError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 or 16 bits.")
+    if image.mode not in _SIXTEEN_BIT_MODES:
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path} holds 32-bit pixels, whose range is unknown: convert it to 8 or 16 bits.")
+    eight_bits = Image.fromarray((values // 257).astype(np.uint8))
+    eight_bits.info.update(image.info)
+    eight_bits.getexif().update(image.getexif())
+    return eight_bits
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF parser raises almost anything on damaged tags; the pixels are whole
+        return image.copy()
+
+
+def _look(path):
+    """What the first bytes suggest, for the error message."""
+    with open(path, "rb") as handle:
+        head = handle.read(64)
+    if not head:
+        return "the file is empty"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it holds HTML or XML, perhaps the error page of a download"
+    return "Pillow knows no reader for its first bytes"

@@ -1,0 +1,176 @@
+"""Checkpoints that survive a kill, a full disk and a file from a stranger."""
+
+import contextlib
+import os
+import re
+import socket
+from pathlib import Path
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+
+from ovdet2.engine.weights import DamagedFile, read_weights
+from ovdet2.errors import DataError, SetupError
+from ovdet2.files import atomic_path, write_text
+
+_POINTER = "last_checkpoint"
+_PERIODIC = re.compile(r"model_\d{7}\.pth")
+_CONNECT_SECONDS = 20
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with atomic writing, safe reading, and a way back from a damaged file.
+
+    A checkpoint is written beside its final name, fsynced and renamed; then the pointer ``last_checkpoint`` is
+    replaced in the same way; only then are older files removed. At every instant the pointer names a whole file.
+    """
+
+    def __init__(self, model, save_dir="", *, save_to_disk=None, keep=2, **checkpointables):
+        """
+        Args:
+            model: module, or its DistributedDataParallel wrapper.
+            save_dir: folder of the run.
+            save_to_disk: whether this process writes; None: rank 0 only.
+            keep: how many periodic checkpoints stay (the default: one to resume from and one to fall back to);
+                0 keeps all. ``model_final.pth``, other names and the file pointed to are never removed.
+            checkpointables: named objects with ``state_dict`` and ``load_state_dict``.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.keep = keep
+
+    def save(self, name, **extra):
+        """Write ``<save_dir>/<name>.pth`` and point to it.
+
+        Call it in every process: the state of the checkpointables may be gathered. Rank 0 writes.
+
+        Raises:
+            SetupError: the file cannot be written; files written before are untouched.
+        """
+        if not self.save_dir:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update((key, item.state_dict()) for key, item in self.checkpointables.items())
+        data.update(extra)
+        if not self.save_to_disk:
+            return
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info("Saving checkpoint to %s", path)
+        try:
+            with atomic_path(path) as temporary:
+                torch.save(data, temporary)
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:
+            # torch's zip writer reports a full disk as a RuntimeError.
+            raise SetupError(
+                f"cannot write the checkpoint {path} ({error}): free some disk space and go on with --resume; "
+                f"the latest whole checkpoint is {self.get_checkpoint_file() or 'none'}."
+            ) from error
+        self._remove_old()
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        """Point to the newest checkpoint, atomically."""
+        write_text(Path(self.save_dir) / _POINTER, last_filename_basename)
+
+    def load(self, path, *args, **kwargs):
+        """Load weights, and checkpointables if asked, as Detectron2 does.
+
+        Args:
+            path: file, or URL (http, https, detectron2://); "" loads nothing.
+
+        Raises:
+            DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
+        """
+        if path and not os.path.isfile(path):
+            path = self._fetch(path)
+        return super().load(path, *args, **kwargs)
+
+    def resume_or_load(self, path, *, resume=True):
+        """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
+
+        Raises:
+            DataError: there are checkpoints and none can be read, or the processes see different ones.
+        """
+        candidates = self._newest_first() if resume else []
+        if not candidates:
+            return self.load(path, checkpointables=[])
+        for candidate in candidates:
+            try:
+                loaded = self.load(str(candidate))
+            except DamagedFile as error:
+                self.logger.warning("%s Trying the checkpoint before it.", error)
+                continue
+            chosen = comm.all_gather(candidate.name)
+            if len(set(chosen)) > 1:
+                raise DataError(f"the processes resumed from different files ({chosen}): share {self.save_dir}.")
+            return loaded
+        raise DataError(
+            f"none of the checkpoints of {self.save_dir} can be read: start without --resume or with another OUTPUT_DIR."
+        )
+
+    def _fetch(self, path):
+        """The local copy of a URL."""
+        try:
+            with _connect_timeout():
+                local = self.path_manager.get_local_path(path)
+        except Exception as error:  # each protocol of the path manager raises its own kind
+            raise DataError(
+                f"the weights {path} cannot be fetched ({type(error).__name__}: {error}): download them elsewhere and "
+                'set MODEL.WEIGHTS to the file, or to "" to start from scratch.'
+            ) from error
+        if not os.path.isfile(local):
+            raise DataError(f'the weights {path} do not exist: set MODEL.WEIGHTS to a file, or to "" for none.')
+        return local
+
+    def _load_file(self, filename):
+        return read_weights(filename)
+
+    def _load_model(self, checkpoint):
+        """Load the weights except those of modules that take the vocabulary of this run.
+
+        A sub-module with ``adopt_saved_vocabulary(saved)`` is handed its own entries, prefix removed, and decides.
+        """
+        adopting = [
+            (f"{name}.", module)
+            for name, module in self.model.named_modules()
+            if name and hasattr(module, "adopt_saved_vocabulary")
+        ]
+        weights = checkpoint["model"]
+        for prefix, module in adopting:
+            saved = {name[len(prefix) :]: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+            if saved:
+                module.adopt_saved_vocabulary(saved)
+        incompatible = super()._load_model(checkpoint)
+        prefixes = tuple(prefix for prefix, _ in adopting)
+        if prefixes:
+            incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
+        return incompatible
+
+    def _newest_first(self):
+        """The pointed-to checkpoint, then the periodic ones by the time they were written."""
+        folder = Path(self.save_dir)
+        pointed = [Path(self.get_checkpoint_file())] if self.has_checkpoint() else []
+        others = [path for path in self._periodic() if path not in pointed]
+        return [path for path in pointed + others if path.parent == folder]
+
+    def _periodic(self):
+        """Periodic checkpoints, the newest first. By time, since the folder may hold a longer run's higher numbers."""
+        found = [path for path in Path(self.save_dir).glob("model_*.pth") if _PERIODIC.fullmatch(path.name)]
+        return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+    def _remove_old(self):
+        pointed = Path(self.get_checkpoint_file())
+        for path in self._periodic()[self.keep :] if self.keep else []:
+            if path != pointed:
+                path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _connect_timeout():
+    """A limit for sockets: without one, an unreachable host keeps the run waiting for minutes in silence."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_CONNECT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,91 @@
+"""What every program does first: configuration, logging, seeds."""
+
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+
+import detectron2
+import torch
+import torchvision
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from ovdet2.config import load_config
+from ovdet2.errors import SetupError, UsageError
+from ovdet2.files import write_text
+
+logger = logging.getLogger(__name__)
+
+# Switches of Detectron2 that its own trainer or train_net honour and ours does not.
+_NOT_SUPPORTED = ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED")
+
+
+def setup(args):
+    """Read the configuration and prepare this process. Call it in every process of the group.
+
+    Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
+    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA.
+
+    Args:
+        args: namespace with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
+
+    Returns:
+        CfgNode, frozen. A negative SEED is replaced by the random one that was drawn, so that config.yaml records it.
+
+    Raises:
+        UsageError: unknown file or key, wrong value, or a switch that ovdet2 does not have.
+        SetupError: OUTPUT_DIR cannot be written.
+    """
+    cfg = load_config(args.config_file, args.opts or [])
+    for key in _NOT_SUPPORTED:
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+        if node:
+            raise UsageError(f"ovdet2 does not offer {key}: set it to False.")
+    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if on_cpu:
+        cfg.MODEL.DEVICE = "cpu"
+    if cfg.SEED < 0:
+        cfg.SEED = comm.shared_random_seed()
+    cfg.freeze()
+    _open_output(cfg)
+    rank = comm.get_rank()
+    for name in ("fvcore", "detectron2", "ovdet2"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    if comm.is_main_process():
+        write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
+    logger.info("Command: %s", " ".join(sys.argv))
+    logger.info("%s", _versions())
+    if on_cpu:
+        logger.warning("MODEL.DEVICE asks for CUDA and there is none here: running on the CPU.")
+    logger.info(
+        "%d processes, seed %d, configuration written to %s/config.yaml",
+        comm.get_world_size(),
+        cfg.SEED,
+        cfg.OUTPUT_DIR,
+    )
+    seed_all_rng(cfg.SEED + rank)
+    if not getattr(args, "eval_only", False):
+        torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+    return cfg
+
+
+def _open_output(cfg):
+    try:
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made ({error}): choose another one.") from None
+    if not os.access(cfg.OUTPUT_DIR, os.W_OK):
+        raise SetupError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: choose another one.")
+
+
+def _versions():
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"Detectron2 {detectron2.__version__}, {device}, {torch.get_num_threads()} threads"
+    )

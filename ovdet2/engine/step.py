@@ -1,0 +1,130 @@
+"""One optimisation step that stops, in every process and before the weights change, when a number is not finite."""
+
+import contextlib
+import time
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+
+from ovdet2.errors import NumericalError, SetupError
+
+
+class CheckedStep:
+    """Forward, backward, optimizer step, metrics.
+
+    Detectron2's trainers look for NaN when they write metrics, hence some iterations late, and on rank 0 only, hence
+    leave the other processes waiting. Here the processes agree after every forward pass.
+    """
+
+    def __init__(self, model, data_loader, optimizer, scaler=None):
+        """
+        Args:
+            model: module returning a dict of scalar losses (or one scalar) from a batch.
+            data_loader: iterable of batches, endless; opened at the first step.
+            optimizer: over the model's parameters.
+            scaler: torch.amp.GradScaler for mixed precision on CUDA, or None for float32.
+        """
+        model.train()
+        self.model = model
+        self.data_loader = data_loader
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.iter = 0
+        self._batches = None
+
+    def run_step(self):
+        """Do iteration ``self.iter``.
+
+        Raises:
+            NumericalError: a loss or gradient is not finite in some process; the same message in all of them.
+            SetupError: the GPU's memory does not suffice for the batch.
+        """
+        if self._batches is None:
+            self._batches = iter(self.data_loader)
+        start = time.perf_counter()
+        batch = next(self._batches)
+        data_time = time.perf_counter() - start
+
+        losses, failure = self._forward(batch)
+        total = sum(losses.values()) if losses else torch.full((), float("nan"), device=self._device())
+        if not _everywhere(torch.isfinite(total.detach())):
+            self._stop("the loss is not finite", batch, losses, failure)
+        self.optimizer.zero_grad()
+        if self.scaler is None:
+            total.backward()
+            # Gradients are averaged over the processes, so each of them finds the same here.
+            if not torch.isfinite(self._gradient_norm()):
+                self._stop("a gradient is not finite", batch, losses)
+            self.optimizer.step()
+        else:
+            # The scaler itself leaves out steps whose float16 gradients overflow.
+            self.scaler.scale(total).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        _write_metrics(losses, data_time)
+
+    def close(self):
+        """Let go of the batches and of the processes that load them."""
+        self._batches = None
+
+    def _forward(self, batch):
+        """(losses, None), or (None, reason) where Detectron2 itself met a number that is not finite."""
+        autocast = contextlib.nullcontext() if self.scaler is None else torch.autocast("cuda", dtype=torch.float16)
+        try:
+            with autocast:
+                losses = self.model(batch)
+        except FloatingPointError as error:
+            return None, str(error)
+        except torch.OutOfMemoryError as error:
+            shapes = ", ".join(str(tuple(record["image"].shape)) for record in batch)
+            raise SetupError(
+                f"the GPU's memory does not suffice for images of {shapes} at iteration {self.iter}: lower "
+                "SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True."
+            ) from error
+        return (losses if isinstance(losses, dict) else {"loss": losses}), None
+
+    def _gradient_norm(self):
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def _device(self):
+        return next(self.model.parameters()).device
+
+    def _stop(self, what, batch, losses, failure=None):
+        """Raise one NumericalError that names the losses and images of every process."""
+        terms = failure or ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
+        images = ", ".join(f"{r.get('file_name')} (id {r.get('image_id')})" for r in batch)
+        reports = comm.all_gather(f"{terms}; images {images}")
+        listing = "\n".join(f"  process {rank}: {report}" for rank, report in enumerate(reports))
+        raise NumericalError(
+            f"{what} at iteration {self.iter}; the weights were not changed by it.\n{listing}\n"
+            "Lower SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip gradients (SOLVER.CLIP_GRADIENTS), look at "
+            "these images' annotations, and go on from the last checkpoint with --resume."
+        )
+
+
+def _everywhere(flag):
+    """Whether a boolean scalar tensor is true in all processes."""
+    if comm.get_world_size() > 1:
+        flag = flag.to(torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _write_metrics(losses, data_time):
+    """Put the losses, averaged over the processes, and the longest wait for data into Detectron2's event storage."""
+    names = sorted(losses)
+    row = torch.stack([losses[name].detach().float() for name in names])
+    rows = torch.cat([row, row.new_tensor([data_time])])[None]
+    if comm.get_world_size() > 1:
+        gathered = [torch.empty_like(rows) for _ in range(comm.get_world_size())]
+        dist.all_gather(gathered, rows)
+        rows = torch.cat(gathered)
+    if comm.is_main_process():
+        means = dict(zip(names, rows[:, :-1].mean(dim=0).tolist()))
+        storage = get_event_storage()
+        storage.put_scalar("data_time", rows[:, -1].max().item())
+        storage.put_scalar("total_loss", sum(means.values()))
+        storage.put_scalars(**means)

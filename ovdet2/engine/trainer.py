@@ -1,0 +1,245 @@
+"""The trainer: Detectron2's hooks, schedules and evaluation around a checked step and an exact resume."""
+
+import logging
+import weakref
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver import build_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+from ovdet2.data.loader import build_test_loader, build_train_loader
+from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
+from ovdet2.engine.step import CheckedStep
+from ovdet2.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_WRITE_PERIOD = 20
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's default trainer on CPU or CUDA, in one or several processes.
+
+    Its constructor is replaced, not extended: Detectron2's wraps the model for CUDA only. The model, its classes and
+    its vocabulary are known to MODEL.META_ARCHITECTURE alone.
+    """
+
+    def __init__(self, cfg):
+        """
+        Args:
+            cfg: frozen configuration. With SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are
+                scaled to the number of processes as Detectron2 does.
+
+        Raises:
+            UsageError: settings that do not go together.
+            DataError: the training set cannot be read.
+        """
+        TrainerBase.__init__(self)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        scaler = _build_scaler(cfg)
+        data_loader = self.build_train_loader(cfg)
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler)
+        self.checkpointer = AtomicCheckpointer(
+            model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._restored_random_state = None
+        self.register_hooks(self.build_hooks())
+
+    def resume_or_load(self, resume=True):
+        """Go on from the newest whole checkpoint of OUTPUT_DIR if asked and there is one, else load MODEL.WEIGHTS."""
+        if not resume and self.checkpointer.has_checkpoint():
+            logger.warning(
+                "%s holds checkpoints of an earlier run, which this run will replace (--resume would go on from them).",
+                self.cfg.OUTPUT_DIR,
+            )
+        state = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if resume and "iteration" in state:
+            self.start_iter = state["iteration"] + 1
+
+    def train(self):
+        """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
+
+        Raises:
+            NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer.
+        """
+        try:
+            return super().train()
+        finally:
+            self._trainer.close()
+            bad = getattr(self.data_loader, "bad_images", None)
+            if bad:
+                logger.warning("%d training images could not be used: %s", len(bad), ", ".join(bad))
+
+    def before_train(self):
+        """Run the hooks, then restore the random states of a resumed run, so that nothing can change them before."""
+        super().before_train()
+        if self._restored_random_state is not None:
+            set_random_state(self._restored_random_state)
+            self._restored_random_state = None
+
+    def build_hooks(self):
+        """Timing, learning rate, checkpoints, evaluation, metrics, in this order (a failing evaluation loses nothing)."""
+
+        def evaluate():
+            self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
+            return self._last_eval_results
+
+        built = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate),
+        ]
+        if comm.is_main_process():
+            # A run of 50 steps should show more than two lines.
+            period = max(1, min(_WRITE_PERIOD, self.max_iter // 10))
+            built.append(hooks.PeriodicWriter(self.build_writers(), period))
+        return built
+
+    def state_dict(self):
+        """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
+        state = TrainerBase.state_dict(self)
+        state["optimizer"] = self.optimizer.state_dict()
+        state["scheduler"] = self.scheduler.state_dict()
+        state["random"] = comm.gather(random_state())
+        if self._trainer.scaler is not None:
+            state["scaler"] = self._trainer.scaler.state_dict()
+        if hasattr(self.data_loader, "state_dict"):
+            state["data"] = self.data_loader.state_dict()
+        return state
+
+    def load_state_dict(self, state):
+        """Restore :meth:`state_dict`; with another number of processes the random states start anew."""
+        TrainerBase.load_state_dict(self, state)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self._trainer.scaler is not None and "scaler" in state:
+            self._trainer.scaler.load_state_dict(state["scaler"])
+        if "data" in state and hasattr(self.data_loader, "load_state_dict"):
+            self.data_loader.load_state_dict(state["data"])
+        if len(state["random"]) == comm.get_world_size():
+            self._restored_random_state = state["random"][comm.get_rank()]
+
+    @classmethod
+    def build_model(cls, cfg):
+        """Build MODEL.META_ARCHITECTURE and log how many parameters are trained.
+
+        Raises:
+            UsageError: no such architecture is registered.
+        """
+        import ovdet2.modeling  # noqa: F401  registers the meta-architectures
+
+        if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+            known = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY))
+            raise UsageError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is unknown; known are {known}.")
+        model = build_model(cfg)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        logger.info(
+            "%s: %.2f M parameters trained, %.2f M frozen.", cfg.MODEL.META_ARCHITECTURE, trained / 1e6, frozen / 1e6
+        )
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        """SGD or AdamW (SOLVER.OPTIMIZER) with Detectron2's parameter groups and gradient clipping.
+
+        Raises:
+            UsageError: another name.
+        """
+        if cfg.SOLVER.OPTIMIZER == "SGD":
+            return build_optimizer(cfg, model)
+        if cfg.SOLVER.OPTIMIZER != "AdamW":
+            raise UsageError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use 'SGD' or 'AdamW'.")
+        groups = get_default_optimizer_params(
+            model,
+            base_lr=cfg.SOLVER.BASE_LR,
+            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
+            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
+            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
+        )
+        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        """See :func:`ovdet2.data.loader.build_train_loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        """See :func:`ovdet2.data.loader.build_test_loader`."""
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        """The evaluator of a data set, writing to OUTPUT_DIR/inference/<data set>.
+
+        Raises:
+            UsageError: the data set's evaluator type is not one of ovdet2.
+        """
+        from ovdet2.evaluation import OpenVocabularyEvaluator
+
+        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+        if kind != "ov_coco":
+            raise UsageError(
+                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates 'ov_coco': register it with "
+                "ovdet2.data.datasets.coco_json.register_ov_dataset."
+            )
+        folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
+        return OpenVocabularyEvaluator(dataset_name, folder, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states."""
+        with preserved_random_state():
+            return super().test(cfg, model, evaluators)
+
+
+class CheckpointHook(HookBase):
+    """Saves every ``period`` iterations as model_<iteration>.pth, and after the last one as model_final.pth.
+
+    Registered in every process, since the random states of all of them are saved.
+    """
+
+    def __init__(self, checkpointer, period):
+        self.checkpointer = checkpointer
+        self.period = period
+
+    def after_step(self):
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter:
+            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+        elif self.period > 0 and done % self.period == 0:
+            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+
+
+def _distribute(model):
+    """Average gradients over the processes, if there are several; the device is where the parameters are."""
+    if comm.get_world_size() == 1:
+        return model
+    on_cuda = next(model.parameters()).is_cuda
+    device_ids = [comm.get_local_rank()] if on_cuda else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def _build_scaler(cfg):
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    if not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise UsageError(
+            f"SOLVER.AMP.ENABLED is float16 on CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set SOLVER.AMP.ENABLED False."
+        )
+    return torch.amp.GradScaler("cuda")

@@ -1,0 +1,122 @@
+"""Reading weight files without running code from them: torch, safetensors, and the pickles of Detectron2's model zoo."""
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ovdet2.errors import DataError
+
+# numpy's array constructor under the names it had before and has since numpy 2. Its import path differs, too.
+_RECONSTRUCT = np.zeros(1).__reduce__()[0]
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+}
+
+
+class DamagedFile(DataError):
+    """A file that is truncated or is not what its ending says, as opposed to one that is missing."""
+
+
+def read_weights(path):
+    """Read a checkpoint or weight file.
+
+    Args:
+        path: ".safetensors", ".pkl" (Detectron2's zoo: numpy arrays in a dict), or a torch file.
+
+    Returns:
+        dict with the key "model" (name to tensor or array) and what else the file holds.
+
+    Raises:
+        DataError: the file is missing, damaged (:class:`DamagedFile`), or asks for code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"the weight file {path} does not exist: check MODEL.WEIGHTS.")
+    readers = {".safetensors": _read_safetensors, ".pkl": _read_zoo_pickle}
+    data = readers.get(path.suffix, _read_torch)(path)
+    return data if "model" in data else {"model": data}
+
+
+def _read_torch(path):
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if path.stat().st_size == 0 or not (zipfile.is_zipfile(path) or _starts_like_a_pickle(path)):
+            raise DamagedFile(f"{path} is no torch file or is truncated: {_REMEDY}") from None
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise DataError(
+            f"{path} holds more than tensors and plain values ({reason}) and was not opened, since it could run code: "
+            "save only its state dict, best as .safetensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DamagedFile(f"{path} is damaged or truncated ({str(error).splitlines()[0]}): {_REMEDY}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds a {type(data).__name__}, not a dict of weights: {_REMEDY}")
+    return data
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except (SafetensorError, ValueError, OSError) as error:
+        raise DamagedFile(f"{path} is not a whole safetensors file ({error}): {_REMEDY}") from None
+
+
+def _read_zoo_pickle(path):
+    """A file of Detectron2's model zoo, or of Caffe2, whose names Detectron2 matches by heuristics."""
+    try:
+        with open(path, "rb") as handle:
+            data = _ArraysOnly(handle, encoding="latin1").load()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise DamagedFile(f"{path} is no whole pickle ({type(error).__name__}: {error}): {_REMEDY}") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{path} holds a {type(data).__name__}, not a dict of weights: {_REMEDY}")
+    if "model" in data and "__author__" in data:
+        return data
+    weights = data.get("blobs", data)
+    weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Builds numpy arrays and builtin containers, and refuses every other name before it is imported."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return _bytes_of_latin1
+        if (module, name) not in _ALLOWED:
+            raise DataError(
+                f"the pickle asks for {module}.{name} and was not opened, since it could run code: only numpy arrays "
+                "in builtin containers are read from a .pkl file; convert it to .safetensors."
+            )
+        return _ALLOWED[module, name]
+
+
+def _bytes_of_latin1(text, encoding="latin1"):
+    """What protocol 2 writes for bytes: ``_codecs.encode(text, "latin1")``, with no other codec."""
+    if encoding != "latin1":
+        raise DataError(f"the pickle asks for the codec {encoding!r} and was not opened.")
+    return text.encode("latin1")
+
+
+def _starts_like_a_pickle(path):
+    """Whether a torch file of before 1.6, a bare pickle of protocol 2 to 5."""
+    with open(path, "rb") as handle:
+        head = handle.read(2)
+    return len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5
+
+
+_REMEDY = "download or save it again."
