@@ -1,0 +1,1 @@
+"""OV-Shapes: the procedural open-vocabulary benchmark that ships with the project."""

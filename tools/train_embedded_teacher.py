@@ -1,0 +1,301 @@
+"""Train one of the two embedded CLIP models on the captions of OV-Shapes, and measure it.
+
+    python tools/train_embedded_teacher.py --model ovshapes-resnet --output ovdet2/assets/open_clip
+
+Only image-level captions are used: no box, no detection image. The output is ``<model>.safetensors`` (float16 weights,
+loadable by ``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash,
+zero-shot accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ovdet2.data.shapes.captions import CAPTION_COUNT, render_captions
+from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
+from ovdet2.data.shapes.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
+from ovdet2.errors import NumericalError, UsageError, exit_on_error
+from ovdet2.files import atomic_path, sha256_file, write_json
+from ovdet2.vlm.crops import scale_boxes, warp_crops
+from ovdet2.vlm.teacher import Teacher, register_embedded_models
+from ovdet2.vlm.templates import render
+
+SCHEMA = "ovdet2/embedded-teacher/1"
+_SAVE_EVERY = 100
+
+
+def main(arguments=None):
+    args = _parse(arguments)
+    torch.set_num_threads(args.threads)
+    register_embedded_models()
+    if args.model not in open_clip.list_models():
+        raise UsageError(f"there is no model configuration {args.model}: add it to ovdet2/assets/open_clip/.")
+    print(f"Rendering {args.pairs} image-caption pairs", flush=True)
+    images, captions = render_captions(args.seed, args.pairs, progress=tqdm)
+    data_hash = hashlib.sha256(images.tobytes() + "\n".join(captions).encode()).hexdigest()
+    start = time.monotonic()
+    model = train(args, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions)
+    seconds = time.monotonic() - start
+    weights = args.output / f"{args.model}.safetensors"
+    _save_half(model, weights)
+    manifest = {
+        "schema": SCHEMA,
+        "script": "tools/train_embedded_teacher.py",
+        "arguments": {key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")},
+        "weights_sha256": sha256_file(weights),
+        "captions_sha256": data_hash,
+        "train_seconds": round(seconds),
+        "threads": args.threads,
+        "preprocess": {key: model.visual.preprocess_cfg[key] for key in ("size", "mean", "std", "interpolation")},
+        "accuracy_percent": measure(Teacher.load(args.model, str(weights)), args.seed),
+    }
+    write_json(args.output / f"{args.model}.manifest.json", manifest, indent=1)
+    (args.output / f"{args.model}.resume.pt").unlink(missing_ok=True)
+    print(json.dumps(manifest["accuracy_percent"], indent=1))
+
+
+def train(args, images, captions):
+    """Symmetric contrastive training with AdamW, linear warm-up and cosine decay.
+
+    Args:
+        args: of :func:`_parse`.
+        images: uint8 Tensor [N, 3, H, W], RGB.
+        captions: list of N str.
+
+    Returns:
+        The trained open_clip model in evaluation mode.
+
+    Raises:
+        NumericalError: the loss is not finite.
+    """
+    torch.manual_seed(args.seed)
+    model = open_clip.create_model(args.model).train()
+    tokens = open_clip.get_tokenizer(args.model)(captions)
+    side = model.visual.preprocess_cfg["size"]
+    side = side if isinstance(side, int) else side[0]
+    mean = torch.tensor(model.visual.preprocess_cfg["mean"]).view(3, 1, 1)
+    std = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1)
+    optimizer = _optimizer(model, args)
+    loss_of = open_clip.loss.ClipLoss()
+    resume = args.output / f"{args.model}.resume.pt"
+    first = _restore(resume, model, optimizer, args)
+    batches = BatchPlan(captions, args.batch, args.seed)
+    progress = tqdm(range(first, args.steps), initial=first, total=args.steps)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * _schedule(step, args.steps)
+        chosen = batches.batch(step)
+        random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pixels = augment(images[chosen].float() / 255.0, side, random)
+        image_features, text_features, scale = model((pixels - mean) / std, tokens[chosen])[:3]
+        loss = loss_of(image_features, text_features, scale)
+        if not torch.isfinite(loss):
+            raise NumericalError(f"the loss is {loss.item()} at step {step}: lower --lr.")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0.0, math.log(100.0))
+        progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}", refresh=False)
+        if (step + 1) % _SAVE_EVERY == 0 and step + 1 < args.steps:
+            _save_resume(resume, model, optimizer, step + 1, args)
+    return model.eval()
+
+
+class BatchPlan:
+    """Which pairs make up the batch of each step, as a pure function of the step.
+
+    No batch holds one caption text twice: ClipLoss takes every other text of the batch as a negative of an image, and
+    an equal text would be a wrong one. A repeated text waits for a later batch of its epoch.
+    """
+
+    def __init__(self, captions, batch_size, seed):
+        if len(captions) < batch_size:
+            raise UsageError(f"{len(captions)} pairs do not fill a batch of {batch_size}: raise --pairs or lower --batch.")
+        self._captions, self._batch_size, self._seed = captions, batch_size, seed
+        self._epoch, self._batches = None, []
+        self._per_epoch = len(captions) // batch_size
+
+    def batch(self, step):
+        """Integer indices of the pairs of ``step``; at most the batch size of them."""
+        epoch, position = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._captions))
+            self._epoch, self._batches = epoch, self._fill(order)
+        return self._batches[position]
+
+    def _fill(self, order):
+        batches, texts = [[] for _ in range(self._per_epoch)], [set() for _ in range(self._per_epoch)]
+        first_open = 0
+        for index in order:
+            text = self._captions[index]
+            for i in range(first_open, self._per_epoch):
+                if len(batches[i]) < self._batch_size and text not in texts[i]:
+                    batches[i].append(int(index))
+                    texts[i].add(text)
+                    break
+            while first_open < self._per_epoch and len(batches[first_open]) == self._batch_size:
+                first_open += 1
+        return batches
+
+
+def augment(pixels, side, random):
+    """Random crop with change of scale and aspect, flip, exposure and loss of resolution.
+
+    Args:
+        pixels: float Tensor [N, 3, H, W] in [0, 1].
+        side: S of the output.
+        random: torch Generator.
+
+    Returns:
+        Tensor [N, 3, S, S] in [0, 1].
+    """
+    count = len(pixels)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, generator=random)
+
+    scale = torch.exp(uniform(math.log(0.5), math.log(1.05)))  # side of the crop as a share of the image's
+    aspect = torch.exp(uniform(-0.35, 0.35))
+    extent = torch.stack([scale * aspect.sqrt(), scale / aspect.sqrt()], dim=1)
+    center = uniform(-1.0, 1.0, 2) * (1.0 - extent).clamp(min=0.0)
+    flip = torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = extent[:, 0] * flip, extent[:, 1], center
+    grid = F.affine_grid(theta, (count, 3, side, side), align_corners=False)
+    crops = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    # A quarter of the batch each loses resolution to a common size, as small images on the web have been enlarged.
+    parts = list(crops.chunk(4))
+    for i in range(1, len(parts)):
+        small = int(torch.randint(20, side + 1, (1,), generator=random))
+        coarse = F.interpolate(parts[i], size=(small, small), mode="bilinear", antialias=True, align_corners=False)
+        parts[i] = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+    return (torch.cat(parts) * uniform(0.8, 1.15, 1, 1, 1)).clamp(0.0, 1.0)
+
+
+def measure(teacher, seed):
+    """Zero-shot accuracies over the 65 classes in percent, with ViLD's prompts.
+
+    Args:
+        teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+        seed: of the data set.
+
+    Returns:
+        dict "whole_images" | "box_crops_1x" | "box_crops_1.5x" | "box_crops_1x+1.5x" -> dict "all", "base", "novel",
+        "unseen_nouns", "unseen_combinations" -> percent; crops are of the ground-truth boxes of the validation images.
+    """
+    texts = F.normalize(torch.stack([teacher.encode_text(render(n, "vild63")).mean(dim=0) for n in CLASS_NAMES]), dim=1)
+    whole, labels = [], []
+    for index in tqdm(range(10 * len(CLASS_NAMES)), desc="whole images"):
+        image = _to_tensor(single_object_scene(seed, index).image)
+        whole.append(F.interpolate(image[None], size=(teacher.image_size,) * 2, mode="bilinear", antialias=True))
+        labels.append(index % len(CLASS_NAMES))
+    result = {"whole_images": accuracies(teacher.encode_image(torch.cat(whole)) @ texts.T, torch.tensor(labels))}
+    tight, wide, labels = [], [], []
+    for index in tqdm(range(IMAGE_COUNTS["val2017"]), desc="box crops"):
+        scene = detection_scene(seed, "val2017", index)
+        image, height, width = _to_tensor(scene.image), *scene.image.shape[:2]
+        boxes = torch.tensor([placed.box_xyxy for placed in scene.objects])
+        tight.append(teacher.encode_image(warp_crops(image, boxes, teacher.image_size)))
+        around = scale_boxes(boxes, 1.5, height, width)
+        wide.append(teacher.encode_image(warp_crops(image, around, teacher.image_size)))
+        labels += [class_index(placed) for placed in scene.objects]
+    tight, wide, labels = torch.cat(tight), torch.cat(wide), torch.tensor(labels)
+    result["box_crops_1x"] = accuracies(tight @ texts.T, labels)
+    result["box_crops_1.5x"] = accuracies(wide @ texts.T, labels)
+    result["box_crops_1x+1.5x"] = accuracies((tight + wide) @ texts.T, labels)
+    return result
+
+
+def accuracies(logits, labels):
+    """Percent of the rows of ``logits`` [N, 65] whose largest entry is at ``labels`` [N], by group of classes."""
+    right = logits.argmax(dim=1) == labels
+    groups = {
+        "all": CLASS_NAMES,
+        "base": BASE_NAMES,
+        "novel": NOVEL_NAMES,
+        "unseen_nouns": UNSEEN_NOUNS,
+        "unseen_combinations": UNSEEN_COMBINATIONS,
+    }
+    result = {}
+    for group, names in groups.items():
+        members = torch.isin(labels, torch.tensor([CLASS_NAMES.index(name) for name in names]))
+        result[group] = round(100.0 * right[members].float().mean().item(), 1)
+    return result
+
+
+def _to_tensor(image):
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255.0
+
+
+def _optimizer(model, args):
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+
+
+def _schedule(step, steps, warm_up=60):
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+
+
+def _save_half(model, path):
+    from safetensors.torch import save_file
+
+    state = {name: t.detach().half() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, str(temporary))
+
+
+def _run_of(args):
+    return json.dumps({key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")})
+
+
+def _save_resume(path, model, optimizer, step, args):
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "run": _run_of(args)}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _restore(path, model, optimizer, args):
+    """Load ``path`` if it is of a run with the same arguments; the first step to do."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["run"] != _run_of(args):
+        raise UsageError(f"{path} is of a run with other arguments ({state['run']}): delete it or give the same ones.")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def _parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="name of a configuration in ovdet2/assets/open_clip")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the weights and manifests")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--pairs", type=int, default=CAPTION_COUNT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="changes the last digits of the result")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
