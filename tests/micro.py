@@ -1,0 +1,88 @@
+"""A detector small enough to run in milliseconds, with weights that do not depend on a random generator.
+
+5 words (3 base, 2 novel), 8 dimensions, images of about 64 x 96.
+"""
+
+import math
+
+import torch
+from detectron2.modeling import build_backbone, build_proposal_generator
+from detectron2.structures import Boxes, Instances
+from torch.nn import functional as F
+
+from ovdet2.config import find_config, get_cfg
+from ovdet2.layers import VocabularyBuffer
+from ovdet2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vocabulary import Vocabulary
+
+NAMES = ("red star", "blue moon", "striped ring", "dotted star", "plain heart")
+TEMPERATURE = 0.2  # at 0.01 untrained scores are all 0 or 1, and tied
+TEACHER = Fingerprint("micro", "test", "0" * 64)
+
+
+def wave(shape, frequency=1.0):
+    """A deterministic tensor in [-1, 1], the same in every library version."""
+    count = math.prod(shape)
+    return torch.sin(frequency * (1 + torch.arange(count, dtype=torch.float64)) ** 1.1).float().reshape(shape)
+
+
+def vocabulary(names=NAMES, num_base=3, dim=8, teacher=TEACHER, frequency=0.7):
+    """A vocabulary of made-up unit embeddings."""
+    rows = F.normalize(wave((len(names), dim), frequency), dim=1)
+    return Vocabulary(names, torch.arange(len(names)) < num_base, rows, teacher, "single", tuple(range(10, 10 + len(names))))
+
+
+def cfg():
+    """ViLD's network at its smallest."""
+    result = get_cfg()
+    result.merge_from_file(str(find_config("base/ovshapes_r18.yaml")))
+    result.MODEL.DEVICE = "cpu"
+    result.MODEL.OVD.TEMPERATURE = TEMPERATURE
+    result.MODEL.FPN.OUT_CHANNELS = 16
+    result.MODEL.ROI_BOX_HEAD.CONV_DIM = 16
+    result.MODEL.ROI_BOX_HEAD.NUM_CONV = 1
+    result.MODEL.ROI_BOX_HEAD.FC_DIM = 32
+    result.MODEL.RPN.POST_NMS_TOPK_TEST = 50
+    result.MODEL.RPN.POST_NMS_TOPK_TRAIN = 50
+    # More than there are: nothing is sampled at random, so losses are a function of weights and images alone.
+    result.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 1_000_000
+    result.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 1_000_000
+    result.MODEL.ROI_HEADS.POSITIVE_FRACTION = 1.0
+    return result
+
+
+def model(words=None, config=None, region_scorer=None):
+    """An OpenVocabularyRCNN with deterministic weights, in evaluation mode."""
+    config = config or cfg()
+    backbone = build_backbone(config)
+    heads = OpenVocabularyROIHeads(config, backbone.output_shape(), VocabularyBuffer(words or vocabulary()))
+    network = OpenVocabularyRCNN(
+        backbone=backbone,
+        proposal_generator=build_proposal_generator(config, backbone.output_shape()),
+        roi_heads=heads,
+        region_scorer=region_scorer,
+        proposals_kept=20,
+        pixel_mean=config.MODEL.PIXEL_MEAN,
+        pixel_std=config.MODEL.PIXEL_STD,
+        input_format=config.INPUT.FORMAT,
+    )
+    with torch.no_grad():
+        for number, parameter in enumerate(network.parameters()):
+            if parameter.ndim > 1:
+                parameter.copy_(wave(parameter.shape, 0.3 + 0.01 * number) * (1.5 / parameter[0].numel() ** 0.5))
+        heads.box_predictor.cls_score.background.copy_(wave((8,), 0.9))
+    return network.eval()
+
+
+def images(count=2):
+    """Records as a mapper gives them, of different and non-square sizes, with base objects only."""
+    records = []
+    for index in range(count):
+        height, width = (64, 96) if index % 2 == 0 else (80, 64)
+        pixels = ((wave((3, height, width), 0.05 + 0.01 * index) + 1) * 127).to(torch.uint8)
+        target = Instances((height, width))
+        target.gt_boxes = Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 20.0, 60.0, 60.0]]))
+        target.gt_classes = torch.tensor([index % 3, (index + 1) % 3])
+        records.append({"image": pixels, "height": height, "width": width, "image_id": index, "instances": target})
+    return records

@@ -1,0 +1,110 @@
+"""The teacher and its crops, on a CLIP of random weights small enough for a test."""
+
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.crops import embed_regions, scale_boxes, warp_crops
+from ovdet2.vlm.teacher import Teacher, state_dict_sha256
+from tests import micro
+
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A local weight file of a made-up architecture."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "micro-clip.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(folder / "micro-clip.json")
+    torch.manual_seed(0)
+    clip = open_clip.create_model("micro-clip")
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(folder / "w.safetensors"))
+    return folder / "w.safetensors"
+
+
+@pytest.fixture(scope="module")
+def teacher(weights):
+    return Teacher.load("micro-clip", str(weights))
+
+
+def test_teacher_is_frozen_and_fingerprinted(teacher, weights):
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher.train().training and teacher.embed_dim == 16 and teacher.image_size == 32
+    assert teacher.fingerprint.pretrained == "w.safetensors"
+    assert teacher.fingerprint.weights_sha256 == state_dict_sha256(teacher.clip.state_dict())
+    changed = dict(teacher.clip.state_dict(), logit_scale=torch.tensor(1.0))
+    assert state_dict_sha256(changed) != teacher.fingerprint.weights_sha256
+
+
+def test_hash_does_not_depend_on_storage_precision(teacher):
+    half = {k: v.half() for k, v in teacher.clip.state_dict().items()}
+    assert state_dict_sha256(half) == state_dict_sha256({k: v.float() for k, v in half.items()})
+
+
+def test_batch_equals_singles_and_empty(teacher):
+    pixels = (micro.wave((5, 3, 32, 32), 0.1) + 1) / 2
+    together = teacher.encode_image(pixels, batch_size=2)
+    singles = torch.cat([teacher.encode_image(p[None]) for p in pixels])
+    assert torch.allclose(together, singles, atol=1e-6)
+    assert torch.allclose(together.norm(dim=1), torch.ones(5), atol=1e-6)
+    assert teacher.encode_image(pixels[:0]).shape == (0, 16)
+    texts = ["a cat", "a dog", "the longer text"]
+    assert torch.allclose(teacher.encode_text(texts, batch_size=2), torch.cat([teacher.encode_text([t]) for t in texts]), atol=1e-6)
+
+
+def test_long_prompt_is_refused(teacher):
+    with pytest.raises(UsageError, match="more than the 14 tokens"):
+        teacher.encode_text(["a photo of " + "very " * 20 + "long name"])
+
+
+def test_bad_teachers(weights, tmp_path):
+    with pytest.raises(UsageError, match="no architecture 'ViT-Z'"):
+        Teacher.load("ViT-Z", "openai")
+    with pytest.raises(UsageError, match="is not embedded"):
+        Teacher.load("ViT-B-32", "embedded")
+    with pytest.raises(UsageError, match="neither a file nor a pretrained tag"):
+        Teacher.load("ViT-B-32", "no/such/file.pt")
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(DataError, match="torn.safetensors' of micro-clip could not be loaded"):
+        Teacher.load("micro-clip", str(torn))
+
+
+def test_scale_boxes():
+    boxes = torch.tensor([[10.0, 20.0, 30.0, 60.0], [0.0, 0.0, 100.0, 50.0], [99.9, 49.9, 100.0, 50.0]])
+    assert torch.equal(scale_boxes(boxes[:2], 1.0, 50 + 10, 100), boxes[:2])
+    assert scale_boxes(boxes[:1], 1.5, 100, 100).tolist() == [[5.0, 10.0, 35.0, 70.0]]
+    small = scale_boxes(boxes, 1.5, 50, 100)
+    assert (small[:, 2:] - small[:, :2] >= 1).all() and (small >= 0).all()
+    assert (small[:, 2] <= 100).all() and (small[:, 3] <= 50).all()
+
+
+def test_warp_equals_pillow_box_average():
+    """A crop shrunk by a whole number is the mean of whole blocks of pixels."""
+    pixels = ((micro.wave((3, 64, 96), 0.07) + 1) / 2)
+    crop = warp_crops(pixels, torch.tensor([[16.0, 8.0, 80.0, 56.0]]), 16)[0]
+    image = Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+    reference = np.asarray(image.crop((16, 8, 80, 56)).resize((16, 16), Image.BOX)) / 255
+    assert np.abs(crop.permute(1, 2, 0).numpy() - reference).max() < 0.02
+
+
+def test_embed_regions_is_the_normalised_sum_of_two_crops(teacher):
+    pixels = (micro.wave((3, 64, 96), 0.07) + 1) / 2
+    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [50.0, 10.0, 90.0, 60.0], [0.0, 0.0, 96.0, 64.0]])
+    found = embed_regions(teacher, pixels, boxes, batch_size=2)
+    for box, row in zip(boxes, found):
+        one = teacher.encode_image(warp_crops(pixels, scale_boxes(box[None], 1.0, 64, 96), 32))[0].double()
+        wide = teacher.encode_image(warp_crops(pixels, scale_boxes(box[None], 1.5, 64, 96), 32))[0].double()
+        assert torch.allclose(row.double(), (one + wide) / (one + wide).norm(), atol=1e-5)
+    assert torch.allclose(embed_regions(teacher, pixels, boxes.flip(0)), found.flip(0), atol=1e-5)

@@ -1,0 +1,169 @@
+"""Words, prompts, embedding files: ViLD's rules, round trips, and every refusal."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.files import write_safetensors
+from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
+from ovdet2.vlm.templates import article, clean_name, get_templates, render, template_set_names
+from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes, parse_words
+from tests import micro
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+
+class LengthTeacher:
+    """Stands in for CLIP: a text's embedding depends on its length and first letter only."""
+
+    fingerprint = micro.TEACHER
+
+    def encode_text(self, texts):
+        rows = torch.tensor([[len(t), ord(t[0]), 40.0] for t in texts])
+        return rows / rows.norm(dim=1, keepdim=True)
+
+
+def test_template_sets():
+    assert template_set_names() == ["openclip80", "photo12", "single", "vild63"]
+    assert [len(get_templates(name)) for name in template_set_names()] == [80, 12, 1, 63]
+    for name in template_set_names():
+        assert all(template.count("{}") == 1 for template in get_templates(name))
+        assert len(set(get_templates(name))) == len(get_templates(name))
+    with pytest.raises(UsageError, match="unknown template set 'vild'"):
+        get_templates("vild")
+
+
+def test_vild_templates_are_the_published_ones():
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is absent")
+    published = json.loads((SHARED / "vild_templates.json").read_text())["templates"]
+    assert list(get_templates("vild63")) == published
+
+
+def test_vild_rules():
+    assert clean_name("Bow_(weapon)") == "bow (weapon)"
+    assert clean_name("cabinet/shelf.") == "cabinet or shelf"
+    assert [article(word) for word in ("apple", "hour", "unicorn", "cat")] == ["an", "a", "an", "a"]
+    texts = render("Aerosol_can", "vild63")
+    assert texts[0] == "There is an aerosol can in the scene." and texts[5] == "itap of an aerosol can."
+    assert texts[8] == "This is a photo of an aerosol can." and texts[52] == "This is the plastic aerosol can."
+    assert sum(text.startswith("This is ") for text in texts) == 58
+    assert render("cat", "single") == ["a photo of a cat."]
+
+
+def test_build_normalises_averages_normalises():
+    words = Vocabulary.build(["apple", "cat"], LengthTeacher(), "photo12", [True, False], [3, 7])
+    rows = np.array([[len(t), ord(t[0]), 40.0] for t in render("apple", "photo12")], dtype=np.float64)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    mean = rows.mean(0)
+    assert np.allclose(words.embeddings[0], mean / np.linalg.norm(mean), atol=1e-6)
+    assert words.num_base == 1 and words.base().names == ("apple",) and words.base().category_ids == (3,)
+
+
+def test_file_round_trip(tmp_path):
+    words = micro.vocabulary()
+    words.save(tmp_path / "v.safetensors")
+    back = Vocabulary.load(tmp_path / "v.safetensors")
+    assert torch.equal(back.embeddings, words.embeddings) and torch.equal(back.base_mask, words.base_mask)
+    assert back.manifest() == words.manifest()
+    again = from_buffers(words.embeddings, words.base_mask, manifest_bytes(words))
+    assert again.manifest() == words.manifest()
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ((), "vocabulary is empty"),
+        (("cat", " "), "word 1 of the vocabulary is empty"),
+        (("red mug", "cat", "Red_mug"), "holds 'Red_mug' twice"),
+    ],
+)
+def test_bad_words(names, message):
+    with pytest.raises(UsageError, match=message):
+        Vocabulary.build(names, LengthTeacher())
+
+
+def test_bad_embeddings():
+    words = micro.vocabulary()
+    rows = words.embeddings.clone()
+    rows[2] *= 2
+    with pytest.raises(DataError, match="'striped ring' .row 2. has norm 2.0"):
+        Vocabulary(words.names, words.base_mask, rows, words.teacher, "single")
+    with pytest.raises(DataError, match="shape \\[4, 8\\]"):
+        Vocabulary(words.names, words.base_mask, rows[:4], words.teacher, "single")
+    with pytest.raises(DataError, match="norm"):
+        Vocabulary.from_table(["cat", "dog"], np.zeros((2, 4)), words.teacher, "none")
+    with pytest.raises(DataError, match="there are 3 words"):
+        Vocabulary.from_table(["cat", "dog", "cow"], np.ones((2, 4)), words.teacher, "none")
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "v.safetensors"
+    with pytest.raises(DataError, match="does not exist: build it with tools/build_vocabulary.py"):
+        Vocabulary.load(path)
+    micro.vocabulary().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        Vocabulary.load(path)
+    write_safetensors(path, {"x": torch.zeros(1)}, {"schema": "something/1"})
+    with pytest.raises(DataError, match="schema 'something/1'"):
+        Vocabulary.load(path)
+
+
+def test_fingerprints():
+    hashed, other = Fingerprint("ViT-B-32", "openai", "a" * 64), Fingerprint("ViT-B-32", "openai", "b" * 64)
+    stated = Fingerprint.stated("ViT-B-32", "openai")
+    require_same_teacher(hashed, "x", Fingerprint("ViT-B-32", "my_copy.pt", "a" * 64), "y")
+    require_same_teacher(hashed, "x", stated, "y")
+    for wrong in (other, Fingerprint.stated("ViT-B-16", "openai"), Fingerprint.stated("ViT-B-32", "laion2b_s34b_b79k")):
+        with pytest.raises(DataError, match="x is of teacher ViT-B-32 / openai .aaaaaaaaaaaa.*y is of teacher"):
+            require_same_teacher(hashed, "x", wrong, "y")
+
+
+def test_parse_words(tmp_path):
+    assert parse_words("cat, red mug ,") == ["cat", "red mug"]
+    (tmp_path / "words.txt").write_text("cat # a pet\n\nred mug\n", encoding="utf-8")
+    assert parse_words(str(tmp_path / "words.txt")) == ["cat", "red mug"]
+
+
+def test_many_words_permute_and_count():
+    names = [f"word {i}" for i in range(1203)]
+    words = Vocabulary.build(names, LengthTeacher(), "single")
+    assert len(words) == 1203 and words.num_base == 0
+
+
+def run_tool(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "tools" / "build_vocabulary.py"), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT)
+
+
+def test_import_of_the_real_coco_table(tmp_path):
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is absent")
+    output = tmp_path / "coco.safetensors"
+    table = SHARED / "clip_text" / "coco_clip_a+cname.npy"
+    categories = SHARED / "coco_mini" / "annotations" / "instances_val2017.json"
+    done = run_tool("--dataset", "ov_coco_val_all", "--import-table", table, "--json", categories, "--architecture", "ViT-B-32",
+                    "--pretrained", "openai", "--templates", "a {name}", "--output", output)
+    assert done.returncode == 0, done.stderr
+    words = Vocabulary.load(output)
+    assert len(words) == 65 and words.num_base == 48 and words.embeddings.shape == (65, 512)
+    assert words.names[0] == "person" and words.teacher.weights_sha256 is None
+    raw = np.load(table).astype(np.float64)
+    airplane = raw[4] / np.linalg.norm(raw[4])  # fifth of COCO's 80, first novel one
+    assert words.names[48] == "airplane" and np.allclose(words.embeddings[48], airplane, atol=1e-5)
+
+
+def test_tool_usage_errors(tmp_path):
+    done = run_tool("--words", "cat, cat", "--architecture", "ViT-B-32", "--pretrained", "nothing", "--output", tmp_path / "x")
+    assert done.returncode == 2 and "neither a file nor a pretrained tag" in done.stderr
+    done = run_tool("--architecture", "ViT-B-32", "--pretrained", "openai", "--output", tmp_path / "x")
+    assert done.returncode == 2 and "give one of --words" in done.stderr
