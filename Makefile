@@ -3,7 +3,7 @@
 # make doctor   say what of the environment is missing or mismatched
 # make clean    remove what the commands above have built, .venv included
 #
-# demo and test first create .venv and install what is missing; the next time there is nothing to install.
+# demo and test first create .venv (6 GB) and install what is missing; the next time there is nothing to install.
 # Another Python: make demo PYTHON=python3.12. An environment of your own: make demo VENV=/path/of/it, whose
 # versions are kept where setup.py allows them.
 
@@ -42,6 +42,6 @@ $(STAMP): $(INPUTS)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PIP) install --quiet $(CONSTRAINTS) "setuptools>=70.1"
-	$(PIP) install --quiet $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
+	$(PIP) install $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
 	$(PY) tools/install_detectron2.py
 	@rm -f $(VENV)/.ovdet2-* && touch $@
