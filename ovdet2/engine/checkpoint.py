@@ -10,7 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ovdet2.engine.weights import DamagedFile, read_weights
+from ovdet2.engine.weights import DamagedFile, read_weights, verify_archive
 from ovdet2.errors import DataError, SetupError
 from ovdet2.files import atomic_path, write_text
 
@@ -96,6 +96,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return self.load(path, checkpointables=[])
         for candidate in candidates:
             try:
+                verify_archive(candidate)
                 loaded = self.load(str(candidate))
             except DamagedFile as error:
                 self.logger.warning("%s Trying the checkpoint before it.", error)

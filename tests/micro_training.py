@@ -1,0 +1,166 @@
+"""A detector of a few hundred weights, its data set, and programs that train it in one or several processes."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Boxes, Instances
+from detectron2.utils import comm
+from PIL import Image
+from torch import nn
+
+import train_net
+from ovdet2.config import get_cfg
+from ovdet2.data.datasets.coco_json import Split, register_ov_dataset
+from ovdet2.engine import launch
+from ovdet2.errors import exit_on_error
+from ovdet2.files import write_safetensors
+
+SPLIT = Split("micro", base=((1, "disc"), (2, "bar")), novel=((5, "ring"),))
+for _part in ("train", "val"):
+    # Below DETECTRON2_DATASETS, which each test sets.
+    register_ov_dataset(f"ov_micro_{_part}", f"micro/{_part}.json", "micro/images", SPLIT)
+
+
+def write_data(root, images=12):
+    """Write images of 48x64 and 64x48 pixels with one or two boxes each, and the two jsons."""
+    rng = np.random.default_rng(0)
+    folder = root / "micro" / "images"
+    folder.mkdir(parents=True)
+    records, boxes = [], []
+    for number in range(1, images + 1):
+        height, width = (48, 64) if number % 3 else (64, 48)
+        name = f"{number:04d}.png"
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        records.append({"id": number, "file_name": name, "height": height, "width": width})
+        for _ in range(1 + number % 2):
+            x, y = rng.integers(0, 20, 2).tolist()
+            box = {"id": len(boxes) + 1, "image_id": number, "category_id": SPLIT.category_ids[len(boxes) % 3]}
+            boxes.append({**box, "bbox": [x, y, 20, 16], "area": 320, "iscrowd": 0})
+    categories = [{"id": i, "name": n} for i, n in zip(SPLIT.category_ids, SPLIT.names)]
+    for part in ("train", "val"):
+        kept = [box for box in boxes if part == "val" or box["category_id"] in (1, 2)]
+        data = {"images": records, "annotations": kept, "categories": categories}
+        (root / "micro" / f"{part}.json").write_text(json.dumps(data))
+
+
+def micro_cfg(output, overrides=()):
+    """Configuration of the micro run; batch of 4, two workers off, no periodic checkpoint but at the end."""
+    cfg = get_cfg()
+    cfg.merge_from_list(micro_opts(output))
+    cfg.merge_from_list(list(overrides))
+    cfg.freeze()
+    return cfg
+
+
+def micro_opts(output):
+    """The same as KEY VALUE arguments."""
+    return [
+        "MODEL.META_ARCHITECTURE", "MicroDetector", "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output), "SEED", "7",
+        "DATASETS.TRAIN", "('ov_micro_train',)", "DATASETS.TEST", "('ov_micro_val',)", "DATALOADER.NUM_WORKERS", "0",
+        "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "6", "SOLVER.BASE_LR", "0.01", "SOLVER.WARMUP_ITERS", "3",
+        "SOLVER.CHECKPOINT_PERIOD", "0", "INPUT.MIN_SIZE_TRAIN", "(32, 40, 48)", "INPUT.MIN_SIZE_TEST", "48",
+    ]  # fmt: skip
+
+
+@META_ARCH_REGISTRY.register()
+class MicroDetector(nn.Module):
+    """One box and one class per image from average features; its loss is a mean over images."""
+
+    noise = 0.0
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 5, stride=4)
+        self.head = nn.Linear(6, 4 + len(SPLIT.names))
+        self.seen = []  # image ids of each training batch
+
+    def forward(self, batch):
+        features = torch.stack([self._features(record["image"]) for record in batch])
+        if self.noise and self.training:
+            features = features + self.noise * torch.rand_like(features) * np.random.rand()
+        boxes, logits = self.head(features).split([4, len(SPLIT.names)], dim=1)
+        if not self.training:
+            return [self._result(record, box, row) for record, box, row in zip(batch, boxes, logits)]
+        self.seen.append([record["image_id"] for record in batch])
+        gt_boxes = torch.stack([record["instances"].gt_boxes.tensor[0] for record in batch]) / 64
+        gt_classes = torch.stack([record["instances"].gt_classes[0] for record in batch])
+        return {
+            "loss_box": (boxes - gt_boxes).abs().sum(dim=1).mean(),
+            "loss_cls": nn.functional.cross_entropy(logits, gt_classes),
+        }
+
+    def _features(self, image):
+        return self.stem(image[None].float() / 255).relu().mean(dim=(2, 3))[0]
+
+    def _result(self, record, box, row):
+        size = record["height"], record["width"]
+        corner = box[:2].abs() * 20
+        result = Instances(size)
+        result.pred_boxes = Boxes(torch.cat([corner, corner + 18])[None].repeat(len(row), 1))
+        result.scores, result.pred_classes = row.softmax(dim=0), torch.arange(len(row))
+        return {"instances": result}
+
+
+@META_ARCH_REGISTRY.register()
+class NoisyMicroDetector(MicroDetector):
+    """Draws from torch's and numpy's generators in training, as proposal sampling does."""
+
+    noise = 0.5
+
+
+@META_ARCH_REGISTRY.register()
+class ExplodingMicroDetector(MicroDetector):
+    """Its loss is NaN in the last process from the third step on."""
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        if self.training and len(self.seen) >= 3 and comm.get_rank() == comm.get_world_size() - 1:
+            losses["loss_box"] = losses["loss_box"] * float("nan")
+        return losses
+
+
+@META_ARCH_REGISTRY.register()
+class InfiniteGradientMicroDetector(MicroDetector):
+    """A finite loss whose gradient is not: the square root at zero."""
+
+    def forward(self, batch):
+        losses = super().forward(batch)
+        if self.training and len(self.seen) >= 3:
+            losses["loss_root"] = (self.head.weight * 0).sum().sqrt()
+        return losses
+
+
+def parallel_check(folder):
+    """In each process: gradients of one step, weights after a run, and its evaluation, written to ``folder``."""
+    from ovdet2.engine import Trainer
+
+    trainer = Trainer(micro_cfg(folder, ["DATALOADER.ASPECT_RATIO_GROUPING", "False"]))
+    trainer.resume_or_load(resume=False)
+    gradients = []
+    step = trainer.optimizer.step
+
+    def recording_step(*args):
+        gradients.append({name: p.grad.clone() for name, p in trainer.checkpointer.model.named_parameters()})
+        return step(*args)
+
+    trainer.optimizer.step = recording_step
+    trainer.train()
+    model = trainer.checkpointer.model
+    tensors = {f"weight.{name}": p for name, p in model.named_parameters()}
+    tensors.update((f"gradient.{name}", g) for name, g in gradients[0].items())
+    tensors["seen"] = torch.tensor(model.seen)
+    write_safetensors(folder / f"rank{comm.get_rank()}.safetensors", tensors, {"schema": "test"})
+
+
+def main(args):
+    """One process of train_net, where this module's models are registered."""
+    return train_net.main(args)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        parsed = train_net.parse_args(sys.argv[1:])
+        launch(main, parsed.num_gpus, args=(parsed,), use_cuda=False)

@@ -1,0 +1,222 @@
+"""Checkpoints: whole or absent after a kill or a full disk, and never run."""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ovdet2.engine import AtomicCheckpointer
+from ovdet2.errors import DataError, SetupError
+from ovdet2.files import write_safetensors
+
+
+def model_of(value, size=8):
+    model = nn.Linear(size, size)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, value)
+    return model
+
+
+def value_of(model):
+    values = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).unique()
+    assert len(values) == 1, "weights of two checkpoints are mixed"
+    return values.item()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+class Exploit:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def save_until_killed(folder):
+    torch.set_num_threads(1)
+    number = 0
+    while True:
+        number += 1
+        AtomicCheckpointer(model_of(float(number), 256), str(folder)).save(f"model_{number:07d}", iteration=number)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.11, 0.17, 0.23, 0.29, 0.36])
+def test_killed_while_saving(tmp_path, seconds):
+    """A SIGKILL at any moment leaves a pointer to a whole file (the child does nothing but save)."""
+    child = multiprocessing.get_context("fork").Process(target=save_until_killed, args=(tmp_path,))
+    child.start()
+    while not (tmp_path / "last_checkpoint").exists():
+        assert child.is_alive()
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+
+    model = model_of(0.0, 256)
+    pointed = (tmp_path / "last_checkpoint").read_text()
+    state = AtomicCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert value_of(model) == state["iteration"] == int(pointed[6:13])
+
+
+def test_full_disk_harms_nothing(tmp_path, monkeypatch):
+    AtomicCheckpointer(model_of(1.0), str(tmp_path)).save("model_0000001")
+    real_save = torch.save
+
+    def half_then_full(data, path):
+        real_save(data, path)
+        with open(path, "r+b") as handle:
+            handle.truncate(100)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_then_full)
+    for name in ("model_0000001", "model_0000002"):
+        with pytest.raises(SetupError, match=r"No space left.*free some disk space.*model_0000001"):
+            AtomicCheckpointer(model_of(2.0), str(tmp_path)).save(name)
+    assert names(tmp_path) == ["last_checkpoint", "model_0000001.pth"]
+    model = model_of(0.0)
+    AtomicCheckpointer(model, str(tmp_path)).resume_or_load("")
+    assert value_of(model) == 1.0
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1, 30, 1000, -1])
+def test_truncated_latest_falls_back(tmp_path, kept_bytes, caplog):
+    for number in (1, 2):
+        AtomicCheckpointer(model_of(float(number)), str(tmp_path)).save(f"model_{number:07d}", iteration=number)
+    latest = tmp_path / "model_0000002.pth"
+    latest.write_bytes(latest.read_bytes()[:kept_bytes])
+    model = model_of(0.0)
+    state = AtomicCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+    assert value_of(model) == state["iteration"] == 1
+    assert "model_0000002.pth" in caplog.text
+
+    (tmp_path / "model_0000001.pth").write_bytes(b"")
+    with pytest.raises(DataError, match="none of the checkpoints"):
+        AtomicCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
+
+
+def test_flipped_byte_in_weights_is_found(tmp_path, caplog):
+    """torch.load does not look at the check sums: it would give a weight with another value."""
+    for number in (1, 2):
+        AtomicCheckpointer(model_of(float(number), 64), str(tmp_path)).save(f"model_{number:07d}")
+    path = tmp_path / "model_0000002.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+    model = model_of(0.0, 64)
+    AtomicCheckpointer(model, str(tmp_path)).resume_or_load("")
+    assert value_of(model) == 1.0 and "another check sum" in caplog.text
+
+
+def test_keeps_the_newest_and_the_pointed(tmp_path):
+    for number in (9, 1, 2, 3, 4):  # 9: of an earlier, longer run in the same folder
+        AtomicCheckpointer(model_of(1.0), str(tmp_path)).save(f"model_{number:07d}")
+        os.utime(tmp_path / f"model_{number:07d}.pth", ns=(number % 9 * 10**9,) * 2)
+    AtomicCheckpointer(model_of(1.0), str(tmp_path)).save("model_final")
+    assert names(tmp_path) == ["last_checkpoint", "model_0000003.pth", "model_0000004.pth", "model_final.pth"]
+    AtomicCheckpointer(model_of(1.0), str(tmp_path), keep=0).save("model_0000005")
+    assert len(names(tmp_path)) == 5
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.pkl", "weights.bin"])
+def test_malicious_pickle_is_refused(tmp_path, name):
+    trace = tmp_path / "executed"
+    payload = {"model": {"weight": np.zeros(2)}, "__author__": Exploit(trace)}
+    path = tmp_path / name
+    if name.endswith(".pkl"):
+        path.write_bytes(pickle.dumps(payload))
+    else:
+        torch.save(payload, path)
+    with pytest.raises(DataError, match=f"(?s){name}.*could run code|could run code.*safetensors"):
+        AtomicCheckpointer(model_of(0.0)).load(str(path))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("reached", ["eval", "getattr", "numpy.load", "os.system", "torch.load"])
+def test_pickle_names_outside_numpy_arrays_are_refused(tmp_path, reached):
+    module, _, function = reached.rpartition(".")
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(f"c{module or 'builtins'}\n{function}\n(S'1'\ntR.".encode())
+    with pytest.raises(DataError, match="was not opened"):
+        AtomicCheckpointer(model_of(0.0)).load(str(path))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_zoo_pickle_is_read(tmp_path, protocol):
+    weights = {name: np.full(p.shape, 3.0, np.float32) for name, p in model_of(0.0).named_parameters()}
+    path = tmp_path / "zoo.pkl"
+    path.write_bytes(pickle.dumps({"model": weights, "__author__": "zoo"}, protocol=protocol))
+    model = model_of(0.0)
+    AtomicCheckpointer(model).load(str(path))
+    assert value_of(model) == 3.0
+
+
+def test_safetensors_are_read_and_damaged_ones_named(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, model_of(4.0).state_dict(), {"schema": "any"})
+    model = model_of(0.0)
+    AtomicCheckpointer(model).load(str(path))
+    assert value_of(model) == 4.0
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(DataError, match="weights.safetensors is not a whole"):
+        AtomicCheckpointer(model).load(str(path))
+
+
+@pytest.mark.parametrize("weights", ["http://127.0.0.1:9/R-50.pkl", "/nowhere/model.pth", "unknown://R-50.pkl"])
+def test_unreachable_weights_name_the_remedy(weights):
+    with pytest.raises(DataError, match="(?s)127.0.0.1.*set MODEL.WEIGHTS|nowhere.*MODEL.WEIGHTS|unknown.*MODEL.WEIGHTS"):
+        AtomicCheckpointer(model_of(0.0)).load(weights)
+
+
+def test_shapes_and_names_that_do_not_fit_are_reported(tmp_path, caplog):
+    AtomicCheckpointer(nn.Linear(8, 3), str(tmp_path)).save("other")
+    model = nn.ModuleDict({"extra": nn.Linear(8, 8)})
+    model.register_parameter("weight", nn.Parameter(torch.zeros(8, 8)))
+    AtomicCheckpointer(model).load(str(tmp_path / "other.pth"))
+    assert "(3, 8) in the checkpoint but (8, 8) in the model" in caplog.text  # weight
+    assert "extra.{bias, weight}" in caplog.text  # missing
+    assert "not used by the model:\n  bias" in caplog.text  # unexpected
+
+
+class Words(nn.Module):
+    """Keeps its own rows and notes what the checkpoint had."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.register_buffer("rows", torch.full((rows, 2), float(rows)))
+        self.saved = None
+
+    def adopt_saved_vocabulary(self, saved):
+        self.saved = saved
+
+
+def test_vocabulary_of_the_run_wins(tmp_path, caplog):
+    """Contract 13: a checkpoint of another K loads whole, its vocabulary is handed over, nothing is reported."""
+    saved = nn.Sequential(model_of(5.0), nn.Sequential(Words(7)))
+    AtomicCheckpointer(saved, str(tmp_path)).save("model")
+    model = nn.Sequential(model_of(0.0), nn.Sequential(Words(3)))
+    caplog.clear()
+    AtomicCheckpointer(model).load(str(tmp_path / "model.pth"))
+    assert value_of(model[0]) == 5.0
+    assert model[1][0].rows.shape == (3, 2) and list(model[1][0].saved) == ["rows"]
+    assert model[1][0].saved["rows"].shape == (7, 2)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_pointer_is_what_detectron2_reads(tmp_path):
+    from detectron2.checkpoint import DetectionCheckpointer
+
+    AtomicCheckpointer(model_of(6.0), str(tmp_path)).save("model_final", iteration=3)
+    model = model_of(0.0)
+    assert DetectionCheckpointer(model, str(tmp_path)).resume_or_load("")["iteration"] == 3
+    assert value_of(model) == 6.0
