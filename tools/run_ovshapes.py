@@ -1,0 +1,183 @@
+"""Run rows of the OV-Shapes benchmark, one at a time, and write their table.
+
+    python tools/run_ovshapes.py --rows vild_text closed_set --seeds 0 1 2      # train, evaluate, tabulate
+    python tools/run_ovshapes.py --rows all --seeds 0 1 2 --table docs/RESULTS.md
+    python tools/run_ovshapes.py --demo                                         # what `make demo` does
+
+A row that is done is not run again unless its configuration changed; an interrupted one goes on where it stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ovdet2.config import load_config
+from ovdet2.errors import DataError, UsageError, exit_on_error
+from ovdet2.files import read_json, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+DATASET = "ov_shapes_val_all"
+BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        title: what the table calls it.
+        config: yaml below configs/; empty for the teacher's row.
+        weights_of: another row whose trained weights are evaluated; empty: the row is trained.
+    """
+
+    title: str
+    config: str = ""
+    weights_of: str = ""
+
+
+ROWS = {
+    "teacher": Row("CLIP on ground-truth boxes (upper bound of the teacher)"),
+    "closed_set": Row("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
+    "vild_text": Row("ViLD-text", "ovshapes/vild_text_r18.yaml"),
+    "clip_on_crops": Row("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml", "vild_text"),
+    "clip_on_crops_objectness": Row("CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"),
+    "vild_text_clip": Row("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml", "vild_text"),
+}
+COLUMNS = {
+    "novel AP50": ("bbox", "AP50-novel"),
+    "unseen nouns": ("bbox", "AP50-unseen_nouns"),
+    "unseen combinations": ("bbox", "AP50-unseen_combinations"),
+    "base AP50": ("bbox", "AP50-base"),
+    "all AP50": ("bbox", "AP50-all"),
+    "novel AR@100": ("proposals", "AR@100-novel"),
+    "base AR@100": ("proposals", "AR@100-base"),
+}
+
+
+def main(argv=None):
+    """Command line."""
+    args = parse_args(argv)
+    if args.demo:
+        from ovshapes_demo import run_demo
+
+        return run_demo(Path(args.output))
+    names = list(ROWS) if args.rows == ["all"] else args.rows
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise UsageError(f"unknown rows {unknown}; there are {', '.join(ROWS)}.")
+    output = Path(args.output)
+    for seed in args.seeds:
+        for name in names:
+            run_row(name, seed, output)
+    table = make_table(names, args.seeds, output)
+    print(table)
+    if args.table:
+        insert_table(Path(args.table), table, f"python tools/run_ovshapes.py --rows {' '.join(args.rows)} --seeds {' '.join(map(str, args.seeds))}")
+    return table
+
+
+def parse_args(argv):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=["all"], help=f"of {', '.join(ROWS)}, or all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", default="output/ovshapes", help="folder of the runs")
+    parser.add_argument("--table", help="markdown file whose OV-Shapes table is replaced")
+    parser.add_argument("--demo", action="store_true", help="train ViLD-text once, evaluate it, draw its detections")
+    return parser.parse_args(argv)
+
+
+def run_row(name, seed, output):
+    """Train and evaluate one row with one seed, unless it is done; returns its folder."""
+    row, folder = ROWS[name], output / name / f"seed{seed}"
+    if name == "teacher":
+        folder = output / name / "seed0"  # nothing in it is random
+    digest = fingerprint_of(row, seed)
+    state = read_json(folder / "row.json") if (folder / "row.json").is_file() else {"minutes": 0.0}
+    if state.get("config") not in (None, digest):
+        raise DataError(f"{folder} holds a run of another configuration: remove it, or choose another --output.")
+    if report_path(name, folder).is_file() and state.get("done"):
+        return folder
+    print(f"== {name}, seed {seed}", flush=True)
+    write_json(folder / "row.json", state | {"config": digest})
+    started = time.monotonic()
+    run(command_of(name, seed, folder, output))
+    minutes = state["minutes"] + (time.monotonic() - started) / 60
+    write_json(folder / "row.json", {"config": digest, "minutes": round(minutes, 2), "done": True})
+    return folder
+
+
+def fingerprint_of(row, seed):
+    """Hash of what decides a row's result, as far as the configuration tells."""
+    text = load_config(row.config, ["SEED", seed]).dump() if row.config else "teacher"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def command_of(name, seed, folder, output):
+    """The command that makes a row: what a user would type."""
+    row = ROWS[name]
+    if name == "teacher":
+        return ["tools/evaluate_teacher.py", "--dataset", DATASET, "--architecture", "ovshapes-resnet",
+                "--pretrained", "embedded", "--output", str(folder)]
+    command = ["train_net.py", "--config-file", f"configs/{row.config}"]
+    if not row.weights_of:
+        return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    weights = run_row(row.weights_of, seed, output) / "model_final.pth"
+    return [*command, "--eval-only", "SEED", str(seed), "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", str(weights)]
+
+
+def run(command):
+    """Run a program of the project; its failure ends this one with its exit code."""
+    print("$ python " + " ".join(command), flush=True)
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def report_path(name, folder):
+    """Where the evaluator of a row writes."""
+    return folder / "report.json" if name == "teacher" else folder / "inference" / DATASET / "report.json"
+
+
+def make_table(names, seeds, output):
+    """Markdown table: mean over seeds, and the sample standard deviation where there are two or more."""
+    lines = ["| row | " + " | ".join(COLUMNS) + " | minutes | seeds |", "|---|" + "---:|" * (len(COLUMNS) + 2)]
+    for name in names:
+        folders = [output / name / f"seed{seed}" for seed in ([0] if name == "teacher" else seeds)]
+        reports = [json.loads(report_path(name, folder).read_text()) for folder in folders]
+        cells = [mean_and_spread([report[task].get(key) for report in reports]) for task, key in COLUMNS.values()]
+        minutes = mean_and_spread([read_json(folder / "row.json")["minutes"] for folder in folders])
+        lines.append(f"| {ROWS[name].title} | " + " | ".join([*cells, minutes]) + f" | {len(folders)} |")
+    return "\n".join(lines)
+
+
+def mean_and_spread(values):
+    """"61.2 ± 1.3", "61.2" for one value, "-" where a figure does not exist."""
+    if None in values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+
+
+def insert_table(path, table, command):
+    """Replace the text between the two markers of a markdown file.
+
+    Raises:
+        DataError: the markers are not there.
+    """
+    text = path.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise DataError(f"{path} has no lines {BEGIN!r} and {END!r} to put the table between.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    write_text(path, f"{before}{BEGIN}\n`{command}`\n\n{table}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
