@@ -57,18 +57,18 @@ def mean_of(values):
 
 
 def _as_coco(images, image_ids, boxes, **columns):
+    """The engine's data set of one class; ``columns`` are further [G] or [R] arrays by their COCO name."""
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     sizes = boxes[:, 2:] - boxes[:, :2]
-    rows = zip(
-        np.asarray(image_ids).tolist(),
-        np.concatenate([boxes[:, :2], sizes], axis=1).tolist(),
-        sizes.prod(axis=1).tolist(),
-        *(column.tolist() for column in columns.values()),
-    )
-    # Numbered from 1: the engine's matching reads id 0 as "unmatched".
-    annotations = [
-        {"id": number, "category_id": _CATEGORY, "iscrowd": 0, "image_id": image_id, "bbox": box, "area": area}
-        | dict(zip(columns, rest))
-        for number, (image_id, box, area, *rest) in enumerate(rows, start=1)
-    ]
+    columns = {
+        # Numbered from 1: the engine's matching reads id 0 as "unmatched".
+        "id": np.arange(1, len(boxes) + 1),
+        "category_id": np.full(len(boxes), _CATEGORY),
+        "image_id": np.asarray(image_ids),
+        "bbox": np.concatenate([boxes[:, :2], sizes], axis=1),
+        "area": sizes.prod(axis=1),
+        **columns,
+    }
+    rows = zip(*(column.tolist() for column in columns.values()))
+    annotations = [dict(zip(columns, row)) for row in rows]
     return COCO({"images": images, "annotations": annotations, "categories": [{"id": _CATEGORY}]})

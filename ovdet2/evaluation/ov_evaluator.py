@@ -186,7 +186,7 @@ def _load(merged):
     """Compact arrays of all detections, by ascending image id, and the recall figures.
 
     Returns:
-        ({"image_ids" [R] i64, "category_ids" [R] i64, "scores" [R] f64, "boxes_xyxy" [R, 4] f64}, {"AR@...": percent})
+        ({"image_ids" [R] i64, "category_ids" [R] i32, "scores" [R] f32, "boxes_xyxy" [R, 4] f32}, {"AR@...": percent})
     """
     parts, covered, with_proposals, images = [], {}, 0, 0
     for record in read_merged(merged):
@@ -194,9 +194,9 @@ def _load(merged):
         parts.append(
             (
                 np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
-                np.array(record["category_ids"], dtype=np.int64),
-                np.array(record["scores"], dtype=np.float64),
-                np.array(record["boxes_xyxy"], dtype=np.float64).reshape(-1, 4),
+                np.array(record["category_ids"], dtype=np.int32),
+                np.array(record["scores"], dtype=np.float32),
+                np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
             )
         )
         with_proposals += "covered" in record

@@ -4,7 +4,6 @@ Category ids in files are the data set's own ("dataset category ids", sparse in 
 contiguous ids, base classes first (0..B-1), then novel (B..K-1); the two are mapped by id, never by position.
 """
 
-import fcntl
 import math
 import os
 from dataclasses import dataclass, field
@@ -183,7 +182,8 @@ def register_ov_dataset(
         json_file: path, or callable returning one; a relative path is below :func:`data_root` at the time of loading.
         image_root: the same for the folder of images.
         split: :class:`Split`.
-        prepare: optional callable without arguments, run once (under a file lock) when the json is absent.
+        prepare: optional callable without arguments, called when the json is absent; several processes may call it
+            at once, so it does its own locking.
         base_only: refuse annotations of novel classes; give True for training data.
         remedy: what to do when the data set is missing, such as the command that makes it.
 
@@ -199,7 +199,7 @@ def register_ov_dataset(
     def load():
         json_path, image_path = files()
         if not json_path.is_file() and prepare is not None:
-            _prepare_once(json_path, prepare)
+            prepare()
         for path in (json_path, image_path):
             if not path.exists():
                 raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
@@ -219,16 +219,6 @@ def register_ov_dataset(
 
 def _resolve(path):
     return data_root() / (path() if callable(path) else path)
-
-
-def _prepare_once(json_path, prepare):
-    """Run ``prepare`` in one process of this machine; the others wait for it and find the file."""
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = json_path.with_name(f".{json_path.name}.lock")
-    with open(lock_path, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not json_path.is_file():
-            prepare()
 
 
 def _require_lists(data, source):
