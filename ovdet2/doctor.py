@@ -269,7 +269,7 @@ def probe_model_zoo():
 
 
 # (function, whether ovdet2 needs it, what is wrong if it raises). ovdet2 starts its processes itself, saves its own
-# scheduler, skips damaged images in its mapper and ships its configurations, so it can do without the last four.
+# scheduler, replaces damaged images in its own loader and ships its configurations, so it can do without the last four.
 PROBES = (
     (probe_modules, True, "its modules cannot be imported"),
     (probe_operators, True, "NMS or RoIAlign does not run"),
