@@ -58,10 +58,10 @@ def main(args):
 
 def run(argv=None):
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
-    from ovdet2.engine import launch
-
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
+    from ovdet2.engine import launch  # slow to import, so after the errors a user makes most
+
     use_cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), use_cuda=use_cuda)
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
@@ -42,8 +43,9 @@ def get_cfg():
     # Test-time CLIP on cropped proposals: "off", "only" (replaces the scores), "only_objectness" (times objectness,
     # square-rooted), "fuse" (with the detector's scores by FUSION_*). A slow reference, not a method.
     cfg.MODEL.OVD.CLIP_ON_CROPS = "off"
-    # Exponent of the CLIP branch on base and on novel classes; the detector's is one minus it.
+    # Exponent of the CLIP branch on base classes; the detector's is one minus it.
     cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
+    # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
@@ -92,10 +94,10 @@ def load_config(name, overrides=()):
         if name:
             cfg.merge_from_file(str(find_config(name)), allow_unsafe=False)
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, UsageError):
             raise
-        reason = error.args[0] if error.args else error
+        reason = error if isinstance(error, yaml.YAMLError) or not error.args else error.args[0]
         raise UsageError(
             f"{reason} (in {name or 'the command line'} or its overrides). "
             "Keys are documented in ovdet2/config.py and in Detectron2's config/defaults.py."

@@ -1,21 +1,22 @@
-"""A detector of a few hundred weights, its data set, and programs that train it in one or several processes."""
+"""A detector of a few hundred weights, its data set, and what tests run in several processes."""
 
 import json
-import sys
+import os
+import signal
 
 import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch import nn
 
 import train_net
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets.coco_json import Split, register_ov_dataset
-from ovdet2.engine import launch
-from ovdet2.errors import exit_on_error
+from ovdet2.errors import DataError
 from ovdet2.files import write_safetensors
 
 SPLIT = Split("micro", base=((1, "disc"), (2, "bar")), novel=((5, "ring"),))
@@ -35,9 +36,9 @@ def write_data(root, images=12):
         name = f"{number:04d}.png"
         Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
         records.append({"id": number, "file_name": name, "height": height, "width": width})
-        for _ in range(1 + number % 2):
+        for category_id in (1 + number % 2, 5)[: 1 + number % 2]:
             x, y = rng.integers(0, 20, 2).tolist()
-            box = {"id": len(boxes) + 1, "image_id": number, "category_id": SPLIT.category_ids[len(boxes) % 3]}
+            box = {"id": len(boxes) + 1, "image_id": number, "category_id": category_id}
             boxes.append({**box, "bbox": [x, y, 20, 16], "area": 320, "iscrowd": 0})
     categories = [{"id": i, "name": n} for i, n in zip(SPLIT.category_ids, SPLIT.names)]
     for part in ("train", "val"):
@@ -137,16 +138,15 @@ def parallel_check(folder):
     """In each process: gradients of one step, weights after a run, and its evaluation, written to ``folder``."""
     from ovdet2.engine import Trainer
 
+    seed_all_rng(comm.get_rank())
     trainer = Trainer(micro_cfg(folder, ["DATALOADER.ASPECT_RATIO_GROUPING", "False"]))
     trainer.resume_or_load(resume=False)
     gradients = []
-    step = trainer.optimizer.step
 
-    def recording_step(*args):
+    def before_step(*_):
         gradients.append({name: p.grad.clone() for name, p in trainer.checkpointer.model.named_parameters()})
-        return step(*args)
 
-    trainer.optimizer.step = recording_step
+    trainer.optimizer.register_step_pre_hook(before_step)
     trainer.train()
     model = trainer.checkpointer.model
     tensors = {f"weight.{name}": p for name, p in model.named_parameters()}
@@ -160,7 +160,11 @@ def main(args):
     return train_net.main(args)
 
 
-if __name__ == "__main__":
-    with exit_on_error():
-        parsed = train_net.parse_args(sys.argv[1:])
-        launch(main, parsed.num_gpus, args=(parsed,), use_cuda=False)
+def fail_while_the_other_waits(began, how):
+    """Process 1 fails; process 0 waits for it in a collective operation."""
+    if comm.get_rank() == 1:
+        began.touch()
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise DataError("image 7 is damaged")
+    comm.synchronize()

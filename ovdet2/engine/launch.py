@@ -1,7 +1,10 @@
 """Starting the processes of a run: one or several, on CPU (gloo) or CUDA (NCCL), ours or torchrun's."""
 
+import logging
+import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -88,8 +91,18 @@ def _spawned(local_rank, main, args, group, folder):
     except errors.OVDetError as error:
         kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
         write_json(Path(folder) / f"error{local_rank}.json", {"kind": kind.__name__, "message": str(error)})
-        raise SystemExit(error.exit_code) from None
+        _leave(error.exit_code)
     dist.destroy_process_group()
+
+
+def _leave(code):
+    """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+    os._exit(code)
 
 
 def _join_group(url, rank, world_size, local_rank, local_size, use_cuda):

@@ -1,5 +1,6 @@
 """The trainer: Detectron2's hooks, schedules and evaluation around a checked step and an exact resume."""
 
+import inspect
 import logging
 import weakref
 
@@ -232,7 +233,10 @@ def _distribute(model):
         return model
     on_cuda = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_cuda else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    # The buffers (frozen statistics, the vocabulary) are the same everywhere. torch 2.15 renamed the switch.
+    names = inspect.signature(DistributedDataParallel).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=device_ids, **{switch: False})
 
 
 def _build_scaler(cfg):

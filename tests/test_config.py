@@ -1,0 +1,99 @@
+"""The configuration: no orphan key, safe loading, errors of usage."""
+
+import ast
+import re
+from pathlib import Path
+
+import detectron2.config
+import pytest
+from detectron2.config import CfgNode
+
+from ovdet2.config import get_cfg, load_config
+from ovdet2.errors import UsageError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def leaves(node, prefix=()):
+    """Dotted names of all keys."""
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield ".".join((*prefix, key))
+
+
+ADDED = sorted(set(leaves(get_cfg())) - set(leaves(detectron2.config.get_cfg())))
+
+
+def accesses(source):
+    """The tails of upper-case attributes in the code: ``cfg.MODEL.OVD.TEMPERATURE`` gives (MODEL, OVD, TEMPERATURE)."""
+    for node in ast.walk(ast.parse(source)):
+        tail = []
+        while isinstance(node, ast.Attribute) and node.attr.isupper():
+            tail.insert(0, node.attr)
+            node = node.value
+        if tail:
+            yield tuple(tail)
+
+
+@pytest.fixture(scope="module")
+def read_keys():
+    """What the code of the package and of the programs reads, config.py excluded."""
+    files = [*(ROOT / "ovdet2").rglob("*.py"), *ROOT.glob("*.py"), *(ROOT / "tools").rglob("*.py")]
+    return {tail for path in files if path.name != "config.py" for tail in accesses(path.read_text())}
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_every_added_key_is_read(key, read_keys):
+    """A part of the tree may be taken first (``ovd = cfg.MODEL.OVD``): what is written must end the key's name."""
+    path = tuple(key.split("."))
+    assert any(path[-len(tail) :] == tail for tail in read_keys), f"{key} is documented but never read"
+
+
+@pytest.mark.parametrize("key", ADDED)
+def test_every_added_key_is_documented(key):
+    lines = (ROOT / "ovdet2" / "config.py").read_text().splitlines()
+    [at] = [i for i, line in enumerate(lines) if re.match(rf"\s+cfg\.{re.escape(key)} = ", line)]
+    assert lines[at - 1].strip().startswith("#")
+
+
+def test_keys_were_found():
+    assert "SOLVER.OPTIMIZER" in ADDED and "DATALOADER.MAX_BAD_IMAGES" in ADDED
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["NO_SUCH_KEY", "1"], "NO_SUCH_KEY"),
+    (["SOLVER.OPTIMISER", "AdamW"], "SOLVER.OPTIMISER"),
+    (["SOLVER.MAX_ITER", "'ten'"], "MAX_ITER"),
+    (["SOLVER.MAX_ITER"], "command line"),
+])  # fmt: skip
+def test_wrong_override(overrides, words):
+    with pytest.raises(UsageError, match=words):
+        load_config("", overrides)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("SOLVER:\n  NO_SUCH_KEY: 1\n", "NO_SUCH_KEY"),
+        ("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n", "bad.yaml"),
+        ("SOLVER: [1\n", "bad.yaml"),
+        ("just words\n", "bad.yaml"),
+    ],
+)
+def test_wrong_file(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=words):
+        load_config(str(path))
+
+
+def test_unknown_file_lists_the_shipped_ones():
+    with pytest.raises(UsageError, match="no configuration file nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configuration_loads(path):
+    assert isinstance(load_config(str(path)), CfgNode)

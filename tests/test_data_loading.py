@@ -1,0 +1,311 @@
+"""Decoding, the mapper, and the order and position of the training stream."""
+
+import itertools
+import random
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ovdet2.data import loader as loading
+from ovdet2.data.images import MIN_SIDE, read_image
+from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.errors import DataError, UsageError
+from tests.micro_training import micro_cfg, write_data
+
+GREY = np.linspace(0, 255, 40 * 60).reshape(40, 60)
+
+
+@pytest.fixture
+def data_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    write_data(tmp_path)
+    return tmp_path
+
+
+def saved(tmp_path, image, name="image.png", **options):
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+def colour_image():
+    return Image.fromarray(np.stack([GREY, GREY[::-1], GREY[:, ::-1]], axis=2).astype(np.uint8))
+
+
+class TestDecoding:
+    def test_colour_orders(self, tmp_path):
+        path = saved(tmp_path, colour_image())
+        rgb = read_image(path, "RGB")
+        assert rgb.shape == (40, 60, 3) and rgb.dtype == np.uint8 and rgb.flags.c_contiguous
+        assert np.array_equal(rgb, np.asarray(colour_image()))
+        assert np.array_equal(read_image(path, "BGR"), rgb[:, :, ::-1])
+        assert read_image(path, "L").shape == (40, 60, 1)
+        with pytest.raises(UsageError, match="INPUT.FORMAT"):
+            read_image(path, "HSV")
+
+    def test_grayscale_is_repeated(self, tmp_path):
+        pixels = read_image(saved(tmp_path, Image.fromarray(GREY.astype(np.uint8))))
+        assert np.array_equal(pixels, np.repeat(GREY.astype(np.uint8)[:, :, None], 3, axis=2))
+
+    def test_sixteen_bits_are_scaled_not_clipped(self, tmp_path):
+        """Pillow's own conversion turns every value above 255 into white."""
+        image = Image.fromarray((GREY * 257).astype(np.uint16))
+        pixels = read_image(saved(tmp_path, image))
+        assert abs(pixels[:, :, 0].astype(int) - GREY).max() <= 1 and pixels.std() > 60
+
+    def test_cmyk(self, tmp_path):
+        path = saved(tmp_path, colour_image().convert("CMYK"), "image.jpg", quality=95)
+        difference = read_image(path).astype(int) - np.asarray(colour_image())
+        assert read_image(path).shape == (40, 60, 3) and abs(difference).mean() < 6
+
+    def test_alpha_and_palette(self, tmp_path):
+        expected = np.asarray(colour_image())
+        assert np.array_equal(read_image(saved(tmp_path, colour_image().convert("RGBA"))), expected)
+        assert read_image(saved(tmp_path, colour_image().convert("P"), "palette.png")).shape == expected.shape
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_exif_rotation_shows_the_image_upright(self, tmp_path, orientation):
+        upright = np.asarray(colour_image())
+        # What a camera stores so that the given orientation shows it upright.
+        stored = {
+            1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+            5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: np.rot90(upright, 2).transpose(1, 0, 2),
+            8: np.rot90(upright, -1),
+        }[orientation]  # fmt: skip
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+        assert np.array_equal(read_image(path), upright)
+
+    def test_damaged_exif_is_ignored(self, tmp_path):
+        path = saved(tmp_path, colour_image(), "image.jpg", exif=b"Exif\0\0MM\0*" + struct.pack(">I", 9999) + b"x" * 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert read_image(path).shape == (40, 60, 3)
+
+    @pytest.mark.parametrize("ending", ["jpg", "png"])
+    def test_truncated(self, tmp_path, ending):
+        path = saved(tmp_path, colour_image(), f"cut.{ending}")
+        content = path.read_bytes()
+        for length in (len(content) // 2, 30):
+            path.write_bytes(content[:length])
+            with pytest.raises(DataError, match=rf"cut.{ending}.*(download|damaged)"):
+                read_image(path)
+
+    @pytest.mark.parametrize(
+        "content, reason",
+        [(b"", "the file is empty"), (b"<!DOCTYPE html><html>not found</html>", "HTML"), (b"\x7fELF" * 9, "no reader")],
+    )
+    def test_not_an_image(self, tmp_path, content, reason):
+        path = tmp_path / "page.jpg"
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"page.jpg.*{reason}"):
+            read_image(path)
+
+    @pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 200), (20000, 20)])
+    def test_too_small(self, tmp_path, size):
+        with pytest.raises(DataError, match=f"small.png is {size[0]}x{size[1]}.*32 px"):
+            read_image(saved(tmp_path, Image.new("RGB", size), "small.png"))
+
+    def test_pixel_bomb(self, tmp_path, monkeypatch):
+        path = saved(tmp_path, colour_image(), "bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(DataError, match="bomb.png is too large"):
+            read_image(path)
+
+    def test_missing_folder_and_floats(self, tmp_path):
+        for path in (tmp_path, tmp_path / "absent.jpg"):
+            with pytest.raises(DataError, match="does not exist"):
+                read_image(path)
+        path = saved(tmp_path, Image.fromarray(GREY.astype(np.float32)), "float.tiff")
+        with pytest.raises(DataError, match="floating-point"):
+            read_image(path)
+
+
+def batches_of(loader, count):
+    """(image id, image, boxes) of the next batches, from a fresh iterator."""
+    found = []
+    for batch in itertools.islice(loader, count):
+        found.append([(r["image_id"], r["image"], r["instances"].gt_boxes.tensor) for r in batch])
+    return found
+
+
+def same(left, right):
+    return len(left) == len(right) and all(
+        a[0] == b[0] and torch.equal(a[1], b[1]) and torch.equal(a[2], b[2])
+        for x, y in zip(left, right)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def train_loader(data_root, *overrides):
+    return loading.build_train_loader(micro_cfg(data_root / "out", overrides))
+
+
+class TestTrainingStream:
+    def test_workers_change_nothing(self, data_root):
+        none = batches_of(train_loader(data_root), 7)
+        assert same(none, batches_of(train_loader(data_root, "DATALOADER.NUM_WORKERS", "2"), 7))
+        assert len({image.shape for batch in none for _, image, _ in batch}) > 2, "augmentations vary"
+        assert not same(none, batches_of(train_loader(data_root, "SEED", "8"), 7))
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_resumes_at_its_position(self, data_root, workers):
+        straight = batches_of(train_loader(data_root, "DATALOADER.NUM_WORKERS", workers), 9)
+        first = train_loader(data_root, "DATALOADER.NUM_WORKERS", workers)
+        batches_of(first, 4)
+        second = train_loader(data_root, "DATALOADER.NUM_WORKERS", workers, "SEED", "99")
+        second.load_state_dict(first.state_dict())
+        assert same(straight[4:], batches_of(second, 5))
+
+    def test_global_generators_are_not_touched(self, data_root):
+        for seed_of in (random.seed, np.random.seed, torch.manual_seed):
+            seed_of(3)
+        expected = random.random(), np.random.rand(), torch.rand(1).item()
+        for seed_of in (random.seed, np.random.seed, torch.manual_seed):
+            seed_of(3)
+        batches_of(train_loader(data_root), 2)
+        assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+    def test_each_epoch_is_a_permutation_and_batches_have_one_orientation(self, data_root):
+        ungrouped = train_loader(data_root, "DATALOADER.ASPECT_RATIO_GROUPING", "False")
+        ids = [image_id for batch in batches_of(ungrouped, 6) for image_id, _, _ in batch]
+        assert sorted(ids[:12]) == sorted(ids[12:]) == list(range(1, 13)) and ids[:12] != ids[12:]
+        for batch in itertools.islice(train_loader(data_root), 9):
+            assert len({record["width"] > record["height"] for record in batch}) == 1 and len(batch) == 4
+
+    @pytest.mark.parametrize("old, new", [(1, 2), (2, 1), (2, 3)])
+    def test_changed_number_of_processes(self, old, new, monkeypatch, data_root, caplog):
+        """What comes after a resume with other processes is what had not come before, each image once an epoch."""
+
+        def images(world_size, batches, state=None):
+            """Image ids over all processes, and the position after them."""
+            monkeypatch.setattr(loading.comm, "get_world_size", lambda: world_size)
+            drawn, loader = [], None
+            for rank in range(world_size):
+                monkeypatch.setattr(loading.comm, "get_rank", lambda rank=rank: rank)
+                loader = train_loader(
+                    data_root, "DATALOADER.ASPECT_RATIO_GROUPING", "False", "SOLVER.IMS_PER_BATCH", "6"
+                )
+                if state:
+                    loader.load_state_dict(state)
+                drawn += [r["image_id"] for batch in itertools.islice(loader, batches) for r in batch]
+            return drawn, loader.state_dict()
+
+        before, state = images(old, 1)
+        after, _ = images(new, 3, state)
+        assert len(before) == 6 and len(after) == 18
+        assert sorted(before + after) == sorted(list(range(1, 13)) * 2)
+        assert f"had {old} processes" in caplog.text
+
+    def test_rare_classes_may_be_repeated(self, data_root):
+        loader = train_loader(data_root, "DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler")
+        assert len(batches_of(loader, 3)) == 3
+        with pytest.raises(UsageError, match="SAMPLER_TRAIN"):
+            train_loader(data_root, "DATALOADER.SAMPLER_TRAIN", "Shuffled")
+
+    def test_batch_that_cannot_be_divided(self, data_root, monkeypatch):
+        monkeypatch.setattr(loading.comm, "get_world_size", lambda: 3)
+        with pytest.raises(UsageError, match="IMS_PER_BATCH is 4.*number, 3"):
+            train_loader(data_root)
+
+
+def damage(data_root, numbers):
+    for number in numbers:
+        (data_root / "micro" / "images" / f"{number:04d}.png").write_bytes(b"<html>")
+
+
+class TestBadImages:
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_skipped_counted_once_and_batches_stay_full(self, data_root, workers, caplog):
+        damage(data_root, [2, 5])
+        loader = train_loader(data_root, "DATALOADER.NUM_WORKERS", workers)
+        found = batches_of(loader, 12)
+        assert all(len(batch) == 4 for batch in found)
+        assert not {2, 5} & {image_id for batch in found for image_id, _, _ in batch}
+        assert sorted(path[-8:] for path in loader.bad_images) == ["0002.png", "0005.png"]
+        assert caplog.text.count("Skipped training image") == 2
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_ceiling_names_the_files(self, data_root, workers):
+        damage(data_root, [2, 5, 6])
+        loader = train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", "2", "DATALOADER.NUM_WORKERS", workers)
+        with pytest.raises(DataError, match=r"(?s)^3 of 12.*MAX_BAD_IMAGES") as caught:
+            batches_of(loader, 12)
+        assert all(f"000{number}.png" in str(caught.value) for number in (2, 5, 6))
+
+    @pytest.mark.parametrize("ceiling", ["0", "100"])
+    def test_all_bad_ends(self, data_root, ceiling):
+        """Detectron2 would try for ever."""
+        damage(data_root, range(1, 13))
+        with pytest.raises(DataError, match="of 12 training images cannot be used"):
+            batches_of(train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", ceiling), 1)
+
+    def test_mapper_that_returns_nothing_ends(self, data_root):
+        loader = loading.build_train_loader(micro_cfg(data_root / "out"), mapper=lambda record: None)
+        with pytest.raises(DataError, match="the mapper returned nothing"):
+            batches_of(loader, 1)
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    def test_none_is_tolerated_at_evaluation(self, data_root, workers):
+        cfg = micro_cfg(data_root / "out", ["DATALOADER.NUM_WORKERS", workers])
+        assert [batch[0]["image_id"] for batch in loading.build_test_loader(cfg, "ov_micro_val")] == list(range(1, 13))
+        damage(data_root, [9])
+        with pytest.raises(DataError, match=r"^[^\n]*0009.png.*cannot be skipped"):
+            list(loading.build_test_loader(cfg, "ov_micro_val"))
+
+    def test_small_training_image_is_skipped(self, data_root):
+        path = data_root / "micro" / "images" / "0003.png"
+        Image.new("RGB", (31, 200)).save(path)
+        loader = train_loader(data_root)
+        batches_of(loader, 9)
+        assert list(loader.bad_images) == [str(path)]
+
+
+class TestMapper:
+    def test_boxes_follow_the_augmentation(self, data_root):
+        cfg = micro_cfg(data_root / "out", ["INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.RANDOM_FLIP", "none"])
+        record = loading.load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
+        mapped = OpenVocabularyMapper(cfg, True)(record)
+        assert mapped["image"].shape == (3, 96, 128) and mapped["image"].dtype == torch.uint8
+        x, y, w, h = record["annotations"][0]["bbox"]
+        expected = torch.tensor([x, y, x + w, y + h]) * 2.0
+        assert torch.allclose(mapped["instances"].gt_boxes.tensor[0], expected)
+        assert "annotations" in record and "annotations" not in mapped
+
+    def test_other_size_than_annotated(self, data_root):
+        record = loading.load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
+        record["width"] += 1
+        with pytest.raises(DataError, match=r"image id 1\) is 64x48 pixels but the annotations say 65x48"):
+            OpenVocabularyMapper(micro_cfg(data_root / "out"), True)(record)
+
+    def test_pickled_proposals_are_refused(self, data_root):
+        with pytest.raises(UsageError, match="LOAD_PROPOSALS"):
+            OpenVocabularyMapper(micro_cfg(data_root / "out", ["MODEL.LOAD_PROPOSALS", "True"]), True)
+
+
+@pytest.mark.parametrize("names", ["()", "('no_such_set',)"])
+def test_unknown_data_set_lists_the_known(data_root, names):
+    with pytest.raises(UsageError, match="(?s)DATASETS.TRAIN.*ov_coco_train_base"):
+        train_loader(data_root, "DATASETS.TRAIN", names)
+
+
+def test_builtin_data_set_that_is_missing(data_root):
+    with pytest.raises(DataError, match="coco_2017_val.*DETECTRON2_DATASETS"):
+        loading.load_records(["coco_2017_val"], "DATASETS.TEST", False)
+
+
+def test_several_data_sets_are_joined(data_root):
+    assert len(loading.load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)) == 24
+    with pytest.raises(UsageError, match="cannot be joined"):
+        from detectron2.data import MetadataCatalog
+
+        MetadataCatalog.get("ov_micro_val").__dict__["thing_classes"] = ["other"]
+        try:
+            loading.load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)
+        finally:
+            MetadataCatalog.get("ov_micro_val").__dict__["thing_classes"] = ["disc", "bar", "ring"]

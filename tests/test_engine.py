@@ -1,0 +1,264 @@
+"""Training runs of a micro model: exact resume, several processes, numbers that are not finite, exit codes."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+
+import train_net
+from ovdet2.engine import Trainer, launch, setup
+from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exit_on_error
+from ovdet2.files import read_safetensors
+from tests import micro_training
+from tests.micro_training import micro_cfg, micro_opts, parallel_check, write_data
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder with the micro data set; runs write below it."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    write_data(tmp_path)
+    return tmp_path
+
+
+def train(output, *overrides, resume=False, stop_after=None):
+    """Run a training; returns (trainer, sums of the gradients by iteration). It is interrupted in ``stop_after``."""
+    seed_all_rng(0 if not resume else 1)  # a resumed run must not depend on it
+    trainer = Trainer(micro_cfg(output, ["MODEL.META_ARCHITECTURE", "NoisyMicroDetector", *overrides]))
+    trainer.resume_or_load(resume=resume)
+    gradients = {}
+
+    def before_step(*_):
+        gradients[trainer.iter] = [p.grad.sum().item() for p in trainer.checkpointer.model.parameters()]
+        if trainer.iter == stop_after:
+            raise KeyboardInterrupt
+
+    trainer.optimizer.register_step_pre_hook(before_step)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    return trainer, gradients
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.checkpointer.model.parameters()])
+
+
+@pytest.mark.parametrize("workers, optimizer, schedule", [("0", "SGD", "WarmupMultiStepLR"), ("2", "AdamW", "WarmupCosineLR")])
+def test_resume_equals_an_uninterrupted_run(root, workers, optimizer, schedule):
+    """Bit for bit: image ids, gradients (hence losses), weights; with an evaluation after the checkpoint, and a kill
+    three steps after it."""
+    options = ["SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(8, 15)", "DATALOADER.NUM_WORKERS", workers]
+    options += ["SOLVER.OPTIMIZER", optimizer, "SOLVER.LR_SCHEDULER_NAME", schedule, "SOLVER.CHECKPOINT_PERIOD", "10"]
+    options += ["TEST.EVAL_PERIOD", "10"]
+    straight, expected = train(root / "straight", *options)
+    train(root / "parts", *options, stop_after=13)
+    resumed, found = train(root / "parts", *options, resume=True)
+    assert sorted(found) == list(range(10, 20))
+    assert {i: expected[i] for i in found} == found
+    assert resumed.checkpointer.model.seen == straight.checkpointer.model.seen[10:]
+    assert torch.equal(weights(resumed), weights(straight))
+    assert resumed.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
+
+
+def test_run_leaves_metrics_configuration_and_report(root):
+    trainer, _ = train(root / "out", "SOLVER.MAX_ITER", "20")
+    lines = [json.loads(line) for line in (root / "out" / "metrics.json").read_text().splitlines()]
+    assert len(lines) >= 10 and {"total_loss", "loss_box", "loss_cls", "lr"} <= set(lines[0])
+    assert json.loads((root / "out/inference/ov_micro_val/report.json").read_text())["schema"] == "ovdet2/report/1"
+    assert "AP50-novel" in trainer._last_eval_results["bbox"]
+    assert (root / "out" / "last_checkpoint").read_text() == "model_final.pth"
+
+
+def test_not_resuming_into_a_used_folder_warns(root, caplog):
+    train(root / "out")
+    again, seen = train(root / "out")
+    assert sorted(seen) == list(range(6)) and "earlier run" in caplog.text
+    longer, seen = train(root / "out", "SOLVER.MAX_ITER", "8", resume=True)
+    assert sorted(seen) == [6, 7]
+
+
+@pytest.mark.parametrize(
+    "model, what",
+    [("ExplodingMicroDetector", "the loss is not finite"), ("InfiniteGradientMicroDetector", "a gradient is not finite")],
+)
+def test_not_finite_stops_before_the_weights_change(root, model, what):
+    options = ["MODEL.META_ARCHITECTURE", model, "SOLVER.CHECKPOINT_PERIOD", "2"]
+    with pytest.raises(NumericalError, match=rf"(?s){what} at iteration 2.*loss_.*\.png \(id \d+\).*--resume"):
+        train(root / "out", *options)
+    saved = torch.load(root / "out" / (root / "out" / "last_checkpoint").read_text(), weights_only=True)
+    assert saved["iteration"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in saved["model"].values())
+
+
+def test_nan_that_detectron2_meets_is_reported_the_same_way(root, monkeypatch):
+    def forward(self, batch):
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
+
+    monkeypatch.setattr(micro_training.MicroDetector, "forward", forward)
+    with pytest.raises(NumericalError, match=r"(?s)iteration 0.*Predicted boxes.*\.png \(id"):
+        train(root / "out")
+
+
+def test_two_processes_equal_one(root):
+    """Weights equal on both ranks; gradient and evaluation equal to one process with the same batches of 4."""
+    launch(parallel_check, 2, args=(root / "two",), use_cuda=False)
+    parallel_check(root / "one")
+    (first, _), (second, _), (single, _) = (
+        read_safetensors(root / name, "test") for name in ("two/rank0.safetensors", "two/rank1.safetensors", "one/rank0.safetensors")
+    )
+    for name in first:
+        if name != "seen":
+            assert torch.equal(first[name], second[name]), name
+            assert torch.allclose(first[name], single[name], atol=1e-6), name
+    # Draws t, t + 2 on rank 0 and t + 1, t + 3 on rank 1 make up the batch of the single process.
+    both = torch.stack([first["seen"], second["seen"]], dim=2).flatten(1)
+    assert torch.equal(both, single["seen"])
+    one, two = (predictions(root / name) for name in ("one", "two"))
+    assert sorted(two) == sorted(one) == list(range(1, 13))
+    for image_id in one:
+        for key in ("scores", "boxes_xyxy"):
+            assert np.allclose(one[image_id][key], two[image_id][key], atol=1e-5)
+
+
+def predictions(folder):
+    """The evaluator's file by image id; every image must be there once."""
+    lines = (folder / "inference/ov_micro_val/predictions.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert len({line["image_id"] for line in found}) == len(found)
+    return {line["image_id"]: line for line in found}
+
+
+def test_nan_in_one_process_stops_all(root):
+    """Both ranks end with the same message; none waits for the other."""
+    options = micro_opts(root / "out") + ["MODEL.META_ARCHITECTURE", "ExplodingMicroDetector"]
+    arguments = train_net.parse_args([*options, "SOLVER.CHECKPOINT_PERIOD", "2"])
+    with pytest.raises(NumericalError, match="the loss is not finite at iteration 2") as caught:
+        launch(micro_training.main, 2, args=(arguments,), use_cuda=False)
+    ended = time.time()
+    assert "process 0: loss_box" in str(caught.value) and "process 1: loss_box nan" in str(caught.value)
+    assert caught.value.exit_code == 5
+    assert (root / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    # The checkpoint was written one step before the NaN.
+    assert ended - (root / "out" / "model_0000001.pth").stat().st_mtime < 10
+
+
+def test_error_or_death_of_one_process_ends_the_other(root):
+    """The other one waits in a collective operation for ever."""
+    began = root / "began"
+    with pytest.raises(DataError, match="^image 7 is damaged$") as caught:
+        launch(micro_training.fail_while_the_other_waits, 2, args=(began, "raise"), use_cuda=False)
+    assert caught.value.exit_code == 3 and time.time() - began.stat().st_mtime < 10
+
+
+@pytest.mark.slow
+def test_killed_process_ends_the_other(root):
+    began = root / "began"
+    with pytest.raises(SetupError, match="SIGKILL.*memory"):
+        launch(micro_training.fail_while_the_other_waits, 2, args=(began, "kill"), use_cuda=False)
+    assert time.time() - began.stat().st_mtime < 10
+
+
+@pytest.mark.parametrize("arguments, code, words", [
+    (["SOLVER.NO_SUCH_KEY", "1"], 2, "NO_SUCH_KEY"),
+    (["SOLVER.MAX_ITER", "many"], 2, "MAX_ITER"),
+    (["DATASETS.TRAIN", "('ov_coco_train_base',)"], 3, "ov_coco_train_base"),
+    (["MODEL.META_ARCHITECTURE", "ExplodingMicroDetector"], 5, "the loss is not finite"),
+])  # fmt: skip
+def test_exit_codes(root, capsys, arguments, code, words):
+    """A plain sentence and the documented code."""
+    with pytest.raises(SystemExit) as ended, exit_on_error():
+        train_net.run([*micro_opts(root / "out"), *arguments])
+    assert ended.value.code == code and words in capsys.readouterr().err
+
+
+def test_program_reports_a_wrong_key_without_traceback():
+    command = [sys.executable, "-W", "ignore", "train_net.py", "SOLVER.NO_SUCH_KEY", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "NO_SUCH_KEY" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_missed_expected_results_exit_1(root):
+    options = micro_opts(root / "out") + ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP50-novel', 100.0, 0.1]]"]
+    with pytest.raises(SystemExit) as ended:
+        train_net.run(options)
+    assert ended.value.code == 1
+
+
+class TestEvalOnly:
+    def test_equals_the_evaluation_after_training(self, root):
+        trainer, _ = train(root / "out")
+        options = micro_opts(root / "again") + ["MODEL.WEIGHTS", str(root / "out" / "model_final.pth")]
+        results = train_net.main(train_net.parse_args(["--eval-only", *options]))
+        assert results["bbox"] == pytest.approx(trainer._last_eval_results["bbox"], nan_ok=True)
+        assert not (root / "again" / "last_checkpoint").exists()
+
+
+class TestSetup:
+    def arguments(self, root, *opts):
+        return SimpleNamespace(config_file="", opts=micro_opts(root / "out") + list(opts))
+
+    def test_writes_the_configuration_it_returns(self, root):
+        cfg = setup(self.arguments(root, "SEED", "-1"))
+        assert cfg.is_frozen() and cfg.SEED >= 0
+        assert (root / "out" / "config.yaml").read_text() == cfg.dump()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+    def test_cuda_falls_back_to_the_cpu(self, root):
+        assert setup(self.arguments(root, "MODEL.DEVICE", "cuda")).MODEL.DEVICE == "cpu"
+
+    def test_switches_that_would_be_ignored_are_refused(self, root):
+        with pytest.raises(UsageError, match="TEST.AUG.ENABLED"):
+            setup(self.arguments(root, "TEST.AUG.ENABLED", "True"))
+
+    def test_output_that_cannot_be_made(self, root):
+        (root / "file").write_text("")
+        with pytest.raises(SetupError, match="OUTPUT_DIR"):
+            setup(self.arguments(root, "OUTPUT_DIR", str(root / "file" / "out")))
+
+
+@pytest.mark.parametrize("overrides, words", [
+    (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER"),
+    (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+    (["MODEL.META_ARCHITECTURE", "NoSuchNet"], "NoSuchNet.*OpenVocabularyRCNN"),
+])  # fmt: skip
+def test_settings_that_do_not_go_together(root, overrides, words):
+    with pytest.raises(UsageError, match=words):
+        train(root / "out", *overrides)
+
+
+class TestLaunch:
+    def test_one_process_is_called_directly(self):
+        calls = []
+        launch(calls.append, 1, args=("here",))
+        assert calls == ["here"] and comm.get_world_size() == 1
+
+    @pytest.mark.parametrize("numbers", [(0, 1, 0), (1, 2, 2), (2, 0, 0)])
+    def test_impossible_numbers(self, numbers):
+        with pytest.raises(UsageError):
+            launch(print, *numbers, use_cuda=False)
+
+    def test_several_machines_need_an_address(self):
+        with pytest.raises(UsageError, match="tcp://"):
+            launch(print, 1, 2, 0, "auto", use_cuda=False)
+
+    def test_joins_a_torchrun_group(self, root, monkeypatch):
+        """The variables torchrun sets, for a group of one."""
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+        seen = []
+        launch(lambda: seen.append((torch.distributed.is_initialized(), comm.get_local_rank())), 8, use_cuda=False)
+        assert seen == [(True, 0)] and not torch.distributed.is_initialized()
