@@ -1,5 +1,10 @@
 """ovdet2: open-vocabulary object detection on Detectron2."""
 
+import warnings
+
+# Detectron2 0.6 and fvcore script functions at import; today's torch says twice that it would rather not.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+
 __version__ = "0.1.0"
 __all__ = ["Predictor", "Vocabulary"]
 

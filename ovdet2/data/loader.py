@@ -13,7 +13,7 @@ import random
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
@@ -266,6 +266,7 @@ def build_train_loader(cfg, mapper=None):
         UsageError, DataError: see :func:`load_records` and :class:`TrainLoader`.
     """
     records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+    _require_one_base(cfg)
     # A negative seed asks for a random one, drawn once and saved with the position.
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     mapper = OpenVocabularyMapper(cfg, True) if mapper is None else mapper
@@ -321,6 +322,23 @@ def load_records(names, key, filter_empty):
         raise UsageError(f"the data sets {', '.join(names)} cannot be joined ({error}): name them apart.") from None
     except AssertionError as error:
         raise DataError(f"{key} {list(names)} has no image to use ({error}).") from None
+
+
+def _require_one_base(cfg):
+    """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
+
+    Raises:
+        UsageError: two data sets have different base classes.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
+    splits = {name: MetadataCatalog.get(name).get("ov_split") for name in names}
+    bases = {name: split.base for name, split in splits.items() if split is not None}
+    different = [name for name in bases if bases[name] != bases[names[0]]] if names[0] in bases else []
+    if different:
+        raise UsageError(
+            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same split, "
+            "and evaluate on the other with --eval-only."
+        )
 
 
 def _sampler_factory(cfg, records):

@@ -156,8 +156,8 @@ def register_embedded_models():
     """Tell open_clip about the packaged model configurations (idempotent)."""
     import open_clip
 
-    for config in sorted((_EMBEDDED / "configs").glob("*.json")):
-        if config.stem not in open_clip.list_models():
+    for config in sorted(_EMBEDDED.glob("*.json")):
+        if "manifest" not in config.name and config.stem not in open_clip.list_models():
             open_clip.add_model_config(config)
 
 

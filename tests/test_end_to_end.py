@@ -1,0 +1,185 @@
+"""Train, evaluate, predict and draw on a small OV-Shapes, through the programs a user types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ovdet2 import Predictor, Vocabulary
+from ovdet2.config import find_config, load_config
+from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.fingerprint import Fingerprint
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "demo"))
+import demo  # noqa: E402
+
+CONFIG = "ovshapes/vild_text_r18.yaml"
+SMALL = ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "1", "INPUT.MIN_SIZE_TRAIN", "(96,)",
+         "INPUT.MIN_SIZE_TEST", "96", "MODEL.RPN.POST_NMS_TOPK_TEST", "40", "MODEL.VOCABULARY.TEMPLATES", "single"]
+
+
+def program(*arguments, root):
+    """Run a program of the project as a user would, on one thread."""
+    environment = os.environ | {"DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(folder of data sets, output folder) of a training of six steps."""
+    root, output = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("output")
+    ensure_generated(root, counts={"train2017": 16, "val2017": 6}, workers=1)
+    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *SMALL, "OUTPUT_DIR", output, root=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "48/17" in done.stdout and "novel" in done.stdout  # the table is printed
+    return root, output
+
+
+@pytest.fixture(scope="module")
+def predictor(run):
+    return Predictor(CONFIG, run[1] / "model_final.pth", SMALL)
+
+
+def report_of(output):
+    return json.loads((output / "inference" / "ov_shapes_val_all" / "report.json").read_text())
+
+
+def test_training_leaves_weights_config_and_report(run):
+    _, output = run
+    report = report_of(output)
+    assert report["images"] == 6 and report["classes"]["base"]["classes"] == 48 and report["classes"]["novel"]["classes"] == 17
+    assert {"AP50-novel", "AP50-base", "AP50-all", "AP50-unseen_nouns", "AP50-unseen_combinations"} <= set(report["bbox"])
+    assert set(report["proposals"]) >= {"AR@100-novel", "AR@300-base"}
+    assert (output / "config.yaml").is_file() and (output / "model_final.pth").is_file()
+    state = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    prefix = "roi_heads.box_predictor.cls_score.vocabulary."
+    assert state[prefix + "embeddings"].shape == (65, 128)
+    assert b'"ovshapes-resnet"' in bytes(state[prefix + "manifest"].tolist())
+    assert not any(name.startswith("region_scorer") or "clip" in name for name in state)
+
+
+def test_two_processes_evaluate_as_one(run, tmp_path):
+    root, output = run
+    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", "--eval-only", "--num-gpus", 2, *SMALL, "OUTPUT_DIR",
+                   tmp_path, "MODEL.WEIGHTS", output / "model_final.pth", "MODEL.DEVICE", "cpu", root=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = report_of(output), report_of(tmp_path)
+    assert two["processes"] == 2
+    for key in ("bbox", "proposals", "per_class"):
+        assert one[key] == two[key]
+
+
+@pytest.mark.parametrize("name", ["clip_on_crops", "clip_on_crops_objectness", "vild_text_clip"])
+def test_reference_rows_run_on_the_same_weights(run, name):
+    root, output = run
+    image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
+    plain = Predictor(CONFIG, output / "model_final.pth", SMALL).predict(image)
+    other = Predictor(f"ovshapes/{name}_r18.yaml", output / "model_final.pth", SMALL).predict(image)
+    assert len(other) and not torch.equal(plain.scores[:20], other.scores[:20])
+
+
+def test_predictor_takes_any_words(run, predictor):
+    image = next((run[0] / "ov_shapes" / "val2017").glob("*.jpg"))
+    predictor.set_vocabulary("striped moon, red mug, plain circle")
+    buffer = predictor.model.vocabulary
+    assert predictor.names == ("striped moon", "red mug", "plain circle")
+    assert buffer.base_mask.tolist() == [False, False, True]  # training had boxes of circles only
+    single, batch = predictor.predict(image), predictor.predict([image, np.asarray(Image.open(image))])
+    assert torch.equal(single.scores, batch[0].scores) and torch.equal(batch[0].scores, batch[1].scores)
+    with Image.open(image) as picture:
+        assert single.image_size == (picture.height, picture.width)
+    predictor.set_vocabulary(["moon"])
+    assert (predictor.predict(image).pred_classes == 0).all()
+    assert predictor.predict([]) == []
+
+
+def test_predictor_refuses(run, predictor, tmp_path):
+    for words, message in (("", "empty"), ("cat, Cat", "twice")):
+        with pytest.raises(UsageError, match=message):
+            predictor.set_vocabulary(words)
+    rows = torch.nn.functional.normalize(torch.randn(1, 128), dim=1)
+    with pytest.raises(DataError, match="teacher ViT-B-32 / openai"):
+        predictor.set_vocabulary(Vocabulary(["cat"], [False], rows, Fingerprint.stated("ViT-B-32", "openai"), "single"))
+    with pytest.raises(UsageError, match="RGB array"):
+        predictor.predict(np.zeros((64, 64), dtype=np.float32))
+    Image.new("RGB", (16, 64)).save(tmp_path / "thin.png")
+    with pytest.raises(DataError, match="thin.png"):
+        predictor.predict(tmp_path / "thin.png")
+    with pytest.raises(UsageError, match="needs a trained detector"):
+        Predictor(CONFIG, overrides=SMALL)
+
+
+def test_vocabulary_file_must_fit(run, tmp_path):
+    teacherless = ["MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")]
+    rows = torch.nn.functional.normalize(torch.randn(65, 128), dim=1)
+    names = load_split().names
+    Vocabulary(names, load_split().base_mask, rows, Fingerprint.stated("ViT-B-32", "openai"), "single").save(tmp_path / "v.safetensors")
+    with pytest.raises(DataError, match="v.safetensors is of teacher ViT-B-32 / openai.*MODEL.TEACHER"):
+        Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
+    words = Vocabulary(names[:3], load_split().base_mask[:3], rows[:3], Fingerprint.stated("ovshapes-resnet", "embedded"), "single")
+    words.save(tmp_path / "v.safetensors")
+    with pytest.raises(DataError, match="holds 3 words .3 base., OV-Shapes 48/17 has 65"):
+        Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
+
+
+def load_split():
+    from ovdet2.data.datasets.ov_shapes import OV_SHAPES
+
+    return OV_SHAPES
+
+
+def test_demo_draws_and_survives_a_damaged_image(run, tmp_path, capsys):
+    root, output = run
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    good = sorted((root / "ov_shapes" / "val2017").glob("*.jpg"))[:2]
+    for path in good:
+        (inputs / path.name).write_bytes(path.read_bytes())
+    (inputs / "torn.jpg").write_bytes(good[0].read_bytes()[:500])
+    pictures = demo.main(["--config-file", CONFIG, "--input", str(inputs), str(inputs / "*1.jpg"), "--vocabulary", "moon, red star",
+                          "--output", str(tmp_path / "out"), "--confidence-threshold", "0.0", *SMALL, "MODEL.WEIGHTS",
+                          str(output / "model_final.pth")])
+    assert "torn.jpg" in capsys.readouterr().out
+    assert [p.stem for p in pictures] == [p.stem for p in good]
+    records = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {d["word"] for r in records for d in r["detections"]} <= {"moon", "red star"}
+    with Image.open(pictures[0]) as picture:
+        assert max(picture.size) >= 640 and len(set(picture.resize((40, 40)).convert("RGB").get_flattened_data())) > 20
+    with pytest.raises(UsageError, match="nothing matches"):
+        demo.main(["--config-file", CONFIG, "--input", "no/*.png", "--output", str(tmp_path), *SMALL, "MODEL.WEIGHTS",
+                   str(output / "model_final.pth")])
+
+
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")), ids=str)
+def test_every_configuration_loads_and_claims(path):
+    load_config(str(path))
+    header = find_config(str(path)).read_text().split("_BASE_")[0].split("\nMODEL:")[0]
+    assert header.startswith("#")
+    if path.parts[1] != "base":
+        assert f"--config-file {path}" in header
+
+
+def test_unknown_key_and_unsafe_yaml(tmp_path):
+    with pytest.raises(UsageError, match="Non-existent"):
+        load_config(CONFIG, ["MODEL.OVD.TAU", "1"])
+    (tmp_path / "evil.yaml").write_text('OUTPUT_DIR: !!python/object/apply:os.getcwd []\n')
+    with pytest.raises(UsageError):
+        load_config(str(tmp_path / "evil.yaml"))
+    with pytest.raises(UsageError, match="ovshapes/vild_text_r18.yaml"):
+        load_config("no_such.yaml")
+
+
+def test_training_on_another_split_than_the_vocabulary_is_refused(run, monkeypatch):
+    from ovdet2.data.loader import build_train_loader
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(run[0]))
+    with pytest.raises(UsageError, match="different base classes"):
+        build_train_loader(load_config(CONFIG, [*SMALL, "DATASETS.TEST", "('ov_coco_val_all',)"]))
