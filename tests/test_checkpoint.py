@@ -1,10 +1,13 @@
 """Checkpoints: whole or absent after a kill or a full disk, and never run."""
 
+import io
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,30 +46,69 @@ class Exploit:
         return open, (str(self.path), "w")
 
 
-def save_until_killed(folder):
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_and_die(folder, moment):
+    """Save version 2 over version 1 of the same name; die in the middle of the file (moment 0), or before the
+    ``moment``-th call that makes something durable: fsync, rename, fsync of the folder, of file and of pointer."""
     torch.set_num_threads(1)
-    number = 0
-    while True:
-        number += 1
-        AtomicCheckpointer(model_of(float(number), 256), str(folder)).save(f"model_{number:07d}", iteration=number)
+    calls = itertools.count(1)
+
+    def dying(function):
+        return lambda *args: die() if next(calls) == moment else function(*args)
+
+    if moment == 0:
+        whole = io.BytesIO()
+        torch.save({"model": model_of(2.0).state_dict()}, whole)
+        torch.save = lambda data, path: (Path(path).write_bytes(whole.getvalue()[:900]), die())
+    os.fsync, os.replace = dying(os.fsync), dying(os.replace)
+    AtomicCheckpointer(model_of(2.0), str(folder)).save("model_final", iteration=2)
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.11, 0.17, 0.23, 0.29, 0.36])
-def test_killed_while_saving(tmp_path, seconds):
-    """A SIGKILL at any moment leaves a pointer to a whole file (the child does nothing but save)."""
-    child = multiprocessing.get_context("fork").Process(target=save_until_killed, args=(tmp_path,))
+def save_for_ever(folder, _):
+    torch.set_num_threads(1)
+    for number in itertools.count(1):
+        AtomicCheckpointer(model_of(float(number), 512), str(folder)).save("model_final", iteration=number)
+
+
+def run_in_child(target, *arguments):
+    child = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     child.start()
+    return child
+
+
+def assert_whole(folder):
+    """The pointed-to checkpoint loads and is of one version, which is returned."""
+    size = 512 if (folder / "model_final.pth").stat().st_size > 100_000 else 8
+    model = model_of(0.0, size)
+    state = AtomicCheckpointer(model, str(folder)).resume_or_load("", resume=True)
+    assert value_of(model) == state["iteration"] >= 1
+    return state["iteration"]
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_killed_at_each_moment_of_a_save(tmp_path, moment):
+    AtomicCheckpointer(model_of(1.0), str(tmp_path)).save("model_final", iteration=1)
+    child = run_in_child(save_and_die, tmp_path, moment)
+    child.join()
+    # Six calls make a save durable; the seventh does not exist, and the save ends.
+    assert child.exitcode == (0 if moment == 7 else -signal.SIGKILL)
+    # The rename of the file is the second of them.
+    assert assert_whole(tmp_path) == (1 if moment <= 2 else 2)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.13, 0.21])
+def test_killed_at_any_time(tmp_path, seconds):
+    child = run_in_child(save_for_ever, tmp_path, None)
     while not (tmp_path / "last_checkpoint").exists():
         assert child.is_alive()
         time.sleep(0.002)
     time.sleep(seconds)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-
-    model = model_of(0.0, 256)
-    pointed = (tmp_path / "last_checkpoint").read_text()
-    state = AtomicCheckpointer(model, str(tmp_path)).resume_or_load("", resume=True)
-    assert value_of(model) == state["iteration"] == int(pointed[6:13])
+    assert_whole(tmp_path)
 
 
 def test_full_disk_harms_nothing(tmp_path, monkeypatch):
