@@ -182,7 +182,8 @@ def test_preparing_again_rewrites_nothing_and_mends_a_damaged_file(coco_mini):
 
 
 def test_an_unfiltered_json_is_refused_for_training(coco_mini):
-    val, _ = filter_coco_json(json.loads((coco_mini / "annotations/instances_val2017.json").read_text()), OV_COCO.category_ids)
+    official = json.loads((coco_mini / "annotations" / "instances_val2017.json").read_text())
+    val, _ = filter_coco_json(official, OV_COCO.category_ids)
     path = write(coco_mini, val)
     assert len(load_ov_json(path, coco_mini, OV_COCO)) == 38
     with pytest.raises(DataError, match="73 annotations of novel classes"):
@@ -258,7 +259,7 @@ BAD = {
     "hidden escape": (_image("file_name", "a/../../x"), "leave the image folder"),
     "no images": (lambda data: data.__setitem__("images", []), "has no images"),
     "no annotations list": (lambda data: data.pop("annotations"), "no list 'annotations'"),
-    "another numbering": (lambda data: data["categories"][1].__setitem__("name", "pear"), r"id 2 \('pear' for 'apple'\)"),
+    "another numbering": (lambda data: data["categories"][1].update(name="pear"), r"id 2 \('pear' for 'apple'\)"),
 }
 
 
@@ -278,7 +279,7 @@ def test_many_faults_are_counted_and_the_first_ids_named(tmp_path):
     data["annotations"] = [
         {"id": number, "image_id": 5, "category_id": 2, "bbox": [0, 0, 0, 0]} for number in range(100, 120)
     ]
-    with pytest.raises(DataError, match=r"20 boxes of zero or negative size, annotation id 100, 101, 102, 103, 104, \.\.\."):
+    with pytest.raises(DataError, match=r"20 boxes of zero .* annotation id 100, 101, 102, 103, 104, \.\.\.:"):
         load_ov_json(write(tmp_path, data), tmp_path, FRUIT)
 
 

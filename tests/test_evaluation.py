@@ -94,7 +94,8 @@ def pycocotools_per_class(data, detections, category_ids):
     precision = engine.eval["precision"][:, :, :, 0, -1]
     return {
         category_id: tuple(
-            100 * values.mean() if (values > -1).all() else math.nan for values in (precision[:, :, k], precision[0, :, k])
+            100 * values.mean() if (values > -1).all() else math.nan
+            for values in (precision[:, :, k], precision[0, :, k])
         )
         for k, category_id in enumerate(sorted(category_ids))
     }
@@ -268,6 +269,19 @@ def test_a_subset_without_ground_truth_is_nan_and_null(make_evaluator, tmp_path)
     assert " - " in format_table(report)
 
 
+def test_a_class_with_crowds_alone_has_no_ground_truth(make_evaluator, tmp_path):
+    data, detections = random_set(2)
+    for annotation in data["annotations"]:
+        annotation["iscrowd"] |= annotation["category_id"] == 5
+    evaluator = make_evaluator(data)
+    feed(evaluator, data, detections)
+    evaluator.evaluate()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = (row for row in report["per_class"] if row["category_id"] == 5)
+    assert (row["boxes"], row["AP"], row["AP50"]) == (0, None, None)
+    assert report["classes"]["novel"]["with_ground_truth"] == 1
+
+
 def test_only_the_best_detections_of_an_image_count(make_evaluator, tmp_path):
     data, _ = random_set(4, images=1)
     data["annotations"] = [
@@ -275,9 +289,9 @@ def test_only_the_best_detections_of_an_image_count(make_evaluator, tmp_path):
         {"id": 2, "image_id": data["images"][0]["id"], "category_id": 5, "bbox": [50, 50, 20, 20]},
     ]
     detections = [
-        {"image_id": data["images"][0]["id"], "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.8},
-        {"image_id": data["images"][0]["id"], "category_id": 7, "bbox": [10, 10, 20, 20], "score": 0.7},
         {"image_id": data["images"][0]["id"], "category_id": 5, "bbox": [50, 50, 20, 20], "score": 0.6},
+        {"image_id": data["images"][0]["id"], "category_id": 7, "bbox": [10, 10, 20, 20], "score": 0.7},
+        {"image_id": data["images"][0]["id"], "category_id": 3, "bbox": [1, 1, 9, 9], "score": 0.8},
     ]
     evaluator = make_evaluator(data, max_detections=2)
     feed(evaluator, data, detections)

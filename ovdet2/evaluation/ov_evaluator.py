@@ -45,7 +45,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
     def __init__(self, dataset_name, output_dir, max_detections=100):
         metadata = MetadataCatalog.get(dataset_name)
         if not hasattr(metadata, "ov_split"):
-            raise UsageError(f"data set {dataset_name!r} has no base / novel split: register it by register_ov_dataset.")
+            raise UsageError(f"data set {dataset_name!r} has no base / novel split: use register_ov_dataset.")
         self._dataset_name, self._output_dir, self._max_detections = dataset_name, Path(output_dir), max_detections
         self._split = metadata.ov_split
         records = DatasetCatalog.get(dataset_name)
@@ -114,10 +114,12 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         boxes = _array(instances.pred_boxes.tensor)  # R x 4
         scores, classes = _array(instances.scores), _array(instances.pred_classes)
         _require_finite(image_id, "detection", boxes, scores)
-        if classes.size and not 0 <= classes.min() <= classes.max() < len(self._split.names):
+        class_count = len(self._split.names)
+        beyond = classes[(classes < 0) | (classes >= class_count)]
+        if beyond.size:
             raise DataError(
-                f"image {image_id} has a detection of class {classes.max()}, but {self._dataset_name} has the "
-                f"{len(self._split.names)} classes 0 to {len(self._split.names) - 1}: test with the data set's vocabulary."
+                f"image {image_id} has a detection of class {beyond[0]}, but {self._dataset_name} has the "
+                f"{class_count} classes 0 to {class_count - 1}: test with the data set's vocabulary."
             )
         best = np.argsort(-scores, kind="stable")[: self._max_detections]
         category_ids = np.asarray(self._split.category_ids)[classes[best].astype(int)]
@@ -183,10 +185,11 @@ def _truth_of(record):
 
 
 def _load(merged):
-    """Compact arrays of all detections, by ascending image id, and the recall figures.
+    """Compact arrays of all detections, those of an image together and by falling score, and the recall figures.
 
     Returns:
-        ({"image_ids" [R] i64, "category_ids" [R] i32, "scores" [R] f32, "boxes_xyxy" [R, 4] f32}, {"AR@...": percent})
+        ({"image_ids" [R] i64, "category_ids" [R] i32, "scores" [R] f32, "boxes_xyxy" [R, 4] f32},
+        {"AR@100-novel": percent, ...})
     """
     parts, covered, with_proposals, images = [], {}, 0, 0
     for record in read_merged(merged):
@@ -203,8 +206,7 @@ def _load(merged):
         for key, values in record.get("covered", {}).items():
             covered.setdefault(key, []).append(np.asarray(values, dtype=np.float64))
     if with_proposals not in (0, images):
-        raise DataError(f"{with_proposals} of {images} images have proposals: the model must give them always or never.")
-    parts.sort(key=lambda part: part[0][0] if len(part[0]) else -1)
+        raise DataError(f"{with_proposals} of {images} images have proposals: give them for all images or for none.")
     columns = (np.concatenate(column) for column in zip(*parts))
     recall = {key: average_recall(np.concatenate(values)) for key, values in covered.items()}
     return dict(zip(("image_ids", "category_ids", "scores", "boxes_xyxy"), columns)), recall

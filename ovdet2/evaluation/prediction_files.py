@@ -78,7 +78,7 @@ def merge(folder, tokens, image_ids):
                 shown = ", ".join(str(image_id) for image_id in sorted(ids)[:5])
                 raise DataError(
                     f"{len(ids)} images {kind}, id {shown}{', ...' if len(ids) > 5 else ''}: every image of the data "
-                    "set must be evaluated exactly once; use the test loader of ovdet2 or Detectron2's InferenceSampler."
+                    "set must be evaluated exactly once; use the test loader of ovdet2, or Detectron2's sampler for it."
                 )
     for path in paths:
         path.unlink()

@@ -266,7 +266,7 @@ def _attach_annotations(annotations, records, split, base_only, faults):
             faults.add("annotations without id or with one given twice, id", annotation_id, "number them anew")
         seen.add(annotation_id)
         if image_id not in records:
-            faults.add("annotations of an image that is not in the file, id", annotation_id, "add the image or drop them")
+            faults.add("annotations of an image that is not in the file, id", annotation_id, "add it or drop them")
             continue
         category = contiguous.get(annotation.get("category_id"))
         if category is None:
