@@ -48,6 +48,7 @@ def get_cfg():
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" beside Detectron2's "value" and "norm": the norm of all gradients.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.

@@ -189,6 +189,21 @@ def test_program_reports_a_wrong_key_without_traceback():
     assert done.returncode == 2 and "NO_SUCH_KEY" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("kind, largest", [("value", None), ("norm", None), ("full_model", 0.02)])
+def test_gradients_are_clipped(root, kind, largest):
+    """With SGD at rate 1 and no decay the weights move by the gradient: full_model bounds the whole move."""
+    options = ["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind]
+    options += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.02", "SOLVER.BASE_LR", "1.0", "SOLVER.WARMUP_ITERS", "0"]
+    options += ["SOLVER.WEIGHT_DECAY", "0.0", "SOLVER.MAX_ITER", "1"]
+    seed_all_rng(0)
+    before = weights(Trainer(micro_cfg(root / "out", ["MODEL.META_ARCHITECTURE", "NoisyMicroDetector", *options])))
+    moved = (weights(train(root / "out", *options)[0]) - before).norm().item()
+    if largest is None:
+        assert moved > 0.021  # several parameters, each within its own bound
+    else:
+        assert moved == pytest.approx(largest, rel=1e-3)
+
+
 def test_missed_expected_results_exit_1(root):
     options = micro_opts(root / "out") + ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP50-novel', 100.0, 0.1]]"]
     with pytest.raises(SystemExit) as ended:
@@ -231,6 +246,7 @@ class TestSetup:
 @pytest.mark.parametrize("overrides, words", [
     (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER"),
     (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+    (["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "half"], "CLIP_TYPE.*full_model"),
     (["MODEL.META_ARCHITECTURE", "NoSuchNet"], "NoSuchNet.*OpenVocabularyRCNN"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together(root, overrides, words):

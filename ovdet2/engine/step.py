@@ -18,19 +18,21 @@ class CheckedStep:
     leave the other processes waiting. Here the processes agree after every forward pass.
     """
 
-    def __init__(self, model, data_loader, optimizer, scaler=None):
+    def __init__(self, model, data_loader, optimizer, scaler=None, max_norm=None):
         """
         Args:
             model: module returning a dict of scalar losses (or one scalar) from a batch.
             data_loader: iterable of batches, endless; opened at the first step.
             optimizer: over the model's parameters.
             scaler: torch.amp.GradScaler for mixed precision on CUDA, or None for float32.
+            max_norm: L2 norm over all parameters to which gradients are clipped, or None.
         """
         model.train()
         self.model = model
         self.data_loader = data_loader
         self.optimizer = optimizer
         self.scaler = scaler
+        self.max_norm = max_norm
         self.iter = 0
         self._batches = None
 
@@ -55,12 +57,14 @@ class CheckedStep:
         if self.scaler is None:
             total.backward()
             # Gradients are averaged over the processes, so each of them finds the same here.
-            if not torch.isfinite(self._gradient_norm()):
+            if not torch.isfinite(self._clip()):
                 self._stop("a gradient is not finite", batch, losses)
             self.optimizer.step()
         else:
-            # The scaler itself leaves out steps whose float16 gradients overflow.
             self.scaler.scale(total).backward()
+            self.scaler.unscale_(self.optimizer)
+            self._clip()
+            # The scaler itself leaves out steps whose float16 gradients overflow.
             self.scaler.step(self.optimizer)
             self.scaler.update()
         _write_metrics(losses, data_time)
@@ -85,9 +89,13 @@ class CheckedStep:
             ) from error
         return (losses if isinstance(losses, dict) else {"loss": losses}), None
 
-    def _gradient_norm(self):
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    def _clip(self):
+        """Clip if asked; returns the norm over all gradients before it."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        return norm
 
     def _device(self):
         return next(self.model.parameters()).device

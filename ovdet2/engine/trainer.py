@@ -48,7 +48,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler)
+        max_norm = cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE if _clips_full_model(cfg) else None
+        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, max_norm)
         self.checkpointer = AtomicCheckpointer(
             model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP, trainer=weakref.proxy(self)
         )
@@ -155,11 +156,16 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """SGD or AdamW (SOLVER.OPTIMIZER) with Detectron2's parameter groups and gradient clipping.
+        """SGD or AdamW (SOLVER.OPTIMIZER) with Detectron2's parameter groups and its clipping per parameter.
 
         Raises:
-            UsageError: another name.
+            UsageError: another optimizer, or another way of clipping.
         """
+        if _clips_full_model(cfg):
+            # Done by CheckedStep, which computes the norm anyway; Detectron2's optimizers know only single parameters.
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
         if cfg.SOLVER.OPTIMIZER == "SGD":
             return build_optimizer(cfg, model)
         if cfg.SOLVER.OPTIMIZER != "AdamW":
@@ -237,6 +243,17 @@ def _distribute(model):
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=device_ids, **{switch: False})
+
+
+def _clips_full_model(cfg):
+    """Whether CLIP_TYPE is "full_model", which DETR-like recipes need beside Detectron2's "value" and "norm"."""
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
+    if clipping.ENABLED and clipping.CLIP_TYPE not in ("value", "norm", "full_model"):
+        raise UsageError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clipping.CLIP_TYPE!r}: use 'value', 'norm' (both per parameter) or "
+            "'full_model' (the L2 norm over all parameters)."
+        )
+    return clipping.ENABLED and clipping.CLIP_TYPE == "full_model"
 
 
 def _build_scaler(cfg):
