@@ -30,7 +30,9 @@ def main(argv=None):
     predictor = Predictor(load_config(args.config_file, args.overrides))
     if args.vocabulary:
         predictor.set_vocabulary(args.vocabulary)
-    print(f"{len(predictor.names)} words: {', '.join(predictor.names[:20])}{' ...' if len(predictor.names) > 20 else ''}")
+    print(
+        f"{len(predictor.names)} words: {', '.join(predictor.names[:20])}{' ...' if len(predictor.names) > 20 else ''}"
+    )
     pictures, records = [], []
     output = Path(args.output)
     for path in tqdm(find_images(args.input), desc="detecting", unit="image"):
@@ -59,9 +61,13 @@ def parse_args(argv):
     parser.add_argument("--config-file", required=True, help="yaml of the detector")
     parser.add_argument("--input", nargs="+", required=True, help="images, folders, glob patterns")
     parser.add_argument("--output", required=True, help="folder for the pictures and detections.json")
-    parser.add_argument("--vocabulary", default="", help='"cat, red mug" or a text file; default: the data set\'s names')
+    parser.add_argument(
+        "--vocabulary", default="", help='"cat, red mug" or a text file; default: the data set\'s names'
+    )
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
-    parser.add_argument("--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn")
+    parser.add_argument(
+        "--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn"
+    )
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help="KEY VALUE ..., e.g. MODEL.WEIGHTS model.pth")
     return parser.parse_args(argv)
 
@@ -112,8 +118,9 @@ def to_record(path, instances, names):
     """JSON-serialisable detections of one image; boxes XYXY in pixels."""
     detections = [
         {"word": names[word], "score": round(score, 4), "box_xyxy": [round(v, 1) for v in box]}
-        for box, score, word in zip(instances.pred_boxes.tensor.tolist(), instances.scores.tolist(),
-                                    instances.pred_classes.tolist())
+        for box, score, word in zip(
+            instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()
+        )
     ]
     return {"image": str(path), "detections": detections}
 

@@ -1,4 +1,4 @@
-"""Every configuration key ovdet2 adds to Detectron2's, one line of documentation each, and safe loading of yaml files."""
+"""Every configuration key ovdet2 adds to Detectron2's, each with its documentation, and safe loading of yaml files."""
 
 from pathlib import Path
 
@@ -30,13 +30,14 @@ def get_cfg():
     cfg.MODEL.TEACHER.PRETRAINED = ""
 
     cfg.MODEL.VOCABULARY = CN()
-    # A file of tools/build_vocabulary.py; empty: the class names of the data set are embedded by the teacher at start-up.
+    # A file of tools/build_vocabulary.py; empty: the teacher embeds the class names of the data set at start-up.
     cfg.MODEL.VOCABULARY.FILE = ""
     # Prompt template set used when FILE is empty: "single", "vild63", "openclip80" or "photo12".
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
 
     cfg.MODEL.OVD = CN()
-    # "text": cosine to the vocabulary and a learned background; "closed_set": a linear layer over fixed classes (sanity row).
+    # "text": cosine to the vocabulary and a learned background; "closed_set": a linear layer over fixed classes
+    # (sanity row).
     cfg.MODEL.OVD.CLASSIFIER = "text"
     # tau of the softmax over cosines, in training and at test.
     cfg.MODEL.OVD.TEMPERATURE = 0.01
@@ -48,7 +49,7 @@ def get_cfg():
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
-    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" beside Detectron2's "value" and "norm": the norm of all gradients.
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" (the norm of all gradients) beside Detectron2's two.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
     # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.

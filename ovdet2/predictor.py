@@ -68,8 +68,12 @@ class Predictor:
         if not isinstance(words, Vocabulary):
             names = parse_words(words) if isinstance(words, str) else list(words)
             trained = self.model.vocabulary.trained_base_names
-            words = Vocabulary.build(names, build_teacher(self.cfg), templates or self.cfg.MODEL.VOCABULARY.TEMPLATES,
-                                     [name in trained for name in names])
+            words = Vocabulary.build(
+                names,
+                build_teacher(self.cfg),
+                templates or self.cfg.MODEL.VOCABULARY.TEMPLATES,
+                [name in trained for name in names],
+            )
         self.model.vocabulary.set(words)
 
     @torch.no_grad()
@@ -81,7 +85,7 @@ class Predictor:
 
         Returns:
             :class:`~detectron2.structures.Instances` on the CPU, best first, with ``pred_boxes`` (XYXY pixels of the
-            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`); a list of them for a list.
+            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`); a list for a list.
 
         Raises:
             DataError: an unreadable image file; UsageError: an array of another shape or type.
@@ -113,5 +117,7 @@ def to_rgb_array(image):
         return np.asarray(image.convert("RGB"))
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UsageError(f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {array.dtype} {list(array.shape)}.")
+        raise UsageError(
+            f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {array.dtype} {list(array.shape)}."
+        )
     return array

@@ -53,13 +53,15 @@ class Vocabulary:
         k = len(self.names)
         if self.embeddings.ndim != 2 or len(self.embeddings) != k or self.base_mask.shape != (k,):
             raise DataError(
-                f"a vocabulary of {k} words has embeddings of shape {list(self.embeddings.shape)} and a base mask of shape "
-                f"{list(self.base_mask.shape)}: give one row and one mask entry per word."
+                f"a vocabulary of {k} words has embeddings of shape {list(self.embeddings.shape)} and a base mask of "
+                f"shape {list(self.base_mask.shape)}: give one row and one mask entry per word."
             )
         norms = self.embeddings.norm(dim=1)
         wrong = torch.nonzero(~((norms - 1).abs() < 1e-3)).flatten().tolist()  # NaN fails the comparison too
         if wrong:
-            raise DataError(f"the embedding of {self.names[wrong[0]]!r} (row {wrong[0]}) has norm {norms[wrong[0]]:.4f}, not 1.")
+            raise DataError(
+                f"the embedding of {self.names[wrong[0]]!r} (row {wrong[0]}) has norm {norms[wrong[0]]:.4f}, not 1."
+            )
         if self.category_ids is not None and len(self.category_ids) != k:
             raise DataError(f"{k} words but {len(self.category_ids)} category ids.")
 
@@ -84,8 +86,13 @@ class Vocabulary:
         """The sub-vocabulary of a boolean mask [K]."""
         keep = torch.nonzero(mask).flatten().tolist()
         ids = None if self.category_ids is None else tuple(self.category_ids[i] for i in keep)
-        return replace(self, names=tuple(self.names[i] for i in keep), base_mask=self.base_mask[keep],
-                       embeddings=self.embeddings[keep], category_ids=ids)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in keep),
+            base_mask=self.base_mask[keep],
+            embeddings=self.embeddings[keep],
+            category_ids=ids,
+        )
 
     def manifest(self):
         """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
@@ -108,8 +115,14 @@ class Vocabulary:
         """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
         tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
         teacher = Fingerprint.from_dict(manifest.get("teacher"), path)
-        return cls(manifest["names"], tensors["base_mask"], tensors["embeddings"], teacher, manifest["templates"],
-                   manifest["category_ids"])
+        return cls(
+            manifest["names"],
+            tensors["base_mask"],
+            tensors["embeddings"],
+            teacher,
+            manifest["templates"],
+            manifest["category_ids"],
+        )
 
     @classmethod
     def build(cls, names, teacher, templates="vild63", base_mask=None, category_ids=None, progress=False):
@@ -151,7 +164,9 @@ class Vocabulary:
         """
         rows = torch.from_numpy(np.asarray(table, dtype=np.float32))
         if rows.ndim != 2 or len(rows) != len(names):
-            raise DataError(f"the table has shape {list(rows.shape)} but there are {len(names)} words: give one row per word.")
+            raise DataError(
+                f"the table has shape {list(rows.shape)} but there are {len(names)} words: give one row per word."
+            )
         mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
         return cls(names, mask, F.normalize(rows, dim=1), teacher, templates, category_ids)
 
@@ -197,5 +212,6 @@ def from_buffers(embeddings, base_mask, manifest):
     """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
     values = json.loads(bytes(manifest.cpu().tolist()).decode())
     teacher = Fingerprint.from_dict(values.get("teacher"), "the checkpoint's vocabulary")
-    return Vocabulary(values["names"], base_mask.cpu(), embeddings.cpu().float(), teacher, values["templates"],
-                      values["category_ids"])
+    return Vocabulary(
+        values["names"], base_mask.cpu(), embeddings.cpu().float(), teacher, values["templates"], values["category_ids"]
+    )

@@ -30,7 +30,9 @@ def wave(shape, frequency=1.0):
 def vocabulary(names=NAMES, num_base=3, dim=8, teacher=TEACHER, frequency=0.7):
     """A vocabulary of made-up unit embeddings."""
     rows = F.normalize(wave((len(names), dim), frequency), dim=1)
-    return Vocabulary(names, torch.arange(len(names)) < num_base, rows, teacher, "single", tuple(range(10, 10 + len(names))))
+    return Vocabulary(
+        names, torch.arange(len(names)) < num_base, rows, teacher, "single", tuple(range(10, 10 + len(names)))
+    )
 
 
 def cfg():

@@ -22,14 +22,30 @@ sys.path.insert(0, str(ROOT / "demo"))
 import demo  # noqa: E402
 
 CONFIG = "ovshapes/vild_text_r18.yaml"
-SMALL = ["SOLVER.MAX_ITER", "6", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "1", "INPUT.MIN_SIZE_TRAIN", "(96,)",
-         "INPUT.MIN_SIZE_TEST", "96", "MODEL.RPN.POST_NMS_TOPK_TEST", "40", "MODEL.VOCABULARY.TEMPLATES", "single"]
+SMALL = [
+    "SOLVER.MAX_ITER",
+    "6",
+    "SOLVER.IMS_PER_BATCH",
+    "4",
+    "SOLVER.WARMUP_ITERS",
+    "1",
+    "INPUT.MIN_SIZE_TRAIN",
+    "(96,)",
+    "INPUT.MIN_SIZE_TEST",
+    "96",
+    "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "40",
+    "MODEL.VOCABULARY.TEMPLATES",
+    "single",
+]
 
 
 def program(*arguments, root):
     """Run a program of the project as a user would, on one thread."""
     environment = os.environ | {"DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +71,14 @@ def report_of(output):
 def test_training_leaves_weights_config_and_report(run):
     _, output = run
     report = report_of(output)
-    assert report["images"] == 6 and report["classes"]["base"]["classes"] == 48 and report["classes"]["novel"]["classes"] == 17
-    assert {"AP50-novel", "AP50-base", "AP50-all", "AP50-unseen_nouns", "AP50-unseen_combinations"} <= set(report["bbox"])
+    assert (
+        report["images"] == 6
+        and report["classes"]["base"]["classes"] == 48
+        and report["classes"]["novel"]["classes"] == 17
+    )
+    assert {"AP50-novel", "AP50-base", "AP50-all", "AP50-unseen_nouns", "AP50-unseen_combinations"} <= set(
+        report["bbox"]
+    )
     assert set(report["proposals"]) >= {"AR@100-novel", "AR@300-base"}
     assert (output / "config.yaml").is_file() and (output / "model_final.pth").is_file()
     state = torch.load(output / "model_final.pth", weights_only=True)["model"]
@@ -68,8 +90,22 @@ def test_training_leaves_weights_config_and_report(run):
 
 def test_two_processes_evaluate_as_one(run, tmp_path):
     root, output = run
-    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", "--eval-only", "--num-gpus", 2, *SMALL, "OUTPUT_DIR",
-                   tmp_path, "MODEL.WEIGHTS", output / "model_final.pth", "MODEL.DEVICE", "cpu", root=root)
+    done = program(
+        "train_net.py",
+        "--config-file",
+        f"configs/{CONFIG}",
+        "--eval-only",
+        "--num-gpus",
+        2,
+        *SMALL,
+        "OUTPUT_DIR",
+        tmp_path,
+        "MODEL.WEIGHTS",
+        output / "model_final.pth",
+        "MODEL.DEVICE",
+        "cpu",
+        root=root,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = report_of(output), report_of(tmp_path)
     assert two["processes"] == 2
@@ -121,10 +157,14 @@ def test_vocabulary_file_must_fit(run, tmp_path):
     teacherless = ["MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")]
     rows = torch.nn.functional.normalize(torch.randn(65, 128), dim=1)
     names = load_split().names
-    Vocabulary(names, load_split().base_mask, rows, Fingerprint.stated("ViT-B-32", "openai"), "single").save(tmp_path / "v.safetensors")
+    Vocabulary(names, load_split().base_mask, rows, Fingerprint.stated("ViT-B-32", "openai"), "single").save(
+        tmp_path / "v.safetensors"
+    )
     with pytest.raises(DataError, match="v.safetensors is of teacher ViT-B-32 / openai.*MODEL.TEACHER"):
         Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
-    words = Vocabulary(names[:3], load_split().base_mask[:3], rows[:3], Fingerprint.stated("ovshapes-resnet", "embedded"), "single")
+    words = Vocabulary(
+        names[:3], load_split().base_mask[:3], rows[:3], Fingerprint.stated("ovshapes-resnet", "embedded"), "single"
+    )
     words.save(tmp_path / "v.safetensors")
     with pytest.raises(DataError, match="holds 3 words .3 base., OV-Shapes 48/17 has 65"):
         Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
@@ -144,9 +184,24 @@ def test_demo_draws_and_survives_a_damaged_image(run, tmp_path, capsys):
     for path in good:
         (inputs / path.name).write_bytes(path.read_bytes())
     (inputs / "torn.jpg").write_bytes(good[0].read_bytes()[:500])
-    pictures = demo.main(["--config-file", CONFIG, "--input", str(inputs), str(inputs / "*1.jpg"), "--vocabulary", "moon, red star",
-                          "--output", str(tmp_path / "out"), "--confidence-threshold", "0.0", *SMALL, "MODEL.WEIGHTS",
-                          str(output / "model_final.pth")])
+    pictures = demo.main(
+        [
+            "--config-file",
+            CONFIG,
+            "--input",
+            str(inputs),
+            str(inputs / "*1.jpg"),
+            "--vocabulary",
+            "moon, red star",
+            "--output",
+            str(tmp_path / "out"),
+            "--confidence-threshold",
+            "0.0",
+            *SMALL,
+            "MODEL.WEIGHTS",
+            str(output / "model_final.pth"),
+        ]
+    )
     assert "torn.jpg" in capsys.readouterr().out
     assert [p.stem for p in pictures] == [p.stem for p in good]
     records = json.loads((tmp_path / "out" / "detections.json").read_text())
@@ -154,8 +209,19 @@ def test_demo_draws_and_survives_a_damaged_image(run, tmp_path, capsys):
     with Image.open(pictures[0]) as picture:
         assert max(picture.size) >= 640 and len(set(picture.resize((40, 40)).convert("RGB").get_flattened_data())) > 20
     with pytest.raises(UsageError, match="nothing matches"):
-        demo.main(["--config-file", CONFIG, "--input", "no/*.png", "--output", str(tmp_path), *SMALL, "MODEL.WEIGHTS",
-                   str(output / "model_final.pth")])
+        demo.main(
+            [
+                "--config-file",
+                CONFIG,
+                "--input",
+                "no/*.png",
+                "--output",
+                str(tmp_path),
+                *SMALL,
+                "MODEL.WEIGHTS",
+                str(output / "model_final.pth"),
+            ]
+        )
 
 
 @pytest.mark.parametrize("path", sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml")), ids=str)
@@ -170,7 +236,7 @@ def test_every_configuration_loads_and_claims(path):
 def test_unknown_key_and_unsafe_yaml(tmp_path):
     with pytest.raises(UsageError, match="Non-existent"):
         load_config(CONFIG, ["MODEL.OVD.TAU", "1"])
-    (tmp_path / "evil.yaml").write_text('OUTPUT_DIR: !!python/object/apply:os.getcwd []\n')
+    (tmp_path / "evil.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(UsageError):
         load_config(str(tmp_path / "evil.yaml"))
     with pytest.raises(UsageError, match="ovshapes/vild_text_r18.yaml"):

@@ -55,7 +55,9 @@ def weights(trainer):
     return torch.cat([p.detach().flatten() for p in trainer.checkpointer.model.parameters()])
 
 
-@pytest.mark.parametrize("workers, optimizer, schedule", [("0", "SGD", "WarmupMultiStepLR"), ("2", "AdamW", "WarmupCosineLR")])
+@pytest.mark.parametrize(
+    "workers, optimizer, schedule", [("0", "SGD", "WarmupMultiStepLR"), ("2", "AdamW", "WarmupCosineLR")]
+)
 def test_resume_equals_an_uninterrupted_run(root, workers, optimizer, schedule):
     """Bit for bit: image ids, gradients (hence losses), weights; with an evaluation after the checkpoint, and a kill
     three steps after it."""
@@ -91,7 +93,10 @@ def test_not_resuming_into_a_used_folder_warns(root, caplog):
 
 @pytest.mark.parametrize(
     "model, what",
-    [("ExplodingMicroDetector", "the loss is not finite"), ("InfiniteGradientMicroDetector", "a gradient is not finite")],
+    [
+        ("ExplodingMicroDetector", "the loss is not finite"),
+        ("InfiniteGradientMicroDetector", "a gradient is not finite"),
+    ],
 )
 def test_not_finite_stops_before_the_weights_change(root, model, what):
     options = ["MODEL.META_ARCHITECTURE", model, "SOLVER.CHECKPOINT_PERIOD", "2"]
@@ -111,12 +116,27 @@ def test_nan_that_detectron2_meets_is_reported_the_same_way(root, monkeypatch):
         train(root / "out")
 
 
+def test_too_little_gpu_memory_names_sizes_and_keys(root, monkeypatch):
+    def forward(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(micro_training.MicroDetector, "forward", forward)
+    with pytest.raises(SetupError, match=r"images of \(3, \d+, \d+\).*iteration 0.*SOLVER.IMS_PER_BATCH"):
+        train(root / "out")
+
+
+def test_skipped_images_are_summed_up(root, caplog):
+    (root / "micro" / "images" / "0004.png").write_bytes(b"")
+    train(root / "out", "DATASETS.TEST", "()")
+    assert "1 training images could not be used" in caplog.text and "0004.png" in caplog.text
+
+
 def test_two_processes_equal_one(root):
     """Weights equal on both ranks; gradient and evaluation equal to one process with the same batches of 4."""
     launch(parallel_check, 2, args=(root / "two",), use_cuda=False)
     parallel_check(root / "one")
     (first, _), (second, _), (single, _) = (
-        read_safetensors(root / name, "test") for name in ("two/rank0.safetensors", "two/rank1.safetensors", "one/rank0.safetensors")
+        read_safetensors(root / f"{name}.safetensors", "test") for name in ("two/rank0", "two/rank1", "one/rank0")
     )
     for name in first:
         if name != "seen":

@@ -8,14 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import ClosedSetClassifier, TextClassifier, VocabularyBuffer, class_wise_nms, fuse_scores, fusion_exponents
+from ovdet2.layers import (
+    ClosedSetClassifier,
+    TextClassifier,
+    VocabularyBuffer,
+    class_wise_nms,
+    fuse_scores,
+    fusion_exponents,
+)
 from ovdet2.vlm.fingerprint import Fingerprint
 from tests import micro
 
 
 def reference_logits(features, classifier, rows):
     """float64 numpy: cosine of the projected region to each row and to the background, over tau."""
-    weight, bias = classifier.projection.weight.detach().double().numpy(), classifier.projection.bias.detach().double().numpy()
+    weight, bias = (
+        classifier.projection.weight.detach().double().numpy(),
+        classifier.projection.bias.detach().double().numpy(),
+    )
     region = features.double().numpy() @ weight.T + bias
     columns = np.concatenate([rows.double().numpy(), classifier.background.detach().double().numpy()[None]])
     out = np.empty((len(region), len(columns)))
@@ -37,7 +47,9 @@ def test_text_classifier_equals_float64_reference():
     layer, features = classifier(), micro.wave((7, 12), 0.31)
     words = micro.vocabulary()
     assert np.allclose(layer.eval()(features).detach(), reference_logits(features, layer, words.embeddings), atol=2e-4)
-    assert np.allclose(layer.train()(features).detach(), reference_logits(features, layer, words.embeddings[:3]), atol=2e-4)
+    assert np.allclose(
+        layer.train()(features).detach(), reference_logits(features, layer, words.embeddings[:3]), atol=2e-4
+    )
 
 
 def test_novel_columns_do_not_exist_in_training():
@@ -56,7 +68,9 @@ def test_permuting_words_permutes_logits_and_k_is_free():
     features = micro.wave((6, 12), 0.31)
     layer = classifier(words).eval()
     straight = layer(features)
-    permuted = micro.Vocabulary([words.names[i] for i in order], words.base_mask[order], words.embeddings[order], words.teacher, "single")
+    permuted = micro.Vocabulary(
+        [words.names[i] for i in order], words.base_mask[order], words.embeddings[order], words.teacher, "single"
+    )
     layer.vocabulary.set(permuted)
     assert torch.allclose(layer(features)[:, :-1], straight[:, order], atol=1e-5)
     layer.vocabulary.set(words.select(torch.tensor([False, True, False, False, False])))  # K = 1

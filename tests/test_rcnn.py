@@ -41,7 +41,9 @@ def test_classification_loss_equals_float64_reference():
     columns = np.concatenate([micro.vocabulary().embeddings[:3].double().numpy(), background[None]])
     columns = columns / np.linalg.norm(columns, axis=1, keepdims=True)
     cosine = (region / np.linalg.norm(region, axis=1, keepdims=True)) @ columns.T
-    expected = np.mean([np.log(np.exp((row - row[label]) / micro.TEMPERATURE).sum()) for row, label in zip(cosine, labels)])
+    expected = np.mean(
+        [np.log(np.exp((row - row[label]) / micro.TEMPERATURE).sum()) for row, label in zip(cosine, labels)]
+    )
     assert found["loss_cls"].item() == pytest.approx(expected, rel=1e-4)
     deltas = predictor(features)[1].detach().double()
     target = predictor.box2box_transform.get_deltas(proposals.proposal_boxes.tensor, proposals.gt_boxes.tensor).double()
@@ -71,7 +73,9 @@ def test_every_parameter_gets_a_gradient_and_buffers_stay():
     network = micro.model()
     before = network.vocabulary.embeddings.clone()
     sum(losses(network, micro.images(2)).values()).backward()
-    missing = [n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)]
+    missing = [
+        n for n, p in network.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.abs().sum() > 0)
+    ]
     # p6 has no parameters; lateral and output convolutions of unused levels do not exist in this pyramid.
     assert not missing, missing
     assert torch.equal(before, network.vocabulary.embeddings)
@@ -103,8 +107,11 @@ def test_permuting_the_vocabulary_permutes_the_detections():
     with torch.no_grad():
         straight = network(record)[0]["instances"]
         words = micro.vocabulary(num_base=0)
-        network.vocabulary.set(micro.Vocabulary([words.names[i] for i in order], words.base_mask, words.embeddings[order],
-                                                words.teacher, "single"))
+        network.vocabulary.set(
+            micro.Vocabulary(
+                [words.names[i] for i in order], words.base_mask, words.embeddings[order], words.teacher, "single"
+            )
+        )
         permuted = network(record)[0]["instances"]
     assert torch.allclose(straight.scores, permuted.scores, atol=1e-6)
     assert torch.equal(straight.pred_classes, order[permuted.pred_classes])
@@ -126,7 +133,9 @@ def test_proposals_come_back_in_original_pixels():
         records[0].update(height=128, width=288)  # twice as high, three times as wide
         scaled = network(records)[0]["proposals"]
     assert len(plain) == 20 and scaled.image_size == (128, 288)
-    assert torch.allclose(scaled.proposal_boxes.tensor, plain.proposal_boxes.tensor * torch.tensor([3.0, 2.0, 3.0, 2.0]))
+    assert torch.allclose(
+        scaled.proposal_boxes.tensor, plain.proposal_boxes.tensor * torch.tensor([3.0, 2.0, 3.0, 2.0])
+    )
 
 
 @pytest.mark.parametrize("mode", CROP_MODES[1:])

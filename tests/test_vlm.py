@@ -60,7 +60,9 @@ def test_batch_equals_singles_and_empty(teacher):
     assert torch.allclose(together.norm(dim=1), torch.ones(5), atol=1e-6)
     assert teacher.encode_image(pixels[:0]).shape == (0, 16)
     texts = ["a cat", "a dog", "the longer text"]
-    assert torch.allclose(teacher.encode_text(texts, batch_size=2), torch.cat([teacher.encode_text([t]) for t in texts]), atol=1e-6)
+    assert torch.allclose(
+        teacher.encode_text(texts, batch_size=2), torch.cat([teacher.encode_text([t]) for t in texts]), atol=1e-6
+    )
 
 
 def test_long_prompt_is_refused(teacher):
@@ -92,7 +94,7 @@ def test_scale_boxes():
 
 def test_warp_equals_pillow_box_average():
     """A crop shrunk by a whole number is the mean of whole blocks of pixels."""
-    pixels = ((micro.wave((3, 64, 96), 0.07) + 1) / 2)
+    pixels = (micro.wave((3, 64, 96), 0.07) + 1) / 2
     crop = warp_crops(pixels, torch.tensor([[16.0, 8.0, 80.0, 56.0]]), 16)[0]
     image = Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
     reference = np.asarray(image.crop((16, 8, 80, 56)).resize((16, 16), Image.BOX)) / 255

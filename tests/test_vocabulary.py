@@ -141,8 +141,12 @@ def test_many_words_permute_and_count():
 
 
 def run_tool(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "tools" / "build_vocabulary.py"), *map(str, arguments)],
-                          capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "build_vocabulary.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
 
 
 def test_import_of_the_real_coco_table(tmp_path):
@@ -151,8 +155,22 @@ def test_import_of_the_real_coco_table(tmp_path):
     output = tmp_path / "coco.safetensors"
     table = SHARED / "clip_text" / "coco_clip_a+cname.npy"
     categories = SHARED / "coco_mini" / "annotations" / "instances_val2017.json"
-    done = run_tool("--dataset", "ov_coco_val_all", "--import-table", table, "--json", categories, "--architecture", "ViT-B-32",
-                    "--pretrained", "openai", "--templates", "a {name}", "--output", output)
+    done = run_tool(
+        "--dataset",
+        "ov_coco_val_all",
+        "--import-table",
+        table,
+        "--json",
+        categories,
+        "--architecture",
+        "ViT-B-32",
+        "--pretrained",
+        "openai",
+        "--templates",
+        "a {name}",
+        "--output",
+        output,
+    )
     assert done.returncode == 0, done.stderr
     words = Vocabulary.load(output)
     assert len(words) == 65 and words.num_base == 48 and words.embeddings.shape == (65, 512)
@@ -163,7 +181,9 @@ def test_import_of_the_real_coco_table(tmp_path):
 
 
 def test_tool_usage_errors(tmp_path):
-    done = run_tool("--words", "cat, cat", "--architecture", "ViT-B-32", "--pretrained", "nothing", "--output", tmp_path / "x")
+    done = run_tool(
+        "--words", "cat, cat", "--architecture", "ViT-B-32", "--pretrained", "nothing", "--output", tmp_path / "x"
+    )
     assert done.returncode == 2 and "neither a file nor a pretrained tag" in done.stderr
     done = run_tool("--architecture", "ViT-B-32", "--pretrained", "openai", "--output", tmp_path / "x")
     assert done.returncode == 2 and "give one of --words" in done.stderr

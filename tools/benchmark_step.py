@@ -54,16 +54,22 @@ def open_vocabulary_model(cfg):
     """The model of ``cfg`` with made-up embeddings of the right shape: their values do not change the cost."""
     split = dataset_split(cfg)
     rows = torch.nn.functional.normalize(torch.randn(len(split.names), 512), dim=1)
-    words = VocabularyBuffer(Vocabulary(split.names, split.base_mask, rows, Fingerprint("ViT-B-32", "openai"), "single"))
+    words = VocabularyBuffer(
+        Vocabulary(split.names, split.base_mask, rows, Fingerprint("ViT-B-32", "openai"), "single")
+    )
     plain = plain_model(cfg)
-    return OpenVocabularyRCNN(
-        backbone=plain.backbone,
-        proposal_generator=plain.proposal_generator,
-        roi_heads=OpenVocabularyROIHeads(cfg, plain.backbone.output_shape(), words),
-        pixel_mean=cfg.MODEL.PIXEL_MEAN,
-        pixel_std=cfg.MODEL.PIXEL_STD,
-        input_format=cfg.INPUT.FORMAT,
-    ).to(cfg.MODEL.DEVICE).train()
+    return (
+        OpenVocabularyRCNN(
+            backbone=plain.backbone,
+            proposal_generator=plain.proposal_generator,
+            roi_heads=OpenVocabularyROIHeads(cfg, plain.backbone.output_shape(), words),
+            pixel_mean=cfg.MODEL.PIXEL_MEAN,
+            pixel_std=cfg.MODEL.PIXEL_STD,
+            input_format=cfg.INPUT.FORMAT,
+        )
+        .to(cfg.MODEL.DEVICE)
+        .train()
+    )
 
 
 def plain_model(cfg):

@@ -1,10 +1,12 @@
-"""Build a vocabulary file: embed words, the classes of a data set or of a COCO json, or import an embedding table.
+r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO json, or import an embedding table.
 
     # words of your own
-    python tools/build_vocabulary.py --words "cat, red mug" --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    python tools/build_vocabulary.py --words "cat, red mug" \
+        --architecture ViT-B-32 --pretrained openai --output v.safetensors
     # the classes of a registered data set, base first
-    python tools/build_vocabulary.py --dataset ov_coco_val_all --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # an embedding table made elsewhere; its rows are the categories of --json by id (here COCO's 80), reordered for --dataset
+    python tools/build_vocabulary.py --dataset ov_coco_val_all \
+        --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # an embedding table made elsewhere, a row for each category of --json by id (here COCO's 80), reordered for --dataset
     python tools/build_vocabulary.py --dataset ov_coco_val_all --import-table table.npy --json instances_val2017.json \
         --architecture ViT-B-32 --pretrained openai --templates "a {name}" --output v.safetensors
 """
@@ -31,8 +33,10 @@ def main(argv=None):
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
         vocabulary = Vocabulary.build(names, teacher, args.templates, base_mask, ids, progress=True)
     vocabulary.save(args.output)
-    print(f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base), {vocabulary.embeddings.shape[1]} dimensions, "
-          f"teacher {vocabulary.teacher}, templates {vocabulary.templates}")
+    print(
+        f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base), "
+        f"{vocabulary.embeddings.shape[1]} dimensions, teacher {vocabulary.teacher}, templates {vocabulary.templates}"
+    )
     return vocabulary
 
 
@@ -41,11 +45,17 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--words", help='"cat, red mug", or a text file with a word per line')
     parser.add_argument("--dataset", help="registered data set with a base/novel split")
-    parser.add_argument("--json", help="COCO or LVIS json: its categories by id; with --import-table, the rows of the table")
+    parser.add_argument(
+        "--json", help="COCO or LVIS json: its categories by id; with --import-table, the rows of the table"
+    )
     parser.add_argument("--import-table", help=".npy array [K, D] of raw embeddings")
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
-    parser.add_argument("--pretrained", required=True, help="pretrained tag, 'embedded' or a weight file; stated for --import-table")
-    parser.add_argument("--templates", default="vild63", help="template set; for --import-table, how the rows were prompted")
+    parser.add_argument(
+        "--pretrained", required=True, help="pretrained tag, 'embedded' or a weight file; stated for --import-table"
+    )
+    parser.add_argument(
+        "--templates", default="vild63", help="template set; for --import-table, how the rows were prompted"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True)
     args = parser.parse_args(argv)
@@ -94,7 +104,9 @@ def import_table(args, names, base_mask, ids):
         row_of = {category: row for row, category in enumerate(row_ids)}
         missing = [name for name, category in zip(names, ids) if category not in row_of]
         if missing:
-            raise DataError(f"{args.json} has no category for {missing[:5]} ({len(missing)} in all): it is of another data set.")
+            raise DataError(
+                f"{args.json} has no category for {missing[:5]} ({len(missing)} in all): it is of another data set."
+            )
         table = table[[row_of[category] for category in ids]]
     teacher = Fingerprint.stated(args.architecture, args.pretrained)
     return Vocabulary.from_table(names, table, teacher, args.templates, base_mask, ids)

@@ -1,6 +1,7 @@
-"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of what it can teach on a data set.
+r"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of what it can teach on a data set.
 
-    python tools/evaluate_teacher.py --dataset ov_shapes_val_all --architecture ovshapes-resnet --pretrained embedded --output out/
+    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+        --architecture ovshapes-resnet --pretrained embedded --output out/
 
 Prints top-1 accuracy over base and novel boxes and the evaluator's table (each box with its probability for each word).
 Run it before training anything: a wrong CLIP or a wrong prompt shows here at once.
@@ -39,10 +40,16 @@ def main(argv=None):
         boxes, classes = truth_of(record)
         probs = classify(teacher, vocabulary, record["file_name"], boxes, args.factors)
         hits.append(torch.stack([classes, probs.argmax(1).cpu() == classes], dim=1))
-        evaluator.process([record], [{"instances": every_pair(boxes, probs.cpu(), (record["height"], record["width"]))}])
+        evaluator.process(
+            [record], [{"instances": every_pair(boxes, probs.cpu(), (record["height"], record["width"]))}]
+        )
     evaluator.evaluate()
     accuracy = accuracies(torch.cat(hits), split)
-    write_json(Path(args.output) / "accuracy.json", {"teacher": str(teacher.fingerprint), "templates": args.templates} | accuracy, indent=1)
+    write_json(
+        Path(args.output) / "accuracy.json",
+        {"teacher": str(teacher.fingerprint), "templates": args.templates} | accuracy,
+        indent=1,
+    )
     print(", ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
     return accuracy
 
@@ -78,7 +85,9 @@ def classify(teacher, vocabulary, path, boxes, factors):
 def every_pair(boxes, probs, image_size):
     """Instances with each box once per word, scored by its probability."""
     regions, words = torch.meshgrid(torch.arange(len(boxes)), torch.arange(probs.shape[1]), indexing="ij")
-    return Instances(image_size, pred_boxes=Boxes(boxes[regions.flatten()]), scores=probs.flatten(), pred_classes=words.flatten())
+    return Instances(
+        image_size, pred_boxes=Boxes(boxes[regions.flatten()]), scores=probs.flatten(), pred_classes=words.flatten()
+    )
 
 
 def accuracies(hits, split):

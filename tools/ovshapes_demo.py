@@ -36,7 +36,9 @@ def run_demo(output):
     print("\n" + make_table(rows, [0], output))
     found = json.loads((drawn / "all_words" / "detections.json").read_text())
     novel = sum(d["word"] in NOVEL_NAMES for record in found for d in record["detections"])
-    print(f"\nPictures of {PICTURES} validation images with {novel} detections of words that had no training box: {sheet}")
+    print(
+        f"\nPictures of {PICTURES} validation images with {novel} detections of words that had no training box: {sheet}"
+    )
     print(f"The same images asked for other words ({FREE_WORDS}): {drawn / 'free_words'}")
 
 

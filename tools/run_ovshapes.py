@@ -46,7 +46,9 @@ ROWS = {
     "closed_set": Row("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Row("ViLD-text", "ovshapes/vild_text_r18.yaml"),
     "clip_on_crops": Row("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml", "vild_text"),
-    "clip_on_crops_objectness": Row("CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"),
+    "clip_on_crops_objectness": Row(
+        "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"
+    ),
     "vild_text_clip": Row("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml", "vild_text"),
 }
 COLUMNS = {
@@ -78,7 +80,11 @@ def main(argv=None):
     table = make_table(names, args.seeds, output)
     print(table)
     if args.table:
-        insert_table(Path(args.table), table, f"python tools/run_ovshapes.py --rows {' '.join(args.rows)} --seeds {' '.join(map(str, args.seeds))}")
+        insert_table(
+            Path(args.table),
+            table,
+            f"python tools/run_ovshapes.py --rows {' '.join(args.rows)} --seeds {' '.join(map(str, args.seeds))}",
+        )
     return table
 
 
@@ -123,8 +129,17 @@ def command_of(name, seed, folder, output):
     """The command that makes a row: what a user would type."""
     row = ROWS[name]
     if name == "teacher":
-        return ["tools/evaluate_teacher.py", "--dataset", DATASET, "--architecture", "ovshapes-resnet",
-                "--pretrained", "embedded", "--output", str(folder)]
+        return [
+            "tools/evaluate_teacher.py",
+            "--dataset",
+            DATASET,
+            "--architecture",
+            "ovshapes-resnet",
+            "--pretrained",
+            "embedded",
+            "--output",
+            str(folder),
+        ]
     command = ["train_net.py", "--config-file", f"configs/{row.config}"]
     if not row.weights_of:
         return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder)]
@@ -158,7 +173,7 @@ def make_table(names, seeds, output):
 
 
 def mean_and_spread(values):
-    """"61.2 ± 1.3", "61.2" for one value, "-" where a figure does not exist."""
+    """ "61.2 ± 1.3", "61.2" for one value, "-" where a figure does not exist."""
     if None in values:
         return "-"
     mean = f"{statistics.mean(values):.1f}"

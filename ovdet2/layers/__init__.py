@@ -5,4 +5,11 @@ from ovdet2.layers.score_fusion import fuse_scores, fusion_exponents
 from ovdet2.layers.text_classifier import ClosedSetClassifier, TextClassifier
 from ovdet2.layers.vocabulary_buffer import VocabularyBuffer
 
-__all__ = ["ClosedSetClassifier", "TextClassifier", "VocabularyBuffer", "class_wise_nms", "fuse_scores", "fusion_exponents"]
+__all__ = [
+    "ClosedSetClassifier",
+    "TextClassifier",
+    "VocabularyBuffer",
+    "class_wise_nms",
+    "fuse_scores",
+    "fusion_exponents",
+]

@@ -3,7 +3,6 @@
 Shapes: R regions, K classes, M detections.
 """
 
-import torch
 from detectron2.layers import batched_nms
 
 

@@ -92,7 +92,7 @@ class ClosedSetClassifier(nn.Linear):
         """
         if len(self.vocabulary.vocabulary) != self.num_training_classes:
             raise UsageError(
-                f"a closed-set head of {self.num_training_classes} classes cannot take {len(self.vocabulary.vocabulary)} words: "
-                'use MODEL.OVD.CLASSIFIER "text".'
+                f"a closed-set head of {self.num_training_classes} classes cannot take "
+                f'{len(self.vocabulary.vocabulary)} words: use MODEL.OVD.CLASSIFIER "text".'
             )
         return super().forward(features)

@@ -33,8 +33,8 @@ class VocabularyBuffer(nn.Module):
         require_same_teacher(self.vocabulary.teacher, "the model", vocabulary.teacher, "the new vocabulary")
         if vocabulary.embeddings.shape[1] != self.embeddings.shape[1]:
             raise DataError(
-                f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model {self.embeddings.shape[1]}: "
-                "embed the words with the model's teacher."
+                f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model "
+                f"{self.embeddings.shape[1]}: embed the words with the model's teacher."
             )
         self._store(vocabulary)
 
@@ -47,7 +47,9 @@ class VocabularyBuffer(nn.Module):
         """
         count = self.vocabulary.num_base
         if count == 0 or not bool(self.vocabulary.base_mask[:count].all()):
-            raise UsageError(f"training needs base words first, but the base mask is {self.vocabulary.base_mask.tolist()}.")
+            raise UsageError(
+                f"training needs base words first, but the base mask is {self.vocabulary.base_mask.tolist()}."
+            )
         return self.embeddings[:count]
 
     def adopt_saved_vocabulary(self, saved):
@@ -66,7 +68,9 @@ class VocabularyBuffer(nn.Module):
         try:
             trained = from_buffers(saved["embeddings"], saved["base_mask"], saved["manifest"])
         except (KeyError, ValueError) as error:
-            raise DataError(f"the checkpoint's vocabulary cannot be read ({error}): it is damaged or not ovdet2's.") from None
+            raise DataError(
+                f"the checkpoint's vocabulary cannot be read ({error}): it is damaged or not ovdet2's."
+            ) from None
         require_same_teacher(trained.teacher, "the checkpoint", self.vocabulary.teacher, "the vocabulary of this run")
         self.trained_base_names = frozenset(trained.base().names) if trained.num_base else frozenset()
 

@@ -4,4 +4,11 @@ from ovdet2.modeling.build import build_classifier, build_teacher, build_vocabul
 from ovdet2.modeling.meta_arch.open_vocabulary_rcnn import OpenVocabularyRCNN
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
 
-__all__ = ["OpenVocabularyRCNN", "OpenVocabularyROIHeads", "build_classifier", "build_teacher", "build_vocabulary", "dataset_split"]
+__all__ = [
+    "OpenVocabularyRCNN",
+    "OpenVocabularyROIHeads",
+    "build_classifier",
+    "build_teacher",
+    "build_vocabulary",
+    "dataset_split",
+]

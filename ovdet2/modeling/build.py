@@ -26,7 +26,9 @@ def build_teacher(cfg):
         UsageError: no architecture is set.
     """
     if not cfg.MODEL.TEACHER.ARCHITECTURE:
-        raise UsageError("MODEL.TEACHER.ARCHITECTURE is empty: name an open_clip model, such as ovshapes-resnet or ViT-B-32.")
+        raise UsageError(
+            "MODEL.TEACHER.ARCHITECTURE is empty: name an open_clip model, such as ovshapes-resnet or ViT-B-32."
+        )
     return _load_teacher(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
 
 
@@ -50,19 +52,25 @@ def build_vocabulary(cfg):
     """
     split = dataset_split(cfg)
     if not cfg.MODEL.VOCABULARY.FILE:
-        return Vocabulary.build(split.names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, split.base_mask,
-                                split.category_ids)
+        return Vocabulary.build(
+            split.names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, split.base_mask, split.category_ids
+        )
     path = cfg.MODEL.VOCABULARY.FILE
     vocabulary = Vocabulary.load(path)
     configured = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
-    require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration")
+    require_same_teacher(
+        vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration"
+    )
     if vocabulary.teacher.weights_sha256 is None:
-        logger.warning("%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher)
+        logger.warning(
+            "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
+        )
     if vocabulary.names != tuple(split.names) or vocabulary.base_mask.tolist() != list(split.base_mask):
         different = [pair for pair in zip(vocabulary.names, split.names) if pair[0] != pair[1]][:3]
         raise DataError(
             f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name} has {len(split.names)} "
-            f"({sum(split.base_mask)} base); first differences {different}: rebuild it with tools/build_vocabulary.py --dataset."
+            f"({sum(split.base_mask)} base); first differences {different}: "
+            "rebuild it with tools/build_vocabulary.py --dataset."
         )
     return vocabulary
 

@@ -65,7 +65,9 @@ def embed_regions(teacher, image, boxes_xyxy, factors=(1.0, 1.5), batch_size=256
     parts = []
     for chunk in boxes_xyxy.to(image).split(batch_size):
         embeddings = [
-            teacher.encode_image(warp_crops(image, scale_boxes(chunk, factor, height, width), teacher.image_size), batch_size)
+            teacher.encode_image(
+                warp_crops(image, scale_boxes(chunk, factor, height, width), teacher.image_size), batch_size
+            )
             for factor in factors
         ]
         parts.append(F.normalize(sum(embeddings), dim=-1))

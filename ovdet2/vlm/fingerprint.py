@@ -42,7 +42,9 @@ class Fingerprint:
         try:
             return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
         except (KeyError, TypeError):
-            raise DataError(f"{source} states no teacher fingerprint: rebuild it with this version of ovdet2.") from None
+            raise DataError(
+                f"{source} states no teacher fingerprint: rebuild it with this version of ovdet2."
+            ) from None
 
     def __str__(self):
         digest = self.weights_sha256[:12] if self.weights_sha256 else "weights not hashed"

@@ -61,7 +61,9 @@ class Teacher(nn.Module):
 
         register_embedded_models()
         if architecture not in open_clip.list_models():
-            raise UsageError(f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}.")
+            raise UsageError(
+                f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}."
+            )
         source = pretrained
         if pretrained == "embedded":
             if architecture not in embedded_models():
@@ -71,7 +73,9 @@ class Teacher(nn.Module):
             pretrained = Path(pretrained).name
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
-            raise UsageError(f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known}).")
+            raise UsageError(
+                f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
+            )
         try:
             clip = open_clip.create_model(architecture, pretrained=source, precision="fp32", require_pretrained=True)
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
@@ -142,7 +146,8 @@ class Teacher(nn.Module):
         for text in texts:
             if len(text) > limit and len(encode(text)) > limit:  # a token has at least one character
                 raise UsageError(
-                    f"the prompt {text[:80]!r}... has more than the {limit} tokens {self.fingerprint.architecture} reads: "
+                    f"the prompt {text[:80]!r}... has more than the {limit} tokens that "
+                    f"{self.fingerprint.architecture} reads: "
                     "shorten the name or choose a template set with shorter prompts."
                 )
 

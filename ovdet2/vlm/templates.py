@@ -50,7 +50,7 @@ def clean_name(name):
 
 
 def article(name):
-    """"an" before a, e, i, o, u, else "a": ViLD's rule goes by the letter, not the sound ("a hour", "an unicorn")."""
+    """ "an" before a, e, i, o, u, else "a": ViLD's rule goes by the letter, not the sound ("a hour", "an unicorn")."""
     return "an" if name[:1] in "aeiou" and name else "a"
 
 
@@ -67,7 +67,9 @@ def render(name, set_name):
         list of strings, one per template.
     """
     cleaned = clean_name(name)
-    texts = [template.replace("{article}", article(cleaned)).replace("{}", cleaned) for template in get_templates(set_name)]
+    texts = [
+        template.replace("{article}", article(cleaned)).replace("{}", cleaned) for template in get_templates(set_name)
+    ]
     if set_name == "vild63":
         texts = ["This is " + text if text.startswith(("a", "the")) else text for text in texts]
     return texts

@@ -83,7 +83,10 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             regions, classes = class_wise_nms(
                 clipped.tensor, scores, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
             )
-            results.append(Instances(image.image_size, pred_boxes=clipped[regions], scores=scores[regions, classes],
-                                     pred_classes=classes))
+            results.append(
+                Instances(
+                    image.image_size, pred_boxes=clipped[regions], scores=scores[regions, classes], pred_classes=classes
+                )
+            )
             kept.append(regions)
         return results, kept
