@@ -2,7 +2,8 @@
 
     python tools/train_embedded_teacher.py --model ovshapes-resnet --output ovdet2/assets/open_clip
 
-Only image-level captions are used: no box, no detection image. The output is ``<model>.safetensors`` (float16 weights,
+Only image-level captions are used: no box, no detection image. Most steps run on small images, the last ones at the
+model's own size, which reaches the same accuracy in about half the time. The output is ``<model>.safetensors`` (float16 weights,
 loadable by ``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash,
 zero-shot accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
 """
@@ -41,7 +42,7 @@ def main(arguments=None):
     if args.model not in open_clip.list_models():
         raise UsageError(f"there is no model configuration {args.model}: add it to ovdet2/assets/open_clip/.")
     print(f"Rendering {args.pairs} image-caption pairs", flush=True)
-    images, captions = render_captions(args.seed, args.pairs, progress=tqdm)
+    images, captions = render_captions(args.seed, args.pairs, workers=args.threads, progress=tqdm)
     data_hash = hashlib.sha256(images.tobytes() + "\n".join(captions).encode()).hexdigest()
     start = time.monotonic()
     model = train(args, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions)
@@ -78,25 +79,34 @@ def train(args, images, captions):
     Raises:
         NumericalError: the loss is not finite.
     """
+    resume = args.output / f"{args.model}.resume.pt"
+    first, saved = _read_resume(resume, args)
     torch.manual_seed(args.seed)
-    model = open_clip.create_model(args.model).train()
+    model = open_clip.create_model(args.model, force_image_size=args.small_side).train()
+    for name, parameter in model.visual.named_parameters():
+        if name.endswith("bn3.weight"):  # open_clip starts residual branches at zero; a short run cannot wait for them
+            torch.nn.init.constant_(parameter, 0.5)
+    if first > args.small_steps:
+        model = grow(model, args.model)
+    optimizer = _optimizer(model, args)
+    if saved:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     tokens = open_clip.get_tokenizer(args.model)(captions)
-    side = model.visual.preprocess_cfg["size"]
-    side = side if isinstance(side, int) else side[0]
     mean = torch.tensor(model.visual.preprocess_cfg["mean"]).view(3, 1, 1)
     std = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1)
-    optimizer = _optimizer(model, args)
     loss_of = open_clip.loss.ClipLoss()
-    resume = args.output / f"{args.model}.resume.pt"
-    first = _restore(resume, model, optimizer, args)
     batches = BatchPlan(captions, args.batch, args.seed)
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps)
     for step in progress:
+        if step == args.small_steps:
+            model = grow(model, args.model)
+            optimizer = _optimizer(model, args)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * _schedule(step, args.steps)
+            group["lr"] = args.lr * _schedule(step, args)
         chosen = batches.batch(step)
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pixels = augment(images[chosen].float() / 255.0, side, random)
+        pixels = augment(images[chosen].float() / 255.0, _side(model), random, coarsen=step >= args.small_steps)
         image_features, text_features, scale = model((pixels - mean) / std, tokens[chosen])[:3]
         loss = loss_of(image_features, text_features, scale)
         if not torch.isfinite(loss):
@@ -150,13 +160,29 @@ class BatchPlan:
         return batches
 
 
-def augment(pixels, side, random):
-    """Random crop with change of scale and aspect, flip, exposure and loss of resolution.
+def grow(model, name):
+    """The model of configuration ``name`` at its own image size, with the weights of a smaller-sized ``model``."""
+    grown = open_clip.create_model(name).train()
+    state, target = model.state_dict(), grown.state_dict()
+    for key in ("visual.attnpool.positional_embedding", "visual.positional_embedding"):
+        if key in state:
+            first, grid = state[key][:1], state[key][1:]
+            old, new = math.isqrt(len(grid)), math.isqrt(len(target[key]) - 1)
+            grid = grid.T.reshape(1, -1, old, old)
+            grid = F.interpolate(grid, size=(new, new), mode="bilinear", align_corners=False)
+            state[key] = torch.cat([first, grid.flatten(2)[0].T])
+    grown.load_state_dict(state)
+    return grown
+
+
+def augment(pixels, side, random, coarsen):
+    """Random crop with change of scale and aspect, flip, exposure and, if wanted, loss of resolution.
 
     Args:
         pixels: float Tensor [N, 3, H, W] in [0, 1].
         side: S of the output.
         random: torch Generator.
+        coarsen: let three quarters of the batch lose resolution, as small images on the web have been enlarged.
 
     Returns:
         Tensor [N, 3, S, S] in [0, 1].
@@ -175,9 +201,8 @@ def augment(pixels, side, random):
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = extent[:, 0] * flip, extent[:, 1], center
     grid = F.affine_grid(theta, (count, 3, side, side), align_corners=False)
     crops = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
-    # A quarter of the batch each loses resolution to a common size, as small images on the web have been enlarged.
-    parts = list(crops.chunk(4))
-    for i in range(1, len(parts)):
+    parts = list(crops.chunk(4))  # each later quarter shares one resolution
+    for i in range(1, len(parts) if coarsen else 0):
         small = int(torch.randint(20, side + 1, (1,), generator=random))
         coarse = F.interpolate(parts[i], size=(small, small), mode="bilinear", antialias=True, align_corners=False)
         parts[i] = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
@@ -246,10 +271,15 @@ def _optimizer(model, args):
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
 
 
-def _schedule(step, steps, warm_up=60):
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.5 * (1.0 + math.cos(math.pi * (step - warm_up) / max(steps - warm_up, 1)))
+def _schedule(step, args, warm_up=40):
+    """Cosine decay with a linear warm-up at the start of either phase (the optimizer of the second one starts anew)."""
+    since = step - args.small_steps if step >= args.small_steps else step
+    return min(1.0, (since + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
+
+
+def _side(model):
+    side = model.visual.image_size
+    return side if isinstance(side, int) else side[0]
 
 
 def _save_half(model, path):
@@ -270,23 +300,23 @@ def _save_resume(path, model, optimizer, step, args):
         torch.save(state, temporary)
 
 
-def _restore(path, model, optimizer, args):
-    """Load ``path`` if it is of a run with the same arguments; the first step to do."""
+def _read_resume(path, args):
+    """(first step to do, saved state): (0, None) without the file; it must be of a run with the same arguments."""
     if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    if state["run"] != _run_of(args):
-        raise UsageError(f"{path} is of a run with other arguments ({state['run']}): delete it or give the same ones.")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+        return 0, None
+    saved = torch.load(path, weights_only=True)
+    if saved["run"] != _run_of(args):
+        raise UsageError(f"{path} is of a run with other arguments ({saved['run']}): delete it or give the same ones.")
+    return saved["step"], saved
 
 
 def _parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name of a configuration in ovdet2/assets/open_clip")
     parser.add_argument("--output", required=True, type=Path, help="folder of the weights and manifests")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--small-steps", type=int, default=700, help="of the steps, how many on small images")
+    parser.add_argument("--small-side", type=int, default=64, help="side of the small images, a multiple of the stride")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)

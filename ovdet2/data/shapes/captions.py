@@ -4,6 +4,10 @@ An image is mostly one object that fills much of the frame. A caption is a loose
 the colour, and sometimes leaves out the texture, as captions of the web do. There are no boxes.
 """
 
+import contextlib
+import multiprocessing
+from functools import partial
+
 import numpy as np
 
 from ovdet2.data.shapes.classes import SHAPES, TEXTURES
@@ -67,7 +71,7 @@ def caption_of(rng, objects):
 
 def _wanted(rng, side):
     """(shape, texture, diameter) of one main object, and in a third of the images of one or two smaller ones."""
-    diameters = [side * rng.uniform(0.35, 1.0)]
+    diameters = [side * rng.uniform(0.5, 1.0)]
     if rng.random() < 0.33:
         diameters = [side * rng.uniform(0.35, 0.65)]
         diameters += list(side * rng.uniform(0.22, 0.45, size=int(rng.integers(1, 3))))
@@ -95,20 +99,31 @@ def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def render_captions(seed, count, side=128, progress=None):
+def render_captions(seed, count, side=128, workers=1, progress=None):
     """The first ``count`` pairs as arrays.
 
     Args:
         seed, side: as of :func:`caption_pair`.
         count: number of pairs.
-        progress: optional wrapper of an iterator, such as tqdm.
+        workers: processes that draw; any number gives the same pairs.
+        progress: optional wrapper of an iterator that takes ``total``, such as tqdm.
 
     Returns:
         (images, captions): (count, side, side, 3) uint8 and a list of str.
     """
     images, captions = np.empty((count, side, side, 3), dtype=np.uint8), []
-    indices = range(count)
-    for index in progress(indices) if progress else indices:
-        images[index], caption, _ = caption_pair(seed, index, side)
-        captions.append(caption)
+    draw = partial(_image_and_caption, seed, side)
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+            pairs = pool.imap(draw, range(count), chunksize=64)
+        else:
+            pairs = map(draw, range(count))
+        for index, (image, caption) in enumerate(progress(pairs, total=count) if progress else pairs):
+            images[index] = image
+            captions.append(caption)
     return images, captions
+
+
+def _image_and_caption(seed, side, index):
+    return caption_pair(seed, index, side)[:2]

@@ -35,18 +35,18 @@ def pattern(texture, x, y, rng):
     """
     phase_x, phase_y = rng.uniform(0.0, 1.0, 2)
     stretch = rng.uniform(0.9, 1.15)
-    angle = rng.uniform(0.0, np.pi)
+    angle = rng.uniform(-0.4, 0.4)  # with the object's own tilt: stripes stay mostly upright, as the shapes do
     along = x * np.cos(angle) + y * np.sin(angle)
     across = y * np.cos(angle) - x * np.sin(angle)
     if texture == "plain":
         return np.zeros(x.shape, dtype=bool)
     if texture == "striped":
-        return np.mod(along / (0.46 * stretch) + phase_x, 1.0) < 0.5
+        return np.mod(along / (0.56 * stretch) + phase_x, 1.0) < 0.5
     if texture == "checkered":
-        cells = np.floor(along / (0.42 * stretch) + phase_x) + np.floor(across / (0.42 * stretch) + phase_y)
+        cells = np.floor(along / (0.5 * stretch) + phase_x) + np.floor(across / (0.5 * stretch) + phase_y)
         return np.mod(cells, 2.0) < 0.5
     if texture == "dotted":
-        pitch = 0.44 * stretch
+        pitch = 0.52 * stretch
         dx = np.mod(along / pitch + phase_x, 1.0) - 0.5
         dy = np.mod(across / pitch + phase_y, 1.0) - 0.5
         return dx * dx + dy * dy < 0.30**2

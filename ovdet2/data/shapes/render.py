@@ -8,7 +8,7 @@ Every function draws all its randomness from the Generator it is given, so that 
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 from ovdet2.data.shapes.geometry import outline, pattern
 
@@ -31,6 +31,7 @@ _RGB = np.asarray([COLORS[name] for name in _NAMES], dtype=np.float64)
 # The least distance in RGB of an object's main colour to its background and to its own second colour.
 _CONTRAST_BACKGROUND = 90.0
 _CONTRAST_PATTERN = 130.0
+_TILT = np.deg2rad(20.0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def _clutter(rng, canvas):
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((2 * width, 2 * height), Image.BILINEAR)
     draw = ImageDraw.Draw(image)
     size = np.asarray([2 * width, 2 * height], dtype=float)
-    for _ in range(int(rng.integers(1, 7))):
+    for _ in range(int(rng.integers(0, 5))):
         color = tuple(int(v) for v in rng.uniform(10, 245, 3))
         kind = rng.random()
         if kind < 0.4:
@@ -140,13 +141,11 @@ def _clutter(rng, canvas):
 
 
 def _pick_colors(rng, under):
-    """Index of a main colour that stands out from ``under`` and of a second one that stands out from the main."""
+    """Index of a main colour that stands out from ``under``, and of the second one: white, or black on a light main."""
     distance = np.linalg.norm(_RGB - under, axis=1)
     main = int(rng.choice(np.flatnonzero(distance > min(_CONTRAST_BACKGROUND, distance.max() - 1.0))))
-    apart = np.linalg.norm(_RGB - _RGB[main], axis=1) > _CONTRAST_PATTERN
-    usable = np.flatnonzero(apart & (distance > 0.6 * _CONTRAST_BACKGROUND))
-    second = int(rng.choice(usable if len(usable) else np.flatnonzero(apart)))
-    return main, second
+    light = np.linalg.norm(_RGB[main] - _RGB[_NAMES.index("white")]) < _CONTRAST_PATTERN
+    return main, _NAMES.index("black" if light else "white")
 
 
 def _object_patch(rng, shape, texture, diameter, under):
@@ -157,13 +156,14 @@ def _object_patch(rng, shape, texture, diameter, under):
     """
     side = int(np.ceil(diameter)) + 4
     scale = 3 if diameter < 64 else 2
-    angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.85, 1.0)
+    # Mostly upright, as things in photographs are; mirrored in half of the draws.
+    angle, squeeze, mirror = rng.uniform(-_TILT, _TILT), rng.uniform(0.85, 1.0), rng.choice([-1.0, 1.0])
     cos, sin = np.cos(angle), np.sin(angle)
     center, radius = side * scale / 2.0, diameter * scale / 2.0
     mask = Image.new("L", (side * scale, side * scale), 0)
     draw = ImageDraw.Draw(mask)
     for points, filled in outline(shape):
-        x, y = points[:, 0], points[:, 1] * squeeze
+        x, y = points[:, 0] * mirror, points[:, 1] * squeeze
         corners = np.stack([x * cos - y * sin, x * sin + y * cos], axis=1) * radius + center
         draw.polygon([tuple(p) for p in corners], fill=255 if filled else 0)
     rows, columns = np.mgrid[0 : side * scale, 0 : side * scale].astype(np.float32)
@@ -177,7 +177,18 @@ def _object_patch(rng, shape, texture, diameter, under):
     light = 1.0 + rng.uniform(0.0, 0.12) * (x * rng.choice([-1, 1]))[scale // 2 :: scale, scale // 2 :: scale, None]
     patch = ((1.0 - share) * colors[0] + share * colors[1]) * light
     alpha = np.asarray(mask.reduce(scale), dtype=np.float32) / 255.0
+    patch = patch * (1.0 - _contour(alpha, diameter)[..., None])
     return _NAMES[main], patch.astype(np.float32), alpha
+
+
+def _contour(alpha, diameter):
+    """(P, P) strength in [0, 1] of the dark contour along the inner edge of ``alpha``, 4.5% of the diameter wide.
+
+    As the shading of real objects does, it tells an outline from the edges of the texture inside.
+    """
+    width = max(1, round(0.045 * diameter))
+    inner = Image.fromarray((alpha * 255.0).astype(np.uint8)).filter(ImageFilter.MinFilter(2 * width + 1))
+    return 0.85 * (alpha - np.asarray(inner, dtype=np.float32) / 255.0).clip(0.0, 1.0)
 
 
 def _find_place(rng, alpha, placed, height, width, diameter, margin, min_visible):
