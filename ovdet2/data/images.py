@@ -37,7 +37,7 @@ def read_image(path, format="RGB"):
         UsageError: unknown ``format``.
     """
     if format not in _FORMATS:
-        raise UsageError(f"image format {format!r} is not one of {', '.join(_FORMATS)}: set INPUT.FORMAT to one of them.")
+        raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
     image = _decode(path)
     if min(image.size) < MIN_SIDE:
         raise DataError(

@@ -92,7 +92,7 @@ class Trainer(DefaultTrainer):
             self._restored_random_state = None
 
     def build_hooks(self):
-        """Timing, learning rate, checkpoints, evaluation, metrics, in this order (a failing evaluation loses nothing)."""
+        """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
 
         def evaluate():
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
@@ -202,8 +202,8 @@ class Trainer(DefaultTrainer):
         kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
         if kind != "ov_coco":
             raise UsageError(
-                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates 'ov_coco': register it with "
-                "ovdet2.data.datasets.coco_json.register_ov_dataset."
+                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates 'ov_coco': register it "
+                "with ovdet2.data.datasets.coco_json.register_ov_dataset."
             )
         folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
         return OpenVocabularyEvaluator(dataset_name, folder, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
@@ -261,6 +261,6 @@ def _build_scaler(cfg):
         return None
     if not cfg.MODEL.DEVICE.startswith("cuda"):
         raise UsageError(
-            f"SOLVER.AMP.ENABLED is float16 on CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set SOLVER.AMP.ENABLED False."
+            f"SOLVER.AMP.ENABLED is float16 on CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False."
         )
     return torch.amp.GradScaler("cuda")

@@ -1,4 +1,4 @@
-"""Reading weight files without running code from them: torch, safetensors, and the pickles of Detectron2's model zoo."""
+"""Reading weight files (torch, safetensors, the pickles of Detectron2's zoo) without running code from them."""
 
 import collections
 import pickle
