@@ -94,8 +94,10 @@ def test_boxes_are_tight_around_visible_pixels_and_inside():
 
 
 def test_captions_share_no_seed_with_detection_images():
-    draws = {split: {int(stream(0, split, i).integers(2**63)) for i in range(500)} for split in ("captions", "train2017")}
-    assert not draws["captions"] & draws["train2017"]
+    captions, images = (
+        {int(stream(0, split, i).integers(2**63)) for i in range(500)} for split in ("captions", "train2017")
+    )
+    assert not captions & images
     image, caption, scene = caption_pair(0, 3)
     again, same_caption, _ = caption_pair(0, 3)
     assert np.array_equal(image, again) and caption == same_caption and image.shape == (128, 128, 3)

@@ -6,7 +6,7 @@ r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO
     # the classes of a registered data set, base first
     python tools/build_vocabulary.py --dataset ov_coco_val_all \
         --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # an embedding table made elsewhere, a row for each category of --json by id (here COCO's 80), reordered for --dataset
+    # a table made elsewhere, a row for each category of --json by id (here COCO's 80), reordered for --dataset
     python tools/build_vocabulary.py --dataset ov_coco_val_all --import-table table.npy --json instances_val2017.json \
         --architecture ViT-B-32 --pretrained openai --templates "a {name}" --output v.safetensors
 """

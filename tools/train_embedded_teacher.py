@@ -2,10 +2,10 @@
 
     python tools/train_embedded_teacher.py --model ovshapes-resnet --output ovdet2/assets/open_clip
 
-Only image-level captions are used: no box, no detection image. Most steps run on small images, the last ones at the
-model's own size, which reaches the same accuracy in about half the time. The output is ``<model>.safetensors`` (float16 weights,
-loadable by ``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash,
-zero-shot accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
+Only image-level captions are used: no box, no detection image. Most steps run on small images, which are cheap, the last
+ones at the model's own size. The output is ``<model>.safetensors`` (float16 weights, loadable by
+``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash, zero-shot
+accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
 """
 
 import argparse
@@ -132,7 +132,9 @@ class BatchPlan:
 
     def __init__(self, captions, batch_size, seed):
         if len(captions) < batch_size:
-            raise UsageError(f"{len(captions)} pairs do not fill a batch of {batch_size}: raise --pairs or lower --batch.")
+            raise UsageError(
+                f"{len(captions)} pairs do not fill a batch of {batch_size}: raise --pairs or lower --batch."
+            )
         self._captions, self._batch_size, self._seed = captions, batch_size, seed
         self._epoch, self._batches = None, []
         self._per_epoch = len(captions) // batch_size
@@ -314,11 +316,11 @@ def _parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name of a configuration in ovdet2/assets/open_clip")
     parser.add_argument("--output", required=True, type=Path, help="folder of the weights and manifests")
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--small-steps", type=int, default=700, help="of the steps, how many on small images")
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--small-steps", type=int, default=550, help="of the steps, how many on small images")
     parser.add_argument("--small-side", type=int, default=64, help="side of the small images, a multiple of the stride")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--pairs", type=int, default=CAPTION_COUNT)
     parser.add_argument("--seed", type=int, default=0)

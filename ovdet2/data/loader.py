@@ -336,8 +336,8 @@ def _require_one_base(cfg):
     different = [name for name in bases if bases[name] != bases[names[0]]] if names[0] in bases else []
     if different:
         raise UsageError(
-            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same split, "
-            "and evaluate on the other with --eval-only."
+            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same "
+            "split, and evaluate on the other with --eval-only."
         )
 
 
@@ -350,18 +350,14 @@ def _sampler_factory(cfg, records):
             records, cfg.DATALOADER.REPEAT_THRESHOLD
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    raise UsageError(
-        f"DATALOADER.SAMPLER_TRAIN is {name!r}: use 'TrainingSampler' or 'RepeatFactorTrainingSampler'."
-    )
+    raise UsageError(f"DATALOADER.SAMPLER_TRAIN is {name!r}: use 'TrainingSampler' or 'RepeatFactorTrainingSampler'.")
 
 
 def _plain_loader(dataset, num_workers, **arguments):
     """A DataLoader without collation, which draws its worker seed from a generator of its own: the global one stays
     untouched, whatever the number of workers."""
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        dataset, num_workers=num_workers, collate_fn=_no_collation, generator=generator, **arguments
-    )
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=_no_collation, generator=generator, **arguments)
 
 
 def _no_collation(items):

@@ -106,7 +106,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 raise DataError(f"the processes resumed from different files ({chosen}): share {self.save_dir}.")
             return loaded
         raise DataError(
-            f"none of the checkpoints of {self.save_dir} can be read: start without --resume, or elsewhere (OUTPUT_DIR)."
+            f"none of the checkpoints of {self.save_dir} can be read: start without --resume, or elsewhere."
         )
 
     def _fetch(self, path):

@@ -11,9 +11,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 _CATEGORY = 1  # the one class of an evaluation, as the engine sees it
 
 
-def class_average_precision(
-    gt_image_ids, gt_boxes, gt_crowd, dt_image_ids, dt_boxes, dt_scores, max_detections=100
-):
+def class_average_precision(gt_image_ids, gt_boxes, gt_crowd, dt_image_ids, dt_boxes, dt_scores, max_detections=100):
     """AP over IoU 0.50:0.05:0.95 and AP50, 101 recall points, all areas.
 
     COCO averages over classes what is computed for each alone, so evaluating class by class is exact and holds

@@ -21,8 +21,8 @@ _QUALITIES = tuple(
     "embroidered plastic hidden".split()
 )
 _MEDIA = tuple(
-    "photo picture image drawing painting rendering sketch sculpture doodle cartoon tattoo toy game art rendition origami "
-    "graphic icon".split()
+    "photo picture image drawing painting rendering sketch sculpture doodle cartoon tattoo toy game art rendition "
+    "origami graphic icon".split()
 )
 _LINKS = ("and", "and", "with", "next to", "beside", "on top of")
 _ENDINGS = ("in the scene", "on a background", "seen today", "for sale", "in a picture", "close up", "on the wall")

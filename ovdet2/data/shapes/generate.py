@@ -1,10 +1,10 @@
 """Writing OV-Shapes to disk in the layout of COCO 2017, with annotations in COCO's and LVIS's formats.
 
-    <root>/ov_shapes/train2017/000000000001.jpg ...     <root>/ov_shapes/val2017/...
-    <root>/ov_shapes/annotations/instances_{train,val}2017.json      the whole truth, 65 classes
-    <root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json made of them as OV-COCO's are of COCO's
-    <root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it
-    <root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
+<root>/ov_shapes/train2017/000000000001.jpg ...     <root>/ov_shapes/val2017/...
+<root>/ov_shapes/annotations/instances_{train,val}2017.json      the whole truth, 65 classes
+<root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json made of them as OV-COCO's are of COCO's
+<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it
+<root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
 """
 
 import fcntl

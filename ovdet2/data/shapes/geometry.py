@@ -1,7 +1,7 @@
 """Outlines of the shapes and colour patterns of the textures, in a unit frame without pixels.
 
-The unit frame has x to the right, y down and the shape inside the disc of radius 1 around the origin. Outlines were chosen
-so that no shape turns into another under rotation (no diamond beside a square, no oval beside a circle).
+The unit frame has x to the right, y down and the shape inside the disc of radius 1 around the origin. Outlines were
+chosen so that no shape turns into another under rotation (no diamond beside a square, no oval beside a circle).
 """
 
 import numpy as np

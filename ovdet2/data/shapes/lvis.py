@@ -17,8 +17,8 @@ def lvis_json(data, train, rare_ids, split):
 
     Returns:
         dict with images (neg_category_ids: classes verified absent; not_exhaustive_category_ids: classes of which not
-        every instance counts as annotated; coco_url), categories (frequency, synonyms, image_count, instance_count, ...)
-        and annotations. There are boxes only, no masks.
+        every instance counts as annotated; coco_url), categories (frequency, synonyms, image_count, instance_count,
+        ...) and annotations. There are boxes only, no masks.
     """
     images_of, instances_of = {}, {}
     for annotation in train["annotations"]:

@@ -39,7 +39,7 @@ class PlacedObject:
     """One object of a scene.
 
     shape, texture, color: the words that describe it (``color`` names the main colour).
-    box_xyxy: tight box of its visible pixels. area: number of visible pixels. visible: share of its pixels seen, 0 to 1.
+    box_xyxy: tight box of its visible pixels. area: their number. visible: share of its pixels seen, 0 to 1.
     """
 
     shape: str

@@ -1,4 +1,4 @@
-"""What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order of work gives the same images."""
+"""What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ def stream(seed, split, index):
 
 
 def class_weights(split):
-    """(65,) probabilities of the classes: uniform for validation; training base classes have a mild long tail, 3 to 1."""
+    """(65,) probabilities of the classes: uniform for validation; in training base has a mild long tail, 3 to 1."""
     weights = np.ones(len(CLASS_NAMES))
     if split == "train2017":
         count = len(BASE_NAMES)
