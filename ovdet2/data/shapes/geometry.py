@@ -23,7 +23,7 @@ def outline(shape):
 def pattern(texture, x, y, rng):
     """Where the second colour of a texture is painted.
 
-    The period follows the unit frame, so that a 24-pixel object shows as many stripes as a 130-pixel one.
+    The period follows the unit frame, so that a 36-pixel object shows as many stripes as a 130-pixel one.
 
     Args:
         texture: "plain", "striped", "dotted", "checkered" or "split".

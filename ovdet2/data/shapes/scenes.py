@@ -11,7 +11,7 @@ IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
 # (width, height) of the detection images with their shares; not all are square, so that nothing downstream assumes it.
 _SIZES = ((224, 224), (256, 192), (192, 256))
 _SIZE_SHARES = (0.5, 0.25, 0.25)
-_DIAMETERS = (24.0, 130.0)
+_DIAMETERS = (36.0, 130.0)
 
 
 def stream(seed, split, index):
@@ -40,7 +40,7 @@ def class_weights(split):
 
 
 def detection_scene(seed, split, index):
-    """The scene of one detection image: 1 to 6 objects of 24 to 130 pixels.
+    """The scene of one detection image: 1 to 6 objects of 36 to 130 pixels.
 
     Args: as of :func:`stream`; split is "train2017" or "val2017".
 
