@@ -80,8 +80,9 @@ class MicroDetector(nn.Module):
 
     def forward(self, batch):
         features = torch.stack([self._features(record["image"]) for record in batch])
-        if self.noise and self.training:
-            features = features + self.noise * torch.rand_like(features) * np.random.rand()
+        if self.noise:
+            noise = self.noise * torch.rand_like(features) * np.random.rand()
+            features = features + noise * self.training
         boxes, logits = self.head(features).split([4, len(SPLIT.names)], dim=1)
         if not self.training:
             return [self._result(record, box, row) for record, box, row in zip(batch, boxes, logits)]
@@ -107,7 +108,7 @@ class MicroDetector(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class NoisyMicroDetector(MicroDetector):
-    """Draws from torch's and numpy's generators in training, as proposal sampling does."""
+    """Draws from torch's and numpy's generators, in training to some effect, as proposal sampling does."""
 
     noise = 0.5
 
