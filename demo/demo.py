@@ -28,31 +28,34 @@ def main(argv=None):
     args = parse_args(argv)
     setup_logger(name="ovdet2")
     predictor = Predictor(load_config(args.config_file, args.overrides))
-    if args.vocabulary:
+    if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     print(
         f"{len(predictor.names)} words: {', '.join(predictor.names[:20])}{' ...' if len(predictor.names) > 20 else ''}"
     )
-    pictures, records = [], []
+    records = {}
     output = Path(args.output)
-    for path in tqdm(find_images(args.input), desc="detecting", unit="image"):
-        try:
-            image = to_rgb_array(path)
-        except DataError as error:
-            tqdm.write(f"skipped: {error}")
-            continue
-        instances = best_per_object(predictor.predict(image), args.confidence_threshold, args.overlap)
-        picture = output / f"{path.stem}.png"
-        if picture in pictures:  # a/1.jpg and b/1.png would overwrite each other
-            picture = output / f"{path.parent.name}_{path.stem}_{len(pictures)}.png"
-        save_picture(picture, draw(image, instances, predictor.names))
-        records.append(to_record(path, instances, predictor.names))
-        pictures.append(picture)
-    if not pictures:
+    try:
+        for path in tqdm(find_images(args.input), desc="detecting", unit="image"):
+            try:
+                image = to_rgb_array(path)
+            except DataError as error:
+                tqdm.write(f"skipped: {error}")
+                continue
+            instances = best_per_object(predictor.predict(image), args.confidence_threshold, args.overlap)
+            picture = output / f"{path.stem}.png"
+            if picture in records:  # a/1.jpg and b/1.png would overwrite each other
+                picture = output / f"{path.parent.name}_{path.stem}_{len(records)}.png"
+            save_picture(picture, draw(image, instances, predictor.names))
+            records[picture] = to_record(path, instances, predictor.names)
+    finally:
+        if records:  # an interruption keeps what was found
+            write_json(output / "detections.json", list(records.values()), indent=1)
+    if not records:
         raise DataError("no image could be read: see the messages above.")
-    write_json(output / "detections.json", records, indent=1)
-    print(f"{sum(len(r['detections']) for r in records)} detections in {len(pictures)} images, drawn in {output}")
-    return pictures
+    found = sum(len(record["detections"]) for record in records.values())
+    print(f"{found} detections in {len(records)} images, drawn in {output}")
+    return list(records)
 
 
 def parse_args(argv):
@@ -62,7 +65,7 @@ def parse_args(argv):
     parser.add_argument("--input", nargs="+", required=True, help="images, folders, glob patterns")
     parser.add_argument("--output", required=True, help="folder for the pictures and detections.json")
     parser.add_argument(
-        "--vocabulary", default="", help='"cat, red mug" or a text file; default: the data set\'s names'
+        "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the data set\'s names'
     )
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
     parser.add_argument(

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
-from PIL import Image
+from PIL import Image, ImageOps
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config
-from ovdet2.data.images import read_image
+from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
+from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, parse_words
 
 
@@ -34,7 +35,7 @@ class Predictor:
 
         Raises:
             UsageError: no weights are given.
-            DataError: the weights cannot be read, or are of another embedding space.
+            DataError: the weights cannot be read, are not those of this model, or are of another embedding space.
         """
         cfg = load_config(config, overrides) if isinstance(config, (str, Path)) else config.clone()
         weights = str(weights or cfg.MODEL.WEIGHTS)
@@ -44,7 +45,7 @@ class Predictor:
             cfg.MODEL.DEVICE = "cpu"
         self.cfg = cfg
         self.model = build_model(cfg).eval()
-        AtomicCheckpointer(self.model).load(weights)
+        AtomicCheckpointer(self.model).load_all(weights)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
@@ -72,7 +73,7 @@ class Predictor:
                 names,
                 build_teacher(self.cfg),
                 templates or self.cfg.MODEL.VOCABULARY.TEMPLATES,
-                [name in trained for name in names],
+                [clean_name(name) in trained for name in names],
             )
         self.model.vocabulary.set(words)
 
@@ -109,15 +110,20 @@ def to_rgb_array(image):
     """Array [H, W, 3] uint8 RGB from a path, a PIL image, or such an array.
 
     Raises:
-        UsageError: another type, shape or number of channels.
+        UsageError: another type, shape or number of channels, or a side below 32 pixels.
+        DataError: an unreadable file.
     """
     if isinstance(image, (str, Path)):
         return read_image(image, "RGB")
     if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
+        image = ImageOps.exif_transpose(image).convert("RGB")
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise UsageError(
             f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {array.dtype} {list(array.shape)}."
+        )
+    if min(array.shape[:2]) < MIN_SIDE:
+        raise UsageError(
+            f"the image is {array.shape[1]}x{array.shape[0]} pixels, at least {MIN_SIDE} a side are needed."
         )
     return array

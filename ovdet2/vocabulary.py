@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import DataError, OVDetError, UsageError
 from ovdet2.files import read_safetensors, write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.templates import clean_name, render, templates_sha256
@@ -114,15 +114,16 @@ class Vocabulary:
     def load(cls, path):
         """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
         tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
-        teacher = Fingerprint.from_dict(manifest.get("teacher"), path)
-        return cls(
-            manifest["names"],
-            tensors["base_mask"],
-            tensors["embeddings"],
-            teacher,
-            manifest["templates"],
-            manifest["category_ids"],
-        )
+        try:
+            vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
+        except (KeyError, OVDetError) as error:
+            reason = f"it has no {error}." if isinstance(error, KeyError) else error
+            raise DataError(f"{path}: {reason} Rebuild it with tools/build_vocabulary.py.") from None
+        if vocabulary.names_sha256 != manifest.get("names_sha256"):
+            raise DataError(
+                f"{path}: its words were changed after it was written. Rebuild it with tools/build_vocabulary.py."
+            )
+        return vocabulary
 
     @classmethod
     def build(cls, names, teacher, templates="vild63", base_mask=None, category_ids=None, progress=False):
@@ -186,13 +187,21 @@ def check_words(names):
 
 
 def parse_words(text):
-    """Words from a comma-separated string, or from a text file with one word per line (UTF-8, "#" starts a comment)."""
-    path = Path(text)
-    if len(text) < 1024 and path.suffix and path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        words = [line.split("#")[0].strip() for line in lines]
-        return [word for word in words if word]
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """Words from a comma-separated string, or from a ".txt" file with one word per line (UTF-8, "#" starts a comment).
+
+    Raises:
+        DataError: the file is missing or not UTF-8.
+    """
+    text = str(text)
+    if "," in text or not text.endswith(".txt"):
+        return [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the word list {text} cannot be read ({error}): give a UTF-8 file, one word per line."
+        ) from None
+    return [word for word in (line.split("#")[0].strip() for line in lines) if word]
 
 
 def _sha_of_known_set(templates):
@@ -211,7 +220,11 @@ def manifest_bytes(vocabulary):
 def from_buffers(embeddings, base_mask, manifest):
     """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
     values = json.loads(bytes(manifest.cpu().tolist()).decode())
-    teacher = Fingerprint.from_dict(values.get("teacher"), "the checkpoint's vocabulary")
+    return _from_parts(values, base_mask.cpu(), embeddings.cpu().float(), "the checkpoint's vocabulary")
+
+
+def _from_parts(manifest, base_mask, embeddings, source):
+    teacher = Fingerprint.from_dict(manifest.get("teacher"), source)
     return Vocabulary(
-        values["names"], base_mask.cpu(), embeddings.cpu().float(), teacher, values["templates"], values["category_ids"]
+        manifest["names"], base_mask, embeddings, teacher, manifest["templates"], manifest["category_ids"]
     )

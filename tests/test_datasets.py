@@ -346,7 +346,7 @@ def test_missing_coco_names_the_command(tmp_path, monkeypatch):
         DatasetCatalog.get("ov_coco_train_base")
 
 
-def test_prepare_runs_once_and_only_when_the_json_is_absent(name, tmp_path):
+def test_prepare_runs_before_each_load_and_not_at_registration(name, tmp_path):
     calls = []
 
     def prepare():
@@ -356,7 +356,7 @@ def test_prepare_runs_once_and_only_when_the_json_is_absent(name, tmp_path):
     register_ov_dataset(name, lambda: tmp_path / "made.json", lambda: tmp_path, FRUIT, prepare=prepare)
     assert not calls
     assert len(DatasetCatalog.get(name)) == len(DatasetCatalog.get(name)) == 3
-    assert len(calls) == 1
+    assert len(calls) == 2
 
 
 def test_a_name_is_registered_once(name, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "demo"))
-import demo  # noqa: E402
+_spec = util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
+demo = util.module_from_spec(_spec)
+_spec.loader.exec_module(demo)
 
 CONFIG = "ovshapes/vild_text_r18.yaml"
 SMALL = [
@@ -108,9 +110,16 @@ def test_two_processes_evaluate_as_one(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = report_of(output), report_of(tmp_path)
-    assert two["processes"] == 2
+    assert two["processes"] == 2 and one["detections"] > 0
     for key in ("bbox", "proposals", "per_class"):
         assert one[key] == two[key]
+    assert predictions_of(output) == predictions_of(tmp_path)
+
+
+def predictions_of(output):
+    """Dict of image id to all that was predicted for it."""
+    lines = (output / "inference" / "ov_shapes_val_all" / "predictions.jsonl").read_text().splitlines()
+    return {record["image_id"]: record for record in map(json.loads, lines)}
 
 
 @pytest.mark.parametrize("name", ["clip_on_crops", "clip_on_crops_objectness", "vild_text_clip"])
@@ -149,6 +158,8 @@ def test_predictor_refuses(run, predictor, tmp_path):
     Image.new("RGB", (16, 64)).save(tmp_path / "thin.png")
     with pytest.raises(DataError, match="thin.png"):
         predictor.predict(tmp_path / "thin.png")
+    with pytest.raises(UsageError, match="16x64 pixels"):
+        predictor.predict(Image.new("RGB", (16, 64)))
     with pytest.raises(UsageError, match="needs a trained detector"):
         Predictor(CONFIG, overrides=SMALL)
 
@@ -208,6 +219,19 @@ def test_demo_draws_and_survives_a_damaged_image(run, tmp_path, capsys):
     assert {d["word"] for r in records for d in r["detections"]} <= {"moon", "red star"}
     with Image.open(pictures[0]) as picture:
         assert max(picture.size) >= 640 and len(set(picture.resize((40, 40)).convert("RGB").get_flattened_data())) > 20
+    with pytest.raises(UsageError, match="vocabulary is empty"):
+        command = [
+            "--config-file",
+            CONFIG,
+            "--input",
+            str(inputs),
+            "--vocabulary",
+            "",
+            "--output",
+            str(tmp_path),
+            *SMALL,
+        ]
+        demo.main([*command, "MODEL.WEIGHTS", str(output / "model_final.pth")])
     with pytest.raises(UsageError, match="nothing matches"):
         demo.main(
             [

@@ -158,6 +158,8 @@ def test_saved_vocabulary_of_another_k_is_fine_of_another_teacher_is_not():
     other = VocabularyBuffer(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
     with pytest.raises(DataError, match="the checkpoint is of teacher micro / other"):
         buffer.adopt_saved_vocabulary(other)
+    with pytest.raises(DataError, match="trained with embeddings of 6 dimensions, that of this run has 8"):
+        buffer.adopt_saved_vocabulary(VocabularyBuffer(micro.vocabulary(dim=6)).state_dict())
     with pytest.raises(DataError, match="cannot be read"):
         buffer.adopt_saved_vocabulary({"embeddings": saved["embeddings"]})
 

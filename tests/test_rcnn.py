@@ -9,6 +9,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file, save_file
 
+from ovdet2.errors import NumericalError
 from ovdet2.layers import fuse_scores
 from ovdet2.modeling.rcnn.output_layers import CROP_MODES
 from tests import micro
@@ -124,6 +125,28 @@ def test_any_number_of_words(k):
     with torch.no_grad():
         found = network(micro.images(1))[0]["instances"]
     assert len(found) <= 100 and (found.pred_classes < k).all() and len(found) > 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_training_on_few_words(k):
+    """K = 1 trains: one base word against the background; its novel neighbour changes nothing."""
+    records = micro.images(1)
+    records[0]["instances"].gt_classes[:] = 0
+    network = micro.model(micro.vocabulary(micro.NAMES[:k], num_base=1))
+    found = losses(network, records)
+    sum(found.values()).backward()
+    alone = losses(micro.model(micro.vocabulary(micro.NAMES[:1], num_base=1)), records)
+    assert all(torch.isfinite(value) for value in found.values())
+    assert network.roi_heads.num_classes == 1
+    assert torch.allclose(found["loss_rpn_cls"], alone["loss_rpn_cls"])
+
+
+def test_a_diverged_model_is_an_error_and_not_a_low_ap():
+    network = micro.model()
+    with torch.no_grad():
+        network.roi_heads.box_predictor.cls_score.projection.bias.fill_(float("nan"))
+        with pytest.raises(NumericalError, match="not finite"):
+            network(micro.images(1))
 
 
 def test_proposals_come_back_in_original_pixels():

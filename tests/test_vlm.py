@@ -70,6 +70,20 @@ def test_long_prompt_is_refused(teacher):
         teacher.encode_text(["a photo of " + "very " * 20 + "long name"])
 
 
+def test_openai_weights_get_their_activation(monkeypatch):
+    seen = {}
+
+    def create(architecture, **arguments):
+        seen.update(arguments)
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
+        with pytest.raises(DataError, match="no network"):
+            Teacher.load("ViT-B-32", tag)
+        assert seen["force_quick_gelu"] is quick
+
+
 def test_bad_teachers(weights, tmp_path):
     with pytest.raises(UsageError, match="no architecture 'ViT-Z'"):
         Teacher.load("ViT-Z", "openai")

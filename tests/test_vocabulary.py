@@ -12,11 +12,12 @@ import torch
 from ovdet2.errors import DataError, UsageError
 from ovdet2.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
-from ovdet2.vlm.templates import article, clean_name, get_templates, render, template_set_names
+from ovdet2.vlm.templates import article, clean_name, get_templates, render, template_set_names, templates_sha256
 from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes, parse_words
 from tests import micro
 
 ROOT = Path(__file__).resolve().parents[1]
+HASHES = {"openclip80": "4f976686fb65", "photo12": "9689bee84535", "single": "1f9df4a09f4f", "vild63": "93950afe1b68"}
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -45,6 +46,12 @@ def test_vild_templates_are_the_published_ones():
         pytest.skip("../shared/data is absent")
     published = json.loads((SHARED / "vild_templates.json").read_text())["templates"]
     assert list(get_templates("vild63")) == published
+
+
+def test_template_sets_are_not_edited_by_accident():
+    """Vocabularies state these hashes; a change of a set makes every embedding made with it another one."""
+    found = {name: templates_sha256(name)[:12] for name in template_set_names()}
+    assert found == HASHES
 
 
 def test_vild_rules():
@@ -113,6 +120,18 @@ def test_damaged_files(tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not a whole safetensors file"):
         Vocabulary.load(path)
+    words = micro.vocabulary()
+    tensors = {"embeddings": words.embeddings, "base_mask": words.base_mask}
+    for tensors_of, manifest, message in (
+        ({"base_mask": words.base_mask}, words.manifest(), "v.safetensors: it has no 'embeddings'"),
+        (tensors, words.manifest() | {"names": ["cat"] * 5}, "v.safetensors: the vocabulary holds 'cat' twice"),
+        (tensors, words.manifest() | {"names": list("abcde")}, "its words were changed after it was written"),
+        (tensors, {k: v for k, v in words.manifest().items() if k != "teacher"}, "states no teacher fingerprint"),
+        (tensors | {"embeddings": words.embeddings * float("nan")}, words.manifest(), "norm nan"),
+    ):
+        write_safetensors(path, tensors_of, manifest)
+        with pytest.raises(DataError, match=message):
+            Vocabulary.load(path)
     write_safetensors(path, {"x": torch.zeros(1)}, {"schema": "something/1"})
     with pytest.raises(DataError, match="schema 'something/1'"):
         Vocabulary.load(path)
@@ -131,7 +150,10 @@ def test_fingerprints():
 def test_parse_words(tmp_path):
     assert parse_words("cat, red mug ,") == ["cat", "red mug"]
     (tmp_path / "words.txt").write_text("cat # a pet\n\nred mug\n", encoding="utf-8")
-    assert parse_words(str(tmp_path / "words.txt")) == ["cat", "red mug"]
+    assert parse_words(str(tmp_path / "words.txt")) == parse_words(tmp_path / "words.txt") == ["cat", "red mug"]
+    assert len(parse_words("st. bernard, " + "very long word " * 40)) == 2
+    with pytest.raises(DataError, match="word list .*missing.txt cannot be read"):
+        parse_words(str(tmp_path / "missing.txt"))
 
 
 def test_many_words_permute_and_count():
@@ -178,6 +200,16 @@ def test_import_of_the_real_coco_table(tmp_path):
     raw = np.load(table).astype(np.float64)
     airplane = raw[4] / np.linalg.norm(raw[4])  # fifth of COCO's 80, first novel one
     assert words.names[48] == "airplane" and np.allclose(words.embeddings[48], airplane, atol=1e-5)
+
+
+def test_damaged_table(tmp_path):
+    (tmp_path / "t.npy").write_bytes(b"not numpy")
+    arguments = ("--words", "cat", "--architecture", "ViT-B-32", "--pretrained", "openai", "--output", tmp_path / "x")
+    done = run_tool("--import-table", tmp_path / "t.npy", *arguments)
+    assert done.returncode == 3 and "t.npy is not a whole .npy table" in done.stderr
+    np.save(tmp_path / "t.npy", np.float32(1))
+    done = run_tool("--import-table", tmp_path / "t.npy", *arguments)
+    assert done.returncode == 3 and "has shape []" in done.stderr
 
 
 def test_tool_usage_errors(tmp_path):

@@ -12,7 +12,6 @@ r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
@@ -85,18 +84,24 @@ def wanted_classes(args):
 
 def categories_of(path):
     """(ids, names) of a COCO or LVIS json, by ascending id."""
-    categories = read_json(path).get("categories")
-    if not categories:
-        raise DataError(f"{path} has no categories: give a COCO or LVIS annotation file.")
+    data = read_json(path)
+    categories = data.get("categories") if isinstance(data, dict) else None
+    if not categories or not all("id" in category and "name" in category for category in categories):
+        raise DataError(f"{path} has no categories with id and name: give a COCO or LVIS annotation file.")
     ordered = sorted(categories, key=lambda category: category["id"])
     return [category["id"] for category in ordered], [category["name"] for category in ordered]
 
 
 def import_table(args, names, base_mask, ids):
     """A vocabulary from the rows of ``--import-table``, matched to the wanted classes by category id."""
-    if not Path(args.import_table).is_file():
-        raise DataError(f"{args.import_table} does not exist.")
-    table = np.load(args.import_table, allow_pickle=False)
+    try:
+        table = np.load(args.import_table, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"{args.import_table} is not a whole .npy table ({error}): export it again with numpy.save."
+        ) from None
+    if table.ndim != 2:
+        raise DataError(f"{args.import_table} has shape {list(table.shape)}: a table has a row per word, [K, D].")
     if args.json:
         row_ids, _ = categories_of(args.json)
         if len(row_ids) != len(table):

@@ -76,10 +76,9 @@ def truth_of(record):
 
 
 def classify(teacher, vocabulary, path, boxes, factors):
-    """Probabilities [G, K]: softmax over the words of cosine times the teacher's logit scale."""
+    """Zero-shot probabilities [G, K] of the boxes of an image file."""
     pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1).float() / 255
-    embeddings = embed_regions(teacher, pixels, boxes, factors)
-    return (teacher.logit_scale * embeddings @ vocabulary.embeddings.to(embeddings).T).softmax(1)
+    return teacher.classify(embed_regions(teacher, pixels, boxes, factors), vocabulary.embeddings)
 
 
 def every_pair(boxes, probs, image_size):

@@ -17,12 +17,16 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import ovdet2
 from ovdet2.config import load_config
+from ovdet2.data.datasets.coco_json import data_root
+from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import read_json, write_json, write_text
+from ovdet2.files import read_json, sha256_file, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ov_shapes_val_all"
+TEACHER = "ovshapes-resnet"
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -104,28 +108,40 @@ def run_row(name, seed, output):
     row, folder = ROWS[name], output / name / f"seed{seed}"
     if name == "teacher":
         folder = output / name / "seed0"  # nothing in it is random
-    digest = fingerprint_of(row, seed)
+    trained = run_row(row.weights_of, seed, output) if row.weights_of else None
+    made_of = ingredients(row, seed, trained)
     state = read_json(folder / "row.json") if (folder / "row.json").is_file() else {"minutes": 0.0}
-    if state.get("config") not in (None, digest):
-        raise DataError(f"{folder} holds a run of another configuration: remove it, or choose another --output.")
+    different = [key for key, value in made_of.items() if state.get("made_of", made_of).get(key) != value]
+    if different:
+        raise DataError(
+            f"{folder} holds a row made with another {', '.join(different)}: remove it, or choose another --output."
+        )
     if report_path(name, folder).is_file() and state.get("done"):
         return folder
     print(f"== {name}, seed {seed}", flush=True)
-    write_json(folder / "row.json", state | {"config": digest})
     started = time.monotonic()
-    run(command_of(name, seed, folder, output))
-    minutes = state["minutes"] + (time.monotonic() - started) / 60
-    write_json(folder / "row.json", {"config": digest, "minutes": round(minutes, 2), "done": True})
+    try:
+        run(command_of(name, seed, folder, trained))
+        state["done"] = True
+    finally:  # an interrupted row keeps its time
+        minutes = state["minutes"] + (time.monotonic() - started) / 60
+        write_json(folder / "row.json", state | {"made_of": made_of, "minutes": round(minutes, 2)})
     return folder
 
 
-def fingerprint_of(row, seed):
-    """Hash of what decides a row's result, as far as the configuration tells."""
-    text = load_config(row.config, ["SEED", seed]).dump() if row.config else "teacher"
-    return hashlib.sha256(text.encode()).hexdigest()
+def ingredients(row, seed, trained):
+    """Hashes of what decides a row's result: configuration, data set, teacher, trained weights."""
+    text = load_config(row.config, ["SEED", seed]).dump() if row.config else ""
+    teacher = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
+    return {
+        "configuration": hashlib.sha256(text.encode()).hexdigest(),
+        "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
+        "teacher": sha256_file(teacher),
+        "weights": sha256_file(trained / "model_final.pth") if trained else "",
+    }
 
 
-def command_of(name, seed, folder, output):
+def command_of(name, seed, folder, trained):
     """The command that makes a row: what a user would type."""
     row = ROWS[name]
     if name == "teacher":
@@ -134,7 +150,7 @@ def command_of(name, seed, folder, output):
             "--dataset",
             DATASET,
             "--architecture",
-            "ovshapes-resnet",
+            TEACHER,
             "--pretrained",
             "embedded",
             "--output",
@@ -143,7 +159,7 @@ def command_of(name, seed, folder, output):
     command = ["train_net.py", "--config-file", f"configs/{row.config}"]
     if not row.weights_of:
         return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-    weights = run_row(row.weights_of, seed, output) / "model_final.pth"
+    weights = trained / "model_final.pth"
     return [*command, "--eval-only", "SEED", str(seed), "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", str(weights)]
 
 

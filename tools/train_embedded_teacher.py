@@ -2,8 +2,8 @@
 
     python tools/train_embedded_teacher.py --model ovshapes-resnet --output ovdet2/assets/open_clip
 
-Only image-level captions are used: no box, no detection image. Most steps run on small images, which are cheap, the last
-ones at the model's own size. The output is ``<model>.safetensors`` (float16 weights, loadable by
+Only image-level captions are used: no box, no detection image. Most steps run on small images, which are cheap, the
+last ones at the model's own size. The output is ``<model>.safetensors`` (float16 weights, loadable by
 ``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash, zero-shot
 accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
 """
@@ -26,7 +26,7 @@ from ovdet2.data.shapes.captions import CAPTION_COUNT, render_captions
 from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
 from ovdet2.data.shapes.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
 from ovdet2.errors import NumericalError, UsageError, exit_on_error
-from ovdet2.files import atomic_path, sha256_file, write_json
+from ovdet2.files import atomic_path, write_json
 from ovdet2.vlm.crops import scale_boxes, warp_crops
 from ovdet2.vlm.teacher import Teacher, register_embedded_models
 from ovdet2.vlm.templates import render
@@ -49,16 +49,17 @@ def main(arguments=None):
     seconds = time.monotonic() - start
     weights = args.output / f"{args.model}.safetensors"
     _save_half(model, weights)
+    teacher = Teacher.load(args.model, str(weights))
     manifest = {
         "schema": SCHEMA,
         "script": "tools/train_embedded_teacher.py",
         "arguments": {key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")},
-        "weights_sha256": sha256_file(weights),
+        "weights_sha256": teacher.fingerprint.weights_sha256,
         "captions_sha256": data_hash,
         "train_seconds": round(seconds),
         "threads": args.threads,
         "preprocess": {key: model.visual.preprocess_cfg[key] for key in ("size", "mean", "std", "interpolation")},
-        "accuracy_percent": measure(Teacher.load(args.model, str(weights)), args.seed),
+        "accuracy_percent": measure(teacher, args.seed),
     }
     write_json(args.output / f"{args.model}.manifest.json", manifest, indent=1)
     (args.output / f"{args.model}.resume.pt").unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from torch import nn
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.fingerprint import require_same_teacher
+from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes
 
 
@@ -22,7 +23,7 @@ class VocabularyBuffer(nn.Module):
         for name in ("embeddings", "base_mask", "manifest"):
             self.register_buffer(name, None)
         self._store(vocabulary)
-        self.trained_base_names = frozenset(self._names_of_base())
+        self.trained_base_names = base_names(vocabulary)
 
     def set(self, vocabulary):
         """Replace the vocabulary.
@@ -72,7 +73,12 @@ class VocabularyBuffer(nn.Module):
                 f"the checkpoint's vocabulary cannot be read ({error}): it is damaged or not ovdet2's."
             ) from None
         require_same_teacher(trained.teacher, "the checkpoint", self.vocabulary.teacher, "the vocabulary of this run")
-        self.trained_base_names = frozenset(trained.base().names) if trained.num_base else frozenset()
+        if trained.embeddings.shape[1] != self.embeddings.shape[1]:
+            raise DataError(
+                f"the checkpoint was trained with embeddings of {trained.embeddings.shape[1]} dimensions, that of "
+                f"this run has {self.embeddings.shape[1]}: give MODEL.VOCABULARY.FILE the table of that training."
+            )
+        self.trained_base_names = base_names(trained)
 
     def _store(self, vocabulary):
         device = self.embeddings.device if self.embeddings is not None else None
@@ -83,9 +89,12 @@ class VocabularyBuffer(nn.Module):
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)
 
-    def _names_of_base(self):
-        return [name for name, base in zip(self.vocabulary.names, self.vocabulary.base_mask.tolist()) if base]
-
     def extra_repr(self):
         """Shown when the model is printed."""
         return f"{len(self.vocabulary)} words, {self.vocabulary.num_base} base, teacher {self.vocabulary.teacher}"
+
+
+def base_names(vocabulary):
+    """The cleaned names of the base words, a frozenset."""
+    pairs = zip(vocabulary.names, vocabulary.base_mask.tolist())
+    return frozenset(clean_name(name) for name, is_base in pairs if is_base)

@@ -32,9 +32,9 @@ class Fingerprint:
     def stated(cls, architecture, pretrained):
         """A fingerprint by name alone, for tables and configurations whose weights are not loaded.
 
-        A path to a local weight file is reduced to its file name, as :meth:`Teacher.load` records it.
+        A path to a weight file is reduced to its file name, as :meth:`Teacher.load` records it.
         """
-        return cls(architecture, Path(pretrained).name if Path(pretrained).is_file() else pretrained, None)
+        return cls(architecture, Path(pretrained).name, None)
 
     @classmethod
     def from_dict(cls, values, source):

@@ -50,7 +50,8 @@ class Teacher(nn.Module):
 
         Args:
             architecture: open_clip architecture name; "ovshapes-resnet" and "ovshapes-vit" come with the package.
-            pretrained: pretrained tag, "embedded" for the packaged ones, or a local weight file.
+            pretrained: pretrained tag, "embedded" for the packaged ones, or a local weight file; a file with
+                OpenAI's weights needs the architecture that says so, such as "ViT-B-32-quickgelu".
             device: where to put it.
 
         Raises:
@@ -77,7 +78,13 @@ class Teacher(nn.Module):
                 f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
             )
         try:
-            clip = open_clip.create_model(architecture, pretrained=source, precision="fp32", require_pretrained=True)
+            clip = open_clip.create_model(
+                architecture,
+                pretrained=source,
+                precision="fp32",
+                require_pretrained=True,
+                force_quick_gelu=needs_quick_gelu(architecture, pretrained),
+            )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             raise DataError(
                 f"the weights {pretrained!r} of {architecture} could not be loaded ({type(error).__name__}: {error}). "
@@ -138,6 +145,18 @@ class Teacher(nn.Module):
             encoded.append(self.clip.encode_image(normalised).float())
         return F.normalize(torch.cat(encoded), dim=-1)
 
+    def classify(self, embeddings, words):
+        """Zero-shot probabilities: softmax over the words of cosine times the teacher's own logit scale.
+
+        Args:
+            embeddings: Tensor [R, D], unit rows, of images or regions.
+            words: Tensor [K, D], unit rows.
+
+        Returns:
+            Tensor [R, K].
+        """
+        return (self.logit_scale * embeddings @ words.to(embeddings).T).softmax(dim=1)
+
     def _check_length(self, texts):
         encode = getattr(self.tokenizer, "encode", None)
         if encode is None:
@@ -150,6 +169,17 @@ class Teacher(nn.Module):
                     f"{self.fingerprint.architecture} reads: "
                     "shorten the name or choose a template set with shorter prompts."
                 )
+
+
+def needs_quick_gelu(architecture, pretrained):
+    """Whether a pretrained tag was trained with QuickGELU: OpenAI's weights were, under names that do not say so.
+
+    With the other activation every embedding is a little off, and nothing fails. For a weight file the name of the
+    architecture decides ("ViT-B-32-quickgelu").
+    """
+    import open_clip
+
+    return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
 
 
 def embedded_models():

@@ -182,8 +182,8 @@ def register_ov_dataset(
         json_file: path, or callable returning one; a relative path is below :func:`data_root` at the time of loading.
         image_root: the same for the folder of images.
         split: :class:`Split`.
-        prepare: optional callable without arguments, called when the json is absent; several processes may call it
-            at once, so it does its own locking.
+        prepare: optional callable without arguments, called before each load: it makes what is absent and refuses what
+            is out of date. Several processes may call it at once, so it does its own locking.
         base_only: refuse annotations of novel classes; give True for training data.
         remedy: what to do when the data set is missing, such as the command that makes it.
 
@@ -198,7 +198,7 @@ def register_ov_dataset(
 
     def load():
         json_path, image_path = files()
-        if not json_path.is_file() and prepare is not None:
+        if prepare is not None:
             prepare()
         for path in (json_path, image_path):
             if not path.exists():

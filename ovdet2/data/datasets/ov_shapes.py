@@ -23,9 +23,9 @@ OV_SHAPES = Split(
 
 
 def _prepare():
-    from ovdet2.data.shapes.generate import ensure_generated
+    from ovdet2.data.shapes.generate import ensure_current
 
-    ensure_generated(data_root())
+    ensure_current(data_root())
 
 
 for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all", "val2017", False)):

@@ -23,7 +23,8 @@ from ovdet2.data.shapes.scenes import IMAGE_COUNTS, class_index, detection_scene
 from ovdet2.errors import DataError, UsageError
 from ovdet2.files import read_json, write_json
 
-SCHEMA = "ovdet2/ov-shapes/1"
+# Raised whenever the images or boxes of a seed change: figures of two versions are not comparable.
+SCHEMA = "ovdet2/ov-shapes/2"
 FOLDER = "ov_shapes"
 ANNOTATION_FILES = (
     "instances_train2017.json",
@@ -71,6 +72,21 @@ def ensure_generated(root, seed=0, counts=None, workers=2):
             if all((folder / "annotations" / name).is_file() for name in ANNOTATION_FILES):
                 return manifest
         return _generate(folder, seed, counts, workers)
+
+
+def ensure_current(root):
+    """Generate the benchmark below ``root`` if nothing is there; keep one of any seed or size that this version drew.
+
+    Raises:
+        DataError: another version of ovdet2 drew it, so its figures are not comparable.
+    """
+    manifest_file = Path(root) / FOLDER / "manifest.json"
+    if not manifest_file.is_file():
+        ensure_generated(root)
+        return
+    schema = read_json(manifest_file, _REDO).get("schema")
+    if schema != SCHEMA:
+        raise DataError(f"{manifest_file.parent} is OV-Shapes of {schema}, this version draws {SCHEMA}: {_REDO}.")
 
 
 def draw_split(seed, split, count, workers=1, folder=None):

@@ -41,5 +41,4 @@ class CropScorer(nn.Module):
         rgb = image.to(boxes_xyxy.device).float() / 255
         if self.input_format == "BGR":
             rgb = rgb.flip(0)
-        embeddings = embed_regions(teacher, rgb, boxes_xyxy)
-        return (teacher.logit_scale * embeddings @ vocabulary.embeddings.T).softmax(dim=1)
+        return teacher.classify(embed_regions(teacher, rgb, boxes_xyxy), vocabulary.embeddings)

@@ -3,12 +3,13 @@
 Shapes: R regions, C channels, K words.
 """
 
+import torch
 from detectron2.config import configurable
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
-from ovdet2.errors import UsageError
+from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
 
 CROP_MODES = ("off", "only", "only_objectness", "fuse")
@@ -73,6 +74,9 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
 
         Returns:
             (list of :class:`Instances` with pred_boxes, scores, pred_classes; list of region indices).
+
+        Raises:
+            NumericalError: a score or box is not finite; dropped silently, it would look like a low AP.
         """
         results, kept = [], []
         boxes_of_images = self.predict_boxes(predictions, proposals)
@@ -80,6 +84,11 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             clipped = Boxes(boxes.float())
             clipped.clip(image.image_size)
             scores = probs[:, :-1]
+            if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+                raise NumericalError(
+                    "a detection has a score or box that is not finite: the training has diverged, "
+                    "use an earlier checkpoint."
+                )
             regions, classes = class_wise_nms(
                 clipped.tensor, scores, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
             )
