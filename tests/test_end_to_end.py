@@ -138,7 +138,8 @@ def test_predictor_takes_any_words(run, predictor):
     assert predictor.names == ("striped moon", "red mug", "plain circle")
     assert buffer.base_mask.tolist() == [False, False, True]  # training had boxes of circles only
     single, batch = predictor.predict(image), predictor.predict([image, np.asarray(Image.open(image))])
-    assert torch.equal(single.scores, batch[0].scores) and torch.equal(batch[0].scores, batch[1].scores)
+    assert torch.allclose(single.scores, batch[0].scores, rtol=1e-2, atol=0) and len(single) > 0
+    assert torch.allclose(batch[0].scores, batch[1].scores, rtol=1e-2, atol=0)
     with Image.open(image) as picture:
         assert single.image_size == (picture.height, picture.width)
     predictor.set_vocabulary(["moon"])
