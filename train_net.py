@@ -37,6 +37,10 @@ def main(args):
 
     Returns:
         dict of results, as of Detectron2's trainer.
+
+    Raises:
+        UsageError: --eval-only without weights.
+        DataError: --eval-only with weights that are not those of the model.
     """
     from detectron2.evaluation import verify_results
     from detectron2.utils import comm
@@ -46,7 +50,8 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        AtomicCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

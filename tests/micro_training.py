@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import torch
+from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
@@ -133,6 +134,47 @@ class InfiniteGradientMicroDetector(MicroDetector):
         if self.training and len(self.seen) >= 3:
             losses["loss_root"] = (self.head.weight * 0).sum().sqrt()
         return losses
+
+
+@META_ARCH_REGISTRY.register()
+class BatchNormMicroDetector(MicroDetector):
+    """Its normalisation follows the images, hence differs from process to process."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.stem = nn.Sequential(self.stem, nn.BatchNorm2d(6))
+
+
+class BufferRecorder(HookBase):
+    """Keeps the model's buffers as they are after each step, by iteration."""
+
+    def __init__(self):
+        self.buffers = {}
+
+    def after_step(self):
+        model = self.trainer.checkpointer.model
+        self.buffers[self.trainer.iter] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def batch_norm_check(folder):
+    """In each process: buffers before and after an evaluation (iteration 1) and the last checkpoint (iteration 2)."""
+    from ovdet2.engine import Trainer
+
+    seed_all_rng(0)
+    options = ["MODEL.META_ARCHITECTURE", "BatchNormMicroDetector", "SOLVER.MAX_ITER", "3", "TEST.EVAL_PERIOD", "2"]
+    trainer = Trainer(micro_cfg(folder, options))
+    trainer.resume_or_load(resume=False)
+    before, after = BufferRecorder(), BufferRecorder()
+    trainer.register_hooks([before, after])
+    trainer._hooks.insert(0, trainer._hooks.pop(-2))
+    trainer.train()
+    tensors = {
+        f"{when}.{iteration}.{name}": buffer
+        for when, recorder in (("before", before), ("after", after))
+        for iteration in (1, 2)
+        for name, buffer in recorder.buffers[iteration].items()
+    }
+    write_safetensors(folder / f"rank{comm.get_rank()}.safetensors", tensors, {"schema": "test"})
 
 
 def parallel_check(folder):

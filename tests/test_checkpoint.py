@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ovdet2.engine import AtomicCheckpointer
-from ovdet2.errors import DataError, SetupError
+from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.files import write_safetensors
 
 
@@ -228,6 +228,43 @@ def test_shapes_and_names_that_do_not_fit_are_reported(tmp_path, caplog):
     assert "(3, 8) in the checkpoint but (8, 8) in the model" in caplog.text  # weight
     assert "extra.{bias, weight}" in caplog.text  # missing
     assert "not used by the model:\n  bias" in caplog.text  # unexpected
+
+
+class TestLoadAll:
+    """What is evaluated holds no weight that was drawn at random."""
+
+    def model(self, size=8, rows=3):
+        return nn.Sequential(model_of(0.0), nn.BatchNorm1d(size), nn.Sequential(Words(rows)))
+
+    def saved(self, folder, model, drop=()):
+        weights = {name: value for name, value in model.state_dict().items() if name not in drop}
+        torch.save({"model": weights, "iteration": 7}, folder / "weights.pth")
+        return str(folder / "weights.pth")
+
+    def test_vocabulary_and_step_counts_may_be_absent(self, tmp_path):
+        drop = ("1.num_batches_tracked", "2.0.rows")
+        assert AtomicCheckpointer(self.model()).load_all(self.saved(tmp_path, self.model(), drop))["iteration"] == 7
+        AtomicCheckpointer(self.model()).load_all(self.saved(tmp_path, self.model(rows=7)))
+
+    def test_missing_and_misshaped_weights_are_named(self, tmp_path):
+        path = self.saved(tmp_path, self.model(size=9), drop=("0.bias",))
+        with pytest.raises(DataError, match=r"weights.pth does not hold 5 .*1.weight \(\[9\].*\[8\].*0.bias \(missing"):
+            AtomicCheckpointer(self.model()).load_all(path)
+        with pytest.raises(DataError, match="0.bias"):
+            AtomicCheckpointer(self.model(9), str(tmp_path)).resume_or_load(path, resume=True, whole=True)
+        AtomicCheckpointer(self.model(9)).load(path)  # to start from, it will do
+
+    def test_nothing_to_load(self, tmp_path):
+        with pytest.raises(UsageError, match="MODEL.WEIGHTS"):
+            AtomicCheckpointer(self.model(), str(tmp_path)).resume_or_load("", resume=True, whole=True)
+
+
+def test_iteration_of_other_weights_is_not_that_of_the_run(tmp_path):
+    AtomicCheckpointer(model_of(1.0), str(tmp_path)).save("model_final", iteration=41)
+    here = AtomicCheckpointer(model_of(0.0), str(tmp_path / "new"))
+    assert here.resume_or_load(str(tmp_path / "model_final.pth"), resume=True) == {}
+    assert value_of(here.model) == 1.0
+    assert AtomicCheckpointer(model_of(0.0), str(tmp_path)).resume_or_load("", resume=True) == {"iteration": 41}
 
 
 class Words(nn.Module):

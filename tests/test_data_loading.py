@@ -1,6 +1,7 @@
 """Decoding, the mapper, and the order and position of the training stream."""
 
 import itertools
+import json
 import random
 import struct
 import warnings
@@ -185,6 +186,7 @@ class TestTrainingStream:
         def images(world_size, batches, state=None):
             """Image ids over all processes, and the position after them."""
             monkeypatch.setattr(loading.comm, "get_world_size", lambda: world_size)
+            monkeypatch.setattr(loading.comm, "gather", lambda data: [data] * world_size)
             drawn, loader = [], None
             for rank in range(world_size):
                 monkeypatch.setattr(loading.comm, "get_rank", lambda rank=rank: rank)
@@ -245,6 +247,24 @@ class TestBadImages:
         with pytest.raises(DataError, match="of 12 training images cannot be used"):
             batches_of(train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", ceiling), 1)
 
+    @pytest.mark.parametrize("counted_by", ["this process", "two others"])
+    def test_a_resumed_run_goes_on_counting(self, data_root, counted_by):
+        """Without that, an interrupted run could skip MAX_BAD_IMAGES images again after each --resume."""
+        damage(data_root, [2])
+        options = "DATALOADER.MAX_BAD_IMAGES", "2"
+        first = train_loader(data_root, *options)
+        batches_of(first, 6)
+        state = json.loads(json.dumps(first.state_dict()))  # plain values, which a checkpoint can hold
+        (counted,) = state["bad_images"]
+        assert [path[-8:] for path in counted] == ["0002.png"]
+        if counted_by == "two others":
+            state["bad_images"] = [counted, {"other.png": "other.png is damaged"}]
+        damage(data_root, [5] if counted_by == "two others" else [5, 6])
+        second = train_loader(data_root, *options)
+        second.load_state_dict(state)
+        with pytest.raises(DataError, match="(?s)^3 of 12.*0002.png"):
+            batches_of(second, 9)
+
     def test_mapper_that_returns_nothing_ends(self, data_root):
         loader = loading.build_train_loader(micro_cfg(data_root / "out"), mapper=lambda record: None)
         with pytest.raises(DataError, match="the mapper returned nothing"):
@@ -286,6 +306,42 @@ class TestMapper:
     def test_pickled_proposals_are_refused(self, data_root):
         with pytest.raises(UsageError, match="LOAD_PROPOSALS"):
             OpenVocabularyMapper(micro_cfg(data_root / "out", ["MODEL.LOAD_PROPOSALS", "True"]), True)
+
+
+class TestNovelLabels:
+    """None may reach training (contract 4), however the data set was registered."""
+
+    def test_registered_without_base_only(self, data_root):
+        (data_root / "micro" / "train.json").write_text((data_root / "micro" / "val.json").read_text())
+        with pytest.raises(
+            DataError, match=r"ov_micro_train holds 6 .*novel.* images 1, 3, 5, 7, 9, \.\.\.: .*base_only=True"
+        ):
+            train_loader(data_root)
+
+    def test_evaluation_set(self, data_root):
+        for names in ("('ov_micro_val',)", "('ov_micro_train', 'ov_micro_val')"):
+            with pytest.raises(DataError, match="ov_micro_val holds 6"):
+                train_loader(data_root, "DATASETS.TRAIN", names)
+
+    def test_evaluation_set_of_ov_shapes(self, data_root):
+        from ovdet2.data.shapes.generate import ensure_generated
+
+        ensure_generated(data_root, counts={"train2017": 1, "val2017": 4}, workers=1)
+        names = "DATASETS.TRAIN", "('ov_shapes_val_all',)", "DATASETS.TEST", "('ov_shapes_val_all',)"
+        with pytest.raises(DataError, match="ov_shapes_val_all holds .* of OV-Shapes 48/17"):
+            train_loader(data_root, *names)
+
+    def test_single_crowd_in_an_image_that_is_left_out(self, data_root):
+        path = data_root / "micro" / "train.json"
+        data = json.loads(path.read_text())
+        for box in data["annotations"]:
+            box["iscrowd"] = int(box["image_id"] == 7)
+        path.write_text(json.dumps(data))
+        assert 7 not in {record["image_id"] for record in train_loader(data_root).dataset.records}
+        next(box for box in data["annotations"] if box["iscrowd"])["category_id"] = 5
+        path.write_text(json.dumps(data))
+        with pytest.raises(DataError, match="ov_micro_train holds 1 .*images 7: "):
+            train_loader(data_root)
 
 
 @pytest.mark.parametrize("names", ["()", "('no_such_set',)"])

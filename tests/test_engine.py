@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import os
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 
 import train_net
 from ovdet2.engine import Trainer, launch, setup
+from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exit_on_error
 from ovdet2.files import read_safetensors
 from tests import micro_training
@@ -116,19 +120,62 @@ def test_nan_that_detectron2_meets_is_reported_the_same_way(root, monkeypatch):
         train(root / "out")
 
 
-def test_too_little_gpu_memory_names_sizes_and_keys(root, monkeypatch):
-    def forward(self, batch):
+@pytest.mark.parametrize(
+    "owner, method",
+    [(micro_training.MicroDetector, "forward"), (torch.Tensor, "backward"), (torch.optim.SGD, "step")],
+)
+def test_too_little_gpu_memory_names_sizes_and_keys(root, monkeypatch, owner, method):
+    def exhausted(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(micro_training.MicroDetector, "forward", forward)
+    monkeypatch.setattr(owner, method, exhausted)
     with pytest.raises(SetupError, match=r"images of \(3, \d+, \d+\).*iteration 0.*SOLVER.IMS_PER_BATCH"):
         train(root / "out")
+
+
+def test_float16_gradients_that_are_never_finite(root):
+    """The scale would be halved down to zero, and no step be made, until the last iteration."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    model.forward = lambda batch: {"loss_root": (model.weight * 0).sum().sqrt()}
+    batch = [{"file_name": "7.png", "image_id": 7, "image": torch.zeros(3, 8, 8)}]
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    step = CheckedStep(model, [batch] * 9, torch.optim.SGD(model.parameters(), lr=1.0), scaler)
+    weight = model.weight.detach().clone()
+    with EventStorage():
+        step.run_step()
+        step.run_step()
+        assert scaler.get_scale() == 1.0
+        with pytest.raises(NumericalError, match=r"(?s)float16.*loss_root.*7.png \(id 7\)"):
+            step.run_step()
+    assert torch.equal(model.weight, weight)
 
 
 def test_skipped_images_are_summed_up(root, caplog):
     (root / "micro" / "images" / "0004.png").write_bytes(b"")
     train(root / "out", "DATASETS.TEST", "()")
     assert "1 training images could not be used" in caplog.text and "0004.png" in caplog.text
+
+
+def test_weights_of_another_run_do_not_set_the_iteration(root):
+    """--resume in an empty folder starts at 0 from MODEL.WEIGHTS, though that file holds an iteration."""
+    train(root / "first", "SOLVER.MAX_ITER", "3")
+    _, seen = train(root / "second", "MODEL.WEIGHTS", str(root / "first" / "model_final.pth"), resume=True)
+    assert sorted(seen) == list(range(6))
+
+
+def test_batch_statistics_are_averaged_over_the_processes(root):
+    """Before an evaluation and before a checkpoint; the mean of what the processes had, which differs."""
+    out = root / "out"
+    launch(micro_training.batch_norm_check, 2, args=(out,), use_cuda=False)
+    first, second = (read_safetensors(out / f"rank{rank}.safetensors", "test")[0] for rank in (0, 1))
+    saved = torch.load(out / "model_final.pth", weights_only=True)["model"]
+    for name in ("stem.1.running_mean", "stem.1.running_var"):
+        for iteration in (1, 2):
+            before, after = f"before.{iteration}.{name}", f"after.{iteration}.{name}"
+            assert not torch.allclose(first[before], second[before], rtol=1e-6), before
+            assert torch.equal(first[after], second[after]), after
+            assert torch.allclose(first[after], (first[before] + second[before]) / 2, rtol=1e-6), after
+        assert torch.equal(saved[name], first[f"after.2.{name}"])
 
 
 def test_two_processes_equal_one(root):
@@ -239,6 +286,20 @@ class TestEvalOnly:
         assert results["bbox"] == pytest.approx(trainer._last_eval_results["bbox"], nan_ok=True)
         assert not (root / "again" / "last_checkpoint").exists()
 
+    @pytest.mark.parametrize("switches", [[], ["--resume"]])
+    def test_random_weights_are_not_evaluated(self, root, switches):
+        arguments = train_net.parse_args(["--eval-only", *switches, *micro_opts(root / "out")])
+        with pytest.raises(UsageError, match="no trained weights.*MODEL.WEIGHTS"):
+            train_net.main(arguments)
+
+    def test_weights_of_another_model_are_refused(self, root):
+        train(root / "out", "SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()")
+        options = micro_opts(root / "out") + ["MODEL.META_ARCHITECTURE", "BatchNormMicroDetector"]
+        for switches in (["MODEL.WEIGHTS", str(root / "out" / "model_final.pth")], []):
+            arguments = train_net.parse_args(["--eval-only", *([] if switches else ["--resume"]), *options, *switches])
+            with pytest.raises(DataError, match=r"model_final.pth.*stem.0.weight \(missing\)"):
+                train_net.main(arguments)
+
 
 class TestSetup:
     def arguments(self, root, *opts):
@@ -248,6 +309,28 @@ class TestSetup:
         cfg = setup(self.arguments(root, "SEED", "-1"))
         assert cfg.is_frozen() and cfg.SEED >= 0
         assert (root / "out" / "config.yaml").read_text() == cfg.dump()
+
+    def test_configuration_written_is_the_scaled_one(self, root, caplog):
+        """What is run, and what the trainer would not scale again."""
+        logger = logging.getLogger("ovdet2.engine.start")
+        logger.addHandler(caplog.handler)  # Detectron2's set-up of logging keeps records from the root logger
+        try:
+            cfg = setup(self.arguments(root, "SOLVER.REFERENCE_WORLD_SIZE", "2"))
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.WARMUP_ITERS) == (2, 12, 6)
+        assert cfg.SOLVER.BASE_LR == 0.005 and cfg.SOLVER.REFERENCE_WORLD_SIZE == 1 and cfg.is_frozen()
+        assert (root / "out" / "config.yaml").read_text() == cfg.dump() == Trainer(cfg).cfg.dump()
+        assert "from 2 processes to 1: IMS_PER_BATCH 2, BASE_LR 0.005, MAX_ITER 12" in caplog.text
+
+    def test_evaluation_is_not_scaled(self, root):
+        arguments = self.arguments(root, "SOLVER.REFERENCE_WORLD_SIZE", "2")
+        arguments.eval_only = True
+        assert setup(arguments).SOLVER.IMS_PER_BATCH == 4
+
+    def test_batch_that_cannot_be_scaled(self, root):
+        with pytest.raises(UsageError, match="IMS_PER_BATCH is 4.*REFERENCE_WORLD_SIZE, 3"):
+            setup(self.arguments(root, "SOLVER.REFERENCE_WORLD_SIZE", "3"))
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
     def test_cuda_falls_back_to_the_cpu(self, root):
@@ -274,6 +357,11 @@ def test_settings_that_do_not_go_together(root, overrides, words):
         train(root / "out", *overrides)
 
 
+# What torchrun sets for a group of one.
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0"}  # fmt: skip
+
+
 class TestLaunch:
     def test_one_process_is_called_directly(self):
         calls = []
@@ -291,10 +379,37 @@ class TestLaunch:
 
     def test_joins_a_torchrun_group(self, root, monkeypatch):
         """The variables torchrun sets, for a group of one."""
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():  # fmt: skip
+        for name, value in TORCHRUN.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
         seen = []
         launch(lambda: seen.append((torch.distributed.is_initialized(), comm.get_local_rank())), 8, use_cuda=False)
         assert seen == [(True, 0)] and not torch.distributed.is_initialized()
+
+    def test_more_torchrun_processes_than_gpus(self, monkeypatch):
+        for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(UsageError, match="GPU 1.*shows 1"):
+            launch(print, 1, use_cuda=True)
+
+    @pytest.mark.parametrize("failing, code, words", [
+        ("raise DataError('image 7 is damaged')", 3, "DataError: image 7 is damaged"),
+        ("sys.exit(1)", 1, ""),
+        ("raise KeyError('seven')", 1, "KeyError: 'seven'"),
+    ])  # fmt: skip
+    def test_error_under_torchrun_leaves_without_the_interpreter(self, failing, code, words):
+        """The destructors of a live process group may wait for the others, so nothing registered at exit is run."""
+        program = f"""
+import atexit, sys
+from ovdet2.engine import launch
+from ovdet2.errors import DataError
+def main():
+    {failing}
+atexit.register(print, "interpreter torn down")
+launch(main, 1, use_cuda=False)
+"""
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=os.environ | TORCHRUN,
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+        assert done.returncode == code and words in done.stderr and "torn down" not in done.stdout
+        assert ("Traceback" in done.stderr) == ("KeyError" in failing)

@@ -13,14 +13,14 @@ import random
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler, RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from ovdet2.data.mapper import OpenVocabularyMapper
-from ovdet2.errors import DataError, OVDetError, UsageError
+from ovdet2.data.records import load_records, require_one_base
+from ovdet2.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class TrainLoader:
             )
 
     def state_dict(self):
-        """The position: plain numbers."""
+        """The position, and the unreadable images of each process; a collective call, whole on rank 0."""
         return {
             "seed": self.seed,
             "first_draw": self.first_draw,
@@ -205,6 +205,7 @@ class TrainLoader:
             "world_size": comm.get_world_size(),
             "images_per_batch": self.images_per_batch,
             "images": len(self.dataset),
+            "bad_images": comm.gather(self.bad_images),
         }
 
     def load_state_dict(self, state):
@@ -212,6 +213,7 @@ class TrainLoader:
 
         With another number of processes or images per step the stream goes on after the images already seen; those
         that waited for a partner of their orientation (below one batch per orientation and process) may come again.
+        The unreadable images of the saved run go on counting: a resumed run is not granted new ones.
         """
         self.seed = state["seed"]
         if state["images"] != len(self.dataset):
@@ -221,6 +223,7 @@ class TrainLoader:
                 state["images"],
             )
             return
+        self.bad_images = self._saved_bad_images(state)
         same = state["world_size"] == comm.get_world_size() and state["images_per_batch"] == self.images_per_batch
         if same:
             self.first_draw, self.consumed = state["first_draw"], state["consumed"]
@@ -235,6 +238,14 @@ class TrainLoader:
         )
         self.first_draw = state["first_draw"] + state["consumed"] * state["images_per_batch"]
         self.consumed = 0
+
+    @staticmethod
+    def _saved_bad_images(state):
+        """Those this process counted itself; with another number of processes, those of all."""
+        saved = state.get("bad_images", [])  # checkpoints of earlier versions have none
+        if len(saved) == comm.get_world_size():
+            return dict(saved[comm.get_rank()])
+        return {path: reason for counted in saved for path, reason in counted.items()}
 
 
 class TestLoader:
@@ -263,10 +274,11 @@ def build_train_loader(cfg, mapper=None):
         mapper: callable of a record; :class:`OpenVocabularyMapper` when None.
 
     Raises:
-        UsageError, DataError: see :func:`load_records` and :class:`TrainLoader`.
+        UsageError, DataError: see :func:`load_records`, :func:`require_one_base` and :class:`TrainLoader`.
     """
-    records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
-    _require_one_base(cfg)
+    filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    records = load_records(cfg.DATASETS.TRAIN, "DATASETS.TRAIN", filter_empty, base_only=True)
+    require_one_base(cfg)
     # A negative seed asks for a random one, drawn once and saved with the position.
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     mapper = OpenVocabularyMapper(cfg, True) if mapper is None else mapper
@@ -288,57 +300,6 @@ def build_test_loader(cfg, dataset_name, mapper=None):
     records = load_records([dataset_name], "DATASETS.TEST", filter_empty=False)
     mapper = OpenVocabularyMapper(cfg, False) if mapper is None else mapper
     return TestLoader(MappedRecords(records, mapper), cfg.DATALOADER.NUM_WORKERS)
-
-
-def load_records(names, key, filter_empty):
-    """The records of one or several registered data sets, one after another.
-
-    Args:
-        names: of data sets.
-        key: configuration key they come from, for messages.
-        filter_empty: leave out images without a box that is not a crowd.
-
-    Raises:
-        UsageError: no name, an unknown one, or data sets with different classes.
-        DataError: a missing file, or no image left.
-    """
-    import ovdet2.data.datasets  # noqa: F401  registers the data sets
-
-    known = DatasetCatalog.list()
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        ours = ", ".join(sorted(name for name in known if name.startswith("ov_")))
-        raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
-    try:
-        return get_detection_dataset_dicts(list(names), filter_empty=filter_empty)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"a file of {', '.join(names)} is missing ({error}): set DETECTRON2_DATASETS to the folder of your "
-            "data sets, or prepare them as datasets/README.md says."
-        ) from None
-    except OVDetError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"the data sets {', '.join(names)} cannot be joined ({error}): name them apart.") from None
-    except AssertionError as error:
-        raise DataError(f"{key} {list(names)} has no image to use ({error}).") from None
-
-
-def _require_one_base(cfg):
-    """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
-
-    Raises:
-        UsageError: two data sets have different base classes.
-    """
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
-    splits = {name: MetadataCatalog.get(name).get("ov_split") for name in names}
-    bases = {name: split.base for name, split in splits.items() if split is not None}
-    different = [name for name in bases if bases[name] != bases[names[0]]] if names[0] in bases else []
-    if different:
-        raise UsageError(
-            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same "
-            "split, and evaluate on the other with --eval-only."
-        )
 
 
 def _sampler_factory(cfg, records):

@@ -11,12 +11,13 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ovdet2.engine.weights import DamagedFile, read_weights, verify_archive
-from ovdet2.errors import DataError, SetupError
+from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.files import atomic_path, write_text
 
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _CONNECT_SECONDS = 20
+_SHOWN = 5  # keys named in an error message
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -38,6 +39,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
+        self._incompatible = None  # what the latest load left out
 
     def save(self, name, **extra):
         """Write ``<save_dir>/<name>.pth`` and point to it.
@@ -85,19 +87,69 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path = self._fetch(path)
         return super().load(path, *args, **kwargs)
 
-    def resume_or_load(self, path, *, resume=True):
-        """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
+    def load_all(self, path):
+        """Load the weights of a trained model, every one of them: for evaluation and prediction.
+
+        Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
+        the step counts of batch normalisation, which matter to training alone and which converted files lack.
+
+        Args:
+            path: as for :meth:`load`.
+
+        Returns:
+            dict, as of :meth:`load`.
 
         Raises:
-            DataError: there are checkpoints and none can be read, or the processes see different ones.
+            UsageError: the path is empty.
+            DataError: as of :meth:`load`, or weights of the model are not in the file or have another shape.
+        """
+        if not path:
+            raise UsageError("there are no trained weights to evaluate: set MODEL.WEIGHTS to a checkpoint.")
+        loaded = self.load(path, checkpointables=[])
+        misshaped = [
+            f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
+            for name, saved, wanted in self._incompatible.incorrect_shapes
+        ]
+        reported = {name for name, _, _ in self._incompatible.incorrect_shapes}
+        missing = [
+            f"{name} (missing)"
+            for name in self._incompatible.missing_keys
+            if name not in reported and not name.endswith(".num_batches_tracked")
+        ]
+        faults = misshaped + missing
+        if faults:
+            shown = ", ".join(faults[:_SHOWN]) + (", ..." if len(faults) > _SHOWN else "")
+            raise DataError(
+                f"{path} does not hold {len(faults)} of the model's weights: {shown}. "
+                "Use the configuration the file was trained with, or a file of this configuration."
+            )
+        return loaded
+
+    def resume_or_load(self, path, *, resume=True, whole=False):
+        """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
+
+        Args:
+            path: as for :meth:`load`.
+            resume: whether to look into the folder first.
+            whole: the model is to be evaluated: load its weights alone, by :meth:`load_all`.
+
+        Returns:
+            dict: what the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
+            was loaded, whose iterations are not those of this run.
+
+        Raises:
+            UsageError: ``whole``, and there is nothing to load.
+            DataError: there are checkpoints and none can be read, or the processes see different ones; see
+                :meth:`load` and :meth:`load_all`.
         """
         candidates = self._newest_first() if resume else []
         if not candidates:
-            return self.load(path, checkpointables=[])
+            self.load_all(path) if whole else self.load(path, checkpointables=[])
+            return {}
         for candidate in candidates:
             try:
                 verify_archive(candidate)
-                loaded = self.load(str(candidate))
+                loaded = self.load_all(str(candidate)) if whole else self.load(str(candidate))
             except DamagedFile as error:
                 self.logger.warning("%s Trying the checkpoint before it.", error)
                 continue
@@ -145,6 +197,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         prefixes = tuple(prefix for prefix, _ in adopting)
         if prefixes:
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
+        self._incompatible = incompatible
         return incompatible
 
     def _newest_first(self):

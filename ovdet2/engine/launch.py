@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def launch(main, processes_per_machine, machines=1, machine_rank=0, dist_url="au
         use_cuda: NCCL and one GPU per process, or gloo on the CPU; None: CUDA if there is one.
 
     Raises:
-        OVDetError: the first one a process raised, with its message and exit code.
-        UsageError: the numbers do not fit together.
+        OVDetError: the first one a process raised, with its message and exit code. Under torchrun the process prints
+            the message and ends with the code, without returning here.
+        UsageError: the numbers do not fit together, or torchrun started more processes than there are GPUs.
         SetupError: a process was killed by a signal.
     """
     use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
@@ -73,8 +75,20 @@ def _check(processes, machines, machine_rank, dist_url, use_cuda):
 
 def _run_under_torchrun(main, args, use_cuda):
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if use_cuda and local_rank >= torch.cuda.device_count():
+        raise errors.UsageError(
+            f"torchrun started a process for GPU {local_rank}, counted from 0, and this machine shows "
+            f"{torch.cuda.device_count()}: lower --nproc-per-node."
+        )
     _join_group("env://", None, None, local_rank, local_size, use_cuda)
-    main(*args)
+    try:
+        with errors.exit_on_error():
+            main(*args)
+    except SystemExit as ended:
+        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
     dist.destroy_process_group()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import detectron2
 import torch
 import torchvision
+from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
@@ -27,16 +28,19 @@ def setup(args):
     """Read the configuration and prepare this process. Call it in every process of the group.
 
     Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
-    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA.
+    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA. For training with
+    SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are scaled to the number of processes.
 
     Args:
         args: namespace with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
 
     Returns:
-        CfgNode, frozen. A negative SEED is replaced by the random one that was drawn, so that config.yaml records it.
+        CfgNode, frozen, the same as config.yaml: what is run. A negative SEED is replaced by the random one that was
+        drawn.
 
     Raises:
-        UsageError: unknown file or key, wrong value, or a switch that ovdet2 does not have.
+        UsageError: unknown file or key, wrong value, a batch that cannot be scaled, or a switch that ovdet2 does not
+            have.
         SetupError: OUTPUT_DIR cannot be written.
     """
     cfg = load_config(args.config_file, args.opts or [])
@@ -51,6 +55,10 @@ def setup(args):
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
+    evaluates = getattr(args, "eval_only", False)
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if not evaluates:
+        cfg = _scaled(cfg)
     cfg.freeze()
     _open_output(cfg)
     rank = comm.get_rank()
@@ -62,6 +70,17 @@ def setup(args):
     logger.info("%s", _versions())
     if on_cpu:
         logger.warning("MODEL.DEVICE asks for CUDA and there is none here: running on the CPU.")
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE != reference:
+        logger.info(
+            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d, STEPS %s, WARMUP_ITERS %d.",
+            reference,
+            cfg.SOLVER.REFERENCE_WORLD_SIZE,
+            cfg.SOLVER.IMS_PER_BATCH,
+            cfg.SOLVER.BASE_LR,
+            cfg.SOLVER.MAX_ITER,
+            cfg.SOLVER.STEPS,
+            cfg.SOLVER.WARMUP_ITERS,
+        )
     logger.info(
         "%d processes, seed %d, configuration written to %s/config.yaml",
         comm.get_world_size(),
@@ -69,9 +88,21 @@ def setup(args):
         cfg.OUTPUT_DIR,
     )
     seed_all_rng(cfg.SEED + rank)
-    if not getattr(args, "eval_only", False):
+    if not evaluates:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return cfg
+
+
+def _scaled(cfg):
+    """The configuration for the number of processes there are; it names that number as its reference, so that
+    scaling it again, as the trainer does, changes nothing."""
+    solver = cfg.SOLVER
+    if solver.REFERENCE_WORLD_SIZE > 0 and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+        raise UsageError(
+            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, no multiple of SOLVER.REFERENCE_WORLD_SIZE, "
+            f"{solver.REFERENCE_WORLD_SIZE}: change one of them, or set REFERENCE_WORLD_SIZE to 0 for no scaling."
+        )
+    return DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
 
 def _open_output(cfg):

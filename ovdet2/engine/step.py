@@ -40,7 +40,8 @@ class CheckedStep:
         """Do iteration ``self.iter``.
 
         Raises:
-            NumericalError: a loss or gradient is not finite in some process; the same message in all of them.
+            NumericalError: a loss or gradient is not finite in some process, or with float16 the gradients of many
+                steps in a row; the same message in all of them.
             SetupError: the GPU's memory does not suffice for the batch.
         """
         if self._batches is None:
@@ -48,7 +49,12 @@ class CheckedStep:
         start = time.perf_counter()
         batch = next(self._batches)
         data_time = time.perf_counter() - start
+        with self._memory_explained(batch):
+            losses = self._update(batch)
+        _write_metrics(losses, data_time)
 
+    def _update(self, batch):
+        """Change the weights once; returns the losses."""
         losses, failure = self._forward(batch)
         total = sum(losses.values()) if losses else torch.full((), float("nan"), device=self._device())
         if not _everywhere(torch.isfinite(total.detach())):
@@ -64,10 +70,13 @@ class CheckedStep:
             self.scaler.scale(total).backward()
             self.scaler.unscale_(self.optimizer)
             self._clip()
-            # The scaler itself leaves out steps whose float16 gradients overflow.
+            # The scaler itself leaves out steps whose float16 gradients overflow, and halves its scale.
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        _write_metrics(losses, data_time)
+            if self.scaler.get_scale() < 1:
+                # Float16 does not overflow without a scale: the gradients themselves are not finite, in each step.
+                self._stop("the float16 gradients are not finite, not even with a loss scale of 1,", batch, losses)
+        return losses
 
     def close(self):
         """Let go of the batches and of the processes that load them."""
@@ -81,13 +90,19 @@ class CheckedStep:
                 losses = self.model(batch)
         except FloatingPointError as error:
             return None, str(error)
+        return (losses if isinstance(losses, dict) else {"loss": losses}), None
+
+    @contextlib.contextmanager
+    def _memory_explained(self, batch):
+        """Name the images' sizes and the keys to change when the GPU's memory does not suffice."""
+        try:
+            yield
         except torch.OutOfMemoryError as error:
             shapes = ", ".join(str(tuple(record["image"].shape)) for record in batch)
             raise SetupError(
                 f"the GPU's memory does not suffice for images of {shapes} at iteration {self.iter}: lower "
                 "SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True."
             ) from error
-        return (losses if isinstance(losses, dict) else {"loss": losses}), None
 
     def _clip(self):
         """Clip if asked; returns the norm over all gradients before it."""

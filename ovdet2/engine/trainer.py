@@ -14,6 +14,7 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ovdet2.data.loader import build_test_loader, build_train_loader
+from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
@@ -35,7 +36,7 @@ class Trainer(DefaultTrainer):
         """
         Args:
             cfg: frozen configuration. With SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are
-                scaled to the number of processes as Detectron2 does.
+                scaled to the number of processes as Detectron2 does, unless :func:`setup` has done it.
 
         Raises:
             UsageError: settings that do not go together.
@@ -67,7 +68,7 @@ class Trainer(DefaultTrainer):
                 self.cfg.OUTPUT_DIR,
             )
         state = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
-        if resume and "iteration" in state:
+        if "iteration" in state:
             self.start_iter = state["iteration"] + 1
 
     def train(self):
@@ -95,6 +96,7 @@ class Trainer(DefaultTrainer):
         """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
 
         def evaluate():
+            average_batch_norm(self.checkpointer.model)
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
             return self._last_eval_results
 
@@ -114,6 +116,8 @@ class Trainer(DefaultTrainer):
         """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
         state = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
+        # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's _LRScheduler,
+        # by now an empty subclass of the real one. A schedule the hook does not know would start anew unnoticed.
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = comm.gather(random_state())
         if self._trainer.scaler is not None:
@@ -218,7 +222,7 @@ class Trainer(DefaultTrainer):
 class CheckpointHook(HookBase):
     """Saves every ``period`` iterations as model_<iteration>.pth, and after the last one as model_final.pth.
 
-    Registered in every process, since the random states of all of them are saved.
+    Registered in every process, since the random states of all of them are saved and their batch statistics averaged.
     """
 
     def __init__(self, checkpointer, period):
@@ -228,9 +232,13 @@ class CheckpointHook(HookBase):
     def after_step(self):
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
-            self.checkpointer.save("model_final", iteration=self.trainer.iter)
+            self._save("model_final")
         elif self.period > 0 and done % self.period == 0:
-            self.checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+            self._save(f"model_{self.trainer.iter:07d}")
+
+    def _save(self, name):
+        average_batch_norm(self.checkpointer.model)
+        self.checkpointer.save(name, iteration=self.trainer.iter)
 
 
 def _distribute(model):
@@ -239,7 +247,8 @@ def _distribute(model):
         return model
     on_cuda = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_cuda else None
-    # The buffers (frozen statistics, the vocabulary) are the same everywhere. torch 2.15 renamed the switch.
+    # Buffers are not sent at every step: the vocabulary and frozen statistics are the same everywhere, and running
+    # statistics are averaged when they matter (average_batch_norm). torch 2.15 renamed the switch.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=device_ids, **{switch: False})

@@ -1,0 +1,115 @@
+"""The records of the data sets a configuration names, checked before anything is trained on them."""
+
+import contextlib
+
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
+from detectron2.data.detection_utils import check_metadata_consistency
+
+from ovdet2.errors import DataError, OVDetError, UsageError
+
+_SHOWN = 5  # image ids named in an error message
+
+
+def load_records(names, key, filter_empty, base_only=False):
+    """The records of one or several registered data sets, one after another.
+
+    Args:
+        names: of data sets.
+        key: configuration key they come from, for messages.
+        filter_empty: leave out images without a box that is not a crowd.
+        base_only: refuse annotations of novel classes, however the data set was registered; for training.
+
+    Raises:
+        UsageError: no name, an unknown one, or data sets with different classes.
+        DataError: a missing file, no image left, or an annotation of a novel class.
+    """
+    import ovdet2.data.datasets  # noqa: F401  registers the data sets
+
+    known = DatasetCatalog.list()
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        ours = ", ".join(sorted(name for name in known if name.startswith("ov_")))
+        raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
+    try:
+        return _joined_records(names, filter_empty, base_only)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"a file of {', '.join(names)} is missing ({error}): set DETECTRON2_DATASETS to the folder of your "
+            "data sets, or prepare them as datasets/README.md says."
+        ) from None
+    except OVDetError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"the data sets {', '.join(names)} cannot be joined ({error}): name them apart.") from None
+    except AssertionError as error:
+        raise DataError(f"{key} {list(names)} has no image to use ({error}).") from None
+
+
+def _joined_records(names, filter_empty, base_only):
+    """What Detectron2's function does for several data sets at once, with a check of each before any image is left
+    out: a crowd of a novel class is a novel label, too.
+
+    Raises:
+        ValueError: the classes of the data sets differ; AssertionError: one of them is empty.
+        DataError: no image is left, or an annotation of a novel class is found.
+    """
+    joined = []
+    for name in names:
+        records = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
+        split = MetadataCatalog.get(name).get("ov_split")
+        if base_only and split is not None:
+            require_base_only(name, records, split)
+        joined.extend(records)
+    if filter_empty and "annotations" in joined[0]:
+        joined = filter_images_with_only_crowd_annotations(joined)
+        if not joined:
+            raise DataError(f"no image of {', '.join(names)} has a box that is not a crowd: check the annotations.")
+    if "annotations" in joined[0]:
+        with contextlib.suppress(AttributeError):  # a data set without class names
+            check_metadata_consistency("thing_classes", list(names))
+            print_instances_class_histogram(joined, MetadataCatalog.get(names[0]).thing_classes)
+    return joined
+
+
+def require_base_only(name, records, split):
+    """No label of a novel class may reach training (the point of the open-vocabulary protocol).
+
+    Args:
+        name: of the data set, for the message.
+        records: Detectron2 records with contiguous, base-first category ids.
+        split: the data set's :class:`~ovdet2.data.datasets.coco_json.Split`.
+
+    Raises:
+        DataError: there is an annotation of a novel class, crowds included.
+    """
+    count, image_ids = 0, []
+    for record in records:
+        novel = sum(box["category_id"] >= len(split.base) for box in record.get("annotations", ()))
+        if novel:
+            count += novel
+            image_ids.append(record["image_id"])
+    if count:
+        shown = ", ".join(map(str, image_ids[:_SHOWN])) + (", ..." if len(image_ids) > _SHOWN else "")
+        raise DataError(
+            f"the training set {name} holds {count} annotations of novel classes of {split.name}, first in the images "
+            f"{shown}: prepare a json of the base classes alone (datasets/README.md) and register it with "
+            "base_only=True."
+        )
+
+
+def require_one_base(cfg):
+    """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
+
+    Raises:
+        UsageError: two data sets have different base classes.
+    """
+    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
+    splits = {name: MetadataCatalog.get(name).get("ov_split") for name in names}
+    bases = {name: split.base for name, split in splits.items() if split is not None}
+    different = [name for name in bases if bases[name] != bases[names[0]]] if names[0] in bases else []
+    if different:
+        raise UsageError(
+            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same "
+            "split, and evaluate on the other with --eval-only."
+        )
