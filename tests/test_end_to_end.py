@@ -258,16 +258,6 @@ def test_every_configuration_loads_and_claims(path):
         assert f"--config-file {path}" in header
 
 
-def test_unknown_key_and_unsafe_yaml(tmp_path):
-    with pytest.raises(UsageError, match="Non-existent"):
-        load_config(CONFIG, ["MODEL.OVD.TAU", "1"])
-    (tmp_path / "evil.yaml").write_text("OUTPUT_DIR: !!python/object/apply:os.getcwd []\n")
-    with pytest.raises(UsageError):
-        load_config(str(tmp_path / "evil.yaml"))
-    with pytest.raises(UsageError, match="ovshapes/vild_text_r18.yaml"):
-        load_config("no_such.yaml")
-
-
 def test_training_on_another_split_than_the_vocabulary_is_refused(run, monkeypatch):
     from ovdet2.data.loader import build_train_loader
 

@@ -28,8 +28,8 @@ def setup(args):
     """Read the configuration and prepare this process. Call it in every process of the group.
 
     Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
-    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA. For training with
-    SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are scaled to the number of processes.
+    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA. For training
+    with SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are scaled to the number of processes.
 
     Args:
         args: namespace with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
@@ -66,27 +66,7 @@ def setup(args):
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
     if comm.is_main_process():
         write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
-    logger.info("Command: %s", " ".join(sys.argv))
-    logger.info("%s", _versions())
-    if on_cpu:
-        logger.warning("MODEL.DEVICE asks for CUDA and there is none here: running on the CPU.")
-    if cfg.SOLVER.REFERENCE_WORLD_SIZE != reference:
-        logger.info(
-            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d, STEPS %s, WARMUP_ITERS %d.",
-            reference,
-            cfg.SOLVER.REFERENCE_WORLD_SIZE,
-            cfg.SOLVER.IMS_PER_BATCH,
-            cfg.SOLVER.BASE_LR,
-            cfg.SOLVER.MAX_ITER,
-            cfg.SOLVER.STEPS,
-            cfg.SOLVER.WARMUP_ITERS,
-        )
-    logger.info(
-        "%d processes, seed %d, configuration written to %s/config.yaml",
-        comm.get_world_size(),
-        cfg.SEED,
-        cfg.OUTPUT_DIR,
-    )
+    _report(cfg, reference, on_cpu)
     seed_all_rng(cfg.SEED + rank)
     if not evaluates:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -112,6 +92,31 @@ def _open_output(cfg):
         raise SetupError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be made ({error}): choose another one.") from None
     if not os.access(cfg.OUTPUT_DIR, os.W_OK):
         raise SetupError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: choose another one.")
+
+
+def _report(cfg, reference, on_cpu):
+    """Log what is run, and what was changed; ``reference`` is the world size the configuration was written for."""
+    logger.info("Command: %s", " ".join(sys.argv))
+    logger.info("%s", _versions())
+    if on_cpu:
+        logger.warning("MODEL.DEVICE asks for CUDA and there is none here: running on the CPU.")
+    if cfg.SOLVER.REFERENCE_WORLD_SIZE != reference:
+        logger.info(
+            "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d, STEPS %s, WARMUP_ITERS %d.",
+            reference,
+            cfg.SOLVER.REFERENCE_WORLD_SIZE,
+            cfg.SOLVER.IMS_PER_BATCH,
+            cfg.SOLVER.BASE_LR,
+            cfg.SOLVER.MAX_ITER,
+            cfg.SOLVER.STEPS,
+            cfg.SOLVER.WARMUP_ITERS,
+        )
+    logger.info(
+        "%d processes, seed %d, configuration written to %s/config.yaml",
+        comm.get_world_size(),
+        cfg.SEED,
+        cfg.OUTPUT_DIR,
+    )
 
 
 def _versions():

@@ -116,8 +116,9 @@ class Trainer(DefaultTrainer):
         """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
         state = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
-        # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's _LRScheduler,
-        # by now an empty subclass of the real one. A schedule the hook does not know would start anew unnoticed.
+        # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's
+        # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would start anew
+        # without a word.
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = comm.gather(random_state())
         if self._trainer.scaler is not None:
