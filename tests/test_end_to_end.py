@@ -262,5 +262,6 @@ def test_training_on_another_split_than_the_vocabulary_is_refused(run, monkeypat
     from ovdet2.data.loader import build_train_loader
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(run[0]))
-    with pytest.raises(UsageError, match="different base classes"):
-        build_train_loader(load_config(CONFIG, [*SMALL, "DATASETS.TEST", "('ov_coco_val_all',)"]))
+    for other in ("ov_coco_val_all", "coco_2017_val"):  # another split, and none
+        with pytest.raises(UsageError, match=f"ov_shapes_train_base and {other} have different base classes"):
+            build_train_loader(load_config(CONFIG, [*SMALL, "DATASETS.TEST", f"('{other}',)"]))

@@ -102,14 +102,14 @@ def require_one_base(cfg):
     """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
 
     Raises:
-        UsageError: two data sets have different base classes.
+        UsageError: two data sets have different base classes, or one has a split and another has none.
     """
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
-    splits = {name: MetadataCatalog.get(name).get("ov_split") for name in names}
-    bases = {name: split.base for name, split in splits.items() if split is not None}
-    different = [name for name in bases if bases[name] != bases[names[0]]] if names[0] in bases else []
-    if different:
-        raise UsageError(
-            f"{names[0]} and {different[0]} have different base classes: train with the DATASETS.TEST of the same "
-            "split, and evaluate on the other with --eval-only."
-        )
+    splits = [MetadataCatalog.get(name).get("ov_split") for name in names]
+    bases = [None if split is None else split.base for split in splits]
+    for name, base in zip(names, bases):
+        if base != bases[0]:
+            raise UsageError(
+                f"{names[0]} and {name} have different base classes: train with the DATASETS.TEST of the same split "
+                "(register_ov_dataset gives a data set its own), and evaluate on the other with --eval-only."
+            )
