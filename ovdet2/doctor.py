@@ -152,8 +152,11 @@ def check_embedded_teachers(folder=None):
     """The teachers that come with the package, which the demonstration and the tests use."""
     folder = Path(folder or ASSETS / "open_clip")
     names = sorted(path.stem for path in folder.rglob("*.safetensors"))
-    if not names:
-        return Finding(WRONG, f"No embedded teachers in {folder}. Install ovdet2 again from a complete checkout.")
+    configured = {path.stem for path in folder.rglob("*.json") if "manifest" not in path.name}
+    missing = sorted(configured - set(names))
+    if not names or missing:
+        which = f"The weights of {', '.join(missing)} are" if missing else "Embedded teachers are"
+        return Finding(WRONG, f"{which} missing in {folder}. Install ovdet2 again from a complete checkout.")
     return Finding(OK, f"Teachers embedded in the package: {', '.join(names)}.")
 
 

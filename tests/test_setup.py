@@ -245,6 +245,8 @@ def test_doctor_disk_and_teachers(tmp_path):
     _wrong(doctor.check_embedded_teachers(tmp_path), str(tmp_path), "Install ovdet2 again")
     (tmp_path / "a-teacher.safetensors").touch()
     assert "a-teacher" in doctor.check_embedded_teachers(tmp_path).sentence
+    (tmp_path / "b-teacher.json").touch()
+    _wrong(doctor.check_embedded_teachers(tmp_path), "weights of b-teacher", "Install ovdet2 again")
     (tmp_path / "models--org--CLIP-ViT").mkdir()
     assert "org/CLIP-ViT" in doctor.check_cached_teachers([(tmp_path, "models--*")]).sentence
 
