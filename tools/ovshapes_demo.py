@@ -32,7 +32,8 @@ def run_demo(output):
     command = ["demo/demo.py", "--config-file", f"configs/{ROWS['vild_text'].config}", "--input", *images]
     run([*command, "--output", str(drawn / "all_words"), *weights])
     run([*command, "--output", str(drawn / "free_words"), "--vocabulary", FREE_WORDS, *weights])
-    sheet = contact_sheet([drawn / "all_words" / f"{Path(image).stem}.png" for image in images], drawn / "detections.png")
+    pictures = [drawn / "all_words" / f"{Path(image).stem}.png" for image in images]
+    sheet = contact_sheet(pictures, drawn / "detections.png")
     print("\n" + make_table(rows, [0], output))
     found = json.loads((drawn / "all_words" / "detections.json").read_text())
     novel = sum(d["word"] in NOVEL_NAMES for record in found for d in record["detections"])
