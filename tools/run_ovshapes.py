@@ -78,7 +78,7 @@ def main(argv=None):
     if unknown:
         raise UsageError(f"unknown rows {unknown}; there are {', '.join(ROWS)}.")
     output = Path(args.output)
-    for seed in args.seeds:
+    for seed in args.seeds if not args.tabulate else ():
         for name in names:
             run_row(name, seed, output)
     table = make_table(names, args.seeds, output)
@@ -99,6 +99,7 @@ def parse_args(argv):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", default="output/ovshapes", help="folder of the runs")
     parser.add_argument("--table", help="markdown file whose OV-Shapes table is replaced")
+    parser.add_argument("--tabulate", action="store_true", help="run nothing, write the table of what is done")
     parser.add_argument("--demo", action="store_true", help="train ViLD-text once, evaluate it, draw its detections")
     return parser.parse_args(argv)
 
@@ -116,7 +117,7 @@ def run_row(name, seed, output):
         raise DataError(
             f"{folder} holds a row made with another {', '.join(different)}: remove it, or choose another --output."
         )
-    if report_path(name, folder).is_file() and state.get("done"):
+    if is_done(folder):
         return folder
     print(f"== {name}, seed {seed}", flush=True)
     started = time.monotonic()
@@ -171,16 +172,24 @@ def run(command):
         sys.exit(done.returncode)
 
 
+def is_done(folder):
+    """Whether a row was run to its end."""
+    return (folder / "row.json").is_file() and read_json(folder / "row.json").get("done", False)
+
+
 def report_path(name, folder):
     """Where the evaluator of a row writes."""
     return folder / "report.json" if name == "teacher" else folder / "inference" / DATASET / "report.json"
 
 
 def make_table(names, seeds, output):
-    """Markdown table: mean over seeds, and the sample standard deviation where there are two or more."""
+    """Markdown table of the rows and seeds that are done: mean, and sample standard deviation over two or more seeds."""
     lines = ["| row | " + " | ".join(COLUMNS) + " | minutes | seeds |", "|---|" + "---:|" * (len(COLUMNS) + 2)]
     for name in names:
         folders = [output / name / f"seed{seed}" for seed in ([0] if name == "teacher" else seeds)]
+        folders = [folder for folder in folders if is_done(folder)]
+        if not folders:
+            continue
         reports = [json.loads(report_path(name, folder).read_text()) for folder in folders]
         cells = [mean_and_spread([report[task].get(key) for report in reports]) for task, key in COLUMNS.values()]
         minutes = mean_and_spread([read_json(folder / "row.json")["minutes"] for folder in folders])
