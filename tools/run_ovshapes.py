@@ -183,7 +183,7 @@ def report_path(name, folder):
 
 
 def make_table(names, seeds, output):
-    """Markdown table of the rows and seeds that are done: mean, and sample standard deviation over two or more seeds."""
+    """Markdown table of the rows and seeds that are done: mean, and standard deviation over two or more seeds."""
     lines = ["| row | " + " | ".join(COLUMNS) + " | minutes | seeds |", "|---|" + "---:|" * (len(COLUMNS) + 2)]
     for name in names:
         folders = [output / name / f"seed{seed}" for seed in ([0] if name == "teacher" else seeds)]
