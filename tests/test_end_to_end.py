@@ -39,6 +39,8 @@ SMALL = [
     "40",
     "MODEL.VOCABULARY.TEMPLATES",
     "single",
+    "TEST.EXPECTED_RESULTS",
+    "[]",  # of the whole training, not of six steps
 ]
 
 

@@ -132,7 +132,7 @@ def run_row(name, seed, output):
 
 def ingredients(row, seed, trained):
     """Hashes of what decides a row's result: configuration, data set, teacher, trained weights."""
-    text = load_config(row.config, ["SEED", seed]).dump() if row.config else ""
+    text = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]).dump() if row.config else ""
     teacher = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
     return {
         "configuration": hashlib.sha256(text.encode()).hexdigest(),
