@@ -2,8 +2,9 @@
 
     python tools/benchmark_step.py --sizes 800x1066 512x512 224x224 --steps 8
 
-Both models have the same weights but for the classifier, and get the same image, 20 objects, and the same proposals (512
-regions are sampled where there are as many); steps alternate within one process, so a machine that slows down slows both. Prints the ratio of medians and its range over the pairs.
+Both models have the same weights but for the classifier, and get the same image, 20 objects, hence the same proposals
+(512 regions are sampled where there are as many). Steps alternate in one process, so a machine that slows down slows
+both. Prints the median ratio of the pairs and its range.
 """
 
 import argparse
