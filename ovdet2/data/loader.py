@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.data.records import load_records, require_one_base
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import CacheError, DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ class MappedRecords(Dataset):
         record = self.records[index]
         try:
             mapped = self.mapper(record)
+        except CacheError:
+            raise  # no other image would fare better
         except DataError as error:
             faults.append((str(record["file_name"]), str(error)))
             return None

@@ -4,31 +4,54 @@ import copy
 
 import numpy as np
 import torch
+from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.dataset_mapper import DatasetMapper
+from detectron2.structures import Boxes, Instances
 
 from ovdet2.data.images import read_image
-from ovdet2.errors import DataError, UsageError
+from ovdet2.data.region_cache import RegionCache
+from ovdet2.errors import CacheError, DataError, UsageError
+from ovdet2.vlm.fingerprint import Fingerprint
 
 
 class OpenVocabularyMapper(DatasetMapper):
     """Detectron2's mapper with our decoding, which applies INPUT.* (crop, resize, flip) as it does.
 
     A record is read, augmented, and returned with "image", a (3, H, W) uint8 tensor in INPUT.FORMAT, and in training
-    with "instances" (boxes in pixels of the augmented image). The augmentations draw from numpy's global generator,
-    which the loader seeds for each sample.
+    with "instances" (boxes in pixels of the augmented image). With a region cache it also gets "regions",
+    :class:`Instances` with ``proposal_boxes`` in the same pixels and the teacher's ``embeddings`` [R, D] float16. The
+    augmentations draw from numpy's global generator, which the loader seeds for each sample.
     """
+
+    @configurable
+    def __init__(self, is_train, *, region_cache=None, regions_per_image=300, **kwargs):
+        """
+        Args:
+            is_train: whether annotations and cached regions are attached.
+            region_cache: :class:`~ovdet2.data.region_cache.RegionCache` of the training set, or None.
+            regions_per_image: cached regions kept per image, drawn at random where there are more.
+            kwargs: of :class:`DatasetMapper`.
+        """
+        super().__init__(is_train, **kwargs)
+        self.region_cache = region_cache
+        self.regions_per_image = regions_per_image
 
     @classmethod
     def from_config(cls, cfg, is_train=True):
-        """Detectron2's arguments.
+        """Detectron2's arguments, and the region cache if the training distils.
 
         Raises:
             UsageError: MODEL.LOAD_PROPOSALS is on; its proposal files are pickles, which ovdet2 does not read.
+            CacheError: the region cache is incomplete, or of another teacher or data set.
         """
         if cfg.MODEL.LOAD_PROPOSALS:
             raise UsageError("MODEL.LOAD_PROPOSALS reads pickled files, which ovdet2 does not open: set it to False.")
-        return super().from_config(cfg, is_train)
+        return super().from_config(cfg, is_train) | {
+            "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
+            "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,
+        }
 
     def __call__(self, record):
         """Map one record.
@@ -51,9 +74,87 @@ class OpenVocabularyMapper(DatasetMapper):
         record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)
-        elif "annotations" in record:
+            return record
+        if self.region_cache is not None:
+            cached = self.region_cache.regions(record["image_id"])
+            _require_known(record, cached, self.region_cache.folder)
+            record["regions"] = transform_regions(cached, transforms, image.shape[:2], self.regions_per_image)
+        if "annotations" in record:
             self._transform_annotations(record, transforms, image.shape[:2])
         return record
+
+
+def open_region_cache(cfg):
+    """The cache of MODEL.DISTILLATION.REGION_CACHE, checked against DATASETS.TRAIN and MODEL.TEACHER.
+
+    Raises:
+        UsageError: no cache is named, or several training sets, whose image ids one cache cannot tell apart.
+        CacheError: see :class:`RegionCache`; or it is of another teacher or data set.
+    """
+    folder, names = cfg.MODEL.DISTILLATION.REGION_CACHE, cfg.DATASETS.TRAIN
+    if not folder:
+        raise UsageError(
+            "MODEL.DISTILLATION.WEIGHT is above 0 but MODEL.DISTILLATION.REGION_CACHE is empty: name the folder of a "
+            "cache made by tools/build_region_cache.py."
+        )
+    if len(names) != 1:
+        raise UsageError(f"a region cache belongs to one data set, DATASETS.TRAIN names {list(names)}: join their jsons.")
+    cache = RegionCache(folder)
+    stated = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+    cache.require_teacher(stated, "MODEL.TEACHER of the configuration")
+    cache.require_dataset(names[0], MetadataCatalog.get(names[0]).ov_files()[0])
+    return cache
+
+
+def transform_regions(cached, transforms, image_size, limit):
+    """Cached regions through the geometric transforms of their image, as ViLD does.
+
+    A region of which nothing is left inside the image is dropped; the others are clipped to it.
+
+    Args:
+        cached: :class:`~ovdet2.data.region_cache.Regions`.
+        transforms: Detectron2 TransformList that was applied to the image.
+        image_size: (height, width) after it.
+        limit: regions kept at most, drawn from numpy's global generator where there are more.
+
+    Returns:
+        :class:`Instances` with ``proposal_boxes`` and ``embeddings``.
+    """
+    boxes = transforms.apply_box(cached.boxes_xyxy.double().numpy())
+    boxes = Boxes(torch.from_numpy(boxes).float())
+    boxes.clip(image_size)
+    kept = torch.nonzero(boxes.nonempty())[:, 0]
+    if len(kept) > limit:
+        kept = kept[torch.from_numpy(np.random.permutation(len(kept))[:limit])]
+    return Instances(image_size, proposal_boxes=boxes[kept], embeddings=cached.embeddings[kept])
+
+
+def _require_known(record, cached, folder):
+    """Cached regions lie in their image, and those taken from an annotation are of one that may be trained on.
+
+    Raises:
+        CacheError: names the image, and the box or annotation at fault.
+    """
+    where = f"the region cache {folder}, image id {record['image_id']}"
+    boxes, size = cached.boxes_xyxy, _limits(record)
+    inside = (boxes[:, :2] < boxes[:, 2:]).all(dim=1) & (boxes >= -1).all(dim=1) & (boxes <= size + 1).all(dim=1)
+    if not inside.all():  # false for NaN, too
+        worst = boxes[~inside][0].tolist()
+        raise CacheError(
+            f"{where}: region {worst} is no box inside the image of {record['width']}x{record['height']} pixels; "
+            "the cache was built from other images, build it anew."
+        )
+    taken = set(cached.ann_ids[cached.ann_ids >= 0].tolist())
+    unknown = taken - {annotation.get("id") for annotation in record.get("annotations", ())}
+    if unknown:
+        raise CacheError(
+            f"{where}: regions were cut around the annotations {sorted(unknown)[:5]}, which the training set does not "
+            "hold: a box of a novel class must not be trained on. Build the cache from the base-only annotations."
+        )
+
+
+def _limits(record):
+    return torch.tensor([record["width"], record["height"]] * 2, dtype=torch.float32)
 
 
 def _check_size(record, image):

@@ -47,6 +47,7 @@ class Trainer(DefaultTrainer):
         scaler = _build_scaler(cfg)
         data_loader = self.build_train_loader(cfg)
         model = self.build_model(cfg)
+        _require_cached_teacher(data_loader, model)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         max_norm = cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE if _clips_full_model(cfg) else None
@@ -183,7 +184,7 @@ class Trainer(DefaultTrainer):
             weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
         )
         optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY)
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -253,6 +254,18 @@ def _distribute(model):
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return DistributedDataParallel(model, device_ids=device_ids, **{switch: False})
+
+
+def _require_cached_teacher(data_loader, model):
+    """The region cache and the vocabulary are of one embedding space, by the hash of the weights.
+
+    Raises:
+        CacheError: names both teachers.
+    """
+    mapper = getattr(getattr(data_loader, "dataset", None), "mapper", None)
+    cache = getattr(mapper, "region_cache", None)
+    if cache is not None:
+        cache.require_teacher(model.vocabulary.vocabulary.teacher, "the vocabulary")
 
 
 def _clips_full_model(cfg):

@@ -42,6 +42,11 @@ class TextClassifier(nn.Module):
         """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
         return F.normalize(self.projection(features).float(), dim=1)
 
+    def classify_without_background(self, embeddings):
+        """Probabilities of the vocabulary's words alone, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return (embeddings.float() @ self.vocabulary.embeddings.T / self.temperature).softmax(dim=1)
+
     def forward(self, features):
         """
         Args:

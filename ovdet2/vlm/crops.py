@@ -63,12 +63,8 @@ def embed_regions(teacher, image, boxes_xyxy, factors=(1.0, 1.5), batch_size=256
     height, width = image.shape[-2:]
     image = image.to(teacher.mean)
     parts = []
-    for chunk in boxes_xyxy.to(image).split(batch_size):
-        embeddings = [
-            teacher.encode_image(
-                warp_crops(image, scale_boxes(chunk, factor, height, width), teacher.image_size), batch_size
-            )
-            for factor in factors
-        ]
-        parts.append(F.normalize(sum(embeddings), dim=-1))
+    for chunk in boxes_xyxy.to(image).split(max(1, batch_size // len(factors))):
+        scaled = torch.cat([scale_boxes(chunk, factor, height, width) for factor in factors])
+        embeddings = teacher.encode_image(warp_crops(image, scaled, teacher.image_size), batch_size)
+        parts.append(F.normalize(embeddings.view(len(factors), len(chunk), embeddings.shape[1]).sum(dim=0), dim=-1))
     return torch.cat(parts)

@@ -36,6 +36,8 @@ class Teacher(nn.Module):
         """
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
+        # A CPU convolves in this order in about 0.7 of the time; towers without convolutions do not notice.
+        self.clip.visual.to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         preprocess = clip.visual.preprocess_cfg
@@ -142,6 +144,7 @@ class Teacher(nn.Module):
         encoded = []
         for chunk in pixels.split(batch_size):
             normalised = (chunk.to(self.mean) - self.mean) / self.std
+            normalised = normalised.contiguous(memory_format=torch.channels_last)
             encoded.append(self.clip.encode_image(normalised).float())
         return F.normalize(torch.cat(encoded), dim=-1)
 

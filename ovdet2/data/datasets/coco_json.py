@@ -284,6 +284,7 @@ def _attach_annotations(annotations, records, split, base_only, faults):
             faults.add(f"{fault}, annotation id", annotation_id, "mend or drop them")
         record["annotations"].append(
             {
+                "id": annotation_id,
                 "bbox": box,
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": category,

@@ -3,11 +3,14 @@
 Shapes: R proposals, K words.
 """
 
+import torch
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone, build_proposal_generator
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage
 
+from ovdet2.errors import UsageError
 from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling.build import build_teacher, build_vocabulary
 from ovdet2.modeling.rcnn.crop_scorer import CropScorer
@@ -39,7 +42,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         backbone = build_backbone(cfg)
         vocabulary = VocabularyBuffer(build_vocabulary(cfg))
         scorer = None
-        if cfg.MODEL.OVD.CLIP_ON_CROPS != "off":
+        if cfg.MODEL.OVD.SECOND_BRANCH == "crops":
             scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
         return {
@@ -59,16 +62,51 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         """The :class:`~ovdet2.layers.VocabularyBuffer`; ``model.vocabulary.set(v)`` changes the words."""
         return self.roi_heads.box_predictor.cls_score.vocabulary
 
+    def forward(self, batched_inputs):
+        """Losses of a batch in training (see :class:`GeneralizedRCNN`), :meth:`inference` otherwise.
+
+        With distillation a record also holds "regions", :class:`Instances` with ``proposal_boxes`` in pixels of its
+        image and the teacher's ``embeddings`` [R, D].
+        """
+        if not self.training or not self.roi_heads.distillation_weight:
+            return super().forward(batched_inputs)
+        if not all("regions" in record for record in batched_inputs):
+            raise UsageError(
+                "MODEL.DISTILLATION.WEIGHT is above 0 but the records hold no cached regions: set "
+                "MODEL.DISTILLATION.REGION_CACHE and load the data with OpenVocabularyMapper."
+            )
+        images = self.preprocess_image(batched_inputs)
+        targets = [record["instances"].to(self.device) for record in batched_inputs]
+        regions = [record["regions"].to(self.device) for record in batched_inputs]
+        features = self.backbone(images.tensor)
+        proposals, losses = self.proposal_generator(images, features, targets)
+        _, head_losses = self.roi_heads(images, features, proposals, targets, regions)
+        if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
+            self.visualize_training(batched_inputs, proposals)
+        return head_losses | losses
+
+    @torch.no_grad()
+    def propose(self, batched_inputs):
+        """The RPN alone, in evaluation mode: list of :class:`Instances` with ``proposal_boxes`` (pixels of the original
+        image) and ``objectness_logits``, best first."""
+        if self.training:
+            raise UsageError("proposals are asked of a model in evaluation mode: call model.eval() first.")
+        _, _, proposals = self._propose(batched_inputs)
+        return [_to_original_pixels(found, inputs) for found, inputs in zip(proposals, batched_inputs)]
+
+    def _propose(self, batched_inputs):
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        return images, features, self.proposal_generator(images, features, None)[0]
+
     def inference(self, batched_inputs, detected_instances=None, do_postprocess=True):
         """Detect in a batch; see :class:`GeneralizedRCNN` for the arguments."""
         if detected_instances is not None:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
-        images = self.preprocess_image(batched_inputs)
-        features = self.backbone(images.tensor)
-        proposals, _ = self.proposal_generator(images, features, None)
+        images, features, proposals = self._propose(batched_inputs)
         if self.region_scorer is not None:
             for inputs, found in zip(batched_inputs, proposals):
-                found.vlm_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
+                found.second_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
         results, _ = self.roi_heads(images, features, proposals, None)
         if not do_postprocess:
             return results

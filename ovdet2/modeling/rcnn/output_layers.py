@@ -12,31 +12,34 @@ from torch.nn import functional as F
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
 
-CROP_MODES = ("off", "only", "only_objectness", "fuse")
+SECOND_BRANCH_USES = ("fuse", "only", "only_objectness")
 
 
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with a second branch.
 
-    A second branch leaves its probabilities in the field ``vlm_probs`` [R, K] of the proposals. Losses are
-    Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on positives.
+    A second branch leaves its probabilities in the field ``second_probs`` [R, K] of the proposals; without the field the
+    classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
+    positives.
     """
 
     @configurable
-    def __init__(self, input_shape, *, classifier, vlm_mode="off", fusion_base=1 / 3, fusion_novel=2 / 3, **kwargs):
+    def __init__(self, input_shape, *, classifier, second_branch_use="fuse", fusion_base=1 / 3, fusion_novel=2 / 3, **kwargs):
         """
         Args:
             input_shape: :class:`ShapeSpec` of the box head's output.
             classifier: module, [R, C] -> logits with background last; has ``num_training_classes`` and ``vocabulary``.
-            vlm_mode: what to do with ``vlm_probs``, one of CROP_MODES.
-            fusion_base, fusion_novel: exponents of the second branch in mode "fuse".
+            second_branch_use: what to do with ``second_probs``, one of SECOND_BRANCH_USES.
+            fusion_base, fusion_novel: exponents of the second branch in "fuse".
             kwargs: of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=classifier.num_training_classes, cls_agnostic_bbox_reg=True, **kwargs)
-        if vlm_mode not in CROP_MODES:
-            raise UsageError(f"MODEL.OVD.CLIP_ON_CROPS is {vlm_mode!r}: choose one of {', '.join(CROP_MODES)}.")
+        if second_branch_use not in SECOND_BRANCH_USES:
+            raise UsageError(
+                f"MODEL.OVD.SECOND_BRANCH_USE is {second_branch_use!r}: choose one of {', '.join(SECOND_BRANCH_USES)}."
+            )
         self.cls_score = classifier
-        self.vlm_mode = vlm_mode
+        self.second_branch_use = second_branch_use
         self.fusion_base = fusion_base
         self.fusion_novel = fusion_novel
 
@@ -44,9 +47,10 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     def from_config(cls, cfg, input_shape, classifier):
         arguments = super().from_config(cfg, input_shape)
         del arguments["num_classes"], arguments["cls_agnostic_bbox_reg"]
+        arguments["loss_weight"] = {**arguments["loss_weight"], "loss_cls": cfg.MODEL.OVD.CLS_LOSS_WEIGHT}
         return arguments | {
             "classifier": classifier,
-            "vlm_mode": cfg.MODEL.OVD.CLIP_ON_CROPS,
+            "second_branch_use": cfg.MODEL.OVD.SECOND_BRANCH_USE,
             "fusion_base": cfg.MODEL.OVD.FUSION_BASE,
             "fusion_novel": cfg.MODEL.OVD.FUSION_NOVEL,
         }
@@ -56,18 +60,18 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         logits, _ = predictions
         counts = [len(p) for p in proposals]
         probs = F.softmax(logits.float(), dim=1).split(counts)
-        if self.vlm_mode == "off":
-            return list(probs)
         return [self._with_second_branch(p, instances) for p, instances in zip(probs, proposals)]
 
     def _with_second_branch(self, probs, proposals):
-        vlm = proposals.vlm_probs
-        if self.vlm_mode == "fuse":
+        if not proposals.has("second_probs"):
+            return probs
+        second = proposals.second_probs
+        if self.second_branch_use == "fuse":
             mask = self.cls_score.vocabulary.base_mask
-            return fuse_scores(probs, vlm, fusion_exponents(mask, self.fusion_base, self.fusion_novel))
-        if self.vlm_mode == "only_objectness":  # the geometric mean of objectness and class probability
-            vlm = (vlm * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
-        return fuse_scores(probs, vlm, 1.0)
+            return fuse_scores(probs, second, fusion_exponents(mask, self.fusion_base, self.fusion_novel))
+        if self.second_branch_use == "only_objectness":  # the geometric mean of objectness and class probability
+            second = (second * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
+        return fuse_scores(probs, second, 1.0)
 
     def inference(self, predictions, proposals):
         """Detections per image.

@@ -1,0 +1,289 @@
+"""The region cache: round trip, resume, every way it can be wrong, and what the mapper makes of it."""
+
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.data.transforms import HFlipTransform, NoOpTransform
+from fvcore.transforms.transform import CropTransform, TransformList
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn import functional as F
+
+from ovdet2.config import get_cfg
+from ovdet2.data.loader import MappedRecords
+from ovdet2.data.mapper import OpenVocabularyMapper, open_region_cache, transform_regions
+from ovdet2.data.region_cache import CacheWriter, RegionCache, Regions, shard_name, write_shard
+from ovdet2.errors import CacheError, UsageError
+from ovdet2.files import sha256_file
+from ovdet2.vlm.fingerprint import Fingerprint
+from tests.micro_training import write_data
+
+TEACHER = Fingerprint("ViT-B-32", "openai", "a" * 64)
+RECIPE = {"teacher": TEACHER.to_dict(), "dim": 4, "dataset": "ov_micro_train", "dataset_sha256": "0" * 64}
+
+
+def regions(count, seed=0, ann_ids=None, size=(48, 64)):
+    """Made-up regions inside an image of ``size``."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    corners = torch.rand(count, 2, generator=generator) * torch.tensor([width - 20.0, height - 20.0])
+    return Regions(
+        torch.cat([corners, corners + 5 + 15 * torch.rand(count, 2, generator=generator)], dim=1),
+        F.normalize(torch.randn(count, 4, generator=generator), dim=1).half(),
+        torch.full((count,), -1) if ann_ids is None else torch.tensor(ann_ids),
+        torch.rand(count, generator=generator),
+    )
+
+
+def build(folder, ids, per_shard=2, recipe=RECIPE, make=lambda image_id: regions(image_id % 4, image_id)):
+    """A whole cache; image i has i mod 4 regions, so some have none."""
+    writer = CacheWriter(folder, recipe, ids, per_shard, "build it again")
+    for index in writer.to_do():
+        writer.write(index, [make(image_id) for image_id in writer.shards[index]])
+    writer.finish()
+    return RegionCache(folder)
+
+
+def equal(first, second):
+    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+
+
+@given(st.sets(st.integers(0, 10**9), min_size=1, max_size=12), st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_round_trip(tmp_path_factory, ids, per_shard):
+    folder = tmp_path_factory.mktemp("cache")
+    cache = build(folder, ids, per_shard)
+    assert len(cache) == len(ids) and cache.teacher == TEACHER
+    for image_id in ids:
+        found = cache.regions(image_id)
+        assert equal(found, regions(image_id % 4, image_id)) and found.embeddings.dtype == torch.float16
+    assert sorted(ids) == [i for s in cache.manifest["shards"] for i in range_of(s, ids)]
+
+
+def range_of(shard, ids):
+    return sorted(i for i in ids if shard["first_image_id"] <= i <= shard["last_image_id"])
+
+
+def test_reader_travels_to_workers(tmp_path):
+    cache = build(tmp_path / "c", range(1, 8))
+    cache.regions(3)
+    assert equal(pickle.loads(pickle.dumps(cache)).regions(6), regions(2, 6))
+
+
+def test_killed_run_goes_on_and_a_rerun_changes_nothing(tmp_path):
+    whole = build(tmp_path / "whole", range(1, 8))
+    writer = CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again")
+    assert writer.to_do() == [0, 1, 2, 3]
+    for index in (0, 2):
+        writer.write(index, [regions(i % 4, i) for i in writer.shards[index]])
+    with pytest.raises(CacheError, match="2 of 4 shards are there: complete it with: python again"):
+        RegionCache(tmp_path / "cut")
+    assert CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again").to_do() == [1, 3]
+    build(tmp_path / "cut", range(1, 8))
+    for shard in whole.manifest["shards"]:
+        assert sha256_file(tmp_path / "cut" / shard["file"]) == shard["sha256"]
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard*")}
+    build(tmp_path / "cut", range(1, 8), make=None)
+    assert times == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut").glob("shard*")}
+
+
+def test_another_recipe_is_refused_and_nothing_written_is_lost(tmp_path):
+    build(tmp_path / "c", range(1, 8))
+    with pytest.raises(CacheError, match="another dim, teacher: choose another folder"):
+        other = RECIPE | {"dim": 5, "teacher": Fingerprint("ViT-B-16", "openai", "b" * 64).to_dict()}
+        CacheWriter(tmp_path / "c", other, range(1, 8), 2, "")
+    assert equal(RegionCache(tmp_path / "c").regions(3), regions(3, 3))
+
+
+def test_embeddings_must_be_unit_rows(tmp_path):
+    for value in (2.0, float("nan")):
+        bad = regions(3)
+        bad.embeddings[1] *= value
+        with pytest.raises(ValueError, match="no unit rows"):
+            write_shard(tmp_path, 0, RECIPE, [1], [bad])
+
+
+def truncate(folder):
+    path = folder / shard_name(1)
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def remove(folder):
+    (folder / shard_name(1)).unlink()
+
+
+def other_schema(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace("region-cache/1", "region-cache/0"))
+
+
+def no_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def no_json(folder):
+    (folder / "manifest.json").write_text('{"schema": ')
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (truncate, r"shard-00001.safetensors has \d+ bytes instead of \d+.*complete it with: build it again"),
+        (remove, "shard-00001.safetensors is missing: complete it with: build it again"),
+        (other_schema, "schema 'ovdet2/region-cache/0', this version reads 'ovdet2/region-cache/1'"),
+        (no_manifest, "manifest.json does not exist: build it with tools/build_region_cache.py"),
+        (no_json, "not valid JSON"),
+    ],
+)
+def test_damaged_cache_is_refused_at_the_start(tmp_path, damage, message):
+    build(tmp_path / "c", range(1, 8))
+    damage(tmp_path / "c")
+    with pytest.raises(CacheError, match=message):
+        RegionCache(tmp_path / "c")
+
+
+def test_truncated_shard_is_rebuilt_by_the_same_command(tmp_path):
+    build(tmp_path / "c", range(1, 8))
+    truncate(tmp_path / "c")
+    assert CacheWriter(tmp_path / "c", RECIPE, range(1, 8), 2, "").to_do() == [1]
+    assert equal(build(tmp_path / "c", range(1, 8)).regions(3), regions(3, 3))
+
+
+def test_shard_of_another_cache_is_refused_when_read(tmp_path):
+    build(tmp_path / "a", range(1, 8), recipe=RECIPE | {"dataset": "another!!!!!!!"})
+    cache = build(tmp_path / "b", range(1, 8))
+    shutil.copy(tmp_path / "a" / shard_name(1), tmp_path / "b" / shard_name(1))
+    with pytest.raises(CacheError, match="not a shard of this cache"):
+        cache.regions(3)
+
+
+@pytest.mark.parametrize("image_id", [0, 5, 99])
+def test_image_without_entry(tmp_path, image_id):
+    cache = build(tmp_path / "c", [1, 2, 3, 4, 7, 8])
+    with pytest.raises(CacheError, match=f"no entry for image id {image_id}"):
+        cache.regions(image_id)
+
+
+def test_other_teacher_names_both(tmp_path):
+    cache = build(tmp_path / "c", [1])
+    cache.require_teacher(TEACHER, "the vocabulary")
+    cache.require_teacher(Fingerprint.stated("ViT-B-32", "openai"), "a table")
+    with pytest.raises(CacheError, match="teacher ViT-B-32 / openai .a{12}.*teacher ViT-B-32 / openai .b{12}"):
+        cache.require_teacher(Fingerprint("ViT-B-32", "openai", "b" * 64), "the vocabulary")
+
+
+@pytest.fixture
+def micro(tmp_path, monkeypatch):
+    """Configuration of a distilling run on the micro data set, with its cache."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    write_data(tmp_path)
+    json_file = tmp_path / "micro" / "train.json"
+    build(tmp_path / "cache", range(1, 13), 5, RECIPE | {"dataset_sha256": sha256_file(json_file)})
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("ov_micro_train",)
+    cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED = "ViT-B-32", "openai"
+    cfg.MODEL.DISTILLATION.WEIGHT, cfg.MODEL.DISTILLATION.REGION_CACHE = 0.5, str(tmp_path / "cache")
+    return cfg
+
+
+def record_of(tmp_path, image_id=3, **changes):
+    path = tmp_path / "micro" / "images" / f"{image_id:04d}.png"
+    width, height = Image.open(path).size
+    return {"file_name": str(path), "image_id": image_id, "width": width, "height": height, "annotations": []} | changes
+
+
+def test_configured_cache_is_checked(micro, tmp_path):
+    assert len(open_region_cache(micro)) == 12
+    micro.MODEL.TEACHER.ARCHITECTURE = "ViT-B-16"
+    with pytest.raises(CacheError, match="ViT-B-32 / openai.*ViT-B-16 / openai"):
+        open_region_cache(micro)
+    micro.MODEL.TEACHER.ARCHITECTURE = "ViT-B-32"
+    json_file = tmp_path / "micro" / "train.json"
+    json_file.write_text(json.dumps(json.loads(json_file.read_text()) | {"info": {}}))
+    with pytest.raises(CacheError, match="was built for ov_micro_train with annotations of SHA-256"):
+        open_region_cache(micro)
+    micro.DATASETS.TRAIN = ("ov_micro_train", "ov_micro_val")
+    with pytest.raises(UsageError, match="join their jsons"):
+        open_region_cache(micro)
+    micro.MODEL.DISTILLATION.REGION_CACHE = ""
+    with pytest.raises(UsageError, match="REGION_CACHE is empty"):
+        open_region_cache(micro)
+
+
+def test_mapper_attaches_regions_in_training_only(micro, tmp_path):
+    mapped = OpenVocabularyMapper(micro, True)(record_of(tmp_path))
+    assert len(mapped["regions"]) == 3 and mapped["regions"].image_size == mapped["image"].shape[1:]
+    assert mapped["regions"].embeddings.shape == (3, 4)
+    assert OpenVocabularyMapper(micro, False).region_cache is None
+    micro.MODEL.DISTILLATION.WEIGHT = 0.0
+    assert "regions" not in OpenVocabularyMapper(micro, True)(record_of(tmp_path))
+
+
+def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tmp_path):
+    """Annotation 4 is of the novel class: it is in the json of the test set only."""
+    build(
+        tmp_path / "leak",
+        range(1, 13),
+        recipe=open_region_cache(micro).manifest["recipe"] | {"boxes": "annotations"},
+        make=lambda image_id: regions(2, image_id, [3, 4]),
+    )
+    micro.MODEL.DISTILLATION.REGION_CACHE = str(tmp_path / "leak")
+    mapper = OpenVocabularyMapper(micro, True)
+    box = {"bbox": [1, 1, 20, 20], "bbox_mode": 1, "category_id": 0}
+    assert len(mapper(record_of(tmp_path, annotations=[box | {"id": 3}, box | {"id": 4}]))["regions"]) == 2
+    leaking = record_of(tmp_path, annotations=[box | {"id": 3}])
+    with pytest.raises(CacheError, match=r"image id 3: regions were cut around the annotations \[4\]"):
+        MappedRecords([leaking, record_of(tmp_path, 4)], mapper, max_bad=10)[0]  # no skipping to the next image
+
+
+@pytest.mark.parametrize("box", [[5, 5, 80, 20], [-3, 5, 10, 20], [10, 5, 10, 20], [0, 0, float("nan"), 9]])
+def test_region_outside_the_image(micro, tmp_path, box):
+    bad = regions(1)
+    bad.boxes_xyxy[0] = torch.tensor(box)
+    recipe = open_region_cache(micro).manifest["recipe"]
+    build(tmp_path / "bad", range(1, 13), recipe=recipe, make=lambda _: bad)
+    micro.MODEL.DISTILLATION.REGION_CACHE = str(tmp_path / "bad")
+    with pytest.raises(CacheError, match="image id 4: region .* is no box inside the image of 64x48 pixels"):
+        OpenVocabularyMapper(micro, True)(record_of(tmp_path, 4))
+
+
+def test_regions_follow_their_image():
+    """Resize to 2x and 3x, flip, and crop: a box drawn as pixels lands where its transformed region says."""
+    canvas = np.zeros((48, 64, 3), dtype=np.uint8)
+    canvas[10:30, 8:24] = 255
+    cached = Regions(torch.tensor([[8.0, 10.0, 24.0, 30.0]]), torch.zeros(1, 4).half(), torch.tensor([-1]), torch.ones(1))
+    steps = [T.Resize((96, 192)), T.RandomFlip(prob=1.0), CropTransform(90, 6, 90, 84)]
+    augmented = T.AugInput(canvas)
+    transforms = T.AugmentationList(steps)(augmented)
+    found = transform_regions(cached, transforms, augmented.image.shape[:2], 10).proposal_boxes.tensor[0]
+    rows, columns = np.nonzero(augmented.image[:, :, 0] > 127)
+    drawn = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+    assert torch.allclose(found, drawn, atol=1.0)
+
+
+def test_regions_cropped_away_are_dropped_and_cut_ones_clipped():
+    cached = regions(3)
+    cached.boxes_xyxy[:] = torch.tensor([[2.0, 2.0, 20.0, 20.0], [30.0, 10.0, 50.0, 40.0], [40.0, 20.0, 60.0, 40.0]])
+    crop = TransformList([CropTransform(25, 5, 20, 30)])
+    found = transform_regions(cached, crop, (30, 20), 10)
+    assert torch.equal(found.proposal_boxes.tensor, torch.tensor([[5.0, 5.0, 20.0, 30.0], [15.0, 15.0, 20.0, 30.0]]))
+    assert torch.equal(found.embeddings, cached.embeddings[1:])
+    assert len(transform_regions(cached, TransformList([CropTransform(61, 45, 3, 3)]), (3, 3), 10)) == 0
+    assert len(transform_regions(regions(0), TransformList([HFlipTransform(64)]), (48, 64), 10)) == 0
+
+
+def test_more_regions_than_wanted_are_drawn_at_random():
+    cached, seen = regions(20), set()
+    for seed in range(10):
+        np.random.seed(seed)
+        found = transform_regions(cached, TransformList([NoOpTransform()]), (48, 64), 6)
+        chosen = [int((cached.boxes_xyxy == box).all(dim=1).nonzero()[0, 0]) for box in found.proposal_boxes.tensor]
+        assert len(set(chosen)) == 6 and torch.equal(found.embeddings, cached.embeddings[chosen])
+        seen |= set(chosen)
+    assert len(seen) > 15
