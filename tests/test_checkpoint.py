@@ -12,11 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+import ovdet2
+from ovdet2.config import load_config
 from ovdet2.engine import AtomicCheckpointer
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.files import write_safetensors
+
+ASSETS = Path(ovdet2.__file__).parent / "assets"
 
 
 def model_of(value, size=8):
@@ -201,6 +206,23 @@ def test_zoo_pickle_is_read(tmp_path, protocol):
     model = model_of(0.0)
     AtomicCheckpointer(model).load(str(path))
     assert value_of(model) == 3.0
+
+
+def test_trunk_that_comes_with_ovdet2_is_found_inside_a_model(tmp_path):
+    from detectron2.layers import ShapeSpec
+    from detectron2.modeling.backbone.resnet import build_resnet_backbone
+
+    url = "ovdet2://backbones/ovshapes_r18.safetensors"
+    model = nn.Module()
+    model.backbone = nn.Module()
+    model.backbone.bottom_up = build_resnet_backbone(load_config("base/ovshapes_r18.yaml"), ShapeSpec(channels=3))
+    AtomicCheckpointer(model, str(tmp_path)).load(url, checkpointables=[])
+    saved = load_file(ASSETS / "backbones" / "ovshapes_r18.safetensors")
+    loaded = model.backbone.bottom_up.state_dict()
+    assert {name for name in loaded if not name.endswith("num_batches_tracked")} == set(saved)
+    assert all(torch.equal(loaded[name], value.float()) for name, value in saved.items())
+    with pytest.raises(DataError, match="nothing.safetensors is not among the files that come with ovdet2"):
+        AtomicCheckpointer(model, str(tmp_path)).load("ovdet2://backbones/nothing.safetensors")
 
 
 def test_safetensors_are_read_and_damaged_ones_named(tmp_path):

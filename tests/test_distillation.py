@@ -74,7 +74,9 @@ def test_loss_equals_float64_reference(count, dim, seed):
     order = torch.from_numpy(rng.permutation(count))
     shuffled = embedding_l1(torch.from_numpy(student)[order], torch.from_numpy(teacher)[order])
     assert shuffled.item() == pytest.approx(expected, rel=1e-12)
-    parts = [embedding_l1(torch.from_numpy(student[i : i + 1]), torch.from_numpy(teacher[i : i + 1])) for i in range(count)]
+    parts = [
+        embedding_l1(torch.from_numpy(student[i : i + 1]), torch.from_numpy(teacher[i : i + 1])) for i in range(count)
+    ]
     assert sum(parts).item() / count == pytest.approx(expected, rel=1e-12)
 
 
@@ -121,7 +123,10 @@ def test_loss_of_the_network_equals_float64_reference(variant):
 def test_weight_zero_is_vild_text_bit_for_bit():
     """One step on records with cached regions, weight 0, against ViLD-text on records without."""
     outcomes = []
-    for network, batch in ((model("vild", "MODEL.DISTILLATION.WEIGHT", 0.0), records()), (model("vild_text"), micro.images(2))):
+    for network, batch in (
+        (model("vild", "MODEL.DISTILLATION.WEIGHT", 0.0), records()),
+        (model("vild_text"), micro.images(2)),
+    ):
         found = losses(network, batch)
         sum(found.values()).backward()
         gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
@@ -129,6 +134,22 @@ def test_weight_zero_is_vild_text_bit_for_bit():
     first, second = outcomes
     assert first.keys() == second.keys() and "loss_distillation" not in first
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("variant", ["vild", "vild_image", "vild_ensemble"])
+def test_gradient_steps_lower_the_loss(variant):
+    """The same batch twenty times: distillation comes down by far more than a random walk would bring it."""
+    network = model(variant)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
+    seen = []
+    for _ in range(20):
+        torch.manual_seed(0)  # the same sampling of proposals
+        found = losses(network, records())
+        optimizer.zero_grad()
+        sum(found.values()).backward()
+        optimizer.step()
+        seen.append(found["loss_distillation"].item())
+    assert seen[-1] < 0.85 * seen[0], seen
 
 
 @pytest.mark.parametrize("variant", ["vild", "vild_ensemble"])
@@ -147,7 +168,9 @@ def test_flipping_image_and_regions_together_changes_nothing(variant):
     # Columns symmetric about the middle keep strided convolutions aligned: 96 = 3 x 32 shifts by half a cell, so the
     # trunk is left out, and the maps themselves are mirrored.
     maps = {f"p{level}": micro.wave((1, 16, 64 >> level, 96 >> level), 0.2 * level) for level in (2, 3, 4, 5)}
-    sampled = [Instances((64, 96), proposal_boxes=Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 20.0, 60.0, 60.0]])))]
+    sampled = [
+        Instances((64, 96), proposal_boxes=Boxes(torch.tensor([[8.0, 8.0, 40.0, 40.0], [30.0, 20.0, 60.0, 60.0]])))
+    ]
     sampled[0].gt_classes, sampled[0].gt_boxes = torch.tensor([0, 1]), sampled[0].proposal_boxes
     values = []
     network.train()
@@ -302,6 +325,9 @@ def test_class_agnostic_masks_train_and_come_out():
     assert instances.pred_masks.shape == (len(instances), 64, 96) and instances.pred_masks.dtype == torch.bool
 
 
+OWN_HEAD = ["MODEL.DISTILLATION.OWN_HEAD", True, "MODEL.OVD.SECOND_BRANCH", "image"]
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -312,6 +338,17 @@ def test_class_agnostic_masks_train_and_come_out():
         (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLASSIFIER", "closed_set"], 'only "text" has an embedding'),
         (["MODEL.DISTILLATION.WEIGHT", -1.0], "must not be negative"),
         (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES"),
+        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.DISTILLATION.REGIONS_PER_IMAGE", 0], "at least 1"),
+        (
+            ["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.DISTILLATION.OWN_HEAD", True],
+            'only MODEL.OVD.SECOND_BRANCH "image" asks',
+        ),
+        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves background untrained"),
+        (
+            ["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0, *OWN_HEAD],
+            "leaves the classifier untrained",
+        ),
+        (["MODEL.KEYPOINT_ON", True], "no keypoints"),
         (["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False], "CLS_AGNOSTIC_MASK"),
     ],
 )

@@ -25,7 +25,14 @@ from ovdet2.data.shapes.classes import (
     UNSEEN_NOUNS,
     UNSEEN_SHAPES,
 )
-from ovdet2.data.shapes.scenes import class_index, detection_scene, single_object_scene, stream
+from ovdet2.data.shapes.scenes import (
+    class_index,
+    detection_scene,
+    pretraining_scene,
+    render_pretraining,
+    single_object_scene,
+    stream,
+)
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.teacher import Teacher
 
@@ -221,7 +228,25 @@ def test_teachers_fit_the_size_and_state_their_making():
         assert manifest["weights_sha256"] == Teacher.load(name, "embedded").fingerprint.weights_sha256
 
 
-@pytest.mark.parametrize(("name", "whole_floor", "crop_floor"), [(TEACHERS[0], 0.65, 0.5), (TEACHERS[1], 0.2, 0.12)])
+def test_pretrained_trunk_states_its_making():
+    folder = ASSETS.parent / "backbones"
+    manifest = json.loads((folder / "ovshapes_r18.manifest.json").read_text())
+    assert manifest["schema"] == "ovdet2/embedded-backbone/1"
+    assert manifest["weights_sha256"] == hashlib.sha256((folder / "ovshapes_r18.safetensors").read_bytes()).hexdigest()
+    assert manifest["held_out_accuracy_percent"]["both"] >= 75
+
+
+def test_pretraining_shows_base_classes_alone_and_no_image_of_another_set():
+    seen = [pretraining_scene(7, index) for index in range(96)]
+    assert all(CLASS_NAMES[class_index(placed)] in BASE_NAMES for scene in seen for placed in scene.objects)
+    names = [f"{scene.objects[0].texture} {scene.objects[0].shape}" for scene in seen]
+    assert names == [BASE_NAMES[index % 48] for index in range(96)]
+    images = render_pretraining(7, 3, workers=1)
+    assert np.array_equal(images, np.stack([scene.image for scene in seen[:3]]))
+    assert not np.array_equal(images[0], single_object_scene(7, 0).image)
+
+
+@pytest.mark.parametrize(("name", "whole_floor", "crop_floor"), [(TEACHERS[0], 0.85, 0.6), (TEACHERS[1], 0.2, 0.12)])
 def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor):
     import open_clip
 

@@ -25,7 +25,6 @@ from ovdet2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads, dataset_
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
 
-
 VARIANTS = {
     "ViLD-text": "ovcoco/vild_text_r50.yaml",
     "ViLD": "ovcoco/vild_r50.yaml",

@@ -14,6 +14,7 @@ An interrupted run loses the shard it was at: the same command goes on. Exit cod
 import argparse
 import shlex
 import sys
+from functools import partial
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -28,7 +29,7 @@ from ovdet2.data.images import read_image
 from ovdet2.data.records import load_records
 from ovdet2.data.region_cache import CacheWriter, Regions
 from ovdet2.engine import AtomicCheckpointer, Trainer
-from ovdet2.errors import DataError, UsageError, exit_on_error
+from ovdet2.errors import DataError, NumericalError, UsageError, exit_on_error
 from ovdet2.files import sha256_file
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import embed_regions
@@ -43,6 +44,8 @@ def main(argv=None):
     args = parse_args(argv)
     cfg = detector_config(args)
     records = sorted(load_records([args.dataset], "--dataset", False, base_only=True), key=lambda r: r["image_id"])
+    if MetadataCatalog.get(args.dataset).get("ov_split") is None:
+        raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
     teacher = build_teacher(cfg).to(cfg.MODEL.DEVICE)
     model = load_detector(cfg, args.dataset, teacher)
     writer = CacheWriter(
@@ -52,15 +55,18 @@ def main(argv=None):
         args.images_per_shard,
         "python tools/build_region_cache.py " + shlex.join(argv),
     )
-    pending = writer.to_do()
+    pending = writer.to_do(partial(tqdm, desc="shards found", leave=False))
     done = len(records) - sum(len(writer.shards[index]) for index in pending)
-    by_id = {record["image_id"]: record for record in records}
+    by_id, unreadable = {record["image_id"]: record for record in records}, []
     with tqdm(total=len(records), initial=done, desc="images") as progress:
         for index in pending:
             of_shard = [by_id[image_id] for image_id in writer.shards[index]]
             regions = []
             for sample in loader_of(of_shard, cfg):
-                regions.append(embed_image(model, teacher, sample, args))
+                if "fault" in sample:
+                    unreadable.append(sample["fault"])
+                    _require_few(unreadable, cfg)
+                regions.append(no_regions(teacher) if "fault" in sample else embed_image(model, teacher, sample, args))
                 progress.update()
             writer.write(index, regions)
     manifest = writer.finish()
@@ -69,7 +75,19 @@ def main(argv=None):
         f"{args.output}: {manifest['regions']} regions of {manifest['images']} images in {len(manifest['shards'])} "
         f"shards, {size:.1f} MB, teacher {teacher.fingerprint}"
     )
+    if unreadable:
+        print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
     return manifest
+
+
+def _require_few(unreadable, cfg):
+    limit = cfg.DATALOADER.MAX_BAD_IMAGES  # what training tolerates, too
+    if len(unreadable) > limit:
+        raise DataError(
+            f"{len(unreadable)} images cannot be used, DATALOADER.MAX_BAD_IMAGES is {limit}:\n  "
+            + "\n  ".join(unreadable)
+            + "\nMend them or raise DATALOADER.MAX_BAD_IMAGES, and go on by the same command."
+        )
 
 
 def parse_args(argv):
@@ -80,15 +98,22 @@ def parse_args(argv):
     parser.add_argument("--output", required=True, help="folder of the cache")
     parser.add_argument("--top", type=int, default=300, help="proposals kept per image")
     parser.add_argument("--nms", type=float, default=0.7, help="IoU of the NMS over all pyramid levels before that")
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5], help="sizes of the crops, in boxes")
+    parser.add_argument("--scales", type=_numbers, default=[1.0, 1.5], help="sizes of the crops in boxes, 1.0,1.5")
     parser.add_argument("--images-per-shard", type=int, default=200)
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as MODEL.WEIGHTS")
     args = parser.parse_args(argv)
     if args.top < 1 or args.images_per_shard < 1 or not 0 < args.nms <= 1 or min(args.scales) <= 0:
-        parser.error("--top and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are above 0")
-    while args.opts and args.opts[0].startswith("--"):
-        parser.error(f"{args.opts[0]} comes after KEY VALUE overrides: put it before them")
+        parser.error(
+            "--top and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are above 0"
+        )
+    late = [option for option in args.opts if option.startswith("--")]
+    if late:
+        parser.error(f"{late[0]} comes after KEY VALUE overrides: put it before them")
     return args
+
+
+def _numbers(text):
+    return [float(number) for number in text.split(",")]
 
 
 def detector_config(args):
@@ -100,7 +125,7 @@ def detector_config(args):
         raise UsageError("MODEL.WEIGHTS is empty: give the detector trained on base classes, MODEL.WEIGHTS <file>.")
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = max(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, args.top)
     cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = max(cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
-    cfg.MODEL.OVD.SECOND_BRANCH = "none"
+    cfg.MODEL.RPN.NMS_THRESH = max(cfg.MODEL.RPN.NMS_THRESH, args.nms)  # within a level; --nms is over all of them
     cfg.freeze()
     return cfg
 
@@ -117,6 +142,11 @@ def load_detector(cfg, dataset, teacher):
     require_same_teacher(
         model.vocabulary.vocabulary.teacher, "the detector's vocabulary", teacher.fingerprint, "MODEL.TEACHER"
     )
+    if not model.vocabulary.from_checkpoint:
+        raise DataError(
+            f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "
+            "ovdet2 trained."
+        )
     split = MetadataCatalog.get(dataset).ov_split
     leaked = sorted({clean_name(name) for _, name in split.novel} & model.vocabulary.trained_base_names)
     if leaked:
@@ -129,6 +159,10 @@ def load_detector(cfg, dataset, teacher):
 
 def recipe_of(args, cfg, model, teacher):
     """What decides the values of a cache; :class:`CacheWriter` and readers compare it."""
+    rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
+    # Not the whole model: the words' embeddings propose nothing, and differ in their last digits between machines.
+    parts = ("backbone.", "proposal_generator.")
+    proposing = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
     return {
         "teacher": teacher.fingerprint.to_dict(),
         "dim": teacher.embed_dim,
@@ -136,8 +170,12 @@ def recipe_of(args, cfg, model, teacher):
         "dataset_sha256": sha256_file(MetadataCatalog.get(args.dataset).ov_files()[0]),
         "boxes": {
             "source": "proposals",
-            "detector_sha256": state_dict_sha256(model.state_dict()),
-            "input": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST],
+            "proposer_sha256": state_dict_sha256(proposing),
+            "input": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT],
+            "pixels": [list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)],
+            "anchors": {"sizes": anchors.SIZES, "ratios": anchors.ASPECT_RATIOS, "offset": anchors.OFFSET},
+            "per_level": {"top": rpn.PRE_NMS_TOPK_TEST, "nms": rpn.NMS_THRESH, "min_size": min_size},
+            "all_levels": rpn.POST_NMS_TOPK_TEST,
             "top": args.top,
             "nms": args.nms,
         },
@@ -157,7 +195,12 @@ class _Samples(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index):
-        record = self.records[index]
+        try:
+            return self._sample(self.records[index])
+        except DataError as error:
+            return {"fault": str(error)}
+
+    def _sample(self, record):
         rgb = read_image(record["file_name"], "RGB")
         height, width = rgb.shape[:2]
         if (height, width) != (record["height"], record["width"]):
@@ -172,6 +215,7 @@ class _Samples(torch.utils.data.Dataset):
             "original": torch.from_numpy(rgb).permute(2, 0, 1),
             "height": height,
             "width": width,
+            "file_name": record["file_name"],
         }
 
 
@@ -191,12 +235,17 @@ def embed_image(model, teacher, sample, args):
     kept = nms(boxes, scores, args.nms)[: args.top]
     boxes, scores = boxes[kept], scores[kept]
     original = sample["original"].to(boxes.device).float() / 255
-    if len(boxes):
-        embeddings = embed_regions(teacher, original, boxes, args.scales)
-    else:
-        embeddings = boxes.new_zeros((0, teacher.embed_dim))
+    embeddings = embed_regions(teacher, original, boxes, args.scales)
+    if not torch.isfinite(embeddings).all():
+        raise NumericalError(f"the teacher's embeddings of {sample['file_name']} are not finite: try another device.")
     ann_ids = torch.full((len(boxes),), -1)
     return Regions(boxes.cpu(), embeddings.cpu().half(), ann_ids, scores.cpu())
+
+
+def no_regions(teacher):
+    """The :class:`Regions` of an image that cannot be read."""
+    empty = torch.zeros(0)
+    return Regions(torch.zeros(0, 4), torch.zeros(0, teacher.embed_dim).half(), empty.long(), empty)
 
 
 if __name__ == "__main__":

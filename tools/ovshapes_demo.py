@@ -1,4 +1,4 @@
-"""The demonstration of `make demo`: ViLD-text, the region cache, ViLD and ViLD-ensemble on OV-Shapes, and what they find.
+"""What `make demo` does: ViLD-text, the region cache, ViLD and ViLD-ensemble on OV-Shapes, and what they find.
 
 Called by ``run_ovshapes.py --demo``.
 """
@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from run_ovshapes import ROWS, make_table, run, run_row
 
-from ovdet2.data.shapes.classes import NOVEL_NAMES
+from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES
 from ovdet2.files import atomic_path
 
 PICTURES = 4
@@ -58,10 +58,9 @@ def with_novel_objects():
     """Validation records that show a novel object and at least three objects: pictures worth looking at."""
     import ovdet2.data.datasets  # noqa: F401  registers OV-Shapes
 
-    base = 65 - len(NOVEL_NAMES)
     for record in DatasetCatalog.get("ov_shapes_val_all"):
         classes = [annotation["category_id"] for annotation in record["annotations"]]
-        if len(classes) >= 3 and max(classes) >= base:
+        if len(classes) >= 3 and max(classes) >= len(BASE_NAMES):
             yield record
 
 

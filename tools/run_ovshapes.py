@@ -8,6 +8,7 @@ A row that is done is not run again unless its configuration changed; an interru
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import statistics
@@ -27,6 +28,7 @@ from ovdet2.files import read_json, sha256_file, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ov_shapes_val_all"
 TEACHER = "ovshapes-resnet"
+TEACHER_WEIGHTS = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
 REGIONS, REGION_NMS = 16, 0.5
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
@@ -127,13 +129,8 @@ def run_row(name, seed, output):
     if is_done(folder):
         return folder
     print(f"== {name}, seed {seed}", flush=True)
-    started = time.monotonic()
-    try:
+    with timed(folder / "row.json", state, made_of):
         run(command_of(name, seed, folder, trained, cache))
-        state["done"] = True
-    finally:  # an interrupted row keeps its time
-        minutes = state["minutes"] + (time.monotonic() - started) / 60
-        write_json(folder / "row.json", state | {"made_of": made_of, "minutes": round(minutes, 2)})
     return folder
 
 
@@ -141,29 +138,51 @@ def build_cache(output):
     """The region cache of every distilling row and seed: proposals of ViLD-text trained with seed 0.
 
     The paper proposes 300 regions per image; 16 after a stricter NMS cover these small scenes and are embedded in
-    minutes. A complete cache is left as it is.
+    minutes. A complete cache is left as it is; one of another detector is refused.
     """
-    folder = output / "region_cache"
-    manifest = folder / "manifest.json"
-    if not (manifest.is_file() and read_json(manifest).get("complete")):
-        weights = run_row("vild_text", 0, output) / "model_final.pth"
-        choice = ["--top", str(REGIONS), "--nms", str(REGION_NMS), "MODEL.WEIGHTS", str(weights)]
-        config = ["--config-file", f"configs/{ROWS['vild_text'].config}", "--dataset", "ov_shapes_train_base"]
+    folder, times = output / "region_cache", output / "region_cache.json"
+    weights = run_row("vild_text", 0, output) / "model_final.pth"
+    made_of = {"detector": sha256_file(weights), "teacher": sha256_file(TEACHER_WEIGHTS)}
+    state = read_json(times) if times.is_file() else {"minutes": 0.0}
+    if state.get("made_of", made_of) != made_of:
+        raise DataError(f"{folder} was made with another detector or teacher: remove it and {times}.")
+    if state.get("done") and (folder / "manifest.json").is_file():
+        return folder
+    choice = ["--top", str(REGIONS), "--nms", str(REGION_NMS), "MODEL.WEIGHTS", str(weights)]
+    config = ["--config-file", f"configs/{ROWS['vild_text'].config}", "--dataset", "ov_shapes_train_base"]
+    with timed(times, state, made_of):
         run(["tools/build_region_cache.py", *config, "--output", str(folder), *choice])
     return folder
+
+
+@contextlib.contextmanager
+def timed(path, state, made_of):
+    """Record in ``path`` what a step is made of, its minutes, interrupted ones included, and whether it is done."""
+    started = time.monotonic()
+    try:
+        yield
+        state["done"] = True
+    finally:
+        minutes = state["minutes"] + (time.monotonic() - started) / 60
+        write_json(path, state | {"made_of": made_of, "minutes": round(minutes, 2)})
 
 
 def ingredients(row, seed, trained, cache):
     """Hashes of what decides a row's result: configuration, data set, teacher, trained weights, cached regions."""
     text = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]).dump() if row.config else ""
-    teacher = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
     return {
         "configuration": hashlib.sha256(text.encode()).hexdigest(),
         "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
-        "teacher": sha256_file(teacher),
+        "teacher": sha256_file(TEACHER_WEIGHTS),
         "weights": sha256_file(trained / "model_final.pth") if trained else "",
-        "region cache": sha256_file(cache / "manifest.json") if cache else "",
+        "region cache": cache_hash(cache) if cache else "",
     }
+
+
+def cache_hash(cache):
+    """Hash of the contents of a region cache, whatever command line made it."""
+    shards = [shard["sha256"] for shard in read_json(cache / "manifest.json")["shards"]]
+    return hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
 def command_of(name, seed, folder, trained, cache):
@@ -219,6 +238,11 @@ def make_table(names, seeds, output):
         cells = [mean_and_spread([report[task].get(key) for report in reports]) for task, key in COLUMNS.values()]
         minutes = mean_and_spread([read_json(folder / "row.json")["minutes"] for folder in folders])
         lines.append(f"| {ROWS[name].title} | " + " | ".join([*cells, minutes]) + f" | {len(folders)} |")
+    times = output / "region_cache.json"
+    if times.is_file() and any(ROWS[name].distils for name in names):
+        lines.append(
+            f"\nThe region cache, made once for all rows and seeds, took {read_json(times)['minutes']:.1f} minutes."
+        )
     return "\n".join(lines)
 
 

@@ -88,8 +88,8 @@ class MappedRecords(Dataset):
         record = self.records[index]
         try:
             mapped = self.mapper(record)
-        except CacheError:
-            raise  # no other image would fare better
+        except CacheError as error:
+            return error  # no other image would fare better; raised in the main process, where it is readable
         except DataError as error:
             faults.append((str(record["file_name"]), str(error)))
             return None
@@ -175,7 +175,9 @@ class TrainLoader:
         )
         loader = _plain_loader(self.dataset, self.num_workers, batch_sampler=batches)
         for items in loader:
-            for _, faults in items:
+            for record, faults in items:
+                if isinstance(record, CacheError):
+                    raise record
                 self._count(faults)
             self.consumed += 1
             yield [record for record, _ in items]

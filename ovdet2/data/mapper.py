@@ -98,7 +98,9 @@ def open_region_cache(cfg):
             "cache made by tools/build_region_cache.py."
         )
     if len(names) != 1:
-        raise UsageError(f"a region cache belongs to one data set, DATASETS.TRAIN names {list(names)}: join their jsons.")
+        raise UsageError(
+            f"a region cache belongs to one data set, DATASETS.TRAIN names {list(names)}: join their jsons."
+        )
     cache = RegionCache(folder)
     stated = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
     cache.require_teacher(stated, "MODEL.TEACHER of the configuration")

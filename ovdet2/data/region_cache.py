@@ -7,7 +7,7 @@ A cache is a folder::
 
 Shapes: I images of a shard, R regions, D embedding dimension. A shard holds ``embeddings`` [R, D] float16 unit rows,
 ``boxes_xyxy`` [R, 4] float32 in pixels of the original image, ``image_ids`` [I] int64, ``offsets`` [I + 1] int64 (the
-regions of image i are offsets[i] to offsets[i + 1]), ``ann_ids`` [R] int64 (-1 for proposals) and ``scores`` [R] float32.
+regions of image i are offsets[i] to offsets[i + 1]), ``ann_ids`` [R] int64 (-1 for proposals), ``scores`` [R] f32.
 """
 
 import bisect
@@ -25,6 +25,7 @@ from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 
 SCHEMA = "ovdet2/region-cache/1"
 MANIFEST = "manifest.json"
+_MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
 _BUILD = "build it with tools/build_region_cache.py"
 _OPEN_SHARDS = 64  # per process: a shard is a memory map and a file handle
 
@@ -95,7 +96,7 @@ class CacheWriter:
     """The bookkeeping of building a cache: which shards are there, which are to do, and the manifest."""
 
     def __init__(self, folder, recipe, image_ids, images_per_shard, command):
-        """Begin or go on with a cache; writes its manifest, marked incomplete, unless it is complete.
+        """Begin or go on with a cache. Nothing of a complete one changes before a shard is written anew.
 
         Args:
             folder: of the cache.
@@ -113,6 +114,7 @@ class CacheWriter:
         self.command = command
         ids = sorted(image_ids)
         self.shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
+        self._complete = None  # the manifest found, while it is true
         if (self.folder / MANIFEST).is_file():
             found = _read_manifest(self.folder)
             if found["recipe"] != self.recipe:
@@ -122,19 +124,28 @@ class CacheWriter:
                     f"{folder} holds a region cache made with another {', '.join(different)}: choose another folder, "
                     "or remove it."
                 )
-        self._write_manifest(complete=False)
+            self._complete = found if found["complete"] else None
+        if not self._complete:
+            self._write_manifest(complete=False)
 
-    def to_do(self):
-        """Numbers of the shards that are missing or not whole; a killed run loses the one it was at."""
-        return [index for index, ids in enumerate(self.shards) if not self._is_good(index, ids)]
+    def to_do(self, progress=iter):
+        """Numbers of the shards that are missing or not whole; a killed run loses the one it was at.
+
+        Args:
+            progress: wrapper of a list, such as tqdm: the shards of a complete cache are compared with their hashes.
+        """
+        return [index for index, ids in progress(list(enumerate(self.shards))) if not self._is_good(index, ids)]
 
     def write(self, index, regions):
         """Write shard ``index`` from the :class:`Regions` of its images, in the order of ``self.shards[index]``."""
+        if self._complete:
+            self._write_manifest(complete=False)
+            self._complete = None
         write_shard(self.folder, index, self.recipe, self.shards[index], regions)
 
     def finish(self):
         """Describe every shard in the manifest and mark the cache complete; returns the manifest."""
-        return self._write_manifest(complete=True)
+        return self._complete or self._write_manifest(complete=True)
 
     def _is_good(self, index, ids):
         path = self.folder / shard_name(index)
@@ -143,6 +154,8 @@ class CacheWriter:
         try:
             shard = _Shard(path, recipe_digest(self.recipe))
         except CacheError:
+            return False
+        if self._complete and sha256_file(path) != self._complete["shards"][index]["sha256"]:
             return False
         return shard.image_ids == ids
 
@@ -233,7 +246,7 @@ class RegionCache:
         if recipe["dataset_sha256"] != found:
             raise CacheError(
                 f"the region cache {self.folder} was built for {recipe['dataset']} with annotations of SHA-256 "
-                f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {found[:12]}: build a cache for it "
+                f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {found[:12]}: build one for it "
                 "(tools/build_region_cache.py --output another folder)."
             )
 
@@ -302,4 +315,7 @@ def _read_manifest(folder):
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise CacheError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD} anew.")
+    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise CacheError(f"{path} has no {', '.join(missing)}: remove the folder and {_BUILD}.")
     return manifest

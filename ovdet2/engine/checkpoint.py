@@ -17,6 +17,7 @@ from ovdet2.files import atomic_path, write_text
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _CONNECT_SECONDS = 20
+_ASSET, _ASSETS = "ovdet2://", Path(__file__).resolve().parents[1] / "assets"
 _SHOWN = 5  # keys named in an error message
 
 
@@ -78,7 +79,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load weights, and checkpointables if asked, as Detectron2 does.
 
         Args:
-            path: file, or URL (http, https, detectron2://); "" loads nothing.
+            path: file, or URL (http, https, detectron2://, ovdet2:// for a file of ovdet2/assets); "" loads nothing.
 
         Raises:
             DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
@@ -163,6 +164,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _fetch(self, path):
         """The local copy of a URL."""
+        if str(path).startswith(_ASSET):
+            local = str(_ASSETS / path.removeprefix(_ASSET))
+            if not os.path.isfile(local):
+                raise DataError(f"{path} is not among the files that come with ovdet2 ({local} is missing).")
+            return local
         try:
             with _connect_timeout():
                 local = self.path_manager.get_local_path(path)

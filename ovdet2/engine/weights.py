@@ -81,13 +81,16 @@ def _read_torch(path):
 
 
 def _read_safetensors(path):
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, ValueError, OSError) as error:
         raise DamagedFile(f"{path} is not a whole safetensors file ({error}): {_REMEDY}") from None
+    if metadata.get("matching_heuristics") == "true":  # a bare trunk: Detectron2 finds where in the model it sits
+        return {"model": weights, "matching_heuristics": True}
+    return weights
 
 
 def _read_zoo_pickle(path):

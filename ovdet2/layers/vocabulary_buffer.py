@@ -24,6 +24,7 @@ class VocabularyBuffer(nn.Module):
             self.register_buffer(name, None)
         self._store(vocabulary)
         self.trained_base_names = base_names(vocabulary)
+        self.from_checkpoint = False  # whether trained_base_names are those of a training, read from its checkpoint
 
     def set(self, vocabulary):
         """Replace the vocabulary.
@@ -79,6 +80,7 @@ class VocabularyBuffer(nn.Module):
                 f"this run has {self.embeddings.shape[1]}: give MODEL.VOCABULARY.FILE the table of that training."
             )
         self.trained_base_names = base_names(trained)
+        self.from_checkpoint = True
 
     def _store(self, vocabulary):
         device = self.embeddings.device if self.embeddings is not None else None

@@ -7,8 +7,8 @@ Shapes: R regions, D embedding dimension.
 def embedding_l1(student, teacher):
     """Distance of region embeddings, summed over dimensions and averaged over regions (ViLD Eq. 3).
 
-    The sum over D gives the weight w one meaning for every teacher; implementations that average over D as well write
-    ViLD's w = 0.5 at D = 512 as 256.
+    With the sum over D the weight w is the paper's number; implementations that average over D as well write ViLD's
+    w = 0.5 at D = 512 as 256. At one angle between the embeddings the distance grows with the square root of D.
 
     Args:
         student: Tensor [R, D], unit rows.

@@ -4,15 +4,13 @@ An image is mostly one object that fills much of the frame. A caption is a loose
 the colour, and sometimes leaves out the texture, as captions of the web do. There are no boxes.
 """
 
-import contextlib
-import multiprocessing
 from functools import partial
 
 import numpy as np
 
 from ovdet2.data.shapes.classes import SHAPES, TEXTURES
 from ovdet2.data.shapes.render import render_scene
-from ovdet2.data.shapes.scenes import stream
+from ovdet2.data.shapes.scenes import render_images, stream
 
 CAPTION_COUNT = 10_000
 
@@ -105,23 +103,16 @@ def render_captions(seed, count, side=128, workers=1, progress=None):
     Args:
         seed, side: as of :func:`caption_pair`.
         count: number of pairs.
-        workers: processes that draw; any number gives the same pairs.
-        progress: optional wrapper of an iterator that takes ``total``, such as tqdm.
+        workers, progress: as of :func:`~ovdet2.data.shapes.scenes.render_images`.
 
     Returns:
         (images, captions): (count, side, side, 3) uint8 and a list of str.
     """
     images, captions = np.empty((count, side, side, 3), dtype=np.uint8), []
-    draw = partial(_image_and_caption, seed, side)
-    with contextlib.ExitStack() as stack:
-        if workers > 1:
-            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
-            pairs = pool.imap(draw, range(count), chunksize=64)
-        else:
-            pairs = map(draw, range(count))
-        for index, (image, caption) in enumerate(progress(pairs, total=count) if progress else pairs):
-            images[index] = image
-            captions.append(caption)
+    pairs = render_images(partial(_image_and_caption, seed, side), count, workers, progress)
+    for index, (image, caption) in enumerate(pairs):
+        images[index] = image
+        captions.append(caption)
     return images, captions
 
 

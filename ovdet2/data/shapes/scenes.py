@@ -1,12 +1,16 @@
 """What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
 
+import contextlib
+import multiprocessing
+from functools import partial
+
 import numpy as np
 
 from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES
 from ovdet2.data.shapes.render import render_scene
 
 # The number of a split is part of its images' seeds: captions never share one with the detection images.
-_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3}
+_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4}
 IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
 # (width, height) of the detection images with their shares; not all are square, so that nothing downstream assumes it.
 _SIZES = ((224, 224), (256, 192), (192, 256))
@@ -19,7 +23,7 @@ def stream(seed, split, index):
 
     Args:
         seed: of the whole data set, >= 0.
-        split: "train2017", "val2017", "captions" or "single".
+        split: "train2017", "val2017", "captions", "single" or "pretraining".
         index: of the image in its split, >= 0.
 
     Returns:
@@ -81,3 +85,49 @@ def single_object_scene(seed, index, side=128):
     rng = stream(seed, "single", index)
     texture, shape = CLASS_NAMES[index % len(CLASS_NAMES)].split()
     return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(0.5, 0.95))], margin=0.5)
+
+
+def pretraining_scene(seed, index, side=128):
+    """An image for the pre-training of a trunk: one object of a base class that fills 35 to 95% of the frame.
+
+    Args:
+        seed, index: as of :func:`stream`; the class is ``index`` modulo 48, in the order of BASE_NAMES.
+        side: width and height in pixels.
+
+    Returns:
+        :class:`~ovdet2.data.shapes.render.Scene`.
+    """
+    rng = stream(seed, "pretraining", index)
+    texture, shape = BASE_NAMES[index % len(BASE_NAMES)].split()
+    return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(0.35, 0.95))], margin=0.5)
+
+
+def render_images(draw, count, workers=1, progress=None):
+    """``draw(index)`` for 0..count-1, in order.
+
+    Args:
+        draw: picklable function of an index.
+        count: of the results.
+        workers: processes that draw; any number gives the same results.
+        progress: optional wrapper of an iterator that takes ``total``, such as tqdm.
+
+    Yields:
+        what ``draw`` returns.
+    """
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+            drawn = pool.imap(draw, range(count), chunksize=64)
+        else:
+            drawn = map(draw, range(count))
+        yield from progress(drawn, total=count) if progress else drawn
+
+
+def render_pretraining(seed, count, side=128, workers=1, progress=None):
+    """Images (count, side, side, 3) uint8 of :func:`pretraining_scene`; arguments as of :func:`render_images`."""
+    draw = partial(_pretraining_image, seed, side)
+    return np.stack(list(render_images(draw, count, workers, progress)))
+
+
+def _pretraining_image(seed, side, index):
+    return pretraining_scene(seed, index, side).image

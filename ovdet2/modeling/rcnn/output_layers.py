@@ -18,13 +18,15 @@ SECOND_BRANCH_USES = ("fuse", "only", "only_objectness")
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with a second branch.
 
-    A second branch leaves its probabilities in the field ``second_probs`` [R, K] of the proposals; without the field the
+    A second branch leaves its probabilities as ``second_probs`` [R, K] of the proposals; without the field the
     classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
     positives.
     """
 
     @configurable
-    def __init__(self, input_shape, *, classifier, second_branch_use="fuse", fusion_base=1 / 3, fusion_novel=2 / 3, **kwargs):
+    def __init__(
+        self, input_shape, *, classifier, second_branch_use="fuse", fusion_base=1 / 3, fusion_novel=2 / 3, **kwargs
+    ):
         """
         Args:
             input_shape: :class:`ShapeSpec` of the box head's output.

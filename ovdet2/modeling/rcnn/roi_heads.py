@@ -130,10 +130,10 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
 
 def _require_consistent(cfg):
-    """Refuse switches that would do nothing.
+    """Refuse switches that would do nothing, or that would leave what scores the words untrained.
 
     Raises:
-        UsageError: names the two keys.
+        UsageError: names the keys.
     """
     ovd, distillation = cfg.MODEL.OVD, cfg.MODEL.DISTILLATION
     if ovd.SECOND_BRANCH not in SECOND_BRANCHES:
@@ -142,6 +142,12 @@ def _require_consistent(cfg):
         )
     if distillation.WEIGHT < 0:
         raise UsageError(f"MODEL.DISTILLATION.WEIGHT is {distillation.WEIGHT}: it must not be negative.")
+    if cfg.MODEL.MASK_ON and not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+        raise UsageError(
+            "a mask per class cannot be asked for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
+        )
+    if cfg.MODEL.KEYPOINT_ON:
+        raise UsageError("MODEL.KEYPOINT_ON is True: the open-vocabulary heads know no keypoints.")
     image_branch = distillation.WEIGHT > 0 or ovd.SECOND_BRANCH == "image"
     if image_branch and ovd.CLASSIFIER != "text":
         raise UsageError(
@@ -150,14 +156,30 @@ def _require_consistent(cfg):
         )
     if distillation.WEIGHT == 0:
         if distillation.OWN_HEAD:
-            raise UsageError("MODEL.DISTILLATION.OWN_HEAD without a MODEL.DISTILLATION.WEIGHT: nothing trains that head.")
+            raise UsageError(
+                "MODEL.DISTILLATION.OWN_HEAD without a MODEL.DISTILLATION.WEIGHT: nothing trains that head."
+            )
         if ovd.CLS_LOSS_WEIGHT == 0:
             raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT and MODEL.DISTILLATION.WEIGHT are both 0: nothing would learn what a region is."
+                "MODEL.OVD.CLS_LOSS_WEIGHT and MODEL.DISTILLATION.WEIGHT are both 0: nothing learns what a region is."
             )
-    elif cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
-        raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")
-    if cfg.MODEL.MASK_ON and not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
+        return
+    if distillation.REGIONS_PER_IMAGE < 1:
         raise UsageError(
-            "a mask per class cannot be asked for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
+            f"MODEL.DISTILLATION.REGIONS_PER_IMAGE is {distillation.REGIONS_PER_IMAGE}: at least 1, or set "
+            "MODEL.DISTILLATION.WEIGHT to 0."
         )
+    if distillation.OWN_HEAD and ovd.SECOND_BRANCH != "image":
+        raise UsageError('MODEL.DISTILLATION.OWN_HEAD trains a head that only MODEL.OVD.SECOND_BRANCH "image" asks.')
+    if ovd.CLS_LOSS_WEIGHT == 0:
+        if distillation.OWN_HEAD:
+            raise UsageError(
+                "MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.DISTILLATION.OWN_HEAD leaves the classifier untrained."
+            )
+        if ovd.SECOND_BRANCH != "image" or ovd.SECOND_BRANCH_USE == "fuse":
+            raise UsageError(
+                "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves background untrained: score words by the image branch alone, "
+                'MODEL.OVD.SECOND_BRANCH "image" with SECOND_BRANCH_USE "only" or "only_objectness".'
+            )
+    if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
+        raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")
