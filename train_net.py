@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train and evaluate a detector.
 
-    train_net.py --config-file configs/ovcoco/vild_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
+    train_net.py --config-file configs/ovcoco/vild_text_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
     train_net.py --config-file ... --resume                              go on after an interruption
     train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
 

@@ -85,8 +85,8 @@ def test_vild_text_with_real_text_embeddings(root, tmp_path):
 
 
 def test_vild_from_detector_to_cache_to_distillation(root, tmp_path):
-    """The whole method on photographs. No weights of ViT-B/32 are at hand, so the teacher is the embedded one, which knows
-    shapes and not cats: its embeddings are real, their meaning is not."""
+    """The whole method on photographs. No weights of ViT-B/32 are at hand, so the teacher is the embedded one, which
+    knows shapes and not cats: its embeddings are real, their meaning is not."""
     embedded = ["MODEL.TEACHER.ARCHITECTURE", "ovshapes-resnet", "MODEL.TEACHER.PRETRAINED", "embedded"]
     small = [*shlex.split(SMALL), *embedded]
     train(root, tmp_path / "text", "vild_text_r50.yaml", *small)

@@ -203,7 +203,7 @@ def test_order_of_regions_does_not_matter(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_without_regions(variant):
-    """One of two, then both: no NaN, and every trained parameter still gets a gradient (DistributedDataParallel waits)."""
+    """One of two, then both: no NaN, and every trained parameter gets a gradient: other processes wait for it."""
     for counts in ((3, 0), (0, 0)):
         network, batch = model(variant), records(regions=counts)
         found = losses(network, batch)
@@ -252,7 +252,7 @@ def test_vild_image_learns_nothing_from_labels():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_at_test(variant):
-    """Against the formulas in float64: p_text^(2/3) p_image^(1/3) on base words, swapped on novel, no renormalisation."""
+    """Against the formulas in float64: p_text^(2/3) p_image^(1/3) on base words, swapped on novel, not renormalised."""
     network = model(variant)
     heads = network.roi_heads
     kept = {}
@@ -325,6 +325,7 @@ def test_class_agnostic_masks_train_and_come_out():
     assert instances.pred_masks.shape == (len(instances), 64, 96) and instances.pred_masks.dtype == torch.bool
 
 
+DISTILS = ["MODEL.DISTILLATION.WEIGHT", 0.5]
 OWN_HEAD = ["MODEL.DISTILLATION.OWN_HEAD", True, "MODEL.OVD.SECOND_BRANCH", "image"]
 
 
@@ -335,17 +336,14 @@ OWN_HEAD = ["MODEL.DISTILLATION.OWN_HEAD", True, "MODEL.OVD.SECOND_BRANCH", "ima
         (["MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "are both 0"),
         (["MODEL.OVD.SECOND_BRANCH", "vlm"], "choose one of none, image, crops"),
         (["MODEL.OVD.SECOND_BRANCH_USE", "mean"], "choose one of fuse, only, only_objectness"),
-        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLASSIFIER", "closed_set"], 'only "text" has an embedding'),
+        ([*DISTILS, "MODEL.OVD.CLASSIFIER", "closed_set"], 'only "text" has an embedding'),
         (["MODEL.DISTILLATION.WEIGHT", -1.0], "must not be negative"),
-        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES"),
-        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.DISTILLATION.REGIONS_PER_IMAGE", 0], "at least 1"),
+        ([*DISTILS, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES"),
+        ([*DISTILS, "MODEL.DISTILLATION.REGIONS_PER_IMAGE", 0], "at least 1"),
+        ([*DISTILS, "MODEL.DISTILLATION.OWN_HEAD", True], 'only MODEL.OVD.SECOND_BRANCH "image" asks'),
+        ([*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves background untrained"),
         (
-            ["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.DISTILLATION.OWN_HEAD", True],
-            'only MODEL.OVD.SECOND_BRANCH "image" asks',
-        ),
-        (["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves background untrained"),
-        (
-            ["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0, *OWN_HEAD],
+            [*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0, *OWN_HEAD],
             "leaves the classifier untrained",
         ),
         (["MODEL.KEYPOINT_ON", True], "no keypoints"),
@@ -358,6 +356,14 @@ def test_switches_that_do_not_go_together(overrides, message):
     with pytest.raises(UsageError, match=message):
         shape = micro.build_backbone(config).output_shape()
         OpenVocabularyROIHeads(config, shape, VocabularyBuffer(micro.vocabulary()))
+
+
+@pytest.mark.parametrize("variant", ["vild", "vild_ensemble"])
+def test_box_head_without_fully_connected_layers(variant):
+    network = model(variant, "MODEL.ROI_BOX_HEAD.NUM_FC", 0)
+    assert losses(network, records())["loss_distillation"] > 0
+    with torch.no_grad():
+        assert len(network.eval()(micro.images(1))[0]["instances"]) > 0
 
 
 def test_records_without_regions_are_an_error():

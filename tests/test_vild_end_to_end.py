@@ -1,4 +1,4 @@
-"""ViLD through the programs a user types, on a small OV-Shapes: detector, cache, distillation, prediction; and its leaks."""
+"""ViLD through the programs a user types, on a small OV-Shapes: detector, cache, distillation, prediction, leaks."""
 
 import json
 import shutil

@@ -43,11 +43,14 @@ class OpenVocabularyMapper(DatasetMapper):
         """Detectron2's arguments, and the region cache if the training distils.
 
         Raises:
-            UsageError: MODEL.LOAD_PROPOSALS is on; its proposal files are pickles, which ovdet2 does not read.
+            UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
+                MODEL.MASK_ON, since the registered data sets carry boxes alone.
             CacheError: the region cache is incomplete, or of another teacher or data set.
         """
         if cfg.MODEL.LOAD_PROPOSALS:
             raise UsageError("MODEL.LOAD_PROPOSALS reads pickled files, which ovdet2 does not open: set it to False.")
+        if is_train and cfg.MODEL.MASK_ON:
+            raise UsageError("MODEL.MASK_ON is True, but the registered data sets carry boxes alone: set it to False.")
         return super().from_config(cfg, is_train) | {
             "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
             "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,
@@ -64,6 +67,7 @@ class OpenVocabularyMapper(DatasetMapper):
 
         Raises:
             DataError: the image cannot be read, or its size is not the one of the record.
+            CacheError: the region cache has no entry for the image, or one that may not be trained on.
         """
         record = copy.deepcopy(record)
         image = read_image(record["file_name"], self.image_format)

@@ -10,6 +10,24 @@ from torch.nn import functional as F
 from ovdet2.errors import UsageError
 
 
+class EmbeddingProjection(nn.Linear):
+    """Region features into the teacher's space, at unit length."""
+
+    def __init__(self, input_dim, embed_dim):
+        """
+        Args:
+            input_dim: C, of the flattened features.
+            embed_dim: D.
+        """
+        super().__init__(input_dim, embed_dim)
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features):
+        """Tensor [R, C], or [R, ...] of C values each -> unit Tensor [R, D], float32."""
+        return F.normalize(super().forward(features.flatten(1)).float(), dim=1)
+
+
 class TextClassifier(nn.Module):
     """Logits ``cos(e, [t_1 .. t_K, e_bg]) / tau`` with a learned background embedding (ViLD Eq. 2).
 
@@ -27,10 +45,8 @@ class TextClassifier(nn.Module):
         dim = vocabulary.embeddings.shape[1]
         self.vocabulary = vocabulary
         self.temperature = temperature
-        self.projection = nn.Linear(input_dim, dim)
+        self.projection = EmbeddingProjection(input_dim, dim)
         self.background = nn.Parameter(torch.empty(dim))
-        nn.init.normal_(self.projection.weight, std=0.01)
-        nn.init.zeros_(self.projection.bias)
         nn.init.normal_(self.background, std=0.01)
 
     @property
@@ -40,7 +56,7 @@ class TextClassifier(nn.Module):
 
     def embed(self, features):
         """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
-        return F.normalize(self.projection(features).float(), dim=1)
+        return self.projection(features)
 
     def classify_without_background(self, embeddings):
         """Probabilities of the vocabulary's words alone, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""

@@ -9,9 +9,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import StandardROIHeads, build_box_head
 from torch import nn
-from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
+from ovdet2.layers.text_classifier import EmbeddingProjection
 from ovdet2.modeling.build import build_classifier
 from ovdet2.modeling.losses import embedding_l1
 from ovdet2.modeling.rcnn.output_layers import OpenVocabularyOutputLayers
@@ -30,13 +30,11 @@ class ImageHead(nn.Module):
         """
         super().__init__()
         self.box_head = box_head
-        self.projection = nn.Linear(input_dim, embed_dim)
-        nn.init.normal_(self.projection.weight, std=0.01)
-        nn.init.zeros_(self.projection.bias)
+        self.projection = EmbeddingProjection(input_dim, embed_dim)
 
     def forward(self, pooled):
         """Pooled features [R, C, S, S] -> unit embeddings [R, D], float32."""
-        return F.normalize(self.projection(self.box_head(pooled)).float(), dim=1)
+        return self.projection(self.box_head(pooled))
 
 
 @ROI_HEADS_REGISTRY.register()
