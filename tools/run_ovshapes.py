@@ -28,7 +28,8 @@ from ovdet2.files import read_json, sha256_file, write_json, write_text
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ov_shapes_val_all"
 TEACHER = "ovshapes-resnet"
-TEACHER_WEIGHTS = Path(ovdet2.__file__).parent / "assets" / "open_clip" / f"{TEACHER}.safetensors"
+ASSETS = Path(ovdet2.__file__).parent / "assets"
+TEACHER_WEIGHTS = ASSETS / "open_clip" / f"{TEACHER}.safetensors"
 REGIONS, REGION_NMS = 16, 0.5
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
@@ -168,10 +169,12 @@ def timed(path, state, made_of):
 
 
 def ingredients(row, seed, trained, cache):
-    """Hashes of what decides a row's result: configuration, data set, teacher, trained weights, cached regions."""
-    text = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]).dump() if row.config else ""
+    """Hashes of what decides a row's result: configuration, data set, trunk, teacher, trained weights, cached regions."""
+    cfg = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]) if row.config else None
+    trunk = cfg.MODEL.WEIGHTS.removeprefix("ovdet2://") if cfg else ""
     return {
-        "configuration": hashlib.sha256(text.encode()).hexdigest(),
+        "configuration": hashlib.sha256(cfg.dump().encode()).hexdigest() if cfg else "",
+        "trunk": sha256_file(ASSETS / trunk) if trunk else "",
         "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
         "teacher": sha256_file(TEACHER_WEIGHTS),
         "weights": sha256_file(trained / "model_final.pth") if trained else "",
