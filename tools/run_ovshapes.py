@@ -30,7 +30,7 @@ DATASET = "ov_shapes_val_all"
 TEACHER = "ovshapes-resnet"
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 TEACHER_WEIGHTS = ASSETS / "open_clip" / f"{TEACHER}.safetensors"
-REGIONS, REGION_NMS = 16, 0.5
+REGIONS, REGION_NMS = 10, 0.5
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -138,7 +138,7 @@ def run_row(name, seed, output):
 def build_cache(output):
     """The region cache of every distilling row and seed: proposals of ViLD-text trained with seed 0.
 
-    The paper proposes 300 regions per image; 16 after a stricter NMS cover these small scenes and are embedded in
+    The paper proposes 300 regions per image; 10 after a stricter NMS cover these small scenes and are embedded in
     minutes. A complete cache is left as it is; one of another detector is refused.
     """
     folder, times = output / "region_cache", output / "region_cache.json"
