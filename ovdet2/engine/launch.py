@@ -107,10 +107,12 @@ def _spawned(local_rank, main, args, group, folder):
         write_json(Path(folder) / f"error{local_rank}.json", {"kind": kind.__name__, "message": str(error)})
         _leave(error.exit_code)
     dist.destroy_process_group()
+    _leave(0)
 
 
 def _leave(code):
-    """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes."""
+    """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes, and
+    on a busy machine gloo's threads were seen to abort a process that had done its work."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
