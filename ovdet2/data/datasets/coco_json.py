@@ -79,7 +79,7 @@ def data_root():
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
-def filter_coco_json(data, category_ids, keep_images="annotated"):
+def filter_coco_json(data, category_ids, keep_images="annotated", source="the annotation json"):
     """Keep some categories, their annotations (crowds included), and the images that have one.
 
     This is the procedure all OV-COCO files in use go back to (OVR-CNN, Zareian et al. 2021). The input is not changed.
@@ -88,6 +88,7 @@ def filter_coco_json(data, category_ids, keep_images="annotated"):
         data: parsed COCO json.
         category_ids: dataset category ids to keep.
         keep_images: "annotated" drops images without a kept annotation, "all" keeps them.
+        source: what error messages call the json, such as its path.
 
     Returns:
         (filtered, report): the new json (records shared with ``data``), and a dict with "images", "annotations",
@@ -100,13 +101,13 @@ def filter_coco_json(data, category_ids, keep_images="annotated"):
     """
     if keep_images not in ("annotated", "all"):
         raise UsageError(f"keep_images is {keep_images!r}: give 'annotated' or 'all'.")
-    _require_lists(data, "the annotation json")
+    require_lists(data, source)
     wanted = set(category_ids)
     categories = [category for category in data["categories"] if category.get("id") in wanted]
     absent = wanted - {category["id"] for category in categories}
     if absent:
         raise DataError(
-            f"the annotation json has no category {_first(sorted(absent))}: "
+            f"{source} has no category {first_few(sorted(absent))}: "
             "use a file with the data set's own category ids (not one re-numbered for another code base)."
         )
     of_wanted = [annotation for annotation in data["annotations"] if annotation.get("category_id") in wanted]
@@ -150,7 +151,7 @@ def load_ov_json(json_file, image_root, split, base_only=False):
             outside of its image; a category whose name is not the split's.
     """
     data = read_json(json_file, remedy="check the path, or prepare the data set as datasets/README.md says")
-    _require_lists(data, json_file)
+    require_lists(data, json_file)
     faults, contiguous = _Faults(json_file), split.id_to_contiguous
     for category in data["categories"]:
         position = contiguous.get(category.get("id"))
@@ -221,7 +222,8 @@ def _resolve(path):
     return data_root() / (path() if callable(path) else path)
 
 
-def _require_lists(data, source):
+def require_lists(data, source):
+    """Raise a :class:`~ovdet2.errors.DataError` that names ``source`` unless ``data`` has COCO's three lists."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"{source} has no list {key!r}: it is not a COCO instances json; check the file.")
@@ -317,7 +319,8 @@ def _is_positive(value):
     return isinstance(value, (int, float)) and value > 0
 
 
-def _first(values):
+def first_few(values):
+    """The first five of a list as text for an error message, with dots where there are more."""
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return shown + (", ..." if len(values) > _SHOWN else "")
 
@@ -337,7 +340,7 @@ class _Faults:
             raise DataError(
                 f"{self._source}: "
                 + " ".join(
-                    f"{len(offenders)} {kind} {_first(offenders)}: {remedy}."
+                    f"{len(offenders)} {kind} {first_few(offenders)}: {remedy}."
                     for (kind, remedy), offenders in self._found.items()
                 )
             )

@@ -1,16 +1,61 @@
-"""Making the train (base classes only) and validation (base and novel classes) files of a split from official ones."""
+"""Making the files of a benchmark from published annotation files: filtered, counted, written once and whole."""
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ovdet2.data.datasets.coco_json import filter_coco_json
-from ovdet2.files import read_json, sha256_file, write_text
+from ovdet2.errors import DataError
+from ovdet2.files import atomic_path, read_json, sha256_file
 
 _SCHEMA = "ovdet2/split-json/1"
 
 
-def prepare_split(annotations, prefix, split, remedy="check the folder"):
+@dataclass(frozen=True)
+class Official:
+    """The size of an official annotation file, and what papers say a benchmark keeps of it.
+
+    Args:
+        images, annotations: counts of the official file, by which it is recognised.
+        kept: {key of the report: published count}, such as {"images": 107_761}.
+    """
+
+    images: int
+    annotations: int
+    kept: dict
+
+
+def check_counts(report, source, official):
+    """One sentence on whether a file made from ``source`` is the published benchmark.
+
+    Args:
+        report: dict with "images_read", "annotations_read" and the keys of ``official.kept``.
+        source: path of the file that was read.
+        official: :class:`Official`, or None where nothing is published.
+
+    Raises:
+        DataError: the size is the official file's, but what remains of it differs from the published counts.
+    """
+    if official is None:
+        return "no published counts to compare with"
+    if (report["images_read"], report["annotations_read"]) != (official.images, official.annotations):
+        return (
+            f"not the official file: {report['images_read']:,} images, {report['annotations_read']:,} annotations were "
+            f"read, the official one has {official.images:,} and {official.annotations:,}; counts not checked"
+        )
+    found = {key: report[key] for key in official.kept}
+    if found != official.kept:
+        raise DataError(
+            f"{source} has the size of the official file, but {_counts(found)} remain where {_counts(official.kept)} "
+            "are published: it was altered, download it again. Nothing was written."
+        )
+    return f"as published: {_counts(official.kept)}"
+
+
+def prepare_split(annotations, prefix, split, remedy="check the folder", official=None):
     """Write ``<prefix>_train_base.json`` and ``<prefix>_val_all.json`` beside instances_{train,val}2017.json.
 
     A file that already has the right content is left as it is; a new one replaces the old one atomically.
@@ -20,30 +65,96 @@ def prepare_split(annotations, prefix, split, remedy="check the folder"):
         prefix: "ov_coco", "ov_shapes", ...
         split: the :class:`~ovdet2.data.datasets.coco_json.Split`.
         remedy: what the user should do when an official file is missing.
+        official: {name of the written file: :class:`Official`}, where there are published counts.
 
     Yields:
-        (path, report) per file when it is in place; report as of ``filter_coco_json`` plus "written" (bool).
+        (path, report) per file when it is in place; report as of ``filter_coco_json`` plus "written" (bool) and
+        "verdict" (of :func:`check_counts`).
+
+    Raises:
+        DataError: an official file is missing, damaged, of another numbering, or not what its size promises.
     """
     base_ids = split.category_ids[: len(split.base)]
-    for source, target, category_ids in (
+    for name, target, category_ids in (
         ("instances_train2017.json", f"{prefix}_train_base.json", base_ids),
         ("instances_val2017.json", f"{prefix}_val_all.json", split.category_ids),
     ):
-        path = Path(annotations) / target
-        yield path, _filter_file(Path(annotations) / source, path, split, category_ids, remedy)
+        source, target = Path(annotations) / name, Path(annotations) / target
+        data, report = filter_coco_json(read_annotations(source, remedy), category_ids, source=source)
+        report["verdict"] = check_counts(report, source, (official or {}).get(target.name))
+        yield target, write_prepared(target, data, report, split, source_of(source))
 
 
-def _filter_file(source, target, split, category_ids, remedy):
-    data, report = filter_coco_json(read_json(source, remedy), category_ids)
-    data["manifest"] = {
-        "schema": _SCHEMA,
-        "split": split.name,
-        "source": source.name,
-        "source_sha256": sha256_file(source),
-        **{key: report[key] for key in ("images", "annotations", "categories", "degenerate")},
-    }
-    text = json.dumps(data, ensure_ascii=False) + "\n"
-    unchanged = target.is_file() and sha256_file(target) == hashlib.sha256(text.encode()).hexdigest()
-    if not unchanged:
-        write_text(target, text)
-    return {**report, "written": not unchanged}
+def read_annotations(path, remedy):
+    """:func:`~ovdet2.files.read_json` that says what it is busy with: parsing 1 GB takes half a minute."""
+    with tqdm(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
+        return read_json(path, remedy)
+
+
+def source_of(path):
+    """What a manifest says of the file that another one was made from: its name and SHA-256."""
+    return {"source": Path(path).name, "source_sha256": sha256_file(path)}
+
+
+def write_prepared(target, data, report, split, provenance):
+    """Add a manifest to ``data`` and write it to ``target`` atomically, unless the file has that content already.
+
+    The text is made record by record, twice where a file is there to compare with, because in one piece the one of LVIS
+    would need another gigabyte.
+
+    Args:
+        target: path to write.
+        data: COCO or LVIS json; not changed.
+        report: dict with the counts "images", "annotations", "categories" and the list "degenerate".
+        split: the :class:`~ovdet2.data.datasets.coco_json.Split` that the manifest names.
+        provenance: further entries of the manifest, such as of :func:`source_of`.
+
+    Returns:
+        ``report`` with "written", whether the file had to be written.
+    """
+    counts = {key: report[key] for key in ("images", "annotations", "categories", "degenerate")}
+    data = {**data, "manifest": {"schema": _SCHEMA, "split": split.name, **provenance, **counts}}
+    if target.is_file():
+        digest = hashlib.sha256()
+        for piece in _pieces(data, f"comparing with {target.name}"):
+            digest.update(piece.encode())
+        if digest.hexdigest() == sha256_file(target):
+            return {**report, "written": False}
+    with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+        handle.writelines(_pieces(data, f"writing {target.name}"))
+    return {**report, "written": True}
+
+
+def summary(target, report, *details):
+    """The lines that a preparation script prints of one file.
+
+    Args:
+        target: path of the file.
+        report: of :func:`write_prepared`, with "verdict".
+        details: lines between the first and the verdict.
+    """
+    lines = [f"{target}: {'written' if report['written'] else 'already up to date'}", *details, report["verdict"]]
+    if report["degenerate"]:
+        lines.append(f"dropped, box without area: annotations {', '.join(map(str, report['degenerate']))}")
+    return "\n  ".join(lines)
+
+
+def _pieces(data, description):
+    """The text of ``data`` as ``json.dumps`` would give it, in pieces no longer than a record; shows progress."""
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    before = "{"
+    for key, value in data.items():
+        yield f"{before}{encode(key)}: "
+        if isinstance(value, list):
+            yield "["
+            for number, record in enumerate(tqdm(value, f"{description}, {key}", leave=False, delay=1)):
+                yield f"{', ' if number else ''}{encode(record)}"
+            yield "]"
+        else:
+            yield encode(value)
+        before = ", "
+    yield "}\n"
+
+
+def _counts(counts):
+    return ", ".join(f"{count:,} {key.replace('_', ' ')}" for key, count in counts.items())

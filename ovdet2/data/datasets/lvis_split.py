@@ -1,0 +1,151 @@
+"""OV-LVIS: the base / novel split that an LVIS json defines, and its training file. Of any LVIS version.
+
+LVIS calls a class rare ("r"), common ("c") or frequent ("f") by the number of its training images: up to 10, up to 100,
+more. Open-vocabulary detection takes the rare classes as novel (ViLD, Gu et al. 2022).
+"""
+
+from pathlib import Path
+
+from ovdet2.data.datasets.coco_json import Split, filter_coco_json, first_few, require_lists
+from ovdet2.data.datasets.prepare import check_counts, read_annotations, source_of, write_prepared
+from ovdet2.errors import DataError
+
+_NOT_LVIS = "use an annotation file of lvisdataset.org (datasets/README.md)"
+
+
+def frequency_split(categories, source="the annotation json"):
+    """The split of an LVIS json: frequent and common classes are base, rare ones novel.
+
+    Args:
+        categories: its category records, in any order.
+        source: what error messages call the json.
+
+    Returns:
+        :class:`~ovdet2.data.datasets.coco_json.Split`, base and novel each by ascending category id.
+
+    Raises:
+        DataError: a category without id, name or frequency, an id or a name given twice, or no base class.
+    """
+    strange = [
+        category.get("id")
+        for category in categories
+        if category.get("frequency") not in ("f", "c", "r") or not {"id", "name"} <= category.keys()
+    ]
+    if strange:
+        raise DataError(
+            f"{source} has categories without id, name or frequency f, c or r, id {first_few(strange)}: {_NOT_LVIS}."
+        )
+    base, novel = (
+        tuple(sorted((category["id"], category["name"]) for category in categories if category["frequency"] in kinds))
+        for kinds in ("fc", "r")
+    )
+    try:
+        return Split(f"OV-LVIS {len(base)}/{len(novel)}", base, novel)
+    except ValueError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def filter_lvis_json(data, split, source="the annotation json"):
+    """Take the novel classes out of what a detector is trained on, and keep the rest as it is.
+
+    Annotations of novel classes are dropped; all images and all categories stay. So do the federated lists of an image,
+    but for the novel ids among its "neg_category_ids", the classes verified to be absent: a federated loss pushes their
+    scores down there, which would use novel names, and image-level labels of them, in training. Ids among
+    "not_exhaustive_category_ids" only exempt a class from being a negative, and stay. The input is not changed.
+
+    Args:
+        data: parsed LVIS json.
+        split: its :func:`frequency_split`.
+        source: what error messages call the json.
+
+    Returns:
+        (filtered, report): the new json (annotation records shared with ``data``), and the report of
+        :func:`~ovdet2.data.datasets.coco_json.filter_coco_json` with "base_annotations" (those kept and those dropped
+        because their box has no area), "base_classes", "novel_classes" and "negatives_masked" (ids taken out of lists).
+
+    Raises:
+        DataError: an image without one of the two federated lists, or faults of the three lists of COCO.
+    """
+    novel = {category_id for category_id, _ in split.novel}
+    filtered, report = filter_coco_json(data, split.category_ids[: len(split.base)], "all", source)
+    lacking = [
+        image.get("id")
+        for image in data["images"]
+        if not {"neg_category_ids", "not_exhaustive_category_ids"} <= image.keys()
+    ]
+    if lacking:
+        raise DataError(
+            f"{source} has images without neg_category_ids or not_exhaustive_category_ids, id {first_few(lacking)}: "
+            f"{_NOT_LVIS}."
+        )
+    filtered["categories"] = data["categories"]
+    filtered["images"] = [
+        {**image, "neg_category_ids": [negative for negative in image["neg_category_ids"] if negative not in novel]}
+        for image in data["images"]
+    ]
+    report |= {
+        "categories": len(data["categories"]),
+        "base_annotations": report["annotations"] + len(report["degenerate"]),
+        "base_classes": len(split.base),
+        "novel_classes": len(split.novel),
+        "negatives_masked": sum(
+            negative in novel for image in data["images"] for negative in image["neg_category_ids"]
+        ),
+    }
+    return filtered, report
+
+
+def prepare_lvis_train(source, target, remedy, official=None):
+    """Write the training file of OV-LVIS.
+
+    Args:
+        source: LVIS training json.
+        target: file to write; one with the right content is left as it is, another is replaced atomically.
+        remedy: what the user should do when ``source`` is missing.
+        official: its :class:`~ovdet2.data.datasets.prepare.Official`, where there are published counts.
+
+    Returns:
+        (split, report): :func:`frequency_split`; the report of :func:`filter_lvis_json` with "written" and "verdict".
+
+    Raises:
+        DataError: ``source`` is missing, damaged, not of LVIS, or not what its size promises.
+    """
+    data = read_annotations(source, remedy)
+    require_lists(data, source)
+    split = frequency_split(data["categories"], source)
+    data, report = filter_lvis_json(data, split, source)
+    report["verdict"] = check_counts(report, source, official)
+    return split, write_prepared(Path(target), data, report, split, source_of(source))
+
+
+def check_lvis_test(source, split, remedy, official=None):
+    """Count a test json, which is used as it is, after seeing that it has the classes of the training file.
+
+    Args:
+        source: LVIS json with base and novel annotations.
+        split: :func:`frequency_split` of the training json.
+        remedy: what the user should do when ``source`` is missing.
+        official: as of :func:`prepare_lvis_train`.
+
+    Returns:
+        dict with the counts "images_read", "annotations_read" and "novel_annotations", and "verdict".
+
+    Raises:
+        DataError: ``source`` is missing, damaged, or divides other classes into base and novel.
+    """
+    data = read_annotations(source, remedy)
+    require_lists(data, source)
+    found = frequency_split(data["categories"], source)
+    differing = sorted({*found.base} ^ {*split.base} | {*found.novel} ^ {*split.novel})
+    if differing:
+        raise DataError(
+            f"{source} has other classes, or other rare ones, than the training file: {first_few(differing)}. "
+            "Take both from one version of LVIS."
+        )
+    novel = {category_id for category_id, _ in split.novel}
+    report = {
+        "images_read": len(data["images"]),
+        "annotations_read": len(data["annotations"]),
+        "novel_annotations": sum(annotation.get("category_id") in novel for annotation in data["annotations"]),
+    }
+    return {**report, "verdict": check_counts(report, source, official)}
