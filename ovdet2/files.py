@@ -49,14 +49,17 @@ def read_json(path, remedy="check the path"):
     """Read a JSON file.
 
     Raises:
-        DataError: the file is missing or is not JSON; the message names the path and ends with ``remedy``.
+        DataError: the file is missing, unreadable, or not JSON that Python can hold (nested a thousand deep, say); the
+            message names the path and ends with ``remedy``.
     """
     try:
         with open(path, encoding="utf-8") as handle:
             return json.load(handle)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: {remedy}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
+    except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8, or a number of 4,300 digits
         raise DataError(f"{path} is not valid JSON ({error}): {remedy}.") from None
 
 

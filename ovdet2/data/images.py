@@ -3,10 +3,11 @@
 Pillow only: OpenCV returns an array for a truncated JPEG without saying so, which would train on half grey images.
 """
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ovdet2.errors import DataError, UsageError
 
@@ -38,12 +39,10 @@ def read_image(path, format="RGB"):
     """
     if format not in _FORMATS:
         raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
-    image = _decode(path)
-    if min(image.size) < MIN_SIDE:
-        raise DataError(
-            f"{path} is {image.width}x{image.height} pixels, below the {MIN_SIDE} px a side that the detectors need: "
-            "enlarge it or remove it from the data set."
-        )
+    with _explained(path), Image.open(path) as image:
+        image.load()
+        image = _upright(_to_eight_bits(image, path))
+    _require_side(path, image.size)
     pixels = np.asarray(image.convert("L" if format == "L" else "RGB"))
     if format == "L":
         pixels = pixels[:, :, None]
@@ -52,15 +51,30 @@ def read_image(path, format="RGB"):
     return np.ascontiguousarray(pixels)
 
 
-def _decode(path):
-    """The whole, upright image in an 8-bit mode of Pillow."""
+def image_size(path):
+    """Size of an image file from its header: what :func:`read_image` would return of a whole file, without decoding it.
+
+    Returns:
+        (width, height) in pixels as they are shown, after the EXIF rotation.
+
+    Raises:
+        DataError: as :func:`read_image`, except for what shows in the pixels alone, truncation above all.
+    """
+    with _explained(path), Image.open(path) as image:
+        if image.format == "TIFF":  # Pillow turns these itself, some versions in the header's size already
+            image.load()
+        width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
+    _require_side(path, (width, height))
+    return width, height
+
+
+@contextlib.contextmanager
+def _explained(path):
+    """Turn what Pillow raises for a file into a DataError that names it."""
     if not Path(path).is_file():
         raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = _to_eight_bits(image, path)
-            return _upright(image)
+        yield
     except UnidentifiedImageError:
         raise DataError(
             f"{path} is not an image ({_look(path)}): download it again or remove it from the data set."
@@ -74,6 +88,14 @@ def _decode(path):
         raise DataError(
             f"{path} cannot be decoded ({error}): it is damaged or truncated; download it again or remove it."
         ) from None
+
+
+def _require_side(path, size):
+    if min(size) < MIN_SIDE:
+        raise DataError(
+            f"{path} is {size[0]}x{size[1]} pixels, below the {MIN_SIDE} px a side that the detectors need: "
+            "enlarge it or remove it from the data set."
+        )
 
 
 def _to_eight_bits(image, path):
@@ -96,6 +118,14 @@ def _upright(image):
         return ImageOps.exif_transpose(image)
     except Exception:  # the EXIF parser raises almost anything on damaged tags; the pixels are whole
         return image.copy()
+
+
+def _lies_on_its_side(image):
+    """Whether the EXIF orientation swaps width and height; a damaged block is ignored, as in :func:`_upright`."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:
+        return False
 
 
 def _look(path):

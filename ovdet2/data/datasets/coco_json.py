@@ -154,7 +154,7 @@ def load_ov_json(json_file, image_root, split, base_only=False):
     require_lists(data, json_file)
     faults, contiguous = _Faults(json_file), split.id_to_contiguous
     for category in data["categories"]:
-        position = contiguous.get(category.get("id"))
+        position = contiguous.get(_integer(category.get("id")))
         if position is not None and category.get("name") != split.names[position]:
             faults.add(
                 f"categories not named as in the split {split.name}, id",
@@ -235,8 +235,8 @@ def _image_records(images, image_root, faults):
     """Dict of image id to Detectron2 record without annotations; faults are collected."""
     records = {}
     for image in images:
-        image_id, name = image.get("id"), image.get("file_name")
-        if not isinstance(image_id, int):
+        image_id, name = _integer(image.get("id")), image.get("file_name")
+        if image_id is None:
             faults.add("images without an integer id, file name", name, "give each image its own integer id")
             continue
         if image_id in records:
@@ -263,14 +263,18 @@ def _attach_annotations(annotations, records, split, base_only, faults):
     """Append checked annotations to their records."""
     contiguous, base_count, seen = split.id_to_contiguous, len(split.base), set()
     for annotation in annotations:
-        annotation_id, image_id = annotation.get("id"), annotation.get("image_id")
+        annotation_id, image_id = _integer(annotation.get("id")), _integer(annotation.get("image_id"))
         if annotation_id is None or annotation_id in seen:
-            faults.add("annotations without id or with one given twice, id", annotation_id, "number them anew")
+            faults.add(
+                "annotations without an integer id or with one given twice, id",
+                annotation.get("id"),
+                "number them anew",
+            )
         seen.add(annotation_id)
         if image_id not in records:
             faults.add("annotations of an image that is not in the file, id", annotation_id, "add it or drop them")
             continue
-        category = contiguous.get(annotation.get("category_id"))
+        category = contiguous.get(_integer(annotation.get("category_id")))
         if category is None:
             faults.add(
                 f"annotations of a category outside of the split {split.name}, id",
@@ -284,13 +288,16 @@ def _attach_annotations(annotations, records, split, base_only, faults):
         fault = _box_fault(box) or _outside(box, record)
         if fault:
             faults.add(f"{fault}, annotation id", annotation_id, "mend or drop them")
+        crowd = annotation.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "mend or drop them")
         record["annotations"].append(
             {
                 "id": annotation_id,
                 "bbox": box,
                 "bbox_mode": BoxMode.XYWH_ABS,
                 "category_id": category,
-                "iscrowd": int(annotation.get("iscrowd", 0)),
+                "iscrowd": int(crowd == 1),
             }
         )
 
@@ -299,7 +306,7 @@ def _box_fault(box):
     """What is wrong with an (x, y, width, height) box, or None."""
     if not isinstance(box, (list, tuple)) or len(box) != 4:
         return "boxes that are not four numbers"
-    if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
+    if not all(_is_finite(value) for value in box):
         return "boxes with a value that is not finite"
     if box[2] <= 0 or box[3] <= 0:
         return _NO_AREA
@@ -316,7 +323,19 @@ def _outside(box, record):
 
 
 def _is_positive(value):
-    return isinstance(value, (int, float)) and value > 0
+    return _is_finite(value) and value > 0
+
+
+def _is_finite(value):
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer above the largest float
+        return False
+
+
+def _integer(value):
+    """``value`` if it is an integer, otherwise None; a list as id cannot even be looked up, and True would be 1."""
+    return value if type(value) is int else None
 
 
 def first_few(values):

@@ -1,0 +1,481 @@
+"""What is wrong with a COCO- or LVIS-format json and its images: every problem by kind and id.
+
+A json is read as strangers write it: any value may be of any type, and no file outside of the image root is opened.
+:mod:`ovdet2.data.datasets.repair` mends what can be mended without a guess.
+"""
+
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+import reprlib
+from array import array
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from ovdet2.data.images import image_size, read_image
+from ovdet2.errors import DataError
+
+TOLERANCE = 1.0  # pixels by which a box may leave its image: annotation tools round, and count from 0 or from 1
+NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
+
+_LISTS = {"category": "categories", "image": "images", "annotation": "annotations"}
+_NUMBERS = {int, float}  # by type, since a bool is an int
+_ENOUGH = 10  # boxes below which nothing is suspected of a whole file
+_FIT, _LEAVE = 0.9, 0.25  # shares of boxes, see _suspect_xyxy
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 120
+
+
+class Kind(NamedTuple):
+    """A kind of finding: of what ("file", "category", "image", "annotation"), in words, and what a repair does about it
+    ("" where it would have to guess)."""
+
+    of: str
+    what: str
+    fix: str
+
+
+_REMOVED, _WITH_BOXES = "removed", "removed with its annotations"
+
+# In the order of the report.
+KINDS = {
+    "file-empty": Kind("file", "no images or no categories", ""),
+    "suspected-xyxy": Kind("file", "boxes that seem to be (x1, y1, x2, y2) instead of (x, y, width, height)", ""),
+    "suspected-shift": Kind("file", "category ids that seem to be numbered otherwise than the categories", ""),
+    "category-record": Kind("category", "not an object", _REMOVED),
+    "category-id": Kind("category", "id missing or not a 64-bit integer", _REMOVED),
+    "category-copy": Kind("category", "the same record twice", _REMOVED),
+    "category-conflict": Kind("category", "an id that another category has, too", ""),
+    "category-name": Kind("category", "name missing or not text", ""),
+    "category-frequency": Kind("category", "LVIS frequency that is not r, c or f", ""),
+    "image-record": Kind("image", "not an object", _REMOVED),
+    "image-id": Kind("image", "id missing or not a 64-bit integer", _REMOVED),
+    "image-copy": Kind("image", "the same record twice", _REMOVED),
+    "image-conflict": Kind("image", "an id that another image has, too", ""),
+    "image-size": Kind("image", "width or height missing or not a positive integer", _WITH_BOXES),
+    "image-name": Kind("image", "file_name (LVIS: or coco_url) missing or not text", _WITH_BOXES),
+    "image-escape": Kind("image", "file name that leaves the image folder", _WITH_BOXES),
+    "image-missing": Kind("image", "no such file", _WITH_BOXES),
+    "image-unreadable": Kind("image", "file that cannot be read", _WITH_BOXES),
+    "image-mismatch": Kind("image", "file of another size than the json says", _WITH_BOXES),
+    "federated-missing": Kind("image", f"LVIS {NEGATIVE} or {NOT_EXHAUSTIVE} missing or not a list", ""),
+    "federated-unknown": Kind("image", "LVIS lists with unknown categories", "unknown ids taken out of the list"),
+    "federated-both": Kind("image", f"categories both in {NEGATIVE} and {NOT_EXHAUSTIVE}", f"taken out of {NEGATIVE}"),
+    "federated-negative": Kind("image", f"{NEGATIVE} of categories that are annotated", f"taken out of {NEGATIVE}"),
+    "annotation-record": Kind("annotation", "not an object", _REMOVED),
+    "annotation-id": Kind("annotation", "id missing or not a 64-bit integer", "given a new id"),
+    "annotation-copy": Kind("annotation", "the same record twice", _REMOVED),
+    "annotation-conflict": Kind("annotation", "an id that another annotation has, too", "given a new id"),
+    "annotation-field": Kind("annotation", "field missing or of the wrong type", _REMOVED),
+    "image-unknown": Kind("annotation", "image_id that no image has", _REMOVED),
+    "category-unknown": Kind("annotation", "category_id that no category has", _REMOVED),
+    "box-not-finite": Kind("annotation", "box with a value that is not finite", _REMOVED),
+    "box-empty": Kind("annotation", "box whose width or height is not positive", _REMOVED),
+    "box-outside": Kind("annotation", "box outside of its image", _REMOVED),
+    "box-partly-outside": Kind(
+        "annotation", f"box that leaves its image by more than {TOLERANCE:g} pixel", "clipped to the image"
+    ),
+    "segmentation": Kind("annotation", "segmentation without a polygon, and no RLE of the image's size", _REMOVED),
+    "polygon": Kind("annotation", "a polygon of odd or fewer than 6 numbers, or not finite", "polygon taken out"),
+    "area": Kind("annotation", "area that is not a positive number", "set to width x height of the box"),
+    "image-without-annotations": Kind("image", "without annotations", ""),
+}
+NOTES = {"image-without-annotations"}
+
+
+class Finding(NamedTuple):
+    """One thing found: a key of KINDS, the data set's id (None where the record has none, and of the file), the index
+    in the list of the json (None of the file), and what was seen. Any text from the json in ``detail`` is escaped."""
+
+    kind: str
+    id: int | None
+    index: int | None
+    detail: str
+
+    @property
+    def where(self):
+        """ "annotation 11", or "annotations[3]" where it has no id."""
+        of = KINDS[self.kind].of
+        if self.id is not None:
+            return f"{of} {self.id}"
+        return of if self.index is None else f"{_LISTS[of]}[{self.index}]"
+
+
+def check(data, source, image_root=None, decode=False, workers=1):
+    """Everything found in a json and, with ``image_root``, in its image files.
+
+    Args:
+        data: parsed json; not changed.
+        source: its path, for error messages.
+        image_root: folder the file names are relative to, or None to look at no file.
+        decode: decode every image whole, which finds truncated ones; otherwise only headers are read.
+        workers: processes of the image pass; the findings do not depend on it.
+
+    Returns:
+        list of :class:`Finding` in the order of KINDS, then of the json.
+
+    Raises:
+        DataError: ``data`` is no object with the three lists of the format, or ``image_root`` is no folder.
+    """
+    found = check_json(data, source)
+    if image_root is not None:
+        found += check_images(data["images"], is_lvis(data), image_root, decode, workers)
+    return sorted(found, key=_order)
+
+
+def problems(findings):
+    """The findings without the notes."""
+    return [finding for finding in findings if finding.kind not in NOTES]
+
+
+def is_lvis(data):
+    """Whether a json with the three lists is of LVIS: one of its images or categories has a field of that format."""
+    return any(
+        isinstance(record, dict) and not fields.isdisjoint(record)
+        for key, fields in (("images", {NEGATIVE, NOT_EXHAUSTIVE}), ("categories", {"frequency"}))
+        for record in data[key]
+    )
+
+
+def check_json(data, source):
+    """What can be found without the image files; arguments, result and errors as of :func:`check`."""
+    for key in _LISTS.values():
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise DataError(f"{source} has no list {key!r}: it is not a COCO or LVIS instances json; check the file.")
+    found, lvis = [], is_lvis(data)
+    category_ids = _check_categories(data["categories"], lvis, found)
+    images = _check_image_records(data["images"], category_ids, lvis, found)
+    if not images or not category_ids:
+        found.append(Finding("file-empty", None, None, f"{len(images)} images, {len(category_ids)} categories"))
+    annotated = _check_annotations(data["annotations"], images, category_ids, found)
+    for image_id, image in images.items():
+        if image_id not in annotated:
+            found.append(Finding("image-without-annotations", image_id, image.index, ""))
+    return sorted(found, key=_order)
+
+
+def image_name(image, lvis):
+    """Where an image lies below the image root, or None when its record does not say.
+
+    "file_name"; in LVIS the last two parts of "coco_url" where that is given ("train2017/000000000009.jpg"), as
+    Detectron2 reads LVIS.
+    """
+    name, url = image.get("file_name"), image.get("coco_url")
+    if lvis and isinstance(url, str) and url:
+        return "/".join(url.split("/")[-2:])
+    return name if isinstance(name, str) and name else None
+
+
+def check_images(records, lvis, image_root, decode=False, workers=1):
+    """Compare the image files with their records.
+
+    Args:
+        records: the json's "images".
+        lvis: whether they are named as in LVIS, see :func:`image_name`.
+        image_root, decode, workers: as of :func:`check`.
+
+    Returns:
+        list of :class:`Finding` in the order of ``records``.
+
+    Raises:
+        DataError: ``image_root`` is no folder.
+    """
+    if not os.path.isdir(image_root):
+        raise DataError(f"{image_root} is not a folder: give the one that the file names are relative to.")
+    root = os.path.realpath(image_root)
+    named = [(index, image) for index, image in enumerate(records) if isinstance(image, dict)]
+    named = [(index, image) for index, image in named if _name_fault(image, lvis) is None]
+    jobs = [(root, image_name(image, lvis), _size_of(image), decode) for _, image in named]
+    found = []
+    with contextlib.ExitStack() as stack:
+        run = map
+        if workers > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("fork")))
+            run = functools.partial(pool.map, chunksize=32)
+        faults = tqdm(run(_file_fault, jobs), total=len(jobs), desc="reading images", unit="image", leave=False)
+        for (index, image), fault in zip(named, faults):
+            if fault is not None:
+                found.append(_finding(fault[0], index, image, fault[1]))
+    return found
+
+
+def _file_fault(job):
+    """(kind, detail) of what is wrong with an image file, or None. ``job``: real root, name, (W, H) or None, decode."""
+    root, name, size, decode = job
+    try:
+        path = os.path.realpath(os.path.join(root, name))
+        if os.path.commonpath([root, path]) != root:
+            return "image-escape", f"{show(name)} is a link to outside: copy the file in, or name its real folder"
+        if not os.path.isfile(path):
+            return "image-missing", show(name)
+        height, width = read_image(path).shape[:2] if decode else image_size(path)[::-1]
+    except DataError as error:
+        return "image-unreadable", _printable(str(error))
+    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a zero character
+        return "image-missing", _printable(f"{show(name)}: {error}")
+    if size is not None and (width, height) != size:
+        return "image-mismatch", f"the file is {width}x{height} (upright), the json says {size[0]}x{size[1]}"
+    return None
+
+
+def _identified(records, of, found):
+    """Yield (index, record, id or None) of the records that are objects; report the others, and ids amiss."""
+    first = {}
+    for index, record in enumerate(tqdm(records, desc=f"checking {_LISTS[of]}", unit=of, leave=False, delay=1)):
+        if not isinstance(record, dict):
+            found.append(Finding(f"{of}-record", None, index, show(record)))
+            continue
+        record_id = usable_id(record)
+        if record_id is None:
+            found.append(Finding(f"{of}-id", None, index, show_field(record, "id")))
+        else:
+            earlier = first.setdefault(record_id, index)
+            if earlier != index:
+                kind = "copy" if records[earlier] == record else "conflict"
+                found.append(Finding(f"{of}-{kind}", record_id, index, f"number {index} and {earlier} of the list"))
+        yield index, record, record_id
+
+
+def _check_categories(records, lvis, found):
+    """The set of category ids."""
+    category_ids = set()
+    for index, category, category_id in _identified(records, "category", found):
+        if category_id is not None:
+            category_ids.add(category_id)
+        if not isinstance(category.get("name"), str) or not category["name"]:
+            found.append(_finding("category-name", index, category, show_field(category, "name")))
+        if lvis and category.get("frequency") not in ("r", "c", "f"):
+            found.append(_finding("category-frequency", index, category, show_field(category, "frequency")))
+    return category_ids
+
+
+class _Image(NamedTuple):
+    index: int
+    size: tuple | None  # (width, height)
+    negatives: frozenset  # category ids
+
+
+def _check_image_records(records, category_ids, lvis, found):
+    """Dict of image id to :class:`_Image`; of two with one id the first."""
+    images = {}
+    for index, image, image_id in _identified(records, "image", found):
+        size = _size_of(image)
+        if size is None:
+            seen = f"{show_field(image, 'width')}, {show_field(image, 'height')}"
+            found.append(_finding("image-size", index, image, seen))
+        fault = _name_fault(image, lvis)
+        if fault is not None:
+            found.append(_finding(fault[0], index, image, fault[1]))
+        negatives = _check_federated(index, image, category_ids, found) if lvis else frozenset()
+        if image_id is not None:
+            images.setdefault(image_id, _Image(index, size, negatives))
+    return images
+
+
+def _name_fault(image, lvis):
+    name = image_name(image, lvis)
+    if name is None:
+        return "image-name", show_field(image, "file_name")
+    for given in (name, image.get("file_name")):  # in LVIS, too, where "coco_url" goes first: other readers take it
+        if isinstance(given, str) and (os.path.isabs(given) or ".." in Path(given).parts):
+            return "image-escape", show(given)
+    return None
+
+
+def _check_federated(index, image, category_ids, found):
+    """The image's negative category ids. (A not-exhaustive class without a box is no fault: a training file without the
+    rare classes' boxes keeps the list.)"""
+    listed = {}
+    for key in (NEGATIVE, NOT_EXHAUSTIVE):
+        ids = image.get(key)
+        if not isinstance(ids, list):
+            found.append(_finding("federated-missing", index, image, show_field(image, key)))
+            ids = []
+        unknown = [value for value in ids if not (is_id(value) and value in category_ids)]
+        if unknown:
+            found.append(_finding("federated-unknown", index, image, f"{key}: {show(unknown)}"))
+        listed[key] = frozenset(value for value in ids if is_id(value))
+    both = listed[NEGATIVE] & listed[NOT_EXHAUSTIVE]
+    if both:
+        found.append(_finding("federated-both", index, image, show(sorted(both))))
+    return listed[NEGATIVE]
+
+
+def _check_annotations(records, images, category_ids, found):
+    """The set of ids of the images that have annotations."""
+    annotated, used = set(), Counter()
+    boxed, rows = array("q"), array("d")  # indices, and x, y, width, height, image width, image height of each
+    for index, annotation, annotation_id in _identified(records, "annotation", found):
+        image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
+        image = None
+        if not is_id(image_id):
+            found.append(_finding("annotation-field", index, annotation, show_field(annotation, "image_id")))
+        elif image_id not in images:
+            found.append(_finding("image-unknown", index, annotation, show_field(annotation, "image_id")))
+        else:
+            image = images[image_id]
+            annotated.add(image_id)
+        if not is_id(category_id):
+            found.append(_finding("annotation-field", index, annotation, show_field(annotation, "category_id")))
+        else:
+            used[category_id] += 1
+            if category_id not in category_ids:
+                found.append(_finding("category-unknown", index, annotation, show_field(annotation, "category_id")))
+            elif image is not None and category_id in image.negatives:
+                seen = f"category {category_id}, of annotation {annotation_id}"
+                found.append(Finding("federated-negative", image_id, image.index, seen))
+        size = image.size if image is not None and image.size is not None else (math.inf, math.inf)
+        if not isinstance(box, list) or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+            found.append(_finding("annotation-field", index, annotation, show_field(annotation, "bbox")))
+        elif not _all_finite(box):
+            found.append(_finding("box-not-finite", index, annotation, show(box)))
+        else:
+            boxed.append(index)
+            rows.extend((*box, *size))
+        for kind, seen in _other_faults(annotation, size):
+            found.append(_finding(kind, index, annotation, seen))
+    _check_boxes(records, np.array(boxed), np.array(rows).reshape(-1, 6), found)
+    _suspect_shift(used, category_ids, found)
+    return annotated
+
+
+def _other_faults(annotation, size):
+    """Yield (kind, detail) of iscrowd, area and segmentation, which a record need not have."""
+    if annotation.get("iscrowd", 0) not in (0, 1):
+        yield "annotation-field", show_field(annotation, "iscrowd")
+    if "area" in annotation:
+        area = annotation["area"]
+        if type(area) not in _NUMBERS or not _all_finite([area]) or area <= 0:
+            yield "area", show_field(annotation, "area")
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list):
+        bad = [position for position, polygon in enumerate(segmentation) if not is_polygon(polygon)]
+        if bad:
+            kind = "polygon" if len(bad) < len(segmentation) else "segmentation"
+            yield kind, f"{len(bad)} of {len(segmentation)} polygons, the first is {show(segmentation[bad[0]])}"
+    elif isinstance(segmentation, dict):
+        whole = isinstance(segmentation.get("counts"), (str, list))
+        if not whole or (size[0] < math.inf and segmentation.get("size") != [size[1], size[0]]):
+            yield "segmentation", f"{show(segmentation)} in an image of {size[0]:g}x{size[1]:g}"
+    elif segmentation is not None:
+        yield "segmentation", show(segmentation)
+
+
+def is_polygon(polygon):
+    """Whether it is a list [x1, y1, x2, y2, ...] of at least 3 points, all finite numbers."""
+    return (
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and len(polygon) % 2 == 0
+        and _NUMBERS.issuperset(map(type, polygon))
+        and _all_finite(polygon)
+    )
+
+
+def _check_boxes(records, indices, rows, found):
+    """Boxes of finite values. ``indices`` [M] into ``records``; ``rows`` [M, 6]: x, y, width, height in pixels, and the
+    image's width and height, infinite where unknown."""
+    x, y, width, height, image_width, image_height = rows.T
+    with np.errstate(over="ignore"):  # a sum that overflows is outside all the same
+        right, bottom = x + width, y + height
+    empty = (width <= 0) | (height <= 0)
+    outside = ~empty & ((right <= 0) | (bottom <= 0) | (x >= image_width) | (y >= image_height))
+    leaves = (np.minimum(x, y) < -TOLERANCE) | (right > image_width + TOLERANCE) | (bottom > image_height + TOLERANCE)
+    partly = ~empty & ~outside & leaves
+    for kind, mask in (("box-empty", empty), ("box-outside", outside), ("box-partly-outside", partly)):
+        for row in np.flatnonzero(mask):
+            index = int(indices[row])
+            seen = f"{show(records[index]['bbox'])} in an image of {image_width[row]:g}x{image_height[row]:g}"
+            found.append(_finding(kind, index, records[index], seen))
+    _suspect_xyxy(rows[~empty & np.isfinite(image_width)], found)
+
+
+def _suspect_xyxy(rows, found):
+    """Nearly all boxes lie in their image when read as corners, and many leave it when read as written. (Boxes that are
+    rightly (x, y, width, height) fit as corners only near the upper left corner, where they cannot leave far.)"""
+    x, y, third, fourth, image_width, image_height = rows.T
+    right, bottom = image_width + TOLERANCE, image_height + TOLERANCE
+    fit = int(((third > x) & (fourth > y) & (third <= right) & (fourth <= bottom)).sum())
+    with np.errstate(over="ignore"):
+        leave = int(((x + third > right) | (y + fourth > bottom)).sum())
+    if len(rows) >= _ENOUGH and fit >= _FIT * len(rows) and leave >= _LEAVE * len(rows):
+        seen = f"of {len(rows)} boxes {fit} lie in their image as (x1, y1, x2, y2), {leave} leave it as (x, y, w, h)"
+        found.append(Finding("suspected-xyxy", None, None, seen))
+
+
+def _suspect_shift(used, category_ids, found):
+    """Category ids in use that are unknown, and all become known when shifted by one or read as positions."""
+    ids, total = set(used), sum(used.values())
+    unknown = sum(used[category_id] for category_id in ids - category_ids)
+    if not unknown or total < _ENOUGH:
+        return
+    count = len(category_ids)
+    readings = {
+        "each plus 1 is known": {category_id + 1 for category_id in ids} <= category_ids,
+        "each minus 1 is known": {category_id - 1 for category_id in ids} <= category_ids,
+        f"all are positions 0 to {count - 1} in the list of categories": ids <= set(range(count)),
+        f"all are positions 1 to {count} in the list of categories": ids <= set(range(1, count + 1)),
+    }
+    for reading, holds in readings.items():
+        if holds:
+            seen = f"{unknown} of {total} annotations have an unknown one; of the {len(ids)} ids in use {reading}"
+            found.append(Finding("suspected-shift", None, None, seen))
+            return
+
+
+def _finding(kind, index, record, detail):
+    return Finding(kind, usable_id(record), index, detail)
+
+
+_RANK = {kind: rank for rank, kind in enumerate(KINDS)}
+
+
+def _order(finding):
+    return _RANK[finding.kind], -1 if finding.index is None else finding.index
+
+
+def is_id(value):
+    """Whether it is an integer that fits the int64 of caches and evaluators; True and 1.0 are none."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def usable_id(record):
+    """The record's id, or None where it has none that :func:`is_id`."""
+    return record["id"] if is_id(record.get("id")) else None
+
+
+def _size_of(image):
+    """(width, height) of a record, or None unless both are positive integers (640.0 is one)."""
+    size = image.get("width"), image.get("height")
+    if all(type(side) in _NUMBERS and 0 < side < 2**63 and side == int(side) for side in size):
+        return int(size[0]), int(size[1])
+    return None
+
+
+def _all_finite(numbers):
+    try:
+        return all(map(math.isfinite, numbers))
+    except OverflowError:  # an integer above the largest float
+        return False
+
+
+def show(value):
+    """A value from the json in a bounded number of printable characters (repr escapes the others)."""
+    return _SHORT.repr(value)
+
+
+def show_field(record, key):
+    """ "area -1", or "no area"."""
+    return f"{key} {show(record[key])}" if key in record else f"no {key}"
+
+
+def _printable(text):
+    """``text`` with what would steer a terminal, or cannot be encoded, escaped."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
