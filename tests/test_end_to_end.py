@@ -164,7 +164,9 @@ def test_predictor_refuses(run, predictor, tmp_path):
     with pytest.raises(UsageError, match="16x64 pixels"):
         predictor.predict(Image.new("RGB", (16, 64)))
     with pytest.raises(UsageError, match="needs a trained detector"):
-        Predictor(CONFIG, overrides=SMALL)
+        Predictor(CONFIG, overrides=[*SMALL, "MODEL.WEIGHTS", ""])
+    with pytest.raises(DataError, match="ovshapes_r18.safetensors does not hold [0-9]+ of the model's weights"):
+        Predictor(CONFIG, overrides=SMALL)  # the trunk that training starts from is no detector
 
 
 def test_vocabulary_file_must_fit(run, tmp_path):
