@@ -169,7 +169,7 @@ def timed(path, state, made_of):
 
 
 def ingredients(row, seed, trained, cache):
-    """Hashes of what decides a row's result: configuration, data set, trunk, teacher, trained weights, cached regions."""
+    """Hashes of what decides a row's result: configuration, trunk, data set, teacher, trained weights, regions."""
     cfg = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]) if row.config else None
     trunk = cfg.MODEL.WEIGHTS.removeprefix("ovdet2://") if cfg else ""
     return {
