@@ -8,6 +8,7 @@ import math
 import torch
 from detectron2.modeling import build_backbone, build_proposal_generator
 from detectron2.structures import Boxes, Instances
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ovdet2.config import find_config, get_cfg
@@ -88,3 +89,12 @@ def images(count=2):
         target.gt_classes = torch.tensor([index % 3, (index + 1) % 3])
         records.append({"image": pixels, "height": height, "width": width, "image_id": index, "instances": target})
     return records
+
+
+def assert_golden(path, found, gradient_atol):
+    """Compare with stored tensors: within 1e-3 relative and 1e-4 absolute, gradients 1e-2 and ``gradient_atol``."""
+    stored = load_file(str(path))
+    assert set(stored) == set(found)
+    for name, value in stored.items():
+        rtol, atol = (1e-2, gradient_atol) if "gradient" in name else (1e-3, 1e-4)
+        assert torch.allclose(found[name], value, rtol=rtol, atol=atol), (name, found[name], value)

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovdet2.data.datasets.check import KINDS, NOTES, check, check_json, problems
+from ovdet2.data.datasets.check import check, check_json, problems
 from ovdet2.data.datasets.coco_json import Split, load_ov_json
+from ovdet2.data.datasets.findings import KINDS, NOTES
 from ovdet2.data.datasets.repair import clip_box, repair
 from ovdet2.data.images import image_size, read_image
 from ovdet2.errors import DataError, UsageError

@@ -11,7 +11,7 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
@@ -391,11 +391,7 @@ def test_golden():
 
     Rewrite: python -m tests.test_distillation.
     """
-    stored, found = load_file(str(GOLDEN)), golden_tensors()
-    assert set(stored) == set(found)
-    for name, value in stored.items():
-        tolerance = 1e-2 if "gradient" in name else 1e-3
-        assert torch.allclose(found[name], value, rtol=tolerance, atol=1e-4), (name, found[name], value)
+    micro.assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-4)
 
 
 if __name__ == "__main__":

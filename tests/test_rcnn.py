@@ -7,7 +7,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from ovdet2.errors import NumericalError
 from ovdet2.layers import fuse_scores
@@ -227,11 +227,7 @@ def test_golden():
 
     Rewrite: python -m tests.test_rcnn.
     """
-    stored, found = load_file(str(GOLDEN)), golden_tensors()
-    assert set(stored) == set(found)
-    for name, value in stored.items():
-        tolerance = 1e-2 if "gradient" in name else 1e-3
-        assert torch.allclose(found[name], value, rtol=tolerance, atol=tolerance / 10), (name, found[name], value)
+    micro.assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-3)
 
 
 if __name__ == "__main__":

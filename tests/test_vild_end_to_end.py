@@ -17,6 +17,7 @@ from ovdet2.vlm.crops import embed_regions
 from tests.test_end_to_end import CONFIG, SMALL, program, report_of
 
 TOP = 9
+TRAIN_JSON = "ov_shapes/annotations/ov_shapes_train_base.json"
 
 
 def build_cache(root, weights, output, *overrides):
@@ -48,7 +49,14 @@ def train(root, config, cache, output, *overrides):
 
 
 def annotations_of(root):
-    return json.loads((root / "ov_shapes" / "annotations" / "ov_shapes_train_base.json").read_text())
+    return json.loads((root / TRAIN_JSON).read_text())
+
+
+def with_annotations(root, copy, annotations):
+    """A copy of the data sets whose training json has other annotations."""
+    shutil.copytree(root, copy)
+    (copy / TRAIN_JSON).write_text(json.dumps(annotations_of(root) | {"annotations": annotations}))
+    return copy
 
 
 def test_cache_holds_the_embeddings_of_its_boxes(world):
@@ -70,11 +78,8 @@ def test_cache_holds_the_embeddings_of_its_boxes(world):
 def test_proposals_do_not_depend_on_annotations(world, tmp_path):
     """The boxes of the cache cannot have been taken from annotations: without any, the same come out."""
     root, weights, folder = world
-    bare = tmp_path / "datasets"
-    shutil.copytree(root, bare)
-    path = bare / "ov_shapes" / "annotations" / "ov_shapes_train_base.json"
-    data = json.loads(path.read_text())
-    path.write_text(json.dumps(data | {"annotations": []}))
+    data = annotations_of(root)
+    bare = with_annotations(root, tmp_path / "datasets", [])
     done = build_cache(bare, weights, tmp_path / "cache")
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = RegionCache(folder), RegionCache(tmp_path / "cache")
@@ -86,12 +91,9 @@ def test_proposals_do_not_depend_on_annotations(world, tmp_path):
 def test_novel_annotations_stop_cache_and_training(world, tmp_path):
     """A single novel box in the training json: neither program runs, and both name it."""
     root, weights, folder = world
-    leaking = tmp_path / "datasets"
-    shutil.copytree(root, leaking)
-    path = leaking / "ov_shapes" / "annotations" / "ov_shapes_train_base.json"
-    data = json.loads(path.read_text())
-    novel = {**data["annotations"][0], "id": 10**8, "category_id": OV_SHAPES.novel[0][0]}
-    path.write_text(json.dumps(data | {"annotations": [*data["annotations"], novel]}))
+    annotations = annotations_of(root)["annotations"]
+    novel = {**annotations[0], "id": 10**8, "category_id": OV_SHAPES.novel[0][0]}
+    leaking = with_annotations(root, tmp_path / "datasets", [*annotations, novel])
     done = build_cache(leaking, weights, tmp_path / "cache")
     assert done.returncode == 3 and "novel" in done.stderr and "100000000" in done.stderr, done.stderr[-1000:]
     assert not list(tmp_path.glob("cache/shard*"))

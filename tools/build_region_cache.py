@@ -26,6 +26,7 @@ from tqdm import tqdm
 import ovdet2.data.datasets  # noqa: F401  registers the data sets
 from ovdet2.config import load_config
 from ovdet2.data.images import read_image
+from ovdet2.data.mapper import require_annotated_size
 from ovdet2.data.records import load_records
 from ovdet2.data.region_cache import CacheWriter, Regions
 from ovdet2.engine import AtomicCheckpointer, Trainer
@@ -202,12 +203,8 @@ class _Samples(torch.utils.data.Dataset):
 
     def _sample(self, record):
         rgb = read_image(record["file_name"], "RGB")
+        require_annotated_size(record, rgb)
         height, width = rgb.shape[:2]
-        if (height, width) != (record["height"], record["width"]):
-            raise DataError(
-                f"{record['file_name']} is {width}x{height} pixels but the annotations say {record['width']}x"
-                f"{record['height']}: the file is not the annotated one."
-            )
         resized = self.resize.get_transform(rgb).apply_image(rgb)
         image = torch.from_numpy(resized.copy()).permute(2, 0, 1)
         return {

@@ -12,7 +12,8 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from ovdet2.data.datasets.check import KINDS, NOTES, check, check_json, problems
+from ovdet2.data.datasets.check import check, check_json, problems
+from ovdet2.data.datasets.findings import KINDS, NOTES
 from ovdet2.data.datasets.repair import repair
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import read_json, sha256_file, write_json, write_text

@@ -42,22 +42,20 @@ class Row:
         title: what the table calls it.
         config: yaml below configs/; empty for the teacher's row.
         weights_of: another row whose trained weights are evaluated; empty: the row is trained.
-        distils: whether it reads the region cache, which is built when a row first needs it.
     """
 
     title: str
     config: str = ""
     weights_of: str = ""
-    distils: bool = False
 
 
 ROWS = {
     "teacher": Row("CLIP on ground-truth boxes (upper bound of the teacher)"),
     "closed_set": Row("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Row("ViLD-text", "ovshapes/vild_text_r18.yaml"),
-    "vild_image": Row("ViLD-image", "ovshapes/vild_image_r18.yaml", distils=True),
-    "vild": Row("ViLD", "ovshapes/vild_r18.yaml", distils=True),
-    "vild_ensemble": Row("ViLD-ensemble", "ovshapes/vild_ensemble_r18.yaml", distils=True),
+    "vild_image": Row("ViLD-image", "ovshapes/vild_image_r18.yaml"),
+    "vild": Row("ViLD", "ovshapes/vild_r18.yaml"),
+    "vild_ensemble": Row("ViLD-ensemble", "ovshapes/vild_ensemble_r18.yaml"),
     "clip_on_crops": Row("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml", "vild_text"),
     "clip_on_crops_objectness": Row(
         "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"
@@ -119,7 +117,7 @@ def run_row(name, seed, output):
     if name == "teacher":
         folder = output / name / "seed0"  # nothing in it is random
     trained = run_row(row.weights_of, seed, output) if row.weights_of else None
-    cache = build_cache(output) if row.distils else None
+    cache = build_cache(output) if distils(row) else None
     made_of = ingredients(row, seed, trained, cache)
     state = read_json(folder / "row.json") if (folder / "row.json").is_file() else {"minutes": 0.0}
     different = [key for key, value in made_of.items() if state.get("made_of", made_of).get(key) != value]
@@ -135,11 +133,16 @@ def run_row(name, seed, output):
     return folder
 
 
+def distils(row):
+    """Whether a row reads the region cache, which is built when one first needs it."""
+    return bool(row.config) and load_config(row.config, []).MODEL.DISTILLATION.WEIGHT > 0
+
+
 def build_cache(output):
     """The region cache of every distilling row and seed: proposals of ViLD-text trained with seed 0.
 
-    The paper proposes 300 regions per image; 10 after a stricter NMS cover these small scenes and are embedded in
-    minutes. A complete cache is left as it is; one of another detector is refused.
+    The paper proposes 300 regions per image; here the 10 best after a stricter NMS, which are embedded in minutes. A
+    complete cache is left as it is; one of another detector is refused.
     """
     folder, times = output / "region_cache", output / "region_cache.json"
     weights = run_row("vild_text", 0, output) / "model_final.pth"
@@ -242,7 +245,7 @@ def make_table(names, seeds, output):
         minutes = mean_and_spread([read_json(folder / "row.json")["minutes"] for folder in folders])
         lines.append(f"| {ROWS[name].title} | " + " | ".join([*cells, minutes]) + f" | {len(folders)} |")
     times = output / "region_cache.json"
-    if times.is_file() and any(ROWS[name].distils for name in names):
+    if times.is_file() and any(distils(ROWS[name]) for name in names):
         lines.append(
             f"\nThe region cache, made once for all rows and seeds, took {read_json(times)['minutes']:.1f} minutes."
         )

@@ -71,7 +71,7 @@ class OpenVocabularyMapper(DatasetMapper):
         """
         record = copy.deepcopy(record)
         image = read_image(record["file_name"], self.image_format)
-        _check_size(record, image)
+        require_annotated_size(record, image)
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
         image = augmented.image
@@ -163,8 +163,12 @@ def _limits(record):
     return torch.tensor([record["width"], record["height"]] * 2, dtype=torch.float32)
 
 
-def _check_size(record, image):
-    """Compare with the annotated size (or fill it in): with another size every box would be misplaced."""
+def require_annotated_size(record, image):
+    """Compare an array [H, W, 3] with the annotated size (or fill it in): another one would misplace every box.
+
+    Raises:
+        DataError: names the file and both sizes.
+    """
     height, width = image.shape[:2]
     annotated = record.setdefault("width", width), record.setdefault("height", height)
     if annotated != (width, height):

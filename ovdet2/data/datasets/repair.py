@@ -3,7 +3,8 @@
 import itertools
 from typing import NamedTuple
 
-from ovdet2.data.datasets.check import KINDS, NEGATIVE, NOT_EXHAUSTIVE, is_id, is_polygon, show, usable_id
+from ovdet2.data.datasets.check import is_polygon
+from ovdet2.data.datasets.findings import KINDS, NEGATIVE, NOT_EXHAUSTIVE, is_id, show, usable_id
 from ovdet2.errors import DataError
 
 # Findings that follow from a suspicion: removing or clipping those boxes would spoil a file that one edit can mend.

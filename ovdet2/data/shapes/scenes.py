@@ -82,9 +82,7 @@ def single_object_scene(seed, index, side=128):
     Returns:
         :class:`~ovdet2.data.shapes.render.Scene`.
     """
-    rng = stream(seed, "single", index)
-    texture, shape = CLASS_NAMES[index % len(CLASS_NAMES)].split()
-    return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(0.5, 0.95))], margin=0.5)
+    return _one_object(stream(seed, "single", index), CLASS_NAMES[index % len(CLASS_NAMES)], side, least=0.5)
 
 
 def pretraining_scene(seed, index, side=128):
@@ -97,9 +95,12 @@ def pretraining_scene(seed, index, side=128):
     Returns:
         :class:`~ovdet2.data.shapes.render.Scene`.
     """
-    rng = stream(seed, "pretraining", index)
-    texture, shape = BASE_NAMES[index % len(BASE_NAMES)].split()
-    return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(0.35, 0.95))], margin=0.5)
+    return _one_object(stream(seed, "pretraining", index), BASE_NAMES[index % len(BASE_NAMES)], side, least=0.35)
+
+
+def _one_object(rng, name, side, least):
+    texture, shape = name.split()
+    return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(least, 0.95))], margin=0.5)
 
 
 def render_images(draw, count, workers=1, progress=None):
