@@ -13,9 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ovdet2.data.datasets.coco_json import data_root
 from ovdet2.data.datasets.dialects import import_ov_coco
 from ovdet2.data.datasets.prepare import Official, prepare_split, summary
+from ovdet2.data.datasets.register import data_root
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.errors import exit_on_error
 

@@ -11,9 +11,9 @@ files as they are: they are only counted. Running it again changes nothing.
 import argparse
 from pathlib import Path
 
-from ovdet2.data.datasets.coco_json import data_root
 from ovdet2.data.datasets.lvis_split import check_lvis_test, prepare_lvis_train
 from ovdet2.data.datasets.prepare import Official, summary
+from ovdet2.data.datasets.register import data_root
 from ovdet2.errors import exit_on_error
 
 # Sizes of LVIS v1 (Gupta et al. 2019, lvisdataset.org), and OV-LVIS as of ViLD (Gu et al. 2022).

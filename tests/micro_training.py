@@ -16,14 +16,15 @@ from torch import nn
 
 import train_net
 from ovdet2.config import get_cfg
-from ovdet2.data.datasets.coco_json import Split, register_ov_dataset
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError
 from ovdet2.files import write_safetensors
 
 SPLIT = Split("micro", base=((1, "disc"), (2, "bar")), novel=((5, "ring"),))
 for _part in ("train", "val"):
     # Below DETECTRON2_DATASETS, which each test sets.
-    register_ov_dataset(f"ov_micro_{_part}", f"micro/{_part}.json", "micro/images", SPLIT)
+    register_dataset(f"ov_micro_{_part}", f"micro/{_part}.json", "micro/images", SPLIT)
 
 
 def write_data(root, images=12):

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ovdet2.data.datasets  # noqa: F401  (registers the data sets)
-from ovdet2.data.datasets.coco_json import Split, data_root, filter_coco_json, load_ov_json, register_ov_dataset
+from ovdet2.data.datasets.coco_json import Split, filter_coco_json, load_ov_json
 from ovdet2.data.datasets.prepare import prepare_split
+from ovdet2.data.datasets.register import data_root, register_dataset, split_of
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.errors import DataError, UsageError
 from ovdet2.files import sha256_file
@@ -86,7 +87,7 @@ def test_contiguous_ids_are_base_first():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        ({"base": ()}, "no base class"),
+        ({"base": ()}, "no class"),
         ({"base": ((1, "a"), (1, "b"))}, "1 twice"),
         ({"base": ((1, "a"),), "novel": ((2, "a"),)}, "a twice"),
         ({"base": ((1, "a"),), "groups": {"g": (8,)}}, "8"),
@@ -329,11 +330,11 @@ def test_whatever_is_loaded_is_valid(tmp_path_factory, box, category_id, image_i
 
 
 def test_own_data_below_the_data_root(name, tmp_path, monkeypatch):
-    register_ov_dataset(name, "fruit/test.json", "fruit/images", FRUIT)
+    register_dataset(name, "fruit/test.json", "fruit/images", FRUIT)
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_classes == ["pear", "apple", "quince"]
     assert metadata.thing_dataset_id_to_contiguous_id == {4: 0, 2: 1, 3: 2}
-    assert (metadata.evaluator_type, metadata.ov_split) == ("ov_coco", FRUIT)
+    assert (metadata.evaluator_type, split_of(name)) == ("ov_coco", FRUIT)
     # The data root counts at the time of loading, and may change.
     for root in (tmp_path / "one", tmp_path / "two"):
         (root / "fruit" / "images").mkdir(parents=True)
@@ -345,7 +346,7 @@ def test_own_data_below_the_data_root(name, tmp_path, monkeypatch):
 
 
 def test_a_missing_data_set_names_the_path_and_the_remedy(name, tmp_path):
-    register_ov_dataset(name, tmp_path / "a.json", tmp_path, FRUIT, remedy="run make_fruit.py")
+    register_dataset(name, tmp_path / "a.json", tmp_path, FRUIT, remedy="run make_fruit.py")
     with pytest.raises(DataError, match=r"a\.json does not exist.*run make_fruit\.py"):
         DatasetCatalog.get(name)
 
@@ -363,13 +364,13 @@ def test_prepare_runs_before_each_load_and_not_at_registration(name, tmp_path):
         calls.append(1)
         (tmp_path / "made.json").write_text(json.dumps(fruit_json()))
 
-    register_ov_dataset(name, lambda: tmp_path / "made.json", lambda: tmp_path, FRUIT, prepare=prepare)
+    register_dataset(name, lambda: tmp_path / "made.json", lambda: tmp_path, FRUIT, prepare=prepare)
     assert not calls
     assert len(DatasetCatalog.get(name)) == len(DatasetCatalog.get(name)) == 3
     assert len(calls) == 2
 
 
 def test_a_name_is_registered_once(name, tmp_path):
-    register_ov_dataset(name, "a.json", "a", FRUIT)
+    register_dataset(name, "a.json", "a", FRUIT)
     with pytest.raises(UsageError, match=name):
-        register_ov_dataset(name, "a.json", "a", FRUIT)
+        register_dataset(name, "a.json", "a", FRUIT)

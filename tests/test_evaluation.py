@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ovdet2.data.datasets.coco_json import Split, register_ov_dataset
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError, NumericalError, UsageError
 from ovdet2.evaluation import OpenVocabularyEvaluator, format_table, ov_evaluator
 from ovdet2.evaluation.coco_ap import class_average_precision, mean_of
@@ -142,7 +143,7 @@ def make_evaluator(tmp_path):
         names.append(name)
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(data))
-        register_ov_dataset(name, path, tmp_path, split)
+        register_dataset(name, path, tmp_path, split)
         evaluator = OpenVocabularyEvaluator(name, tmp_path / folder, **options)
         evaluator.reset()
         return evaluator

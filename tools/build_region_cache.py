@@ -23,8 +23,8 @@ from detectron2.layers import nms
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import ovdet2.data.datasets  # noqa: F401  registers the data sets
 from ovdet2.config import load_config
+from ovdet2.data.datasets import split_of
 from ovdet2.data.images import read_image
 from ovdet2.data.mapper import require_annotated_size
 from ovdet2.data.records import load_records
@@ -45,7 +45,7 @@ def main(argv=None):
     args = parse_args(argv)
     cfg = detector_config(args)
     records = sorted(load_records([args.dataset], "--dataset", False, base_only=True), key=lambda r: r["image_id"])
-    if MetadataCatalog.get(args.dataset).get("ov_split") is None:
+    if split_of(args.dataset) is None:
         raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
     teacher = build_teacher(cfg).to(cfg.MODEL.DEVICE)
     model = load_detector(cfg, args.dataset, teacher)
@@ -148,7 +148,7 @@ def load_detector(cfg, dataset, teacher):
             f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "
             "ovdet2 trained."
         )
-    split = MetadataCatalog.get(dataset).ov_split
+    split = split_of(dataset)
     leaked = sorted({clean_name(name) for _, name in split.novel} & model.vocabulary.trained_base_names)
     if leaked:
         raise DataError(

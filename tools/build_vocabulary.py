@@ -70,11 +70,9 @@ def wanted_classes(args):
     if args.words:
         return parse_words(args.words), None, None
     if args.dataset:
-        from detectron2.data import MetadataCatalog
+        from ovdet2.data.datasets import split_of
 
-        import ovdet2.data.datasets  # noqa: F401  registers them
-
-        split = MetadataCatalog.get(args.dataset).get("ov_split")
+        split = split_of(args.dataset)
         if split is None:
             raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
         return split.names, split.base_mask, split.category_ids

@@ -11,11 +11,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
-import ovdet2.data.datasets  # noqa: F401  registers them
+from ovdet2.data.datasets import split_of
 from ovdet2.data.images import read_image
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
@@ -28,7 +28,7 @@ from ovdet2.vocabulary import Vocabulary
 def main(argv=None):
     """Command line; returns {"accuracy-novel": percent, "accuracy-base": percent, ...}."""
     args = parse_args(argv)
-    split = MetadataCatalog.get(args.dataset).get("ov_split")
+    split = split_of(args.dataset)
     if split is None:
         raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
     teacher = Teacher.load(args.architecture, args.pretrained, args.device)

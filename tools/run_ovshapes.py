@@ -20,7 +20,7 @@ from pathlib import Path
 
 import ovdet2
 from ovdet2.config import load_config
-from ovdet2.data.datasets.coco_json import data_root
+from ovdet2.data.datasets.register import data_root
 from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import read_json, sha256_file, write_json, write_text

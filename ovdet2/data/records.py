@@ -6,6 +6,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
 
+from ovdet2.data.datasets.register import split_of
 from ovdet2.errors import DataError, OVDetError, UsageError
 
 _SHOWN = 5  # image ids named in an error message
@@ -57,7 +58,7 @@ def _joined_records(names, filter_empty, base_only):
     joined = []
     for name in names:
         records = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
-        split = MetadataCatalog.get(name).get("ov_split")
+        split = split_of(name)
         if base_only and split is not None:
             require_base_only(name, records, split)
         joined.extend(records)
@@ -105,7 +106,7 @@ def require_one_base(cfg):
         UsageError: two data sets have different base classes, or one has a split and another has none.
     """
     names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
-    splits = [MetadataCatalog.get(name).get("ov_split") for name in names]
+    splits = [split_of(name) for name in names]
     bases = [None if split is None else split.base for split in splits]
     for name, base in zip(names, bases):
         if base != bases[0]:

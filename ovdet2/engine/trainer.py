@@ -209,7 +209,7 @@ class Trainer(DefaultTrainer):
         if kind != "ov_coco":
             raise UsageError(
                 f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates 'ov_coco': register it "
-                "with ovdet2.data.datasets.coco_json.register_ov_dataset."
+                "with ovdet2.data.datasets.register_ov_dataset."
             )
         folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
         return OpenVocabularyEvaluator(dataset_name, folder, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)

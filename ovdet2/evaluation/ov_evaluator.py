@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
+from ovdet2.data.datasets.register import split_of
 from ovdet2.errors import DataError, NumericalError, UsageError
 from ovdet2.evaluation.coco_ap import class_average_precision
 from ovdet2.evaluation.prediction_files import PredictionWriter, merge, read_merged
@@ -44,10 +45,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
 
     def __init__(self, dataset_name, output_dir, max_detections=100):
         metadata = MetadataCatalog.get(dataset_name)
-        if not hasattr(metadata, "ov_split"):
+        self._split = split_of(dataset_name)
+        if self._split is None:
             raise UsageError(f"data set {dataset_name!r} has no base / novel split: use register_ov_dataset.")
         self._dataset_name, self._output_dir, self._max_detections = dataset_name, Path(output_dir), max_detections
-        self._split = metadata.ov_split
         records = DatasetCatalog.get(dataset_name)
         self._json_file = Path(metadata.json_file)
         self._truth = {record["image_id"]: _truth_of(record) for record in records}

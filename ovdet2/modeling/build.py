@@ -3,8 +3,7 @@
 import functools
 import logging
 
-from detectron2.data import MetadataCatalog
-
+from ovdet2.data.datasets import split_of
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import ClosedSetClassifier, TextClassifier
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
@@ -34,10 +33,8 @@ def build_teacher(cfg):
 
 def dataset_split(cfg):
     """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first test set (else the first training set)."""
-    import ovdet2.data.datasets  # noqa: F401  registers them
-
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        split = MetadataCatalog.get(name).get("ov_split")
+        split = split_of(name)
         if split is None:
             raise UsageError(f"the data set {name!r} has no base/novel split: register it with register_ov_dataset.")
         return split

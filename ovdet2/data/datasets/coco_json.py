@@ -1,4 +1,4 @@
-"""Data sets in COCO's json format with a base / novel split: filtering, validated loading, registration.
+"""Data sets in COCO's json format, and LVIS's, with a base / novel split: filtering and validated loading.
 
 Category ids in files are the data set's own ("dataset category ids", sparse in COCO). Detectron2 records carry
 contiguous ids, base classes first (0..B-1), then novel (B..K-1); the two are mapped by id, never by position.
@@ -9,7 +9,6 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ovdet2.errors import DataError, UsageError
@@ -29,8 +28,10 @@ class Split:
         novel: the same for B..K-1; may be empty.
         groups: extra rows of the report: {row name: dataset category ids}.
 
+    A split without base classes is a transfer target: a detector is tested on it, none is trained.
+
     Raises:
-        UsageError: no base class, an id or a name given twice, or a group with an id that is not in the split.
+        UsageError: no class, an id or a name given twice, or a group with an id that is not in the split.
     """
 
     name: str
@@ -39,8 +40,8 @@ class Split:
     groups: dict = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        if not self.base:
-            raise UsageError(f"split {self.name!r} has no base class: give at least one (category id, name) pair.")
+        if not self.category_ids:
+            raise UsageError(f"split {self.name!r} has no class: give at least one (category id, name) pair.")
         for kind, values in (("category id", self.category_ids), ("class name", self.names)):
             twice = sorted({str(value) for value in values if values.count(value) > 1})
             if twice:
@@ -72,11 +73,6 @@ class Split:
     def id_to_contiguous(self):
         """Dict of dataset category id to contiguous id 0..K-1."""
         return {category_id: index for index, category_id in enumerate(self.category_ids)}
-
-
-def data_root():
-    """The folder of all data sets: $DETECTRON2_DATASETS, or ``datasets`` below the working folder."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def filter_coco_json(data, category_ids, keep_images="annotated", source="the annotation json"):
@@ -128,30 +124,46 @@ def filter_coco_json(data, category_ids, keep_images="annotated", source="the an
     return filtered, report
 
 
-def load_ov_json(json_file, image_root, split, base_only=False):
-    """Read a COCO json as Detectron2's standard dataset dicts, after checking every record.
+def load_ov_json(json_file, image_root, split, base_only=False, masks=False, federated=False):
+    """Read a COCO or LVIS json as Detectron2's standard dataset dicts, after checking every record.
 
-    The boxes alone are taken (no masks). The file is parsed once, which is why Detectron2's own reader, that would
-    parse it again after the checks, is not called.
+    The file is parsed once, which is why Detectron2's own readers, that would parse it again after the checks, are not
+    called.
 
     Args:
         json_file: annotation file.
         image_root: folder the "file_name" entries are relative to; may be a symbolic link.
         split: the :class:`Split` its category ids belong to.
-        base_only: refuse annotations of novel classes (training data).
+        base_only: refuse labels of novel classes (training data).
+        masks: take the segmentations, too, and refuse a box without one.
+        federated: an LVIS json. The last two parts of "coco_url", where an image has one, stand for "file_name", and
+            the image's "neg_category_ids" and "not_exhaustive_category_ids" are taken.
 
     Returns:
-        list of dicts by ascending image id: file_name, height, width, image_id, and annotations with bbox
-        (x, y, width, height in pixels), bbox_mode, iscrowd and the contiguous, base-first category_id.
+        list of dicts by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
+        dataset category ids, and annotations with id, bbox (x, y, width, height in pixels), bbox_mode, area (square
+        pixels, of the mask where the file says so), iscrowd, the contiguous, base-first category_id, and with ``masks``
+        the segmentation: polygons, or a run-length code.
 
     Raises:
         DataError: missing or damaged file; no images; an image without id, file name, width or height, or given
             twice; a file name that leaves ``image_root``; an annotation given twice, of an unknown image or category,
             of a novel class although ``base_only``, or whose box is not four finite numbers, has no area, or lies
-            outside of its image; a category whose name is not the split's.
+            outside of its image; a mask that is missing or not of COCO's form; a federated list that is missing or
+            names a novel class although ``base_only``; a category whose name is not the split's.
     """
-    data = read_json(json_file, remedy="check the path, or prepare the data set as datasets/README.md says")
-    require_lists(data, json_file)
+    return records_of(read_coco_json(json_file), json_file, image_root, split, base_only, masks, federated)
+
+
+def read_coco_json(path, remedy="check the path, or prepare the data set as datasets/README.md says"):
+    """A parsed json with COCO's three lists; DataError when the file is missing, damaged or something else."""
+    data = read_json(path, remedy)
+    require_lists(data, path)
+    return data
+
+
+def records_of(data, json_file, image_root, split, base_only=False, masks=False, federated=False):
+    """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is what messages call it."""
     faults, contiguous = _Faults(json_file), split.id_to_contiguous
     for category in data["categories"]:
         position = contiguous.get(_integer(category.get("id")))
@@ -163,63 +175,13 @@ def load_ov_json(json_file, image_root, split, base_only=False):
             )
     if not data["images"]:
         raise DataError(f"{json_file} has no images: check that it is the right file and was filtered as intended.")
-    records = _image_records(data["images"], str(image_root), faults)
-    _attach_annotations(data["annotations"], records, split, base_only, faults)
+    records = _image_records(data["images"], str(image_root), federated, faults)
+    if federated:
+        novel = {category_id for category_id, _ in split.novel} if base_only else set()
+        _attach_federated_lists(data["images"], records, novel, faults)
+    _attach_annotations(data["annotations"], records, split, base_only, masks, faults)
     faults.raise_if_any()
     return [records[image_id] for image_id in sorted(records)]
-
-
-def register_ov_dataset(
-    name, json_file, image_root, split, prepare=None, base_only=False, remedy="see datasets/README.md"
-):
-    """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog. No file is read here.
-
-    Metadata: thing_classes (K names, base first), thing_dataset_id_to_contiguous_id, evaluator_type "ov_coco",
-    ov_split, ov_files (a callable giving (json path, image root) as they resolve now), and, once loaded,
-    json_file and image_root.
-
-    Args:
-        name: name for DATASETS.TRAIN / DATASETS.TEST.
-        json_file: path, or callable returning one; a relative path is below :func:`data_root` at the time of loading.
-        image_root: the same for the folder of images.
-        split: :class:`Split`.
-        prepare: optional callable without arguments, called before each load: it makes what is absent and refuses what
-            is out of date. Several processes may call it at once, so it does its own locking.
-        base_only: refuse annotations of novel classes; give True for training data.
-        remedy: what to do when the data set is missing, such as the command that makes it.
-
-    Raises:
-        UsageError: the name is taken.
-    """
-    if name in DatasetCatalog.list():
-        raise UsageError(f"a data set named {name!r} is registered already: choose another name.")
-
-    def files():
-        return tuple(_resolve(path) for path in (json_file, image_root))
-
-    def load():
-        json_path, image_path = files()
-        if prepare is not None:
-            prepare()
-        for path in (json_path, image_path):
-            if not path.exists():
-                raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
-        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
-        MetadataCatalog.get(name).__dict__.update(json_file=str(json_path), image_root=str(image_path))
-        return load_ov_json(json_path, image_path, split, base_only)
-
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.get(name).set(
-        thing_classes=list(split.names),
-        thing_dataset_id_to_contiguous_id=split.id_to_contiguous,
-        evaluator_type="ov_coco",
-        ov_split=split,
-        ov_files=files,
-    )
-
-
-def _resolve(path):
-    return data_root() / (path() if callable(path) else path)
 
 
 def require_lists(data, source):
@@ -231,11 +193,13 @@ def require_lists(data, source):
             raise DataError(f"{source} has entries of {key!r} that are not objects: check the file.")
 
 
-def _image_records(images, image_root, faults):
+def _image_records(images, image_root, federated, faults):
     """Dict of image id to Detectron2 record without annotations; faults are collected."""
     records = {}
     for image in images:
         image_id, name = _integer(image.get("id")), image.get("file_name")
+        if federated and isinstance(image.get("coco_url"), str):
+            name = "/".join(image["coco_url"].split("/")[-2:])  # LVIS v1 names its images by their address alone
         if image_id is None:
             faults.add("images without an integer id, file name", name, "give each image its own integer id")
             continue
@@ -259,7 +223,27 @@ def _image_records(images, image_root, faults):
     return records
 
 
-def _attach_annotations(annotations, records, split, base_only, faults):
+def _attach_federated_lists(images, records, novel, faults):
+    """Copy LVIS's two lists of category ids to the records; ``novel`` ids among the negatives are faults."""
+    for image in images:
+        record = records.get(_integer(image.get("id")))
+        if record is None:
+            continue
+        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+            ids = image.get(key)
+            if not isinstance(ids, list) or any(_integer(category_id) is None for category_id in ids):
+                faults.add(f"images without a list of integers {key}, id", image["id"], "use a json of LVIS")
+                continue
+            record[key] = ids
+        if novel.intersection(record.get("neg_category_ids", ())):
+            faults.add(
+                "images with novel classes among neg_category_ids in training data, id",
+                image["id"],
+                "make the file with datasets/prepare_ov_lvis.py",
+            )
+
+
+def _attach_annotations(annotations, records, split, base_only, masks, faults):
     """Append checked annotations to their records."""
     contiguous, base_count, seen = split.id_to_contiguous, len(split.base), set()
     for annotation in annotations:
@@ -291,15 +275,41 @@ def _attach_annotations(annotations, records, split, base_only, faults):
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1):
             faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "mend or drop them")
+        area = annotation.get("area")
         record["annotations"].append(
             {
                 "id": annotation_id,
                 "bbox": box,
                 "bbox_mode": BoxMode.XYWH_ABS,
+                "area": area if _is_positive(area) or fault else float(box[2] * box[3]),
                 "category_id": category,
                 "iscrowd": int(crowd == 1),
             }
         )
+        if masks:
+            segmentation = annotation.get("segmentation")
+            if not is_segmentation(segmentation):
+                faults.add("masks that are missing or malformed, annotation id", annotation_id, "mend or drop them")
+            record["annotations"][-1]["segmentation"] = segmentation
+
+
+def is_segmentation(value):
+    """Whether ``value`` has COCO's form of a mask: polygons of at least 3 points, or a run-length code."""
+    if isinstance(value, dict):
+        size, counts = value.get("size"), value.get("counts")
+        return (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(_is_positive(side) for side in size)
+            and isinstance(counts, (str, list))
+            and len(counts) > 0
+        )
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
+        and all(_is_finite(number) for polygon in value for number in polygon)
+    )
 
 
 def _box_fault(box):

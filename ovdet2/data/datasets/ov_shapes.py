@@ -4,7 +4,8 @@ Its classes carry the sparse category ids of OV-COCO, base on base and novel on 
 the same and is tested without COCO.
 """
 
-from ovdet2.data.datasets.coco_json import Split, data_root, register_ov_dataset
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import data_root, register_dataset
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
 
@@ -29,7 +30,7 @@ def _prepare():
 
 
 for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all", "val2017", False)):
-    register_ov_dataset(
+    register_dataset(
         f"ov_shapes_{_name}",
         f"ov_shapes/annotations/ov_shapes_{_name}.json",
         f"ov_shapes/{_images}",

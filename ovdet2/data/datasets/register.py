@@ -1,0 +1,174 @@
+"""Registration of data sets in Detectron2's catalogs. No file is read before a data set is asked for."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ovdet2.data.datasets.coco_json import Split, first_few, read_coco_json, records_of
+from ovdet2.errors import DataError, UsageError
+
+METRICS = ("ov_coco", "ov_lvis", "ov_voc")
+_SPLITS = {}  # (data set, json path, time of its last change) -> Split, where the json defines it
+
+
+def data_root():
+    """The folder of all data sets: $DETECTRON2_DATASETS, or ``datasets`` below the working folder."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def register_ov_dataset(name, json_file, image_root, base_names, novel_names=(), **options):
+    """Register a data set of your own, whose classes are told apart by their names.
+
+    Args:
+        name: name for DATASETS.TRAIN / DATASETS.TEST.
+        json_file: COCO-format annotations; a relative path is below :func:`data_root`.
+        image_root: folder its "file_name" entries are relative to; likewise.
+        base_names: class names, as in the json's "categories", that a detector is trained on.
+        novel_names: those it only meets at test. Categories of the json in neither list may have no annotations.
+        options: of :func:`register_dataset`; give ``base_only=True`` for training data.
+
+    Raises:
+        UsageError: the data set's name is taken. On loading: a class name that the json does not have, or has twice.
+    """
+    split = partial(split_by_names, name, tuple(base_names), tuple(novel_names))
+    register_dataset(name, json_file, image_root, split, **options)
+
+
+def register_dataset(
+    name,
+    json_file,
+    image_root,
+    split,
+    *,
+    metric="ov_coco",
+    prepare=None,
+    base_only=False,
+    masks=False,
+    remedy="see datasets/README.md",
+):
+    """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
+
+    Metadata: evaluator_type (``metric``), ov_masks, ov_files (a callable giving (json path, image root) as they resolve
+    now), and, where the split is known or once the data set is loaded, thing_classes (K names, base first) and
+    thing_dataset_id_to_contiguous_id; once loaded also json_file and image_root. The split is asked of
+    :func:`split_of`.
+
+    Args:
+        name: name for DATASETS.TRAIN / DATASETS.TEST.
+        json_file: path, or callable returning one; a relative path is below :func:`data_root` at the time of loading.
+        image_root: the same for the folder of images.
+        split: :class:`~ovdet2.data.datasets.coco_json.Split`, or a function of (category records, source) that reads
+            it from the json, such as :func:`~ovdet2.data.datasets.lvis_split.frequency_split`.
+        metric: "ov_coco", "ov_lvis" (an LVIS json: federated lists are read) or "ov_voc".
+        prepare: optional callable without arguments, called before each load: it makes what is absent and refuses what
+            is out of date. Several processes may call it at once, so it does its own locking.
+        base_only: refuse labels of novel classes; give True for training data.
+        masks: load segmentations as well.
+        remedy: what to do when the data set is missing, such as the command that makes it.
+
+    Raises:
+        UsageError: the name is taken, or there is no such metric.
+    """
+    if name in DatasetCatalog.list():
+        raise UsageError(f"a data set named {name!r} is registered already: choose another name.")
+    if metric not in METRICS:
+        raise UsageError(f"the metric of {name!r} is {metric!r}: choose one of {', '.join(METRICS)}.")
+
+    def files():
+        return tuple(data_root() / (path() if callable(path) else path) for path in (json_file, image_root))
+
+    def prepared_files():
+        if prepare is not None:
+            prepare()
+        for path in files():
+            if not path.exists():
+                raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
+        return files()
+
+    def load():
+        json_path, image_path = prepared_files()
+        data = read_coco_json(json_path)
+        found = split(data["categories"], json_path) if callable(split) else split
+        records = records_of(data, json_path, image_path, found, base_only, masks, federated=metric == "ov_lvis")
+        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+        MetadataCatalog.get(name).__dict__.update(
+            json_file=str(json_path), image_root=str(image_path), **_class_metadata(found)
+        )
+        if callable(split):
+            _SPLITS[_stamp(name, json_path)] = found
+        return records
+
+    def resolve_split():
+        if not callable(split):
+            return split
+        json_path, _ = prepared_files()
+        stamp = _stamp(name, json_path)
+        if stamp not in _SPLITS:
+            _SPLITS[stamp] = split(read_coco_json(json_path)["categories"], json_path)
+        return _SPLITS[stamp]
+
+    DatasetCatalog.register(name, load)
+    metadata = MetadataCatalog.get(name)
+    metadata.set(evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
+    if not callable(split):
+        metadata.set(**_class_metadata(split))
+
+
+def split_of(name):
+    """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set; None for one not registered here.
+
+    Raises:
+        DataError: its json, which defines the split, is missing or damaged.
+    """
+    resolve = MetadataCatalog.get(name).get("ov_split")
+    return None if resolve is None else resolve()
+
+
+def split_by_names(title, base_names, novel_names, categories, source):
+    """The split of a json whose classes are told apart by their names.
+
+    Args:
+        title: what reports call the split.
+        base_names, novel_names: class names, in the order of the contiguous ids.
+        categories: category records of the json.
+        source: what error messages call it.
+
+    Raises:
+        UsageError: a name the json does not have, or has twice; or a name in both lists.
+    """
+    ids = {}
+    for category in categories:
+        ids.setdefault(category.get("name"), []).append(category.get("id"))
+    wanted = (*base_names, *novel_names)
+    absent = [name for name in wanted if name not in ids]
+    if absent:
+        raise UsageError(
+            f"{source} has no category named {first_few(absent)}; it has {first_few(sorted(map(str, ids)))}: give the "
+            "names as they stand there."
+        )
+    twice = [name for name in wanted if len(ids[name]) > 1]
+    if twice:
+        raise UsageError(f"{source} has several categories named {first_few(twice)}: rename them in the json.")
+    base, novel = (tuple((ids[name][0], name) for name in names) for names in (base_names, novel_names))
+    return Split(title, base, novel)
+
+
+def all_novel(title, categories, source):
+    """The split of a transfer target: every class of the json, by ascending id, is novel."""
+    try:
+        return Split(title, (), tuple(sorted((category["id"], category["name"]) for category in categories)))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{source} has a category without id or name ({error}): mend it.") from None
+
+
+def _class_metadata(split):
+    return {
+        "thing_classes": list(split.names),
+        "thing_dataset_id_to_contiguous_id": split.id_to_contiguous,
+    }
+
+
+def _stamp(name, json_path):
+    return name, str(json_path), json_path.stat().st_mtime_ns
