@@ -41,7 +41,14 @@ def get_cfg():
     cfg.MODEL.OVD.CLASSIFIER = "text"
     # tau of the softmax over cosines, in training and at test.
     cfg.MODEL.OVD.TEMPERATURE = 0.01
-    # Weight of the classifier's cross-entropy; 0 leaves naming to distillation alone (ViLD-image).
+    # "softmax": cross-entropy over the base words and a background (ViLD). "sigmoid": each word for itself, without
+    # background, with a learned bias.
+    cfg.MODEL.OVD.CLS_LOSS = "softmax"
+    # With "sigmoid": words that take part in the loss of a batch, those annotated in it and others drawn by the number
+    # of their training images to the power FEDERATED_POWER (federated loss, for LVIS); 0: all base words do.
+    cfg.MODEL.OVD.FEDERATED_WORDS = 0
+    cfg.MODEL.OVD.FEDERATED_POWER = 0.5
+    # Weight of the classifier's loss; 0 leaves naming to distillation alone (ViLD-image).
     cfg.MODEL.OVD.CLS_LOSS_WEIGHT = 1.0
     # Test-time second opinion on every proposal: "none"; "image", the distilled embedding against the words without
     # background (ViLD-image, ViLD-ensemble); "crops", the teacher on cropped proposals, a slow reference.
@@ -74,6 +81,10 @@ def get_cfg():
     # Unreadable training images tolerated (each logged once) by one training process before the run stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
+    # Words the detector is asked for beside those of the test set, though no annotation has them: a list, or
+    # ["coco_unused"] for the 15 COCO classes that OV-COCO leaves out. Their detections take part in the cut to
+    # DETECTIONS_PER_IMAGE and are then dropped; the report names them.
+    cfg.TEST.DISTRACTORS = []
     # Proposals kept per image to report recall (AR@100, AR@300) on base and on novel boxes; 0 switches it off.
     cfg.TEST.PROPOSALS_PER_IMAGE = 300
     return cfg

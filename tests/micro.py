@@ -74,7 +74,8 @@ def model(words=None, config=None, region_scorer=None):
         for number, parameter in enumerate(network.parameters()):
             if parameter.ndim > 1:
                 parameter.copy_(wave(parameter.shape, 0.3 + 0.01 * number) * (1.5 / parameter[0].numel() ** 0.5))
-        heads.box_predictor.cls_score.background.copy_(wave((8,), 0.9))
+        if config.MODEL.OVD.CLS_LOSS == "softmax":
+            heads.box_predictor.cls_score.background.copy_(wave((8,), 0.9))
     return network.eval()
 
 

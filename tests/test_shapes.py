@@ -72,13 +72,13 @@ def test_category_ids_are_those_of_ov_coco():
 
 def test_one_seed_gives_one_data_set_whatever_the_order_of_work(small):
     _, manifest = small
-    data, pixels = generate.draw_split(0, "val2017", COUNTS["val2017"], workers=2)
+    data, pixels, _ = generate.draw_split(0, "val2017", COUNTS["val2017"], workers=2)
     assert pixels == manifest["pixels_sha256"]["val2017"]
     assert generate.annotations_hash(data) == manifest["annotations_sha256"]["val2017"]
     alone = detection_scene(0, "val2017", 5)
     detection_scene(0, "val2017", 2)
     assert np.array_equal(alone.image, detection_scene(0, "val2017", 5).image)
-    other, other_pixels = generate.draw_split(1, "val2017", COUNTS["val2017"])
+    other, other_pixels, _ = generate.draw_split(1, "val2017", COUNTS["val2017"])
     assert other_pixels != pixels
     assert generate.annotations_hash(other) != generate.annotations_hash(data)
 
@@ -168,6 +168,29 @@ def test_lvis_form(small):
         assert image["neg_category_ids"] and not present & set(image["neg_category_ids"])
         assert set(image["not_exhaustive_category_ids"]) <= present
     assert read(folder, "lvis_v1_val.json")["categories"] == lvis["categories"]
+
+
+def test_lvis_masks_are_the_visible_pixels(small):
+    from pycocotools.mask import decode, toBbox
+
+    folder, _ = small
+    scene = detection_scene(0, "val2017", 0)
+    annotations = [a for a in read(folder, "lvis_v1_val.json")["annotations"] if a["image_id"] == 1]
+    for annotation, mask in zip(annotations, scene.masks, strict=True):
+        assert np.array_equal(decode(annotation["segmentation"]), mask)
+        assert toBbox(annotation["segmentation"]).tolist() == annotation["bbox"] and mask.sum() == annotation["area"]
+
+
+def test_a_folder_of_before_the_masks_gets_them(small, tmp_path, monkeypatch):
+    from detectron2.data import DatasetCatalog
+
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    generate.ensure_generated(tmp_path, counts={"train2017": 3, "val2017": 2}, workers=1)
+    (tmp_path / "ov_shapes" / "annotations" / "ov_lvis_train_base.json").unlink()
+    records = DatasetCatalog.get("ov_shapes_lvis_train_base")
+    assert [record["file_name"][-26:] for record in records] == [f"train2017/{i:012d}.jpg" for i in (1, 2, 3)]
+    assert all(annotation["category_id"] < 48 for record in records for annotation in record["annotations"])
+    assert all("counts" in annotation["segmentation"] for record in records for annotation in record["annotations"])
 
 
 def test_finished_data_is_kept_cut_short_is_redone_and_other_seed_refused(tmp_path):

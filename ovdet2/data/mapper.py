@@ -44,13 +44,18 @@ class OpenVocabularyMapper(DatasetMapper):
 
         Raises:
             UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
-                MODEL.MASK_ON, since the registered data sets carry boxes alone.
+                MODEL.MASK_ON for a training set without masks.
             CacheError: the region cache is incomplete, or of another teacher or data set.
         """
         if cfg.MODEL.LOAD_PROPOSALS:
             raise UsageError("MODEL.LOAD_PROPOSALS reads pickled files, which ovdet2 does not open: set it to False.")
         if is_train and cfg.MODEL.MASK_ON:
-            raise UsageError("MODEL.MASK_ON is True, but the registered data sets carry boxes alone: set it to False.")
+            maskless = [name for name in cfg.DATASETS.TRAIN if not MetadataCatalog.get(name).get("ov_masks")]
+            if maskless:
+                raise UsageError(
+                    f"MODEL.MASK_ON is True, but {', '.join(maskless)} carries boxes alone: set it to False, or "
+                    "register the data set with masks=True."
+                )
         return super().from_config(cfg, is_train) | {
             "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
             "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,

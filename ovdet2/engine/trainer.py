@@ -13,6 +13,7 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
+from ovdet2.data.datasets.register import METRICS
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
@@ -206,10 +207,10 @@ class Trainer(DefaultTrainer):
         from ovdet2.evaluation import OpenVocabularyEvaluator
 
         kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
-        if kind != "ov_coco":
+        if kind not in METRICS:
             raise UsageError(
-                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates 'ov_coco': register it "
-                "with ovdet2.data.datasets.register_ov_dataset."
+                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates {', '.join(METRICS)}: "
+                "register it with ovdet2.data.datasets.register_ov_dataset."
             )
         folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
         return OpenVocabularyEvaluator(dataset_name, folder, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)

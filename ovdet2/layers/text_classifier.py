@@ -3,6 +3,8 @@
 Shapes: R regions, C channels, K words, B base words, D embedding dimension.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -31,23 +33,32 @@ class EmbeddingProjection(nn.Linear):
 class TextClassifier(nn.Module):
     """Logits ``cos(e, [t_1 .. t_K, e_bg]) / tau`` with a learned background embedding (ViLD Eq. 2).
 
+    With ``per_word`` each word is a decision of its own, ``cos(e, t_k) / tau + b`` for a sigmoid, and the background
+    has no embedding: its logit is 0, which wins where no word reaches a probability of one half.
+
     In training only the B base columns and the background exist; at test the whole vocabulary does.
     """
 
-    def __init__(self, input_dim, vocabulary, temperature=0.01):
+    def __init__(self, input_dim, vocabulary, temperature=0.01, per_word=False):
         """
         Args:
             input_dim: C.
             vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; B in training is read from it.
             temperature: tau > 0, the same in training and at test.
+            per_word: logits for a sigmoid instead of a softmax.
         """
         super().__init__()
         dim = vocabulary.embeddings.shape[1]
         self.vocabulary = vocabulary
         self.temperature = temperature
         self.projection = EmbeddingProjection(input_dim, dim)
-        self.background = nn.Parameter(torch.empty(dim))
-        nn.init.normal_(self.background, std=0.01)
+        self.per_word = per_word
+        if per_word:
+            # A probability of 0.01 at the start, as for focal loss: else the many negatives drown the first steps.
+            self.bias = nn.Parameter(torch.tensor(math.log(0.01 / 0.99)))
+        else:
+            self.background = nn.Parameter(torch.empty(dim))
+            nn.init.normal_(self.background, std=0.01)
 
     @property
     def num_training_classes(self):
@@ -72,9 +83,12 @@ class TextClassifier(nn.Module):
             Tensor [R, B + 1] in training, [R, K + 1] at test; background last; float32.
         """
         words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
-        columns = torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):  # half precision cannot resolve cos / 0.01
+            if self.per_word:
+                logits = embeddings @ words.T / self.temperature + self.bias
+                return F.pad(logits, (0, 1))
+            columns = torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
             return embeddings @ columns.T / self.temperature
 
 

@@ -1,5 +1,8 @@
 """The vocabulary as buffers of the model: moved with it, saved in its checkpoints, replaced at will."""
 
+from dataclasses import replace
+
+import torch
 from torch import nn
 
 from ovdet2.errors import DataError, UsageError
@@ -57,7 +60,8 @@ class VocabularyBuffer(nn.Module):
     def adopt_saved_vocabulary(self, saved):
         """Compare with what a checkpoint holds; the vocabulary of this run stays (architecture.md, contract 13).
 
-        The checkpoint's base words are remembered: a word given later counts as base if training saw boxes of it.
+        The checkpoint's base words are remembered: a word given later counts as base if training saw boxes of it. In
+        a vocabulary without base words, that of a transfer target, they are marked as base at once.
 
         Args:
             saved: dict with the checkpoint's "embeddings", "base_mask" and "manifest"; empty: nothing to compare.
@@ -81,6 +85,9 @@ class VocabularyBuffer(nn.Module):
             )
         self.trained_base_names = base_names(trained)
         self.from_checkpoint = True
+        if self.vocabulary.num_base == 0:
+            known = [clean_name(name) in self.trained_base_names for name in self.vocabulary.names]
+            self._store(replace(self.vocabulary, base_mask=torch.tensor(known)))
 
     def _store(self, vocabulary):
         device = self.embeddings.device if self.embeddings is not None else None

@@ -4,6 +4,7 @@ import functools
 import logging
 
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.splits import OV_COCO_UNUSED
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import ClosedSetClassifier, TextClassifier
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
@@ -41,17 +42,28 @@ def dataset_split(cfg):
     raise UsageError("DATASETS.TEST and DATASETS.TRAIN are empty: there are no class names to build a vocabulary from.")
 
 
+def distractors(cfg):
+    """The words of TEST.DISTRACTORS, a tuple; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
+    words = []
+    for word in cfg.TEST.DISTRACTORS:
+        words.extend([name for _, name in OV_COCO_UNUSED] if word == "coco_unused" else [word])
+    return tuple(words)
+
+
 def build_vocabulary(cfg):
     """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's names embedded by the teacher.
 
+    TEST.DISTRACTORS follow as further novel words, whose category ids are -1, -2, ...
+
     Raises:
         DataError: the file is of another teacher than MODEL.TEACHER, or its words are not the data set's.
+        UsageError: a distractor is a class of the data set.
     """
-    split = dataset_split(cfg)
+    split, extra = dataset_split(cfg), distractors(cfg)
+    names, base_mask = (*split.names, *extra), (*split.base_mask, *(False for _ in extra))
     if not cfg.MODEL.VOCABULARY.FILE:
-        return Vocabulary.build(
-            split.names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, split.base_mask, split.category_ids
-        )
+        ids = (*split.category_ids, *range(-1, -1 - len(extra), -1))
+        return Vocabulary.build(names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, base_mask, ids)
     path = cfg.MODEL.VOCABULARY.FILE
     vocabulary = Vocabulary.load(path)
     configured = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
@@ -62,11 +74,11 @@ def build_vocabulary(cfg):
         logger.warning(
             "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
         )
-    if vocabulary.names != tuple(split.names) or vocabulary.base_mask.tolist() != list(split.base_mask):
-        different = [pair for pair in zip(vocabulary.names, split.names) if pair[0] != pair[1]][:3]
+    if vocabulary.names != names or vocabulary.base_mask.tolist() != list(base_mask):
+        different = [pair for pair in zip(vocabulary.names, names) if pair[0] != pair[1]][:3]
         raise DataError(
-            f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name} has {len(split.names)} "
-            f"({sum(split.base_mask)} base); first differences {different}: "
+            f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name} with TEST.DISTRACTORS "
+            f"has {len(names)} ({sum(base_mask)} base); first differences {different}: "
             "rebuild it with tools/build_vocabulary.py --dataset."
         )
     return vocabulary
@@ -76,7 +88,8 @@ def build_classifier(cfg, input_dim, vocabulary):
     """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.VocabularyBuffer`."""
     kind = cfg.MODEL.OVD.CLASSIFIER
     if kind == "text":
-        return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE)
+        per_word = cfg.MODEL.OVD.CLS_LOSS == "sigmoid"
+        return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE, per_word=per_word)
     if kind == "closed_set":
         return ClosedSetClassifier(input_dim, vocabulary)
     raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')

@@ -5,6 +5,7 @@ the same and is tested without COCO.
 """
 
 from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.lvis_split import frequency_split
 from ovdet2.data.datasets.register import data_root, register_dataset
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
@@ -37,5 +38,19 @@ for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all"
         OV_SHAPES,
         prepare=_prepare,
         base_only=_base_only,
+        remedy="run python -m ovdet2.data.shapes",
+    )
+
+# The same images and truth in LVIS's form, with masks: rare classes are the novel ones.
+for _name, _json, _base_only in (("train_base", "ov_lvis_train_base", True), ("val", "lvis_v1_val", False)):
+    register_dataset(
+        f"ov_shapes_lvis_{_name}",
+        f"ov_shapes/annotations/{_json}.json",
+        "ov_shapes",
+        frequency_split,
+        metric="ov_lvis",
+        prepare=_prepare,
+        base_only=_base_only,
+        masks=True,
         remedy="run python -m ovdet2.data.shapes",
     )

@@ -52,8 +52,8 @@ def register_dataset(
 
     Metadata: evaluator_type (``metric``), ov_masks, ov_files (a callable giving (json path, image root) as they resolve
     now), and, where the split is known or once the data set is loaded, thing_classes (K names, base first) and
-    thing_dataset_id_to_contiguous_id; once loaded also json_file and image_root. The split is asked of
-    :func:`split_of`.
+    thing_dataset_id_to_contiguous_id; once loaded also json_file, image_root and ov_image_counts (images with each
+    class). The split is asked of :func:`split_of`.
 
     Args:
         name: name for DATASETS.TRAIN / DATASETS.TEST.
@@ -94,7 +94,10 @@ def register_dataset(
         records = records_of(data, json_path, image_path, found, base_only, masks, federated=metric == "ov_lvis")
         # Written past Metadata's write-once rule: the data root may differ from one load to the next.
         MetadataCatalog.get(name).__dict__.update(
-            json_file=str(json_path), image_root=str(image_path), **_class_metadata(found)
+            json_file=str(json_path),
+            image_root=str(image_path),
+            ov_image_counts=_image_counts(records, found),
+            **_class_metadata(found),
         )
         if callable(split):
             _SPLITS[_stamp(name, json_path)] = found
@@ -168,6 +171,14 @@ def _class_metadata(split):
         "thing_classes": list(split.names),
         "thing_dataset_id_to_contiguous_id": split.id_to_contiguous,
     }
+
+
+def _image_counts(records, split):
+    counts = [0] * len(split.names)
+    for record in records:
+        for category in {annotation["category_id"] for annotation in record["annotations"]}:
+            counts[category] += 1
+    return counts
 
 
 def _stamp(name, json_path):

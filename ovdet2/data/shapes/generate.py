@@ -3,7 +3,8 @@
 <root>/ov_shapes/train2017/000000000001.jpg ...     <root>/ov_shapes/val2017/...
 <root>/ov_shapes/annotations/instances_{train,val}2017.json      the whole truth, 65 classes
 <root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json made of them as OV-COCO's are of COCO's
-<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it
+<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it, with masks
+<root>/ov_shapes/annotations/ov_lvis_train_base.json             made of it as OV-LVIS's is of LVIS's
 <root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
 """
 
@@ -14,7 +15,9 @@ import multiprocessing
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from pycocotools.mask import encode
 from tqdm import tqdm
 
 from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES
@@ -33,6 +36,7 @@ ANNOTATION_FILES = (
     "ov_shapes_val_all.json",
     "lvis_v1_train.json",
     "lvis_v1_val.json",
+    "ov_lvis_train_base.json",
 )
 _REDO = "delete that folder and run python -m ovdet2.data.shapes --root with its parent folder"
 
@@ -77,6 +81,8 @@ def ensure_generated(root, seed=0, counts=None, workers=2):
 def ensure_current(root):
     """Generate the benchmark below ``root`` if nothing is there; keep one of any seed or size that this version drew.
 
+    Annotation files that are missing, as in a folder of before they existed, are made again, of the same seed and size.
+
     Raises:
         DataError: another version of ovdet2 drew it, so its figures are not comparable.
     """
@@ -84,9 +90,12 @@ def ensure_current(root):
     if not manifest_file.is_file():
         ensure_generated(root)
         return
-    schema = read_json(manifest_file, _REDO).get("schema")
-    if schema != SCHEMA:
-        raise DataError(f"{manifest_file.parent} is OV-Shapes of {schema}, this version draws {SCHEMA}: {_REDO}.")
+    manifest = read_json(manifest_file, _REDO)
+    if manifest.get("schema") != SCHEMA:
+        raise DataError(
+            f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
+        )
+    ensure_generated(root, manifest["seed"], manifest["images"])
 
 
 def draw_split(seed, split, count, workers=1, folder=None):
@@ -99,7 +108,8 @@ def draw_split(seed, split, count, workers=1, folder=None):
         folder: where to write the JPEG files; None writes none.
 
     Returns:
-        (data, pixel_hash): COCO json of all 65 classes, and the SHA-256 over the pixels of the images in order.
+        (data, pixel_hash, masks): COCO json of all 65 classes, the SHA-256 over the pixels of the images in order, and
+        the run-length codes of the objects' visible pixels, in the order of the annotations.
     """
     draw = partial(_draw_one, seed, split, folder)
     if workers > 1:
@@ -108,10 +118,11 @@ def draw_split(seed, split, count, workers=1, folder=None):
             drawn = list(tqdm(pool.imap(draw, range(count), chunksize=16), total=count, desc=f"OV-Shapes {split}"))
     else:
         drawn = [draw(index) for index in tqdm(range(count), desc=f"OV-Shapes {split}")]
-    pixels, images, annotations = hashlib.sha256(), [], []
-    for image, objects, digest in drawn:
+    pixels, images, annotations, masks = hashlib.sha256(), [], [], []
+    for image, objects, codes, digest in drawn:
         pixels.update(digest)
         images.append(image)
+        masks.extend(codes)
         for entry in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **entry})
     data = {
@@ -120,7 +131,7 @@ def draw_split(seed, split, count, workers=1, folder=None):
         "annotations": annotations,
         "categories": categories(),
     }
-    return data, pixels.hexdigest()
+    return data, pixels.hexdigest(), masks
 
 
 def categories():
@@ -156,25 +167,38 @@ def _draw_one(seed, split, folder, index):
         )
     height, width = scene.image.shape[:2]
     image = {"id": index + 1, "file_name": name, "height": height, "width": width}
-    return image, objects, hashlib.sha256(scene.image.tobytes()).digest()
+    return (
+        image,
+        objects,
+        [_run_length_code(mask) for mask in scene.masks],
+        hashlib.sha256(scene.image.tobytes()).digest(),
+    )
+
+
+def _run_length_code(mask):
+    """COCO's compressed run-length code of a (H, W) bool mask, ready for json."""
+    code = encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
 
 
 def _generate(folder, seed, counts, workers):
+    from ovdet2.data.datasets.lvis_split import prepare_lvis_train
     from ovdet2.data.datasets.ov_shapes import OV_SHAPES
     from ovdet2.data.datasets.prepare import prepare_split
 
     annotations = folder / "annotations"
-    truth, pixel_hashes = {}, {}
+    truth, masks, pixel_hashes = {}, {}, {}
     for split, count in counts.items():
         (folder / split).mkdir(exist_ok=True)
-        truth[split], pixel_hashes[split] = draw_split(seed, split, count, workers, folder / split)
+        truth[split], pixel_hashes[split], masks[split] = draw_split(seed, split, count, workers, folder / split)
         write_json(annotations / f"instances_{split}.json", truth[split])
     for _ in prepare_split(annotations, FOLDER, OV_SHAPES, remedy=_REDO):
         pass
     novel_ids = {category_id for category_id, _ in OV_SHAPES.novel}
     for split in counts:
-        lvis = lvis_json(truth[split], truth["train2017"], novel_ids, split)
+        lvis = lvis_json(truth[split], masks[split], truth["train2017"], novel_ids, split)
         write_json(annotations / f"lvis_v1_{split.removesuffix('2017')}.json", lvis)
+    prepare_lvis_train(annotations / "lvis_v1_train.json", annotations / "ov_lvis_train_base.json", _REDO)
     manifest = {
         "schema": SCHEMA,
         "seed": seed,

@@ -3,7 +3,7 @@
 import random
 
 
-def lvis_json(data, train, rare_ids, split):
+def lvis_json(data, masks, train, rare_ids, split):
     """Turn a COCO json of the whole truth into LVIS v1 form. Pure and deterministic.
 
     LVIS calls a class rare, common or frequent by its number of training images. Here "r" is exactly the novel classes,
@@ -11,6 +11,7 @@ def lvis_json(data, train, rare_ids, split):
 
     Args:
         data: COCO json of the split.
+        masks: run-length codes of its annotations, in their order.
         train: COCO json of the training split, which the counts and frequencies come from.
         rare_ids: set of novel category ids.
         split: "train2017" or "val2017", the folder of the images.
@@ -18,7 +19,7 @@ def lvis_json(data, train, rare_ids, split):
     Returns:
         dict with images (neg_category_ids: classes verified absent; not_exhaustive_category_ids: classes of which not
         every instance counts as annotated; coco_url), categories (frequency, synonyms, image_count, instance_count,
-        ...) and annotations. There are boxes only, no masks.
+        ...) and annotations, boxes and masks.
     """
     images_of, instances_of = {}, {}
     for annotation in train["annotations"]:
@@ -51,7 +52,10 @@ def lvis_json(data, train, rare_ids, split):
     all_ids = [category["id"] for category in data["categories"]]
     images = [_lvis_image(image, sorted(present[image["id"]]), all_ids, split) for image in data["images"]]
     kept = ("id", "image_id", "category_id", "bbox", "area")
-    annotations = [{key: annotation[key] for key in kept} for annotation in data["annotations"]]
+    annotations = [
+        {**{key: annotation[key] for key in kept}, "segmentation": mask}
+        for annotation, mask in zip(data["annotations"], masks, strict=True)
+    ]
     return {"info": data["info"], "images": images, "categories": categories, "annotations": annotations}
 
 

@@ -5,12 +5,14 @@ Shapes: R regions, C channels, K words.
 
 import torch
 from detectron2.config import configurable
+from detectron2.data import MetadataCatalog
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
+from ovdet2.modeling.losses import federated_words, sigmoid_classification
 
 SECOND_BRANCH_USES = ("fuse", "only", "only_objectness")
 
@@ -20,12 +22,21 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
 
     A second branch leaves its probabilities as ``second_probs`` [R, K] of the proposals; without the field the
     classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
-    positives.
+    positives. With a classifier per word the cross-entropy is binary and may be federated.
     """
 
     @configurable
     def __init__(
-        self, input_shape, *, classifier, second_branch_use="fuse", fusion_base=1 / 3, fusion_novel=2 / 3, **kwargs
+        self,
+        input_shape,
+        *,
+        classifier,
+        second_branch_use="fuse",
+        fusion_base=1 / 3,
+        fusion_novel=2 / 3,
+        federated=0,
+        federated_weights=None,
+        **kwargs,
     ):
         """
         Args:
@@ -33,6 +44,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             classifier: module, [R, C] -> logits with background last; has ``num_training_classes`` and ``vocabulary``.
             second_branch_use: what to do with ``second_probs``, one of SECOND_BRANCH_USES.
             fusion_base, fusion_novel: exponents of the second branch in "fuse".
+            federated: words in the loss of a batch, for a classifier per word; 0: all.
+            federated_weights: Tensor [B] of the draw of words without an annotation in the batch.
             kwargs: of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=classifier.num_training_classes, cls_agnostic_bbox_reg=True, **kwargs)
@@ -44,6 +57,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         self.second_branch_use = second_branch_use
         self.fusion_base = fusion_base
         self.fusion_novel = fusion_novel
+        self.federated = federated
+        self.register_buffer("federated_weights", federated_weights, persistent=False)
 
     @classmethod
     def from_config(cls, cfg, input_shape, classifier):
@@ -55,13 +70,32 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             "second_branch_use": cfg.MODEL.OVD.SECOND_BRANCH_USE,
             "fusion_base": cfg.MODEL.OVD.FUSION_BASE,
             "fusion_novel": cfg.MODEL.OVD.FUSION_NOVEL,
+            "federated": cfg.MODEL.OVD.FEDERATED_WORDS,
+            "federated_weights": federated_weights(cfg, classifier),
         }
 
+    def losses(self, predictions, proposals):
+        """See :class:`FastRCNNOutputLayers`."""
+        losses = super().losses(predictions, proposals)
+        if not getattr(self.cls_score, "per_word", False):
+            return losses
+        labels = torch.cat([p.gt_classes for p in proposals])
+        words = None
+        if self.federated:
+            if self.federated_weights is None:
+                raise UsageError("MODEL.OVD.FEDERATED_WORDS: load DATASETS.TRAIN before the model is built.")
+            words = federated_words(labels, self.federated_weights, self.federated)
+        loss = sigmoid_classification(predictions[0][:, :-1], labels, words)
+        return losses | {"loss_cls": loss * self.loss_weight.get("loss_cls", 1.0)}
+
     def predict_probs(self, predictions, proposals):
-        """Probabilities per image, list of [R, K + 1] with background last, after any fusion."""
+        """Probabilities per image, list of [R, K + 1] with background last (0 if per word), after any fusion."""
         logits, _ = predictions
         counts = [len(p) for p in proposals]
-        probs = F.softmax(logits.float(), dim=1).split(counts)
+        if getattr(self.cls_score, "per_word", False):
+            probs = F.pad(logits[:, :-1].float().sigmoid(), (0, 1)).split(counts)
+        else:
+            probs = F.softmax(logits.float(), dim=1).split(counts)
         return [self._with_second_branch(p, instances) for p, instances in zip(probs, proposals)]
 
     def _with_second_branch(self, probs, proposals):
@@ -105,3 +139,29 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             )
             kept.append(regions)
         return results, kept
+
+
+def federated_weights(cfg, classifier):
+    """Image counts of the training sets' base classes to the power MODEL.OVD.FEDERATED_POWER.
+
+    Returns:
+        Tensor [B]; None without federated loss, or where the training sets have not been loaded, as for a test.
+
+    Raises:
+        UsageError: the loss or its options are unknown, or do not go together.
+    """
+    ovd = cfg.MODEL.OVD
+    if ovd.CLS_LOSS not in ("softmax", "sigmoid"):
+        raise UsageError(f'MODEL.OVD.CLS_LOSS is {ovd.CLS_LOSS!r}: choose "softmax" or "sigmoid".')
+    if ovd.CLS_LOSS == "sigmoid" and ovd.CLASSIFIER != "text":
+        raise UsageError('MODEL.OVD.CLS_LOSS "sigmoid" needs MODEL.OVD.CLASSIFIER "text".')
+    if not ovd.FEDERATED_WORDS:
+        return None
+    if ovd.CLS_LOSS != "sigmoid" or ovd.FEDERATED_WORDS < 0:
+        raise UsageError(
+            f'MODEL.OVD.FEDERATED_WORDS is {ovd.FEDERATED_WORDS}: it needs MODEL.OVD.CLS_LOSS "sigmoid", or be 0.'
+        )
+    counts = [MetadataCatalog.get(name).get("ov_image_counts") for name in cfg.DATASETS.TRAIN]
+    if any(of_set is None for of_set in counts):
+        return None  # no training in this process: the sets have not been loaded
+    return torch.tensor(counts).sum(dim=0)[: classifier.num_training_classes].float() ** ovd.FEDERATED_POWER

@@ -1,0 +1,44 @@
+#!/usr/bin/env python
+"""Make the COCO-format json of PASCAL VOC 2007 test, a transfer target.
+
+    python datasets/prepare_voc.py [--root FOLDER] [--subset test]
+
+Reads Annotations/*.xml and ImageSets/Main/test.txt of the folder VOC2007 and writes voc_2007_test.json into it.
+Running it again changes nothing.
+"""
+
+import argparse
+from pathlib import Path
+
+from ovdet2.data.datasets.register import data_root
+from ovdet2.data.datasets.voc import voc_json
+from ovdet2.errors import exit_on_error
+from ovdet2.files import write_json
+
+# VOC2007 test (Everingham et al. 2010): images, and objects that are not difficult.
+PUBLISHED = (4_952, 12_032)
+
+
+def main(argv=None):
+    """Write the json, print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--root", type=Path, help="VOC folder (default: VOC2007 below $DETECTRON2_DATASETS or datasets)"
+    )
+    parser.add_argument("--subset", default="test", help="list of ImageSets/Main (default: %(default)s)")
+    args = parser.parse_args(argv)
+    folder = args.root or data_root() / "VOC2007"
+    data = voc_json(folder, args.subset)
+    target = folder / f"voc_2007_{args.subset}.json"
+    write_json(target, data)
+    difficult = sum(annotation["iscrowd"] for annotation in data["annotations"])
+    images, objects = len(data["images"]), len(data["annotations"]) - difficult
+    print(f"{target}: written\n  {images:,} images, {objects:,} objects, {difficult:,} difficult ones as crowds")
+    if args.subset == "test":
+        same = (images, objects) == PUBLISHED
+        print("  as published" if same else f"  the official test set has {PUBLISHED[0]:,} and {PUBLISHED[1]:,}")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
