@@ -10,7 +10,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import DataError
 from ovdet2.evaluation.columns import Detections, Truth
-from ovdet2.evaluation.error_analysis import ERROR_KINDS, analyse, image_quality, telling_images
+from ovdet2.evaluation import error_analysis
+from ovdet2.evaluation.error_analysis import ERROR_KINDS, image_quality, telling_images
 from ovdet2.evaluation.matching import OUTCOMES, match
 
 # Sparse ids in no order, as in COCO.
@@ -47,6 +48,11 @@ def make_detections(rows):
         scores=np.array([row[3] for row in rows], dtype=np.float32),
         boxes_xyxy=np.array([row[2] for row in rows], dtype=np.float32).reshape(-1, 4),
     )
+
+
+def analyse(truth, detections, split, **options):
+    """The whole analysis of columns."""
+    return error_analysis.analyse(truth, detections, split, match(truth, detections), **options)
 
 
 def outcomes(truth, rows):

@@ -11,7 +11,7 @@ from collections import Counter
 
 import numpy as np
 
-from ovdet2.evaluation.matching import LEFT_OUT, OUTCOMES, TRUE, match
+from ovdet2.evaluation.matching import LEFT_OUT, OUTCOMES, TRUE
 
 RECALLS = np.linspace(0, 1, 101)
 SUBSETS = ("novel", "base", "all")
@@ -19,23 +19,20 @@ ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "backgroun
 OTHER = "other"  # subset of a detected category that the split does not have, such as a distractor
 
 
-def analyse(truth, detections, split, pairs=20):
+def analyse(truth, detections, split, matches, pairs=20):
     """Everything the report says about errors.
 
     Args:
         truth: :class:`~ovdet2.evaluation.columns.Truth`.
         detections: :class:`~ovdet2.evaluation.columns.Detections`, cut to the number per image that was evaluated.
         split: :class:`~ovdet2.data.datasets.coco_json.Split`.
+        matches: of :func:`~ovdet2.evaluation.matching.match`.
         pairs: confusions listed at most.
 
     Returns:
         dict for ``json.dumps`` with :func:`error_split`'s entries, "curves" of :func:`precision_recall`, "confusion" of
         :func:`confusion`, and "image_quality", {image id: (share, boxes)} of :func:`image_quality`.
-
-    Raises:
-        DataError: a detection in an image that the data set does not have.
     """
-    matches = match(truth, detections)
     return {
         **error_split(truth, detections, split, matches),
         "curves": precision_recall(truth, detections, split, matches),
