@@ -9,8 +9,8 @@ from faster_coco_eval import COCO, COCOeval_faster
 
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import DataError
-from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation import error_analysis
+from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.error_analysis import ERROR_KINDS, image_quality, telling_images
 from ovdet2.evaluation.matching import OUTCOMES, match
 
@@ -474,6 +474,7 @@ def test_image_quality_is_the_share_true_among_as_many_detections_as_boxes():
     quality = image_quality(truth, found, match(truth, found))
     assert quality == {1: (0.5, 2), 2: (1.0, 1), 3: (0.0, 1)}
     assert telling_images(quality, 9) == ([3], [2])
+    assert telling_images(dict.fromkeys(range(5), (0.5, 1)), 2) == ([0, 1], [2, 3])  # no image is both
 
 
 @pytest.mark.slow

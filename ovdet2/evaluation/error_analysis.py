@@ -156,10 +156,10 @@ def telling_images(quality, count):
         (worst, best), each from the most to the least telling: by share, then by the number of boxes, more first, then
         by id.
     """
-    worst = sorted(quality, key=lambda i: (quality[i][0], -quality[i][1], i))
-    best = sorted(quality, key=lambda i: (-quality[i][0], -quality[i][1], i))
     count = min(count, len(quality) // 2)
-    return worst[:count], best[:count]
+    worst = sorted(quality, key=lambda i: (quality[i][0], -quality[i][1], i))[:count]
+    best = sorted(quality.keys() - worst, key=lambda i: (-quality[i][0], -quality[i][1], i))[:count]
+    return worst, best
 
 
 class _Columns:

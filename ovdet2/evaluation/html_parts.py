@@ -16,10 +16,15 @@ _PLOT = (46, 10, 360, 250)  # left, top, width and height of a chart's area, in 
 LINES = ("novel", "base", "all")  # classes of the style sheet with a colour and a dash pattern each
 
 
-def text(value):
-    """Escaped text of any value; characters that HTML or UTF-8 cannot hold are shown as U+FFFD."""
+def printable(value):
+    """Any value as a string without what neither UTF-8 nor HTML can hold: lone surrogates and control characters."""
     value = str(value).encode("utf-8", "replace").decode("utf-8")
-    return html.escape(_CONTROLS.sub("\N{REPLACEMENT CHARACTER}", value))
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", value)
+
+
+def text(value):
+    """Escaped text of any value, made printable."""
+    return html.escape(printable(value))
 
 
 def word(name):
@@ -142,6 +147,7 @@ def profile(values, subsets, largest=100):
     """
     left, top, width, height = 46, 10, 900, 170
     step = width / max(len(values), 1)
+    thick = 0.85 * step
     parts = []
     for tick in np.linspace(0, largest, 5):
         y = top + height * (1 - tick / largest)
@@ -149,7 +155,7 @@ def profile(values, subsets, largest=100):
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
     for subset in dict.fromkeys(subsets):
         path = "".join(
-            f"M{left + step * i:.1f} {top + height}h{0.85 * step:.2f}v-{height * value / largest:.1f}h-{0.85 * step:.2f}z"
+            f"M{left + step * i:.1f} {top + height}h{thick:.2f}v-{height * value / largest:.1f}h-{thick:.2f}z"
             for i, value in enumerate(values)
             if subsets[i] == subset
         )

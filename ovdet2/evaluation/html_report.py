@@ -25,6 +25,7 @@ from ovdet2.evaluation.pictures import Pictures
 from ovdet2.files import write_text
 
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
+_LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _SHOWN_APART = {"schema", "classes", "per_class", *TASKS}
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
@@ -96,11 +97,15 @@ def summary(report, vocabulary=None):
         for task, title in TASKS.items()
         if report.get(task)
     )
+    note = "Classes: with ground truth / in the split; those without are in no mean."
     stated = [(key.replace("_", " "), _fact(value)) for key, value in report.items() if key not in _SHOWN_APART]
     if vocabulary is not None:
         teacher = f"{vocabulary.teacher}, templates {vocabulary.templates}, names {vocabulary.names_sha256}"
         stated.append(("vocabulary", text(f"{len(vocabulary.names)} words; {teacher}")))
-    return f'{measured}<div class="cards">{cards}</div>{figures}<h3>How it was measured</h3>{facts(stated)}'
+    return (
+        f'{measured}<div class="cards">{cards}</div>{figures}<p class="quiet">{note}</p>'
+        f"<h3>How it was measured</h3>{facts(stated)}"
+    )
 
 
 def figure_table(figures, classes):
@@ -121,10 +126,8 @@ def figure_table(figures, classes):
         ]
         for row in rows
     ]
-    width = len(metrics) + 3
-    note = "classes: with ground truth / in the split; those without are in no mean"
     head = ["", *metrics, "classes", "boxes"]
-    return f'{table(head, cells, range(1, width))}<p class="quiet">{note}</p>'
+    return table(head, cells, range(1, len(head)))
 
 
 def class_section(per_class):
@@ -157,7 +160,7 @@ def curve_section(curves):
     ticks = [(value / 5, f"{value / 5:g}") for value in range(6)]
     chart = line_chart(lines, (0, 1), (0, 1), ticks, ticks, ("recall", "precision"))
     note = "Boxes at IoU 0.5: precision at 101 recalls, the mean over classes. The area below a curve is its AP50."
-    keys = legend({name: name for name in lines})
+    keys = legend({name: _LINES[name] for name in lines})
     return f'<h2>Precision and recall</h2>{keys}<figure class="chart">{chart}<figcaption>{note}</figcaption></figure>'
 
 
@@ -167,7 +170,7 @@ def error_section(analysis, report):
     largest = max((gain for kind in gains.values() for gain in kind.values() if gain is not None), default=0)
     rows = [
         [
-            ("word", f'<b>{kind}</b><br><span class="quiet">{_KINDS[kind]}</span>'),
+            ("kind", f'<b>{kind}</b><br><span class="quiet">{_KINDS[kind]}</span>'),
             ("bars", "".join(bar(gains[kind][subset], largest, subset) for subset in ("novel", "base"))),
             *(number(gains[kind][subset], 2) for subset in SUBSETS),
             *(f"{counts[kind][subset]:,}" for subset in ("novel", "base")),
@@ -217,9 +220,9 @@ def confusion_section(confusion):
     ]
     listed = table(["true word", "said", "boxes", ""], rows, (3,), "wide") if rows else "<p>No confusion.</p>"
     return (
-        "<h2>Confusion among the words</h2><p>What the best-scoring detection on a box calls it: of all words, with IoU "
-        "≥ 0.5, not having found another box of its own class. A novel object called by a base word is the failure "
-        "peculiar to open-vocabulary detectors.</p>"
+        "<h2>Confusion among the words</h2><p>What the best-scoring detection on a box calls it: of all words, with "
+        "IoU ≥ 0.5, not having found another box of its own class. A novel object called by a base word is the "
+        "failure peculiar to open-vocabulary detectors.</p>"
         + legend({key: name for key, name in _CALLED.items() if any(c[key] for c in confusion["boxes"].values())})
         + "".join(parts)
         + f"<h3>The most frequent confusions</h3>{listed}"
@@ -248,7 +251,7 @@ def proposal_section(recall):
     )
     note = "Recall of class-agnostic proposals, averaged over IoU 0.50:0.05:0.95. A class not proposed is never named."
     return (
-        f"<h2>Proposals</h2>{legend({name: name for name in SUBSETS if name in lines})}"
+        f"<h2>Proposals</h2>{legend({name: _LINES[name] for name in SUBSETS if name in lines})}"
         f'<figure class="chart">{chart}<figcaption>{note}</figcaption></figure>'
     )
 
@@ -262,8 +265,8 @@ def image_section(pictures, quality, count):
         count: of each at most.
     """
     rule = (
-        "Of an image with n boxes the n best-scoring detections that count are drawn, ✓ where right. Images are ordered "
-        "by the share that is right, then by n. Orange: novel words, blue: base words. Crowds are not drawn."
+        "Of an image with n boxes the n best-scoring detections that count are drawn, ✓ where right. Images are "
+        "ordered by the share that is right, then by n. Orange: novel words, blue: base words. Crowds are not drawn."
     )
     parts = [f"<h2>Images</h2><p>{rule}</p>"]
     for title, image_ids in zip(("Worst", "Best"), telling_images(quality, count)):
@@ -279,10 +282,13 @@ def _image_figure(pictures, image_id, share, count):
     except DataError as error:
         shown = f'<p class="warning">Not drawn: {text(error)}</p>'
     else:
-        images = "".join(f'<img src="{uri}" alt="{name} of image {image_id}">' for name, uri in pair.items())
+        images = "".join(
+            f'<div class="quiet">{name}<img src="{uri}" alt="{name} of image {image_id}"></div>'
+            for name, uri in pair.items()
+        )
         shown = f'<div class="pair">{images}</div>'
     caption = f"Image {image_id}, {text(pictures.file_name(image_id))}: {round(share * count)} of {count} right"
-    return f"<figure>{shown}<figcaption>{caption}. Left the ground truth, right the detections.</figcaption></figure>"
+    return f"<figure>{shown}<figcaption>{caption}.</figcaption></figure>"
 
 
 def _classes(counts):

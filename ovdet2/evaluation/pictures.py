@@ -9,6 +9,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from ovdet2.data.images import read_image
+from ovdet2.evaluation.html_parts import printable
 from ovdet2.evaluation.matching import LEFT_OUT, TRUE
 
 SIDE = 480  # longest side of a picture, pixels
@@ -36,7 +37,8 @@ def picture(path, boxes_xyxy, labels, subsets):
     if len(labels):
         visualizer.overlay_instances(
             boxes=np.asarray(boxes_xyxy, dtype=np.float64),
-            labels=[label.replace("$", r"\$") for label in labels],  # matplotlib reads $...$ as a formula
+            # matplotlib reads $...$ as a formula and fails at lone surrogates
+            labels=[printable(label).replace("$", r"\$") for label in labels],
             assigned_colors=[_COLOURS[subset] for subset in subsets],
         )
     pixels = visualizer.get_output().get_image()
