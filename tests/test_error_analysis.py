@@ -25,7 +25,10 @@ def make_truth(boxes, federated=None, images=()):
     """Truth of (image id, category id, box[, crowd]) rows; ``federated`` is {image id: (negative, not exhaustive)}, and
     ``images`` names those without a box."""
     rows = [(*row, False)[:4] for row in boxes]
-    records = {image_id: {"image_id": image_id} for image_id in sorted({*images, *(row[0] for row in rows)})}
+    records = {
+        image_id: {"image_id": image_id}
+        for image_id in sorted({*images, *(federated or ()), *(row[0] for row in rows)})
+    }
     for image_id, (negative, not_exhaustive) in (federated or {}).items():
         records[image_id] |= {"neg_category_ids": negative, "not_exhaustive_category_ids": not_exhaustive}
     xyxy = np.array([row[2] for row in rows], dtype=np.float64).reshape(-1, 4)
@@ -339,32 +342,64 @@ def test_equals_tidecv():
             assert gains[error] == pytest.approx(ours["dAP50"][kind]["all"], abs=1e-9)
 
 
+def as_coco(rows, images, **last):
+    """The evaluation engine's data set of rows; ``last`` is {COCO's name of the last column: its type}."""
+    annotations = []
+    for number, (image_id, category_id, box, value) in enumerate(rows, start=1):
+        x, y, right, lower = map(float, box)
+        annotations.append(
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": category_id,
+                "bbox": [x, y, right - x, lower - y],
+                "area": (right - x) * (lower - y),
+                **{key: kind(value) for key, kind in last.items()},
+            }
+        )
+    categories = [{"id": i, "frequency": "f"} for i in SPLIT.category_ids]
+    return COCO({"images": images, "annotations": annotations, "categories": categories})
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_is_the_one_of_the_evaluator_with_ties_and_crowds(seed):
     boxes, found = random_rows(seed)
     found = [(*row[:3], np.float32(round(float(row[3]), 1))) for row in found]
     images = [{"id": image_id} for image_id in sorted({row[0] for row in (*boxes, *found)})]
 
-    def coco(rows, **extra):
-        annotations = []
-        for number, (image_id, category_id, box, last) in enumerate(rows, start=1):
-            x, y, right, lower = map(float, box)
-            size = [right - x, lower - y]
-            annotations.append(
-                {"id": number, "image_id": image_id, "category_id": category_id, "bbox": [x, y, *size]}
-                | {"area": size[0] * size[1], **{key: kind(last) for key, kind in extra.items()}}
-            )
-        return COCO(
-            {"images": images, "annotations": annotations, "categories": [{"id": i} for i in SPLIT.category_ids]}
-        )
-
-    engine = COCOeval_faster(coco(boxes, iscrowd=int), coco(found, score=float), "bbox")
+    engine = COCOeval_faster(as_coco(boxes, images, iscrowd=int), as_coco(found, images, score=float), "bbox")
     engine.evaluate()
     engine.accumulate()
     expected = 100 * engine.eval["precision"][0, :, :, 0, -1].mean()
     result = figures(boxes, found)
     assert result["AP50"]["all"] == pytest.approx(expected, abs=1e-9)
     assert 100 * np.mean(result["curves"]["all"]) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_average_precision_is_the_one_of_the_evaluator_under_the_federated_rule(seed):
+    boxes, found = random_rows(seed, crowds=False)
+    random = np.random.default_rng(seed)
+    federated = {}
+    for image_id in {row[0] for row in (*boxes, *found)}:
+        present = {row[1] for row in boxes if row[0] == image_id}
+        absent = [i for i in SPLIT.category_ids if i not in present and random.random() < 0.5]
+        federated[image_id] = (absent, [i for i in present if random.random() < 0.3])
+    images = [
+        {"id": image_id, "neg_category_ids": lists[0], "not_exhaustive_category_ids": lists[1]}
+        for image_id, lists in sorted(federated.items())
+    ]
+    engine = COCOeval_faster(
+        as_coco(boxes, images), as_coco(found, images, score=float), "bbox", lvis_style=True, print_function=lambda _: 0
+    )
+    engine.params.maxDets = [300]
+    engine.evaluate()
+    engine.accumulate()
+    precision = engine.eval["precision"][0, :, :, 0, -1]  # recalls x classes
+    result = analyse(make_truth(boxes, federated), make_detections(found), SPLIT)
+    assert result["left_out"] > 0
+    assert result["AP50"]["all"] == pytest.approx(100 * precision.mean(), abs=1e-9)
+    assert result["AP50"]["all"] != pytest.approx(figures(boxes, found)["AP50"]["all"], abs=0.1)
 
 
 # --- properties ---------------------------------------------------------------------------------------------------

@@ -4,18 +4,22 @@ import html.parser
 import json
 import re
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.compare import as_html, as_text, compare
 from ovdet2.evaluation.html_report import write_html
 from ovdet2.evaluation.report import build_report
+from ovdet2.files import sha256_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # the tools are programs, not a package
 
@@ -238,3 +242,44 @@ def test_make_report_refuses_an_unknown_data_set_and_an_absent_folder(two, tmp_p
         make_report.main([str(two[0])])
     with pytest.raises(DataError, match="does not exist"):
         make_report.main([str(tmp_path / "absent")])
+
+
+def test_make_report_of_an_evaluation_folder(tmp_path):
+    report, truth, detections = make_case(tmp_path)
+    name, names = f"test_{uuid.uuid4().hex}", {5: "dog", 7: "cat"}
+    data = {
+        "images": [
+            {**record, "id": image_id, "file_name": Path(record["file_name"]).name}
+            for image_id, record in truth.images.items()
+        ],
+        "categories": [{"id": i, "name": names[i]} for i in names],
+        "annotations": [
+            {"id": number, "image_id": int(image_id), "category_id": 5, "bbox": [*box[:2], *(box[2:] - box[:2])]}
+            for number, (image_id, box) in enumerate(zip(truth.image_ids, truth.boxes_xyxy.round()), start=1)
+        ],
+    }
+    json_file = tmp_path / "truth.json"
+    json_file.write_text(json.dumps(data))
+    split = Split("test", base=((7, "cat"),), novel=((5, "dog"),))
+    with open(tmp_path / "predictions.jsonl", "w") as lines:
+        for image_id in truth.images:
+            rows = detections.image_ids == image_id
+            record = {
+                "image_id": image_id,
+                "category_ids": [5] * int(rows.sum()),
+                "scores": detections.scores[rows].tolist(),
+            }
+            lines.write(json.dumps({**record, "boxes_xyxy": detections.boxes_xyxy[rows].tolist()}) + "\n")
+    report |= {"dataset": name, "json_sha256": sha256_file(json_file)}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    register_dataset(name, json_file, tmp_path, split)
+    try:
+        page = Tags(make_report.main([str(tmp_path), "--pictures", "1"]).read_text(encoding="utf-8"))
+        assert page.seen.count("img") == 2 * 2
+        assert "No confusion." in page.words  # everything is called dog
+        (tmp_path / "report.json").write_text(json.dumps(report | {"json_sha256": "0"}))
+        with pytest.raises(DataError, match="not the annotation file"):
+            make_report.main([str(tmp_path)])
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)

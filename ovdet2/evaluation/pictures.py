@@ -34,12 +34,15 @@ def picture(path, boxes_xyxy, labels, subsets):
     """
     image = read_image(path, "RGB")
     visualizer = Visualizer(image, scale=SIDE / max(image.shape[:2]))
+    boxes, colours = np.asarray(boxes_xyxy, dtype=np.float64), [_COLOURS[subset] for subset in subsets]
+    for box, colour in zip(boxes, colours):
+        visualizer.draw_box(box, alpha=1, edge_color=colour)  # overlay_instances alone leaves them half transparent
     if len(labels):
         visualizer.overlay_instances(
-            boxes=np.asarray(boxes_xyxy, dtype=np.float64),
+            boxes=boxes,
             # matplotlib reads $...$ as a formula and fails at lone surrogates
             labels=[printable(label).replace("$", r"\$") for label in labels],
-            assigned_colors=[_COLOURS[subset] for subset in subsets],
+            assigned_colors=colours,
         )
     pixels = visualizer.get_output().get_image()
     buffer = io.BytesIO()
