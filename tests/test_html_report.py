@@ -18,7 +18,6 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.compare import as_html, as_text, compare
 from ovdet2.evaluation.html_report import write_html
-from ovdet2.evaluation.report import build_report
 from ovdet2.files import sha256_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # the tools are programs, not a package
@@ -49,11 +48,23 @@ def make_case(folder, split=SPLIT, images=4, boxes=3, seed=0, missing=()):
     said = np.where(random.random(count) < 0.5, category_ids, random.choice(split.category_ids, count))
     scores = -np.sort(-random.random(count).astype(np.float32).reshape(images, boxes), axis=1).ravel()
     detections = Detections(image_ids, said.astype(np.int32), scores, xyxy.astype(np.float32))
-    per_class = {i: (40.0, 60.0) if i != 3 else (float("nan"),) * 2 for i in split.category_ids}
-    recall = {f"AR@{limit}-{subset}": 50.0 for limit in (100, 300) for subset in ("novel", "base", "all")}
-    facts = {"dataset": "set <1>", "json_sha256": "0" * 64, "images": images, "detections": count, "seconds": 1.5}
-    facts |= {"detections_per_image": 100, "command": ["python", "<train>"], "versions": {"torch": "2"}}
-    return build_report(split, per_class, dict.fromkeys(split.category_ids, 4), recall, facts), truth, detections
+    report = {"schema": "ovdet2/report/2", "dataset": "set <1>", "split": split.name, "protocol": "generalized"}
+    report |= {"metric": "COCO", "json_sha256": "0" * 64, "images": images, "detections": count, "seconds": 1.5}
+    report |= {"detections_per_image": 100, "command": "python '<train>'", "versions": {"torch": "2"}}
+    subsets = {"novel": split.novel, "base": split.base, "all": split.category_ids, **split.groups}
+    report["classes"] = {
+        name: {"classes": len(ids), "with_ground_truth": len(ids), "boxes": 4} for name, ids in subsets.items() if ids
+    }
+    report["bbox"] = {f"{metric}-{name}": 60.0 for metric in ("AP50", "AP") for name in report["classes"]}
+    report["segm"] = {}
+    report["proposals"] = {f"AR@{limit}-{name}": 50.0 for limit in (100, 300) for name in ("novel", "base", "all")}
+    figures = {"boxes": 4, "AP50": 60.0, "AP": 40.0}
+    report["per_class"] = [
+        {"category_id": i, "name": name, "subset": "base" if is_base else "novel", **figures}
+        for i, name, is_base in zip(split.category_ids, split.names, split.base_mask)
+    ]
+    report["per_class"][-1] |= {"AP50": None, "AP": None} if len(split.names) > 3 else {}
+    return report, truth, detections
 
 
 def written(tmp_path, case, split=SPLIT, **options):
@@ -97,7 +108,7 @@ def test_the_page_is_well_formed_and_says_what_was_measured(tmp_path):
         SPLIT.name,
         "generalized",
         "0" * 64,
-        "python <train>",
+        "python '<train>'",
         "torch: 2",
         "odd <row>",
         "60.00",
@@ -153,12 +164,23 @@ def test_without_pictures_proposals_novel_classes_detections_or_boxes(tmp_path):
     Tags(written(tmp_path, (report, nothing, detections), split))
 
 
-def test_masks_have_their_own_table_and_other_predictions_are_noticed(tmp_path):
+def test_masks_have_their_own_columns_and_other_predictions_are_noticed(tmp_path):
     report, truth, detections = make_case(tmp_path)
-    report["segm"] = {"AP-novel": 12.34, "AP-base": None}
+    report["segm"] = {"AP-novel": 12.34, "AP-base": None, "APr": 98.76}
+    for row in report["per_class"]:
+        row["segm"] = {"AP50": 1.5, "AP": None}
     page = " ".join(Tags(written(tmp_path, (report, truth, detections))).words)
-    assert "Masks" in page and "12.34" in page
+    assert "Masks" in page and "12.34" in page and "mask AP50" in page and "1.5" in page
+    assert "98.76" not in page  # AP-r under another name
     assert "not that of the summary" in page  # the figures of make_case are made up
+
+
+def test_distractors_are_named(tmp_path):
+    report, truth, detections = make_case(tmp_path)
+    assert "No distractor words" in written(tmp_path, (report, truth, detections), pictures=0)
+    report |= {"distractors": ["hair drier", "<tie>"], "distractor_detections": 1234}
+    page = " ".join(Tags(written(tmp_path, (report, truth, detections), pictures=0)).words)
+    assert "2 distractor words" in page and "1,234 detections" in page and "hair drier, <tie>" in page
 
 
 # --- comparison ---------------------------------------------------------------------------------------------------

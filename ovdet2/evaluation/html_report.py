@@ -85,12 +85,21 @@ def summary(report, vocabulary=None):
     main = next(iter(report["bbox"]), "AP50-novel").partition("-")[0]
     cards = "".join(
         f'<div class="card {subset}">{text(main)} {subset}<b>{number(report["bbox"].get(f"{main}-{subset}"), 1)}</b>'
-        f'<span class="quiet">{_classes(report["classes"].get(subset))} classes</span></div>'
+        f'<span class="quiet">{_classes(report["classes"][subset])} classes</span></div>'
         for subset in SUBSETS
+        if subset in report["classes"]
+    )
+    asked = len(report.get("distractors") or ())
+    distractors = (
+        f"{asked} distractor words were asked for as well; their {report['distractor_detections']:,} detections are "
+        "left out after the choice of the best of each image"
+        if asked
+        else "No distractor words were asked for"
     )
     measured = (
         f"<p>{text(report['protocol'])}. {text(report['metric'])}. {report['images']:,} images, "
-        f"{report['detections']:,} detections, at most {report['detections_per_image']} an image. Percent.</p>"
+        f"{report['detections']:,} detections, at most {report['detections_per_image']} an image. {distractors}. "
+        "All figures are percent.</p>"
     )
     figures = "".join(
         f"<h3>{title}</h3>{figure_table(report[task], report['classes'])}"
@@ -115,12 +124,12 @@ def figure_table(figures, classes):
         figures: {"AP50-novel": percent or None, ...}.
         classes: {row: {"classes", "with_ground_truth", "boxes"}} of the report.
     """
-    split_keys = [key.partition("-")[::2] for key in figures]
-    metrics, rows = (list(dict.fromkeys(part)) for part in zip(*split_keys))
+    named = [key.partition("-")[::2] for key in figures if "-" in key]  # LVIS's APr is AP-r once more
+    metrics, rows = (list(dict.fromkeys(part)) for part in zip(*named))
     cells = [
         [
             text(row.replace("_", " ")),
-            *(number(figures.get(f"{metric}-{row}" if row else metric)) for metric in metrics),
+            *(number(figures.get(f"{metric}-{row}")) for metric in metrics),
             _classes(classes.get(row)),
             f"{classes[row]['boxes']:,}" if row in classes else "",
         ]
@@ -131,7 +140,13 @@ def figure_table(figures, classes):
 
 
 def class_section(per_class):
-    """AP50 of each class, best first, novel ones in another colour; AP where there is no AP50."""
+    """AP50 of each class, best first, novel ones in another colour; AP where there is no AP50.
+
+    Args:
+        per_class: rows of the report, at least one: {"name", "subset", "boxes", "AP50", "AP", ...}, with masks also
+            "segm", a dict of the figures of masks.
+    """
+    columns = [key for key in ("AP50", "AP") if any(key in row for row in per_class)]
     metric = "AP50" if any(row.get("AP50") is not None for row in per_class) else "AP"
     rows = sorted(per_class, key=lambda row: -math.inf if row.get(metric) is None else row[metric], reverse=True)
     shown = [row for row in rows if row.get(metric) is not None]
@@ -139,18 +154,19 @@ def class_section(per_class):
         [
             ("word", f"{word(row['name'])} {_tag(row['subset'])}"),
             ("bars", bar(row.get(metric), 100, row["subset"])),
-            *(number(row.get(key), 1) for key in ("AP50", "AP")),
+            *(number(of.get(key), 1) for of in _tasks_of(row) for key in columns),
             f"{row['boxes']:,}",
         ]
         for row in rows
     ]
+    head = ["class", metric, *(f"{task}{key}" for task in ("", "mask ")[: len(_tasks_of(rows[0]))] for key in columns)]
     overview = profile([row[metric] for row in shown], [row["subset"] for row in shown]) if shown else ""
     without = len(rows) - len(shown)
     note = f"; {without} classes without ground truth stand at the end" if without else ""
     return (
         f"<h2>Classes</h2>{legend({'novel': 'novel', 'base': 'base'})}"
         f"<figure>{overview}<figcaption>{metric} of the {len(shown)} classes, best first{note}.</figcaption></figure>"
-        + table(["class", metric, "AP50", "AP", "boxes"], cells, (2, 3, 4), "wide", "scroll tall")
+        + table([*head, "objects"], cells, range(2, len(head) + 1), "wide", "scroll tall")
     )
 
 
@@ -291,6 +307,11 @@ def _image_figure(pictures, image_id, share, count):
     return f"<figure>{shown}<figcaption>{caption}.</figcaption></figure>"
 
 
+def _tasks_of(row):
+    """The dicts of figures of a class: of boxes, and of masks where it has them."""
+    return [row, row["segm"]] if "segm" in row else [row]
+
+
 def _classes(counts):
     return f"{counts['with_ground_truth']}/{counts['classes']}" if counts else ""
 
@@ -300,9 +321,9 @@ def _tag(subset):
 
 
 def _fact(value):
-    """A value of the report as HTML: lists joined by spaces, dicts one entry a line."""
+    """A value of the report as HTML: lists joined by commas, dicts one entry a line."""
     if isinstance(value, dict):
         return "<br>".join(f"{text(key)}: {_fact(entry)}" for key, entry in value.items()) or "none"
     if isinstance(value, list):
-        return text(" ".join(map(str, value))) or "none"
+        return text(", ".join(map(str, value))) or "none"
     return "none" if value is None else text(f"{value:,}" if type(value) is int else value)
