@@ -26,6 +26,7 @@ from ovdet2.files import write_text
 
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
+_INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
 _SHOWN_APART = {"schema", "classes", "per_class", *TASKS}
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
@@ -160,12 +161,16 @@ def class_section(per_class):
         for row in rows
     ]
     head = ["class", metric, *(f"{task}{key}" for task in ("", "mask ")[: len(_tasks_of(rows[0]))] for key in columns)]
+    order = "best first"
+    if len(shown) > _INTERLEAVED:  # bars thinner than a pixel: mixed colours would blend
+        shown.sort(key=lambda row: row["subset"])
+        order = "base, then novel, each best first"
     overview = profile([row[metric] for row in shown], [row["subset"] for row in shown]) if shown else ""
     without = len(rows) - len(shown)
-    note = f"; {without} classes without ground truth stand at the end" if without else ""
+    note = f"; the {without:,} without ground truth are last in the table" if without else ""
     return (
         f"<h2>Classes</h2>{legend({'novel': 'novel', 'base': 'base'})}"
-        f"<figure>{overview}<figcaption>{metric} of the {len(shown)} classes, best first{note}.</figcaption></figure>"
+        f"<figure>{overview}<figcaption>{metric} of the {len(shown):,} classes, {order}{note}.</figcaption></figure>"
         + table([*head, "objects"], cells, range(2, len(head) + 1), "wide", "scroll tall")
     )
 
