@@ -85,7 +85,8 @@ def get_cfg():
     # ["coco_unused"] for the 15 COCO classes that OV-COCO leaves out. Their detections take part in the cut to
     # DETECTIONS_PER_IMAGE and are then dropped; the report names them.
     cfg.TEST.DISTRACTORS = []
-    # Proposals kept per image to report recall (AR@100, AR@300) on base and on novel boxes; 0 switches it off.
+    # Proposals kept per image to report recall (AR@100, AR@300, AR@1000, those up to this number) on base and on novel
+    # boxes; 0 switches it off.
     cfg.TEST.PROPOSALS_PER_IMAGE = 300
     return cfg
 

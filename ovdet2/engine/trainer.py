@@ -213,7 +213,12 @@ class Trainer(DefaultTrainer):
                 "register it with ovdet2.data.datasets.register_ov_dataset."
             )
         folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
-        return OpenVocabularyEvaluator(dataset_name, folder, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE)
+        return OpenVocabularyEvaluator(
+            dataset_name,
+            folder,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            proposals_per_image=min(cfg.TEST.PROPOSALS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST),
+        )
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):

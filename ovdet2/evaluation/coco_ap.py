@@ -1,51 +1,56 @@
-"""COCO box average precision of one class, and its means over sets of classes.
+"""Average precision and recall of one class at a time, by the rules of COCO or of LVIS, and means over classes.
 
-Shapes: G ground-truth boxes, R detections, of one class and all images. Boxes are XYXY in pixels of the original image.
+COCO and LVIS average over classes what is computed for each alone, so evaluating class by class is exact, and only one
+class's boxes or masks are Python objects at a time.
+
+Shapes: G ground-truth objects, R detections. Boxes are XYXY in pixels of the original image.
 """
 
 import math
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval import COCOeval_faster
+from faster_coco_eval import mask as mask_api
+from tqdm import tqdm
 
 _CATEGORY = 1  # the one class of an evaluation, as the engine sees it
+_AREAS = ("", "s", "m", "l")  # the engine's area ranges: all, up to 32², up to 96², larger, in square pixels
 
 
-def class_average_precision(gt_image_ids, gt_boxes, gt_crowd, dt_image_ids, dt_boxes, dt_scores, max_detections=100):
-    """AP over IoU 0.50:0.05:0.95 and AP50, 101 recall points, all areas.
-
-    COCO averages over classes what is computed for each alone, so evaluating class by class is exact and holds
-    only one class's boxes as Python objects at a time.
+def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,), federation=None):
+    """Figures of each class over all images.
 
     Args:
-        gt_image_ids: [G] int64.
-        gt_boxes: [G, 4].
-        gt_crowd: [G] bool; a detection on a crowd region counts neither way.
-        dt_image_ids: [R] int64; within an image equal scores keep their order.
-        dt_boxes: [R, 4].
-        dt_scores: [R].
-        max_detections: most detections counted in one image.
+        truth: :class:`~ovdet2.evaluation.columns.Truth`; a detection on a crowd region counts neither way. With
+            ``task`` "segm" it has segmentations.
+        detections: :class:`~ovdet2.evaluation.columns.Detections`, cut to the best of each image already; equal scores
+            keep their order, images go by ascending id. With ``task`` "segm" they have masks.
+        category_ids: the classes to evaluate, dataset category ids.
+        task: "bbox" or "segm": what overlaps, and whose area puts a detection among the small, medium or large ones
+            (ground truth always goes by its annotated area).
+        limits: ascending numbers of detections of a class counted in one image; AP is that of the last one.
+        federation: :class:`~ovdet2.evaluation.federation.Federation` for the rules of LVIS, None for those of COCO.
 
     Returns:
-        (AP, AP50) in percent; (nan, nan) without a ground-truth box that is not crowd.
+        {category id: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<limit>" of each limit, "ARs", "ARm", "ARl"}}, in
+        percent: 101 recall points, IoU 0.50:0.05:0.95 unless the name gives another. nan where there is no ground
+        truth that is not crowd, of that size for s, m, l.
     """
-    gt_crowd = np.asarray(gt_crowd, dtype=bool)
-    if not (~gt_crowd).any():
-        return math.nan, math.nan
-    if len(dt_image_ids) == 0:
-        return 0.0, 0.0
-    images = [{"id": image_id} for image_id in np.union1d(gt_image_ids, dt_image_ids).tolist()]
-    engine = COCOeval_faster(
-        _as_coco(images, gt_image_ids, gt_boxes, iscrowd=gt_crowd.astype(int)),
-        _as_coco(images, dt_image_ids, dt_boxes, score=np.asarray(dt_scores, dtype=np.float64)),
-        "bbox",
-    )
-    engine.params.areaRng, engine.params.areaRngLbl = [[0, 1e10]], ["all"]
-    engine.params.maxDets = [max_detections]
-    engine.evaluate()
-    engine.accumulate()
-    precision = engine.eval["precision"]  # thresholds x recalls x 1 class x 1 area x 1 limit
-    return 100.0 * float(precision.mean()), 100.0 * float(precision[0].mean())
+    truth_rows, found_rows = _RowsByClass(truth.category_ids), _RowsByClass(detections.category_ids)
+    figures = {}
+    for category_id in tqdm(category_ids, desc=f"evaluating {task}", unit="class", disable=None, leave=False):
+        rows, found = truth_rows.of(category_id), found_rows.of(category_id)
+        if truth.crowd[rows].all():  # also when there is none
+            figures[category_id] = dict.fromkeys(_names(limits), math.nan)
+            continue
+        exempt = ()
+        if federation is not None:
+            evaluated, exempt = federation.images_of(category_id, truth.image_ids[rows])
+            found = found[np.isin(detections.image_ids[found], evaluated)]
+        engine = _OneClass(_truth_of(truth, rows, task), _found_of(detections, found, task, exempt), task, limits)
+        engine.evaluate()
+        figures[category_id] = _figures_of(engine.eval, limits)
+    return figures
 
 
 def mean_of(values):
@@ -54,19 +59,108 @@ def mean_of(values):
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _as_coco(images, image_ids, boxes, **columns):
-    """The engine's data set of one class; ``columns`` are further [G] or [R] arrays by their COCO name."""
-    boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    sizes = boxes[:, 2:] - boxes[:, :2]
-    columns = {
-        # Numbered from 1: the engine's matching reads id 0 as "unmatched".
-        "id": np.arange(1, len(boxes) + 1),
-        "category_id": np.full(len(boxes), _CATEGORY),
-        "image_id": np.asarray(image_ids),
-        "bbox": np.concatenate([boxes[:, :2], sizes], axis=1),
-        "area": sizes.prod(axis=1),
-        **columns,
+class _RowsByClass:
+    """The rows of a column of category ids that hold a given one, ascending."""
+
+    def __init__(self, category_ids):
+        self._order = np.argsort(category_ids, kind="stable")
+        self._sorted = np.asarray(category_ids)[self._order]
+
+    def of(self, category_id):
+        return self._order[slice(*np.searchsorted(self._sorted, [category_id, category_id + 1]))]
+
+
+class _OneClass(COCOeval_faster):
+    """The library's matching and accumulation, fed with columns instead of two COCO data sets of one dict per box.
+
+    Two steps of it are replaced: what hands the annotations to the C++ part, which reads nothing of them but id, score,
+    area and three flags, and what computes the overlaps of one image.
+
+    Args:
+        truth, found: dicts of columns sorted by image, those of an image by falling score: image_ids, shapes (XYWH
+            boxes or run-length codes) and what :meth:`_prepare` hands on.
+        task, limits: as of :func:`evaluate_classes`.
+    """
+
+    def __init__(self, truth, found, task, limits):
+        super().__init__(None, None, task, print_function=lambda *_: None)
+        self._truth, self._found = truth, found
+        self.params.imgIds = np.union1d(truth["image_ids"], found["image_ids"])
+        self.params.catIds, self.params.maxDets = [_CATEGORY], list(limits)
+        shared = np.intersect1d(truth["image_ids"], found["image_ids"])
+        self._nonempty_iou_pairs = {(image_id, _CATEGORY) for image_id in shared.tolist()}
+
+    def _prepare(self):
+        for columns, target in ((self._truth, self.gt_dataset), (self._found, self.dt_dataset)):
+            keys = [key for key in columns if key not in ("image_ids", "shapes")]
+            rows = zip(*(columns[key].tolist() for key in keys))
+            # Numbered from 1: the matching reads id 0 as "unmatched".
+            for number, (image_id, row) in enumerate(zip(columns["image_ids"].tolist(), rows), start=1):
+                target.append_ref(image_id, _CATEGORY, {"id": number, **dict(zip(keys, row))})
+
+    def computeIoU(self, imgId, catId):
+        truth, found = (slice(*np.searchsorted(c["image_ids"], [imgId, imgId + 1])) for c in (self._truth, self._found))
+        return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], self._truth["iscrowd"][truth])
+
+
+def _truth_of(truth, rows, task):
+    """The engine's columns of some annotations."""
+    rows = rows[np.argsort(truth.image_ids[rows], kind="stable")]
+    image_ids, crowd = truth.image_ids[rows], truth.crowd[rows].astype(int)
+    if task == "bbox":
+        shapes = _xywh(truth.boxes_xyxy[rows])
+    else:
+        sizes = [(truth.images[image_id]["width"], truth.images[image_id]["height"]) for image_id in image_ids.tolist()]
+        shapes = [
+            mask_api.segmToRle(truth.segmentations[row], width, height) for row, (width, height) in zip(rows, sizes)
+        ]
+    return {
+        "image_ids": image_ids,
+        "shapes": shapes,
+        "area": truth.areas[rows],
+        "iscrowd": crowd,
+        "ignore": crowd,
     }
-    rows = zip(*(column.tolist() for column in columns.values()))
-    annotations = [dict(zip(columns, row)) for row in rows]
-    return COCO({"images": images, "annotations": annotations, "categories": [{"id": _CATEGORY}]})
+
+
+def _found_of(detections, rows, task, exempt):
+    """The engine's columns of some detections; on the images ``exempt`` those that match nothing are ignored."""
+    rows = rows[np.lexsort((-detections.scores[rows], detections.image_ids[rows]))]
+    if task == "bbox":
+        shapes = _xywh(detections.boxes_xyxy[rows])
+        areas = shapes[:, 2:].prod(axis=1)
+    else:
+        shapes = [detections.masks[row] for row in rows.tolist()]
+        areas = np.asarray(mask_api.area(shapes) if shapes else [], dtype=np.float64)
+    columns = {
+        "image_ids": detections.image_ids[rows],
+        "shapes": shapes,
+        "score": detections.scores[rows].astype(np.float64),
+        "area": areas,
+    }
+    if len(exempt):
+        columns["lvis_mark"] = np.isin(columns["image_ids"], exempt)
+    return columns
+
+
+def _xywh(boxes_xyxy):
+    boxes = np.array(boxes_xyxy, dtype=np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    return boxes
+
+
+def _names(limits):
+    return ["AP50", "AP", "AP75", "APs", "APm", "APl", *(f"AR@{limit}" for limit in limits), "ARs", "ARm", "ARl"]
+
+
+def _figures_of(result, limits):
+    """Percentages of the engine's arrays, which hold -1 where there is no ground truth."""
+    precision = result["precision"][:, :, 0, :, -1]  # thresholds x recalls x areas
+    recall = result["recall"][:, 0]  # thresholds x areas x limits
+    values = {"AP50": precision[0, :, 0], "AP75": precision[5, :, 0]}
+    values |= {f"AP{size}": precision[:, :, area] for area, size in enumerate(_AREAS)}
+    values |= {f"AR@{limit}": recall[:, 0, position] for position, limit in enumerate(limits)}
+    values |= {f"AR{size}": recall[:, area, -1] for area, size in enumerate(_AREAS) if size}
+    return {
+        name: 100.0 * float(values[name].mean()) if values[name].min() >= 0 else math.nan for name in _names(limits)
+    }

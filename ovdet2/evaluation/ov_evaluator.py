@@ -1,9 +1,8 @@
 """Evaluation of an open-vocabulary detector on base, novel and all classes.
 
-Shapes: N images, R detections of an image, P proposals of an image, G ground-truth boxes.
+Shapes: N images, R detections of an image, P proposals of an image, G ground-truth boxes, H x W pixels.
 """
 
-import importlib.metadata
 import logging
 import time
 from collections import OrderedDict
@@ -11,54 +10,74 @@ from pathlib import Path
 
 import detectron2.utils.comm as comm
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import pycocotools.mask as mask_api
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from ovdet2.data.datasets.register import split_of
-from ovdet2.errors import DataError, NumericalError, UsageError
-from ovdet2.evaluation.coco_ap import class_average_precision
-from ovdet2.evaluation.prediction_files import PredictionWriter, merge, read_merged
-from ovdet2.evaluation.proposal_recall import average_recall, covered_iou
-from ovdet2.evaluation.report import SUBSETS, build_report, format_table, to_results
+from ovdet2.errors import DataError, NumericalError
+from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class
+from ovdet2.evaluation.prediction_files import PredictionWriter, merge
+from ovdet2.evaluation.predictions import read_predictions
+from ovdet2.evaluation.proposal_recall import covered_iou
+from ovdet2.evaluation.provenance import provenance
+from ovdet2.evaluation.report import build_report, format_table, to_results
 from ovdet2.files import sha256_file, write_json
 
-PROPOSAL_LIMITS = (100, 300)
+PROPOSAL_LIMITS = (100, 300, 1000)
+DETECTION_LIMITS = {"ov_coco": 100, "ov_voc": 100, "ov_lvis": 300}
 
 logger = logging.getLogger(__name__)
 
 
 class OpenVocabularyEvaluator(DatasetEvaluator):
-    """COCO box AP split by base and novel classes, and recall of proposals split the same way.
+    """AP of boxes and masks split by base and novel classes, and recall of proposals split the same way.
 
-    One run predicts over base and novel names together ("generalized"). Predictions go to disk image by image;
-    the first process merges and evaluates them, the others return {}.
+    The rules are those of the data set's metric (``evaluator_type`` in its metadata): COCO, LVIS or VOC. One run
+    predicts over base and novel names together ("generalized"). Predictions go to disk image by image; the first
+    process merges and evaluates them, the others return {}.
 
     Args:
         dataset_name: a data set of ``register_ov_dataset``.
         output_dir: receives predictions.jsonl and report.json; with several machines, on a file system they share.
-        max_detections: detections kept per image, by score, before anything else.
+        max_detections: detections kept per image, by score, before anything else; None for the metric's own number
+            (:data:`DETECTION_LIMITS`).
+        proposals_per_image: how many proposals of an image the model gives at most; recall is reported at those of
+            :data:`PROPOSAL_LIMITS` that are not above it.
+        distractors: names the vocabulary has after the data set's K; no annotation is of their classes K, K + 1, ...
+            They take part in the choice of an image's best detections, and are then counted and left out of AP.
+        facts: further entries of report.json, such as the vocabulary's fingerprint; JSON-serialisable.
+
+    After :meth:`evaluate`, the first process has ``evaluation``, an
+    :class:`~ovdet2.evaluation.evaluation.Evaluation`; it is None before, and on the others.
 
     Raises:
         UsageError: the data set has no base / novel split.
         DataError: the data set is missing or damaged.
     """
 
-    def __init__(self, dataset_name, output_dir, max_detections=100):
+    def __init__(
+        self,
+        dataset_name,
+        output_dir,
+        max_detections=None,
+        proposals_per_image=300,
+        distractors=(),
+        facts=None,
+    ):
+        self._truth, self._split = load_truth(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
-        self._split = split_of(dataset_name)
-        if self._split is None:
-            raise UsageError(f"data set {dataset_name!r} has no base / novel split: use register_ov_dataset.")
-        self._dataset_name, self._output_dir, self._max_detections = dataset_name, Path(output_dir), max_detections
-        records = DatasetCatalog.get(dataset_name)
-        self._json_file = Path(metadata.json_file)
-        self._truth = {record["image_id"]: _truth_of(record) for record in records}
-        self._writer = None
+        self._metric, self._json_file = metadata.evaluator_type, Path(metadata.json_file)
+        self._dataset_name, self._output_dir = dataset_name, Path(output_dir)
+        self._max_detections = DETECTION_LIMITS[self._metric] if max_detections is None else max_detections
+        self._proposal_limits = [limit for limit in PROPOSAL_LIMITS if limit <= proposals_per_image]
+        self._distractors, self._facts = tuple(distractors), dict(facts or {})
+        self._writer = self.evaluation = None
 
     def reset(self):
         """Start a new evaluation, dropping what an unfinished one has written."""
         if self._writer is not None:
             self._writer.close()
-        self._writer = PredictionWriter(self._output_dir, comm.get_rank())
+        self._writer, self.evaluation = PredictionWriter(self._output_dir, comm.get_rank()), None
         self._started = time.perf_counter()
 
     def process(self, inputs, outputs):
@@ -67,19 +86,20 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         Args:
             inputs: list of dicts with "image_id".
             outputs: list of dicts with "instances" (pred_boxes XYXY in pixels of the original image, scores,
-                pred_classes contiguous and base first) and, in all or in no image, "proposals" (proposal_boxes,
-                objectness_logits).
+                pred_classes contiguous and base first, then distractors; for a data set with masks also, in all or in
+                none of the images with detections, pred_masks [R, H, W] bool) and, in all or in no image, "proposals"
+                (proposal_boxes, objectness_logits).
 
         Raises:
             NumericalError: a box or score that is not finite.
-            DataError: an image that is not in the data set, or a class beyond its vocabulary.
+            DataError: an image that is not in the data set, a class beyond its vocabulary, masks of another size.
         """
         for image, output in zip(inputs, outputs):
             image_id = image["image_id"]
-            if image_id not in self._truth:
+            if image_id not in self._truth.images:
                 raise DataError(f"image {image_id} is not in {self._dataset_name}: evaluate with its own loader.")
             record = {"image_id": image_id, **self._detections(image_id, output["instances"])}
-            if "proposals" in output:
+            if "proposals" in output and self._proposal_limits:
                 record["covered"] = self._covered(image_id, output["proposals"])
             self._writer.write(record)
 
@@ -87,8 +107,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         """Merge, evaluate, print the table and write report.json.
 
         Returns:
-            OrderedDict {"bbox": {"AP50-novel": percent, ...}, "proposals": {"AR@100-novel": percent, ...}} on the
-            first process, {} on the others. "proposals" is absent when the model gives none.
+            OrderedDict {"bbox": {"AP50-novel": percent, ...}, "segm": likewise, "proposals": {"AR@100-novel": percent,
+            ...}} on the first process, {} on the others. "segm" and "proposals" are absent when the model gives none.
 
         Raises:
             DataError: on every process, when an image is missing, was predicted twice, or a file is missing.
@@ -98,7 +118,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         merged, problem = None, None
         if comm.is_main_process():
             try:
-                merged = merge(self._output_dir, tokens, self._truth)
+                merged = merge(self._output_dir, tokens, self._truth.images)
             except DataError as error:
                 problem = str(error)
         problem = next((text for text in comm.all_gather(problem) if text), None)
@@ -106,8 +126,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             raise DataError(problem)
         if merged is None:
             return OrderedDict()
-        report = self._report(merged)
-        write_json(self._output_dir / "report.json", report, indent=1)
+        predictions = read_predictions(merged)
+        report = self._report(predictions)
+        write_json(self._output_dir / REPORT, report, indent=1)
+        self.evaluation = Evaluation(self._truth, predictions.detections, report)
         logger.info("\n%s", format_table(report))
         return to_results(report)
 
@@ -116,101 +138,85 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         scores, classes = _array(instances.scores), _array(instances.pred_classes)
         _require_finite(image_id, "detection", boxes, scores)
         class_count = len(self._split.names)
-        beyond = classes[(classes < 0) | (classes >= class_count)]
+        known = class_count + len(self._distractors)
+        beyond = classes[(classes < 0) | (classes >= known)]
         if beyond.size:
             raise DataError(
                 f"image {image_id} has a detection of class {beyond[0]}, but {self._dataset_name} has the "
-                f"{class_count} classes 0 to {class_count - 1}: test with the data set's vocabulary."
+                f"{known} classes 0 to {known - 1}{', distractors included' if self._distractors else ''}: test with "
+                "the data set's vocabulary."
             )
         best = np.argsort(-scores, kind="stable")[: self._max_detections]
-        category_ids = np.asarray(self._split.category_ids)[classes[best].astype(int)]
-        return {
-            "category_ids": category_ids.tolist(),
-            "scores": scores[best].tolist(),
-            "boxes_xyxy": boxes[best].tolist(),
+        kept = best[classes[best] < class_count]
+        record = {
+            "category_ids": np.asarray(self._split.category_ids)[classes[kept].astype(int)].tolist(),
+            "scores": scores[kept].tolist(),
+            "boxes_xyxy": boxes[kept].tolist(),
         }
+        if self._distractors:
+            record["distractor_detections"] = len(best) - len(kept)
+        if self._truth.segmentations is not None and instances.has("pred_masks"):
+            record |= self._masks(image_id, instances.pred_masks, kept)
+        return record
+
+    def _masks(self, image_id, masks, kept):
+        """{"mask_size": [H, W], "masks": counts of the run-length codes of the masks ``kept``, in that order}."""
+        record = self._truth.images[image_id]
+        size = [record["height"], record["width"]]
+        if list(masks.shape[1:]) != size:
+            raise DataError(
+                f"image {image_id} has masks of {masks.shape[1]} x {masks.shape[2]} pixels, but is {size[0]} x "
+                f"{size[1]}: give the loader's records of {self._dataset_name} to the model, whose post-processing "
+                "takes the size from there."
+            )
+        counts = []
+        for row in kept.tolist():  # one at a time: 300 full-size masks in another memory order would be copies
+            mask = np.asfortranarray(masks[row].detach().cpu().numpy().astype(np.uint8))
+            counts.append(mask_api.encode(mask)["counts"].decode("ascii"))
+        return {"mask_size": size, "masks": counts}
 
     def _covered(self, image_id, proposals):
         """IoU with which the best proposals cover this image's boxes: {"AR@100-novel": [G] list, ...}."""
         boxes, logits = _array(proposals.proposal_boxes.tensor), _array(proposals.objectness_logits)
         _require_finite(image_id, "proposal", boxes, logits)
         boxes = boxes[np.argsort(-logits, kind="stable")]
-        gt_boxes, gt_classes, crowd = self._truth[image_id]
-        is_base = gt_classes < len(self._split.base)
+        rows = slice(*np.searchsorted(self._truth.image_ids, [image_id, image_id + 1]))  # the records go by image id
+        gt_boxes, crowd = self._truth.boxes_xyxy[rows], self._truth.crowd[rows]
+        base_ids = [category_id for category_id, _ in self._split.base]
+        is_base = np.isin(self._truth.category_ids[rows], base_ids)
+        subsets = {"novel": ~is_base, "base": is_base, "all": np.ones_like(is_base)}
+        for subset, classes in (("novel", self._split.novel), ("base", self._split.base)):
+            if not classes:
+                del subsets[subset]
         covered = {}
-        for subset, wanted in zip(SUBSETS, (~is_base, is_base, np.ones_like(is_base))):
-            for limit in PROPOSAL_LIMITS:
+        for subset, wanted in subsets.items():
+            for limit in self._proposal_limits:
                 covered[f"AR@{limit}-{subset}"] = covered_iou(gt_boxes[wanted & ~crowd], boxes[:limit]).tolist()
         return covered
 
-    def _report(self, merged):
-        detections, recall = _load(merged)
-        truth_image_ids = np.repeat(list(self._truth), [len(boxes) for boxes, _, _ in self._truth.values()])
-        gt_boxes, gt_classes, crowd = (np.concatenate(parts) for parts in zip(*self._truth.values()))
-        per_class, boxes_per_class = {}, {}
-        for position, category_id in enumerate(self._split.category_ids):
-            of_truth = gt_classes == position
-            found = detections["category_ids"] == category_id
-            boxes_per_class[category_id] = int((of_truth & ~crowd).sum())
-            per_class[category_id] = class_average_precision(
-                truth_image_ids[of_truth],
-                gt_boxes[of_truth],
-                crowd[of_truth],
-                detections["image_ids"][found],
-                detections["boxes_xyxy"][found],
-                detections["scores"][found],
-                self._max_detections,
-            )
+    def _report(self, predictions):
+        figures = measure(self._truth, predictions.detections, self._split, self._metric, self._max_detections)
         facts = {
             "dataset": self._dataset_name,
             "json_sha256": sha256_file(self._json_file),
-            "images": len(self._truth),
-            "detections": len(detections["scores"]),
+            "images": len(self._truth.images),
+            "detections": len(predictions.detections),
             "detections_per_image": self._max_detections,
+        }
+        if self._distractors:
+            facts |= {
+                "distractors": list(self._distractors),
+                "distractor_detections": predictions.distractor_detections,
+            }
+        facts |= {
             "processes": comm.get_world_size(),
             "seconds": round(time.perf_counter() - self._started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "versions": {name: _version(name) for name in ("ovdet2", "torch", "faster-coco-eval")},
+            **provenance(),
+            **self._facts,
         }
-        return build_report(self._split, per_class, boxes_per_class, recall, facts)
-
-
-def _truth_of(record):
-    """(boxes [G, 4] XYXY float64, contiguous classes [G], crowd [G] bool) of a dataset dict."""
-    annotations = record["annotations"]
-    boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    classes = np.array([annotation["category_id"] for annotation in annotations], dtype=np.int64)
-    crowd = np.array([annotation["iscrowd"] for annotation in annotations], dtype=bool)
-    return boxes, classes, crowd
-
-
-def _load(merged):
-    """Compact arrays of all detections, those of an image together and by falling score, and the recall figures.
-
-    Returns:
-        ({"image_ids" [R] i64, "category_ids" [R] i32, "scores" [R] f32, "boxes_xyxy" [R, 4] f32},
-        {"AR@100-novel": percent, ...})
-    """
-    parts, covered, with_proposals, images = [], {}, 0, 0
-    for record in read_merged(merged):
-        images += 1
-        parts.append(
-            (
-                np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
-                np.array(record["category_ids"], dtype=np.int32),
-                np.array(record["scores"], dtype=np.float32),
-                np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
-            )
-        )
-        with_proposals += "covered" in record
-        for key, values in record.get("covered", {}).items():
-            covered.setdefault(key, []).append(np.asarray(values, dtype=np.float64))
-    if with_proposals not in (0, images):
-        raise DataError(f"{with_proposals} of {images} images have proposals: give them for all images or for none.")
-    columns = (np.concatenate(column) for column in zip(*parts))
-    recall = {key: average_recall(np.concatenate(values)) for key, values in covered.items()}
-    return dict(zip(("image_ids", "category_ids", "scores", "boxes_xyxy"), columns)), recall
+        objects = objects_per_class(self._truth, self._split)
+        return build_report(self._split, self._metric, figures, objects, predictions.recall, facts)
 
 
 def _array(tensor):
@@ -225,10 +231,3 @@ def _require_finite(image_id, kind, boxes, scores):
             f"image {image_id} has a {kind} whose box or score is not finite: the weights are damaged or the "
             "training has diverged; evaluate an earlier checkpoint."
         )
-
-
-def _version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed as a package"

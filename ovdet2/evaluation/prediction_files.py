@@ -4,8 +4,10 @@ The folder must be seen by all machines of the run. Each file starts with a line
 also sends to the merging process, so a file left by an earlier run is never taken for one of this run.
 """
 
+import contextlib
 import json
 import os
+import re
 import uuid
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ovdet2.errors import DataError
 from ovdet2.files import atomic_path
 
 MERGED = "predictions.jsonl"
+_LINE_START = re.compile(rb'\{"image_id": (-?\d+)[,}]')
 
 
 class PredictionWriter:
@@ -28,10 +31,10 @@ class PredictionWriter:
         path = _rank_path(folder, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "w", encoding="utf-8")
-        self.write({"token": self.token})
+        self._file.write(json.dumps({"token": self.token}) + "\n")
 
     def write(self, record):
-        """Append one JSON-serialisable dict."""
+        """Append one JSON-serialisable dict, whose first entry is "image_id"."""
         self._file.write(json.dumps(record) + "\n")
 
     def close(self):
@@ -43,7 +46,9 @@ class PredictionWriter:
 
 
 def merge(folder, tokens, image_ids):
-    """Concatenate the files of all processes into ``predictions.jsonl`` and remove them.
+    """Join the files of all processes into ``predictions.jsonl``, by ascending image id, and remove them.
+
+    The result does not depend on which process predicted which image. The lines are copied, not held.
 
     Args:
         folder: output folder.
@@ -57,29 +62,32 @@ def merge(folder, tokens, image_ids):
         DataError: a process's file is missing or of another run; an image is missing, predicted twice, or unknown.
             The files of the processes are then left as they are.
     """
-    expected, seen, twice = set(image_ids), set(), []
+    expected, places, twice = set(image_ids), {}, set()
     paths = [_rank_path(folder, rank) for rank in range(len(tokens))]
+    for path, token in zip(paths, tokens):
+        for image_id, place in _index(path, token):
+            if image_id in places:
+                twice.add(image_id)
+            places[image_id] = (path, *place)
+    for kind, ids in (
+        ("without predictions", expected - places.keys()),
+        ("predicted twice", twice),
+        ("that are not in the data set", places.keys() - expected),
+    ):
+        if ids:
+            shown = ", ".join(str(image_id) for image_id in sorted(ids)[:5])
+            raise DataError(
+                f"{len(ids)} images {kind}, id {shown}{', ...' if len(ids) > 5 else ''}: every image of the data "
+                "set must be evaluated exactly once; use the test loader of ovdet2, or Detectron2's sampler for it."
+            )
     merged = Path(folder) / MERGED
-    with atomic_path(merged) as temporary:
-        with open(temporary, "w", encoding="utf-8") as output:
-            for path, token in zip(paths, tokens):
-                for line, record in _records(path, token):
-                    image_id = record["image_id"]
-                    if image_id in seen:
-                        twice.append(image_id)
-                    seen.add(image_id)
-                    output.write(line)
-        for kind, ids in (
-            ("without predictions", expected - seen),
-            ("predicted twice", set(twice)),
-            ("that are not in the data set", seen - expected),
-        ):
-            if ids:
-                shown = ", ".join(str(image_id) for image_id in sorted(ids)[:5])
-                raise DataError(
-                    f"{len(ids)} images {kind}, id {shown}{', ...' if len(ids) > 5 else ''}: every image of the data "
-                    "set must be evaluated exactly once; use the test loader of ovdet2, or Detectron2's sampler for it."
-                )
+    with contextlib.ExitStack() as stack, atomic_path(merged) as temporary:
+        files = {path: stack.enter_context(open(path, "rb")) for path in paths}
+        with open(temporary, "wb") as output:
+            for image_id in sorted(places):
+                path, offset, length = places[image_id]
+                files[path].seek(offset)
+                output.write(files[path].read(length))
     for path in paths:
         path.unlink()
     return merged
@@ -92,15 +100,22 @@ def read_merged(path):
             yield json.loads(line)
 
 
-def _records(path, token):
+def _index(path, token):
+    """Yield (image id, (offset, length in bytes)) of each line of one process's file."""
     remedy = "the output folder must be on a file system that all machines of the run share"
     if not path.is_file():
         raise DataError(f"{path} does not exist: {remedy}.")
-    with open(path, encoding="utf-8") as handle:
-        if json.loads(next(handle, "{}")).get("token") != token:
+    with open(path, "rb") as handle:
+        first = next(handle, b"{}\n")
+        if json.loads(first).get("token") != token:
             raise DataError(f"{path} is not of this run: {remedy}, and no two runs may write to one folder.")
+        offset = len(first)
         for line in handle:
-            yield line, json.loads(line)
+            start = _LINE_START.match(line)
+            if start is None or not line.endswith(b"\n"):
+                raise DataError(f"{path} is damaged at byte {offset}: evaluate again.")
+            yield int(start[1]), (offset, len(line))
+            offset += len(line)
 
 
 def _rank_path(folder, rank):

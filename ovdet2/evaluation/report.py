@@ -1,6 +1,7 @@
-"""What an evaluation says: ``report.json`` (schema "ovdet2/report/1"), Detectron2's results dict, and a printed table.
+"""What an evaluation says: ``report.json`` (schema "ovdet2/report/2"), Detectron2's results dict, and a printed table.
 
-All figures are percent. A figure that does not exist (no ground truth) is null in the json and nan in the results.
+All figures are percent. A figure that does not exist (no ground truth) is null in the json and nan in the results. A
+set without classes, such as the base classes of a transfer target, has no figures.
 """
 
 import math
@@ -8,83 +9,102 @@ from collections import OrderedDict
 
 from ovdet2.evaluation.coco_ap import mean_of
 
-SCHEMA = "ovdet2/report/1"
-SUBSETS = ("novel", "base", "all")
+SCHEMA = "ovdet2/report/2"
+TASKS = ("bbox", "segm")
+_RULES = "AP50 and AP75 at IoU 0.50 and 0.75, AP over IoU 0.50:0.05:0.95, 101 recall points"
+_SIZES = "s, m, l below 32², to 96² and above, in square pixels; AR over the same IoUs"
+_METRICS = {
+    "ov_coco": f"COCO: {_RULES}, all areas; {_SIZES}",
+    "ov_lvis": f"LVIS, federated: {_RULES}, all areas; {_SIZES}; r, c, f are rare, common, frequent classes",
+    "ov_voc": "VOC objects by COCO's AP: AP50 and AP75 at IoU 0.50 and 0.75, 101 recall points, all areas; difficult "
+    "objects count neither way; AR over IoU 0.50:0.05:0.95",
+}
+
+
+def figure_names(metric, limit):
+    """The figures of a metric for one task, in the order of the table.
+
+    Args:
+        metric: "ov_coco", "ov_lvis" or "ov_voc".
+        limit: detections per image.
+    """
+    if metric == "ov_voc":
+        return ("AP50", "AP75")
+    first = ("AP", "AP50") if metric == "ov_lvis" else ("AP50", "AP")
+    return (*first, "AP75", "APs", "APm", "APl", f"AR@{limit}")
 
 
 def class_subsets(split):
     """Dict of report row to the dataset category ids it averages over: novel, base, all, then the split's groups."""
     base = len(split.base)
     subsets = {"novel": split.category_ids[base:], "base": split.category_ids[:base], "all": split.category_ids}
-    return subsets | {group: tuple(ids) for group, ids in split.groups.items()}
+    subsets |= {group: tuple(ids) for group, ids in split.groups.items()}
+    return {subset: ids for subset, ids in subsets.items() if ids}
 
 
-def class_means(per_class, split):
+def class_means(per_class, split, names):
     """Means over the classes that have ground truth.
 
     Args:
-        per_class: {category id: (AP, AP50)} in percent, nan for a class without ground truth.
+        per_class: {category id: {figure: percent}}, nan for a class without ground truth.
         split: :class:`~ovdet2.data.datasets.coco_json.Split`.
+        names: the figures.
 
     Returns:
-        OrderedDict "AP50-novel", "AP50-base", "AP50-all", "AP50-<group>", ..., then the same of AP.
+        OrderedDict "AP50-novel", "AP50-base", "AP50-all", "AP50-<group>", ..., then the same of the next figure.
     """
-    means = OrderedDict()
-    for column, metric in ((1, "AP50"), (0, "AP")):
-        for subset, ids in class_subsets(split).items():
-            means[f"{metric}-{subset}"] = mean_of(per_class[category_id][column] for category_id in ids)
-    return means
+    return OrderedDict(
+        (f"{name}-{subset}", mean_of(per_class[category_id][name] for category_id in ids))
+        for name in names
+        for subset, ids in class_subsets(split).items()
+    )
 
 
-def build_report(split, per_class, boxes_per_class, recall, facts):
+def build_report(split, metric, figures, objects, recall, facts):
     """The content of report.json.
 
     Args:
         split: :class:`~ovdet2.data.datasets.coco_json.Split`.
-        per_class: {category id: (AP, AP50)}.
-        boxes_per_class: {category id: ground-truth boxes that are not crowd}.
+        metric: "ov_coco", "ov_lvis" or "ov_voc".
+        figures: {"bbox": {category id: {figure: percent}}, "segm": the same, if there are masks}.
+        objects: {category id: ground-truth objects that are not crowd}.
         recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
         facts: further entries: dataset, images, detections_per_image, seconds, versions, ...
 
     Returns:
-        dict for ``json.dumps``; no nan in it.
+        dict for ``json.dumps``; no nan in it. "bbox", "segm" and "proposals" are flat: {"AP50-novel": percent, ...},
+        by the rules of LVIS with "APr", "APc" and "APf" as well; "segm" and "proposals" may be empty. "per_class" rows
+        hold the figures of boxes, and those of masks below "segm".
     """
-    subset_of = dict(zip(split.category_ids, ("base" if is_base else "novel" for is_base in split.base_mask)))
-    report = {
+    names = figure_names(metric, facts["detections_per_image"])
+    means = {task: class_means(figures.get(task), split, names) if task in figures else {} for task in TASKS}
+    if metric == "ov_lvis":
+        for of_task in filter(None, means.values()):
+            of_task.update((f"AP{group}", of_task[f"AP-{group}"]) for group in "rcf" if f"AP-{group}" in of_task)
+    return {
         "schema": SCHEMA,
         "split": split.name,
         "protocol": "generalized: one run over base and novel names together",
-        "metric": "COCO box AP, all areas; AP50 at IoU 0.50, AP over IoU 0.50:0.05:0.95; AR over the same IoUs",
+        "metric": _METRICS[metric],
         **facts,
         "classes": {
             subset: {
                 "classes": len(ids),
-                "with_ground_truth": sum(boxes_per_class[category_id] > 0 for category_id in ids),
-                "boxes": sum(boxes_per_class[category_id] for category_id in ids),
+                "with_ground_truth": sum(objects[category_id] > 0 for category_id in ids),
+                "boxes": sum(objects[category_id] for category_id in ids),
             }
             for subset, ids in class_subsets(split).items()
         },
-        "bbox": {key: _finite_or_none(value) for key, value in class_means(per_class, split).items()},
-        "proposals": {key: _finite_or_none(value) for key, value in recall.items()},
-        "per_class": [
-            {
-                "category_id": category_id,
-                "name": name,
-                "subset": subset_of[category_id],
-                "boxes": boxes_per_class[category_id],
-                "AP": _finite_or_none(per_class[category_id][0]),
-                "AP50": _finite_or_none(per_class[category_id][1]),
-            }
-            for category_id, name in zip(split.category_ids, split.names)
-        ],
+        **{task: _finite(of_task) for task, of_task in means.items()},
+        "proposals": _finite(recall),
+        "per_class": _class_rows(split, names, figures, objects),
     }
-    return report
 
 
 def to_results(report):
     """Detectron2's results: OrderedDict {"bbox": {...}, "proposals": {...}}, with nan for what does not exist."""
     results = OrderedDict()
-    for task in ("bbox", "proposals"):
+    for task in (*TASKS, "proposals"):
         if report[task]:
             results[task] = OrderedDict(
                 (key, math.nan if value is None else value) for key, value in report[task].items()
@@ -101,26 +121,60 @@ def format_table(report):
     Returns:
         String of several lines without a final newline.
     """
-    limits = sorted({int(key.split("-")[0].removeprefix("AR@")) for key in report["proposals"]})
-    columns = ["AP50", "AP", *(f"AR@{limit}" for limit in limits)]
     lines = [
         f"{report['dataset']}: {report['split']}, {report['protocol']}",
         f"{report['metric']}; {report['detections_per_image']} detections per image",
         f"{report['images']} images, {report['detections']} detections, {report['seconds']:.1f} s",
-        "",
-        f"{'':<20}" + "".join(f"{column:>8}" for column in columns) + f"{'classes':>12}{'boxes':>9}",
     ]
-    figures = {**report["bbox"], **report["proposals"]}
-    for subset, counts in report["classes"].items():
-        cells = "".join(f"{_shown(figures.get(f'{column}-{subset}')):>8}" for column in columns)
-        classes = f"{counts['with_ground_truth']}/{counts['classes']}"
-        lines.append(f"{subset:<20}{cells}{classes:>12}{counts['boxes']:>9}")
+    if "distractors" in report:
+        lines.append(
+            f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them left "
+            "out after the choice of the best of each image"
+        )
+    for task, title in (("bbox", "boxes"), ("segm", "masks"), ("proposals", "proposals")):
+        if report[task]:
+            lines += ["", *_task_table(report, task, title)]
     lines.append("classes: with ground truth / in the split; those without are in no mean")
     return "\n".join(lines)
 
 
-def _finite_or_none(value):
-    return None if math.isnan(value) else value
+def _task_table(report, task, title):
+    """Lines of one task: a row for each set of classes, a column for each figure."""
+    names = list(OrderedDict.fromkeys(key.partition("-")[0] for key in report[task] if "-" in key))
+    lines = [f"{title:<20}" + "".join(f"{name:>9}" for name in names) + f"{'classes':>12}{'objects':>9}"]
+    for subset, counts in report["classes"].items():
+        values = [report[task].get(f"{name}-{subset}") for name in names]
+        if f"{names[0]}-{subset}" not in report[task]:
+            continue  # proposals know of no groups
+        classes = f"{counts['with_ground_truth']}/{counts['classes']}"
+        lines.append(
+            f"{subset:<20}" + "".join(f"{_shown(value):>9}" for value in values) + f"{classes:>12}{counts['boxes']:>9}"
+        )
+    return lines
+
+
+def _class_rows(split, names, figures, objects):
+    """The entries of "per_class"."""
+    rows = []
+    for category_id, name, is_base in zip(split.category_ids, split.names, split.base_mask):
+        row = {
+            "category_id": category_id,
+            "name": name,
+            "subset": "base" if is_base else "novel",
+            "boxes": objects[category_id],
+        }
+        of_task = {
+            task: _finite({figure: figures[task][category_id][figure] for figure in names})
+            for task in TASKS
+            if task in figures
+        }
+        rows.append(row | of_task.pop("bbox") | of_task)
+    return rows
+
+
+def _finite(values):
+    """The dict with None for nan."""
+    return {key: None if math.isnan(value) else value for key, value in values.items()}
 
 
 def _shown(value):

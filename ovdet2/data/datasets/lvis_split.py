@@ -21,7 +21,8 @@ def frequency_split(categories, source="the annotation json"):
         source: what error messages call the json.
 
     Returns:
-        :class:`~ovdet2.data.datasets.coco_json.Split`, base and novel each by ascending category id.
+        :class:`~ovdet2.data.datasets.coco_json.Split`, base and novel each by ascending category id, with the groups
+        "r", "c" and "f".
 
     Raises:
         DataError: a category without id, name or frequency, an id or a name given twice, or no base class.
@@ -39,8 +40,14 @@ def frequency_split(categories, source="the annotation json"):
         tuple(sorted((category["id"], category["name"]) for category in categories if category["frequency"] in kinds))
         for kinds in ("fc", "r")
     )
+    if not base:
+        raise DataError(f"{source} has no frequent or common class to train on: {_NOT_LVIS}.")
+    groups = {
+        kind: tuple(sorted(category["id"] for category in categories if category["frequency"] == kind))
+        for kind in "rcf"
+    }
     try:
-        return Split(f"OV-LVIS {len(base)}/{len(novel)}", base, novel)
+        return Split(f"OV-LVIS {len(base)}/{len(novel)}", base, novel, groups)
     except ValueError as error:
         raise DataError(f"{source}: {error}") from None
 

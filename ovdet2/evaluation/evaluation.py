@@ -1,0 +1,99 @@
+"""A finished evaluation: what was true, what was found, and the figures; and how it is read from its folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ovdet2.data.datasets.register import split_of
+from ovdet2.errors import DataError, UsageError
+from ovdet2.evaluation.coco_ap import evaluate_classes
+from ovdet2.evaluation.columns import Detections, Truth
+from ovdet2.evaluation.federation import Federation
+from ovdet2.evaluation.prediction_files import MERGED
+from ovdet2.evaluation.predictions import read_predictions
+from ovdet2.files import read_json, sha256_file
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation.
+
+    Attributes:
+        truth: :class:`~ovdet2.evaluation.columns.Truth`.
+        detections: :class:`~ovdet2.evaluation.columns.Detections`, those of distractor words left out.
+        report: dict of :func:`~ovdet2.evaluation.report.build_report`.
+    """
+
+    truth: Truth
+    detections: Detections
+    report: dict
+
+
+def load_evaluation(folder, dataset_name):
+    """Read what :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate` left in a folder.
+
+    Args:
+        folder: holds report.json and predictions.jsonl.
+        dataset_name: the data set it was made on.
+
+    Returns:
+        :class:`Evaluation`.
+
+    Raises:
+        UsageError: the data set has no base / novel split, or the folder is of another data set.
+        DataError: a file is missing or damaged, or the data set's json is another than at the time of the evaluation.
+    """
+    folder = Path(folder)
+    remedy = f"evaluate {dataset_name} again, writing to this folder"
+    report = read_json(folder / REPORT, remedy)
+    if report.get("dataset") != dataset_name:
+        raise UsageError(f"{folder} holds an evaluation on {report.get('dataset')!r}, not on {dataset_name!r}.")
+    if not (folder / MERGED).is_file():
+        raise DataError(f"{folder / MERGED} does not exist: {remedy}.")
+    truth, _ = load_truth(dataset_name)
+    json_file = MetadataCatalog.get(dataset_name).json_file
+    if sha256_file(json_file) != report["json_sha256"]:
+        raise DataError(f"{json_file} is not the file that {folder} was evaluated on: {remedy}.")
+    return Evaluation(truth, read_predictions(folder / MERGED).detections, report)
+
+
+def load_truth(dataset_name):
+    """(:class:`~ovdet2.evaluation.columns.Truth`, :class:`~ovdet2.data.datasets.coco_json.Split`) of a data set.
+
+    Raises:
+        UsageError: it has no base / novel split.
+        DataError: its json is missing or damaged.
+    """
+    split = split_of(dataset_name)
+    if split is None:
+        raise UsageError(f"data set {dataset_name!r} has no base / novel split: use register_ov_dataset.")
+    records = DatasetCatalog.get(dataset_name)
+    return Truth.of(records, split, masks=MetadataCatalog.get(dataset_name).ov_masks), split
+
+
+def measure(truth, detections, split, metric, limit):
+    """Figures of each class, for boxes and, where both sides have them, for masks.
+
+    Args:
+        truth, detections: of one data set.
+        split: its :class:`~ovdet2.data.datasets.coco_json.Split`.
+        metric: "ov_coco", "ov_voc" or "ov_lvis"; the last one by the federated rules.
+        limit: detections per image that ``detections`` was cut to.
+
+    Returns:
+        {"bbox": {category id: {figure: percent}}, "segm": the same}, see
+        :func:`~ovdet2.evaluation.coco_ap.evaluate_classes`; "segm" only with masks.
+    """
+    federation = Federation(truth.images) if metric == "ov_lvis" else None
+    tasks = ["bbox"] if truth.segmentations is None or detections.masks is None else ["bbox", "segm"]
+    return {task: evaluate_classes(truth, detections, split.category_ids, task, (limit,), federation) for task in tasks}
+
+
+def objects_per_class(truth, split):
+    """{category id: annotations that are not crowd}."""
+    ids, counts = np.unique(truth.category_ids[~truth.crowd], return_counts=True)
+    return dict.fromkeys(split.category_ids, 0) | dict(zip(ids.tolist(), counts.tolist()))

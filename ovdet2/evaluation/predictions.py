@@ -1,0 +1,116 @@
+"""The merged predictions of a data set as columns.
+
+Shapes: R detections of all images.
+"""
+
+import mmap
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ovdet2.errors import DataError
+from ovdet2.evaluation.columns import Detections
+from ovdet2.evaluation.prediction_files import read_merged
+from ovdet2.evaluation.proposal_recall import average_recall
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a merged file holds.
+
+    Attributes:
+        detections: :class:`~ovdet2.evaluation.columns.Detections` by ascending image id.
+        recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
+        distractor_detections: how many detections were of distractor words, which are not among ``detections``.
+    """
+
+    detections: Detections
+    recall: dict
+    distractor_detections: int
+
+
+def read_predictions(path):
+    """Read a merged file (:mod:`~ovdet2.evaluation.prediction_files`) line by line.
+
+    Raises:
+        DataError: proposals of some images only, or masks of some images with detections only.
+    """
+    parts, covered, masks = [], {}, _MaskWriter()
+    images, with_proposals, with_masks, without_masks, distractor_detections = 0, 0, 0, 0, 0
+    for record in read_merged(path):
+        images += 1
+        distractor_detections += record.get("distractor_detections", 0)
+        parts.append(
+            (
+                np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
+                np.array(record["category_ids"], dtype=np.int32),
+                np.array(record["scores"], dtype=np.float32),
+                np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
+            )
+        )
+        if "masks" in record:
+            with_masks += 1
+            masks.add(record["mask_size"], record["masks"])
+        elif record["scores"]:
+            without_masks += 1
+        with_proposals += "covered" in record
+        for key, values in record.get("covered", {}).items():
+            covered.setdefault(key, []).append(np.asarray(values, dtype=np.float64))
+    for kind, count, others in (
+        ("proposals", with_proposals, images - with_proposals),
+        ("masks", with_masks, without_masks),
+    ):
+        if count and others:
+            raise DataError(f"{count} of {count + others} images have {kind}: give them for all images or for none.")
+    columns = (np.concatenate(column) for column in zip(*parts))
+    recall = {key: average_recall(np.concatenate(values)) for key, values in covered.items()}
+    detections = Detections(*columns, masks=masks.finish() if with_masks else None)
+    return Predictions(detections, recall, distractor_detections)
+
+
+class MaskColumn(Sequence):
+    """Run-length codes of R masks, whose counts lie in an unnamed file that is mapped into memory.
+
+    An element is {"size": [height, width], "counts": str}, made when it is asked for.
+
+    Args:
+        counts: bytes-like, the counts of all masks one after the other.
+        offsets: [R + 1] int64, where each begins.
+        sizes: [R, 2] int32, height and width.
+    """
+
+    def __init__(self, counts, offsets, sizes):
+        self._counts, self._offsets, self._sizes = counts, offsets, sizes
+
+    def __len__(self):
+        return len(self._sizes)
+
+    def __getitem__(self, row):
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"mask {row} of {len(self)}")
+        row %= len(self)
+        start, end = self._offsets[row : row + 2]
+        return {"size": self._sizes[row].tolist(), "counts": self._counts[start:end].decode("ascii")}
+
+
+class _MaskWriter:
+    """Collects masks image by image; no file is made before the first."""
+
+    def __init__(self):
+        self._file, self._lengths, self._sizes = None, [], []
+
+    def add(self, size, counts):
+        """Append the masks of one image: its (height, width) and their counts."""
+        self._file = self._file or tempfile.TemporaryFile()
+        self._file.write("".join(counts).encode("ascii"))
+        self._lengths.append(np.array([len(code) for code in counts], dtype=np.int64))
+        self._sizes.append(np.tile(np.array(size, dtype=np.int32), (len(counts), 1)))
+
+    def finish(self):
+        """The :class:`MaskColumn`."""
+        self._file.flush()
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))])
+        counts = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if offsets[-1] else b""
+        return MaskColumn(counts, offsets, np.concatenate(self._sizes))

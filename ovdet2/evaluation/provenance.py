@@ -1,0 +1,46 @@
+"""What made a report: command, commit, versions."""
+
+import importlib.metadata
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+_PACKAGES = ("ovdet2", "torch", "faster-coco-eval")
+
+
+def provenance():
+    """{"command": str, "git_commit": 40 hex digits or None, "git_modified": bool or None, "versions": {name: str}}.
+
+    The commit is that of the checkout the package is imported from; None for an installed package or without git.
+    "git_modified" says whether tracked files differ from it.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "command": shlex.join(sys.argv),
+        "git_commit": commit,
+        "git_modified": None if changes is None else bool(changes),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _git(*arguments):
+    """Output of a git command on the checkout of this package, without its last newline; None where it fails."""
+    root = Path(__file__).resolve().parents[2]
+    # A package installed into a folder of somebody else's checkout is not of that checkout.
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed as a package"
