@@ -43,5 +43,7 @@ $(STAMP): $(INPUTS)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PIP) install --quiet $(CONSTRAINTS) "setuptools>=70.1"
 	$(PIP) install $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
+	# A reference for tests. It asks for opencv-python, whose files would replace those of opencv-python-headless.
+	$(PIP) install $(CONSTRAINTS) --no-deps lvis
 	$(PY) tools/install_detectron2.py
 	@rm -f $(VENV)/.ovdet2-* && touch $@

@@ -17,7 +17,7 @@ setup(
         "torchvision>=0.21,<0.30",
         "open_clip_torch>=3.0,<4",
         "timm>=1.0.15,<2",
-        "faster-coco-eval>=1.6.5,<2",
+        "faster-coco-eval>=1.8,<1.9",  # coco_ap.py replaces two steps of its engine, which are no public interface
         "pycocotools>=2.0.8,<3",
         "safetensors>=0.4.5,<1",
         "scipy>=1.13,<2",

@@ -166,8 +166,8 @@ def peak_memory(folder, metric, limit):
     peak = _memory("VmHWM")
     detections = len(read_predictions(folder / MERGED).detections)
     print(
-        f"{len(truth.images)} images, {detections} detections, {len(split.names)} classes: ground truth {before:.0f} MB "
-        f"(with the libraries), peak {peak:.0f} MB, {peak - before:.0f} MB above; AP {figures['AP']:.4f}"
+        f"{len(truth.images)} images, {detections} detections, {len(split.names)} classes: {before:.0f} MB with the "
+        f"libraries and the ground truth, peak {peak:.0f} MB: {peak - before:.0f} MB above; AP {figures['AP']:.4f}"
     )
     return {"megabytes": peak - before}
 

@@ -41,7 +41,7 @@ def frequency_split(categories, source="the annotation json"):
         for kinds in ("fc", "r")
     )
     if not base:
-        raise DataError(f"{source} has no frequent or common class to train on: {_NOT_LVIS}.")
+        raise DataError(f"{source} has no base class, for none is frequent or common: {_NOT_LVIS}.")
     groups = {
         kind: tuple(sorted(category["id"] for category in categories if category["frequency"] == kind))
         for kind in "rcf"
