@@ -81,6 +81,8 @@ def get_cfg():
     # Unreadable training images tolerated (each logged once) by one training process before the run stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
+    # Draw report.html (per-class figures, errors, confusions, images) beside each report.json.
+    cfg.TEST.HTML_REPORT = True
     # Words the detector is asked for beside those of the test set, though no annotation has them: a list, or
     # ["coco_unused"] for the 15 COCO classes that OV-COCO leaves out. Their detections take part in the cut to
     # DETECTIONS_PER_IMAGE and are then dropped; the report names them.

@@ -13,13 +13,14 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from ovdet2.data.datasets.register import METRICS
+from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
+from ovdet2.modeling.build import distractors
 
 logger = logging.getLogger(__name__)
 
@@ -198,8 +199,11 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg, dataset_name, facts=None):
         """The evaluator of a data set, writing to OUTPUT_DIR/inference/<data set>.
+
+        Args:
+            facts: further entries of its report.json.
 
         Raises:
             UsageError: the data set's evaluator type is not one of ovdet2.
@@ -218,13 +222,50 @@ class Trainer(DefaultTrainer):
             folder,
             max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
             proposals_per_image=min(cfg.TEST.PROPOSALS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST),
+            distractors=distractors(cfg),
+            facts=facts,
         )
 
     @classmethod
     def test(cls, cfg, model, evaluators=None):
-        """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states."""
+        """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
+
+        With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
+        """
+        if evaluators is None:
+            evaluators = [cls.build_evaluator(cfg, name, _facts_of(cfg, model)) for name in cfg.DATASETS.TEST]
         with preserved_random_state():
-            return super().test(cfg, model, evaluators)
+            results = super().test(cfg, model, evaluators)
+            if cfg.TEST.HTML_REPORT:
+                for name, evaluator in zip(cfg.DATASETS.TEST, evaluators):
+                    _draw_report(name, getattr(evaluator, "evaluation", None), f"{cfg.OUTPUT_DIR}/inference/{name}")
+        return results
+
+
+def _facts_of(cfg, model):
+    """What a report says of the detector: its weights and, if it has words, their fingerprint."""
+    vocabulary = getattr(getattr(model, "module", model), "vocabulary", None)
+    facts = {"weights": cfg.MODEL.WEIGHTS}
+    if vocabulary is not None:
+        stated = vocabulary.vocabulary.manifest()
+        kept = ("templates", "templates_sha256", "names_sha256", "teacher")
+        facts["vocabulary"] = {"words": len(vocabulary.vocabulary), **{key: stated[key] for key in kept}}
+    return facts
+
+
+def _draw_report(dataset_name, evaluation, folder):
+    """Write report.html; a page that cannot be drawn must not cost the run its figures."""
+    if evaluation is None:  # not the first process, or another kind of evaluator
+        return
+    from ovdet2.evaluation.html_report import write_html
+
+    path = f"{folder}/report.html"
+    try:
+        write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split_of(dataset_name))
+    except Exception:  # noqa: BLE001
+        logger.warning("%s could not be drawn; tools/make_report.py tries again.", path, exc_info=True)
+    else:
+        logger.info("Report: %s", path)
 
 
 class CheckpointHook(HookBase):

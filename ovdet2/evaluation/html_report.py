@@ -45,7 +45,7 @@ _CALLED = {
 }
 
 
-def write_html(path, report, truth, detections, split, vocabulary=None, pictures=6):
+def write_html(path, report, truth, detections, split, pictures=6):
     """Write the report of an evaluation as one HTML file without links, scripts or further files.
 
     Args:
@@ -54,7 +54,6 @@ def write_html(path, report, truth, detections, split, vocabulary=None, pictures
         truth: :class:`~ovdet2.evaluation.columns.Truth` that was evaluated on; its image records name the files drawn.
         detections: :class:`~ovdet2.evaluation.columns.Detections`, as evaluated.
         split: :class:`~ovdet2.data.datasets.coco_json.Split`.
-        vocabulary: optional :class:`~ovdet2.vocabulary.Vocabulary` of the detector, whose fingerprint is stated.
         pictures: most images drawn of the worst, and of the best.
 
     Raises:
@@ -70,7 +69,7 @@ def write_html(path, report, truth, detections, split, vocabulary=None, pictures
         page(
             title,
             f"<h1>{text(title)}</h1>",
-            summary(report, vocabulary),
+            summary(report),
             class_section(report["per_class"]),
             curve_section(analysis["curves"]),
             error_section(analysis, report),
@@ -81,7 +80,7 @@ def write_html(path, report, truth, detections, split, vocabulary=None, pictures
     )
 
 
-def summary(report, vocabulary=None):
+def summary(report):
     """What was measured, the main figures, and all of them."""
     main = next(iter(report["bbox"]), "AP50-novel").partition("-")[0]
     cards = "".join(
@@ -109,9 +108,6 @@ def summary(report, vocabulary=None):
     )
     note = "Classes: with ground truth / in the split; those without are in no mean."
     stated = [(key.replace("_", " "), _fact(value)) for key, value in report.items() if key not in _SHOWN_APART]
-    if vocabulary is not None:
-        teacher = f"{vocabulary.teacher}, templates {vocabulary.templates}, names {vocabulary.names_sha256}"
-        stated.append(("vocabulary", text(f"{len(vocabulary.names)} words; {teacher}")))
     return (
         f'{measured}<div class="cards">{cards}</div>{figures}<p class="quiet">{note}</p>'
         f"<h3>How it was measured</h3>{facts(stated)}"
