@@ -45,8 +45,9 @@ def get_cfg():
     # background, with a learned bias.
     cfg.MODEL.OVD.CLS_LOSS = "softmax"
     # With "sigmoid": words that take part in the loss of a batch, those annotated in it and others drawn by the number
-    # of their training images to the power FEDERATED_POWER (federated loss, for LVIS); 0: all base words do.
+    # of their training images (federated loss, for LVIS); 0: all base words do.
     cfg.MODEL.OVD.FEDERATED_WORDS = 0
+    # The power of the number of images that the draw goes by.
     cfg.MODEL.OVD.FEDERATED_POWER = 0.5
     # Weight of the classifier's loss; 0 leaves naming to distillation alone (ViLD-image).
     cfg.MODEL.OVD.CLS_LOSS_WEIGHT = 1.0

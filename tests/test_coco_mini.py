@@ -44,6 +44,9 @@ def root(tmp_path_factory):
         (root / "coco" / split).symlink_to(SHARED / "coco_mini" / split)
     printed = program(root, "datasets/prepare_ov_coco.py")
     assert "339" in printed and "328" in printed
+    for name, split in (("ov_coco_train_base", "train2017"), ("ov_coco_val_all", "val2017")):
+        files = ["--json", root / "coco" / "annotations" / f"{name}.json", "--images", root / "coco" / split]
+        program(root, "tools/check_dataset.py", *files, "--decode")
     table = ["--import-table", SHARED / "clip_text" / "coco_clip_a+cname.npy"]
     rows = ["--json", root / "coco" / "annotations" / "instances_val2017.json", "--templates", "a {name}"]
     teacher = ["--architecture", "ViT-B-32", "--pretrained", "openai", "--output", root / "v.safetensors"]
@@ -68,6 +71,8 @@ def falls(losses):
 def evaluate_and_draw(root, output, config, *overrides):
     """Check the report of a training and draw on the photographs with its weights."""
     report = json.loads((output / "inference" / "ov_coco_val_all" / "report.json").read_text())
+    page = (output / "inference" / "ov_coco_val_all" / "report.html").read_text()
+    assert "skateboard" in page and "data:image" in page
     assert report["images"] == 38
     assert report["classes"]["base"]["boxes"] + report["classes"]["novel"]["boxes"] <= 328
     drawing = ["--input", SHARED / "coco_mini" / "val2017", "--output", output / "drawn"]

@@ -29,9 +29,9 @@ def report_of(output, dataset="ov_shapes_lvis_val"):
     return json.loads((output / "inference" / dataset / "report.json").read_text())
 
 
-def evaluate(root, weights, output, *options):
+def evaluate(root, weights, output, *options, processes=1):
     done = program(
-        "train_net.py", "--config-file", CONFIG, "--eval-only", *SMALL, *ONE_STAGE_MASKS,
+        "train_net.py", "--config-file", CONFIG, "--eval-only", "--num-gpus", processes, *SMALL, *ONE_STAGE_MASKS,
         "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output, *options, root=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -53,7 +53,7 @@ def test_masks_are_trained_and_evaluated_by_the_rules_of_lvis(run):
 
 def test_two_processes_give_the_same_files(run, tmp_path):
     root, output = run
-    evaluate(root, output / "model_final.pth", tmp_path, "--num-gpus", 2)
+    evaluate(root, output / "model_final.pth", tmp_path, processes=2)
     folder = "inference/ov_shapes_lvis_val"
     assert (tmp_path / folder / "predictions.jsonl").read_bytes() == (
         output / folder / "predictions.jsonl"
