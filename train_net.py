@@ -52,7 +52,7 @@ def main(args):
         model = Trainer.build_model(cfg)
         checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
-        results = Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model, weights=checkpointer.loaded)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results

@@ -10,10 +10,10 @@ Running it again changes nothing.
 import argparse
 from pathlib import Path
 
-from ovdet2.data.datasets.register import data_root
+from ovdet2.data.datasets.prepare import summary, write_prepared
+from ovdet2.data.datasets.register import all_novel, data_root
 from ovdet2.data.datasets.voc import voc_json
 from ovdet2.errors import exit_on_error
-from ovdet2.files import write_json
 
 # VOC2007 test (Everingham et al. 2010): images, and objects that are not difficult.
 PUBLISHED = (4_952, 12_032)
@@ -30,13 +30,15 @@ def main(argv=None):
     folder = args.root or data_root() / "VOC2007"
     data = voc_json(folder, args.subset)
     target = folder / f"voc_2007_{args.subset}.json"
-    write_json(target, data)
     difficult = sum(annotation["iscrowd"] for annotation in data["annotations"])
     images, objects = len(data["images"]), len(data["annotations"]) - difficult
-    print(f"{target}: written\n  {images:,} images, {objects:,} objects, {difficult:,} difficult ones as crowds")
-    if args.subset == "test":
-        same = (images, objects) == PUBLISHED
-        print("  as published" if same else f"  the official test set has {PUBLISHED[0]:,} and {PUBLISHED[1]:,}")
+    same = (images, objects) == PUBLISHED
+    verdict = "as published" if same else f"the official test set has {PUBLISHED[0]:,} and {PUBLISHED[1]:,}"
+    report = {key: len(data[key]) for key in ("images", "annotations", "categories")}
+    report |= {"degenerate": [], "verdict": verdict if args.subset == "test" else "counts not checked"}
+    split = all_novel("PASCAL VOC 2007, 20 classes", data["categories"], target)
+    report = write_prepared(target, data, report, split, {"source": f"Annotations of {args.subset}"})
+    print(summary(target, report, f"{images:,} images, {objects:,} objects, {difficult:,} difficult ones as crowds"))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,10 @@ def get_cfg():
     # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
+    # Data sets of your own, each {name, json, images, base: [class names], novel: [...], base_only: True for training,
+    # masks, metric}; paths are below the data folder or absolute. See datasets/README.md.
+    cfg.DATASETS.OWN = []
+
     # Unreadable training images tolerated (each logged once) by one training process before the run stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
@@ -117,10 +121,11 @@ def load_config(name, overrides=()):
         overrides: list [key, value, key, value, ...] as from a command line.
 
     Returns:
-        CfgNode, not frozen.
+        CfgNode, not frozen. The data sets of its DATASETS.OWN are registered.
 
     Raises:
-        UsageError: unknown file, unknown key, or a value of the wrong type; yaml tags that run code are refused.
+        UsageError: unknown file, unknown key, a value of the wrong type, or a wrong entry of DATASETS.OWN; yaml tags
+            that run code are refused.
     """
     cfg = get_cfg()
     try:
@@ -135,6 +140,10 @@ def load_config(name, overrides=()):
             f"{reason} (in {name or 'the command line'} or its overrides). "
             "Keys are documented in ovdet2/config.py and in Detectron2's config/defaults.py."
         ) from None
+    if cfg.DATASETS.OWN:
+        from ovdet2.data.datasets.register import register_own  # needs torch, which most errors above do not
+
+        register_own(cfg.DATASETS.OWN)
     return cfg
 
 

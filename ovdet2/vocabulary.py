@@ -94,6 +94,17 @@ class Vocabulary:
             category_ids=ids,
         )
 
+    def joined(self, others):
+        """Followed by the words of ``others``, of the same teacher, whose category ids become -1, -2, ..."""
+        ids = self.category_ids and (*self.category_ids, *range(-1, -1 - len(others), -1))
+        return replace(
+            self,
+            names=(*self.names, *others.names),
+            base_mask=torch.cat([self.base_mask, others.base_mask]),
+            embeddings=torch.cat([self.embeddings, others.embeddings]),
+            category_ids=ids,
+        )
+
     def manifest(self):
         """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
         return {

@@ -16,6 +16,9 @@ from ovdet2 import Predictor, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.errors import DataError, UsageError
+from ovdet2.layers import VocabularyBuffer
+from ovdet2.modeling import build_vocabulary
+from ovdet2.modeling.build import build_classifier
 from ovdet2.vlm.fingerprint import Fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,6 +187,22 @@ def test_vocabulary_file_must_fit(run, tmp_path):
     words.save(tmp_path / "v.safetensors")
     with pytest.raises(DataError, match="holds 3 words .3 base., OV-Shapes 48/17 has 65"):
         Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
+
+
+def test_a_vocabulary_file_is_joined_by_the_distractors(run, tmp_path):
+    cfg = load_config(CONFIG, [*SMALL, "TEST.DISTRACTORS", "['zebra', 'tie']"])
+    whole = build_vocabulary(cfg)
+    assert whole.names[65:] == ("zebra", "tie") and whole.category_ids[65:] == (-1, -2) and whole.num_base == 48
+    Vocabulary(
+        whole.names[:65], whole.base_mask[:65], whole.embeddings[:65], whole.teacher, "single", whole.category_ids[:65]
+    ).save(tmp_path / "v.safetensors")
+    cfg.MODEL.VOCABULARY.FILE = str(tmp_path / "v.safetensors")
+    joined = build_vocabulary(cfg)
+    assert joined.names == whole.names and joined.category_ids == whole.category_ids
+    assert torch.allclose(joined.embeddings, whole.embeddings, atol=1e-6)
+    cfg.MODEL.OVD.CLASSIFIER = "closed_set"
+    with pytest.raises(UsageError, match="closed-set head cannot be asked for TEST.DISTRACTORS"):
+        build_classifier(cfg, 8, VocabularyBuffer(whole))
 
 
 def load_split():

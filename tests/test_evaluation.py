@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.evaluation import format_table
 from ovdet2.evaluation.coco_ap import evaluate_classes, mean_of
+from ovdet2.evaluation.matching import BACKGROUND, LEFT_OUT, TRUE, match
 from tests.evaluation_sets import (
     SHARED,
     SPLIT,
@@ -199,3 +200,29 @@ def test_only_the_best_detections_of_an_image_count(make_evaluator, tmp_path):
     assert (results["AP-base"], results["AP-novel"]) == (100, 0)
     (line,) = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["category_ids"] == [3, 7]
+
+
+def with_a_difficult_object():
+    """A difficult object of 100 x 100, a small detection inside of it and one that fits it, and a found object."""
+    annotation = {"category_id": 7, "iscrowd": 0, "image_id": 1}
+    boxes = [([0, 0, 100, 100], 1), ([120, 120, 40, 40], 0)]
+    data = {
+        "categories": [{"id": category_id, "name": name} for category_id, name in SPLIT.base + SPLIT.novel],
+        "images": [{"id": 1, "file_name": "1.jpg", "width": 200, "height": 200}],
+        "annotations": [
+            {**annotation, "id": number, "bbox": box, "area": box[2] * box[3], "iscrowd": flag}
+            for number, (box, flag) in enumerate(boxes, start=1)
+        ],
+    }
+    found = [([10, 10, 20, 20], 0.9), ([2, 2, 98, 98], 0.8), ([0, 0, 99, 99], 0.7), ([120, 120, 40, 40], 0.6)]
+    return data, [{"image_id": 1, "category_id": 7, "bbox": box, "score": score} for box, score in found]
+
+
+def test_difficult_objects_of_voc_are_found_by_iou_and_crowds_by_share():
+    truth, detections = columns_of(*with_a_difficult_object())
+    as_crowd = evaluate_classes(truth, detections, [7])[7]
+    as_object = evaluate_classes(truth, detections, [7], crowds=False)[7]
+    assert as_crowd["AP50"] == pytest.approx(100)  # all three lie in it
+    assert as_object["AP50"] == pytest.approx(50)  # the small one is false, the two that fit count neither way
+    assert match(truth, detections).outcome.tolist() == [LEFT_OUT, LEFT_OUT, LEFT_OUT, TRUE]
+    assert match(truth, detections, crowds=False).outcome.tolist() == [BACKGROUND, LEFT_OUT, LEFT_OUT, TRUE]

@@ -55,6 +55,7 @@ def make_case(folder, split=SPLIT, images=4, boxes=3, seed=0, missing=()):
     scores = -np.sort(-random.random(count).astype(np.float32).reshape(images, boxes), axis=1).ravel()
     detections = Detections(image_ids, said.astype(np.int32), scores, xyxy.astype(np.float32))
     report = {"schema": "ovdet2/report/2", "dataset": "set <1>", "split": split.name, "protocol": "generalized"}
+    report |= {"evaluator_type": "ov_coco"}
     report |= {"metric": "COCO", "json_sha256": "0" * 64, "images": images, "detections": count, "seconds": 1.5}
     report |= {"detections_per_image": 100, "command": "python '<train>'", "versions": {"torch": "2"}}
     subsets = {"novel": split.novel, "base": split.base, "all": split.category_ids, **split.groups}

@@ -59,9 +59,22 @@ def test_two_processes_give_the_same_files(run, tmp_path):
         output / folder / "predictions.jsonl"
     ).read_bytes()
     ours, theirs = report_of(tmp_path), report_of(output)
-    for key in ("processes", "seconds", "finished", "command", "weights"):
-        ours.pop(key, None), theirs.pop(key, None)
+    assert ours.pop("weights") == str(output / "model_final.pth")
+    assert theirs.pop("weights") == f"of the run in {output}, after iteration 5"
+    for key in ("processes", "seconds", "finished", "command"):
+        del ours[key], theirs[key]
     assert ours == theirs
+    assert "data:image" in (tmp_path / folder / "report.html").read_text()
+
+
+def test_two_data_sets_of_different_words_are_refused(run, tmp_path):
+    root, output = run
+    done = program(
+        "train_net.py", "--config-file", CONFIG, "--eval-only", *SMALL, *ONE_STAGE_MASKS, "OUTPUT_DIR", tmp_path,
+        "MODEL.WEIGHTS", output / "model_final.pth", "DATASETS.TEST", "('ov_shapes_lvis_val', 'ov_shapes_val_all')",
+        root=root,
+    )  # fmt: skip
+    assert done.returncode == 2 and "one data set at a time" in done.stderr
 
 
 def test_distractor_words_are_named_and_leave_the_figures_to_the_data_set(run, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from ovdet2.config import get_cfg
+from ovdet2.config import get_cfg, load_config
 from ovdet2.data.datasets import register_ov_dataset, split_of
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.data.loader import build_train_loader
@@ -263,6 +263,7 @@ def voc_world(root, xml=XML):
 def test_voc_is_a_transfer_target(root):
     printed = prepare("prepare_voc.py", voc_world(root))
     assert "1 images, 1 objects, 1 difficult" in printed and "4,952 and 12,032" in printed
+    assert "already up to date" in prepare("prepare_voc.py", root / "VOC2007")
     split = split_of("transfer_voc_2007_test")
     assert len(split.base) == 0 and len(split.novel) == 20 and split.names[-1] == "tv monitor"
     (record,) = DatasetCatalog.get("transfer_voc_2007_test")
@@ -294,3 +295,77 @@ def test_nobody_trains_on_a_transfer_target(root):
     prepare("prepare_voc.py", voc_world(root))
     with pytest.raises(DataError, match="annotations of novel classes"):
         load_records(["transfer_voc_2007_test"], "DATASETS.TRAIN", False, base_only=True)
+
+
+# --- a user's own data, as datasets/README.md describes it ----------------------------------------------------------
+
+
+def test_the_readme_from_one_annotated_file_to_batches(own, root):
+    from ovdet2.data.datasets.coco_json import filter_coco_json
+
+    whole = truth(FRUIT, root / "images")
+    write(root / "test.json", whole)
+    write(root / "train.json", filter_coco_json(whole, [9, 4])[0])
+    train, test = f"{own}_train", f"{own}_test"
+    names = {"base": ["apple", "pear"], "images": "images"}
+    options = [
+        {"name": train, "json": "train.json", "base_only": True, **names},
+        {"name": test, "json": "test.json", "novel": ["quince"], **names},
+    ]
+    cfg = load_config("", ["DATASETS.OWN", options])
+    load_config("", ["DATASETS.OWN", options])  # a second time changes nothing
+    try:
+        cfg.merge_from_other_cfg(training_cfg(train, test))
+        (record,) = next(iter(build_train_loader(cfg)))
+        assert record["instances"].gt_classes.tolist() in ([0], [1])
+        assert split_of(test).novel == ((2, "quince"),)
+        with pytest.raises(UsageError, match="registered already"):
+            load_config("", ["DATASETS.OWN", [options[0] | {"json": "other.json"}]])
+    finally:
+        for name in (train, test):
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+
+
+@pytest.mark.parametrize("entry", ["fruit", {"name": "a", "json": "a.json"}, {"name": "a", "clases": []}])
+def test_wrong_entries_of_own_data(entry):
+    with pytest.raises(UsageError, match="DATASETS.OWN"):
+        load_config("", ["DATASETS.OWN", [entry]])
+
+
+def test_uncompressed_run_length_codes_become_what_the_mapper_reads(root):
+    import pycocotools.mask as mask_api
+
+    _, json_file = lvis_world(root)
+    data = json.loads(json_file.read_text())
+    counts = [48 * 2 + 2, 10, 48 * 64 - 48 * 2 - 12]
+    data["annotations"][0]["segmentation"] = {"size": [48, 64], "counts": counts}
+    json_file.write_text(json.dumps(data))
+    code = DatasetCatalog.get("ov_lvis_train_base")[0]["annotations"][0]["segmentation"]
+    assert isinstance(code["counts"], str) and mask_api.decode(code).sum() == 10
+    data["annotations"][0]["segmentation"] = {"size": [64, 48], "counts": counts}
+    json_file.write_text(json.dumps(data))
+    with pytest.raises(DataError, match="another size than their image, annotation id 1"):
+        DatasetCatalog.get("ov_lvis_train_base")
+
+
+def test_masks_of_the_other_format_say_which_to_set(root):
+    _, json_file = lvis_world(root)
+    data = json.loads(json_file.read_text())
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = {"size": [48, 64], "counts": [100, 10, 48 * 64 - 110]}
+    json_file.write_text(json.dumps(data))
+    cfg = training_cfg("ov_lvis_train_base", "ov_lvis_val")
+    cfg.MODEL.MASK_ON = True
+    record = DatasetCatalog.get("ov_lvis_train_base")[0]
+    with pytest.raises(DataError, match="set INPUT.MASK_FORMAT to bitmask"):
+        OpenVocabularyMapper(cfg, True)(record)
+    cfg.INPUT.MASK_FORMAT = "bitmask"
+    assert OpenVocabularyMapper(cfg, True)(record)["instances"].gt_masks.tensor.sum() > 0
+
+
+def test_masks_are_not_asked_of_data_without():
+    cfg = training_cfg("ov_coco_train_base", "ov_coco_val_all")
+    cfg.MODEL.MASK_ON = True
+    with pytest.raises(UsageError, match="ov_coco_train_base carries boxes alone"):
+        OpenVocabularyMapper(cfg, True)

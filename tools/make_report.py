@@ -2,8 +2,7 @@ r"""Write report.html for an evaluation folder.
 
     python tools/make_report.py output/ovshapes/vild_ensemble/seed0/inference/ov_shapes_val_all
 
-The folder holds report.json and predictions.jsonl; the data set is the one that report.json names, unless --dataset
-names it. Exit codes: 2 usage, 3 data.
+The folder holds report.json and predictions.jsonl. Exit codes: 2 usage, 3 data.
 """
 
 import argparse
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
+from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation.evaluation import REPORT, load_evaluation
@@ -21,9 +21,12 @@ from ovdet2.files import read_json
 def main(argv=None):
     """Command line; returns the path written."""
     args = parse_args(argv)
-    dataset = args.dataset or read_json(args.folder / REPORT, "give the folder of a finished evaluation")["dataset"]
+    load_config(args.config_file)
+    dataset = read_json(args.folder / REPORT, "give the folder of a finished evaluation").get("dataset")
     if dataset not in DatasetCatalog.list():
-        raise UsageError(f"the data set {dataset!r} is not registered: name one of ovdet2 with --dataset.")
+        raise UsageError(
+            f"the data set {dataset!r} is not registered: name with --config-file the config.yaml of the run."
+        )
     evaluation = load_evaluation(args.folder, dataset)
     output = args.output or args.folder / "report.html"
     write_html(output, evaluation.report, evaluation.truth, evaluation.detections, split_of(dataset), args.pictures)
@@ -35,7 +38,7 @@ def parse_args(argv):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder with report.json and predictions.jsonl")
-    parser.add_argument("--dataset", help="registered name of the data set; default: that of report.json")
+    parser.add_argument("--config-file", default="", help="of the run, for a data set that its DATASETS.OWN describes")
     parser.add_argument("--output", type=Path, help="file to write; default: report.html in the folder")
     parser.add_argument("--pictures", type=int, default=6, help="images drawn of the worst, and of the best")
     args = parser.parse_args(argv)

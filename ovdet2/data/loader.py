@@ -307,9 +307,9 @@ def build_test_loader(cfg, dataset_name, mapper=None):
 
 
 def _sampler_factory(cfg, records):
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+    name, count = cfg.DATALOADER.SAMPLER_TRAIN, len(records)  # the list itself must not live on in the function
     if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(len(records), seed=seed)
+        return lambda seed: TrainingSampler(count, seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             records, cfg.DATALOADER.REPEAT_THRESHOLD

@@ -71,7 +71,8 @@ class OpenVocabularyMapper(DatasetMapper):
             dict, the record with "image" and, in training, "instances"; without "annotations".
 
         Raises:
-            DataError: the image cannot be read, or its size is not the one of the record.
+            DataError: the image cannot be read, its size is not the one of the record, or its masks are not in
+                INPUT.MASK_FORMAT.
             CacheError: the region cache has no entry for the image, or one that may not be trained on.
         """
         record = copy.deepcopy(record)
@@ -89,7 +90,13 @@ class OpenVocabularyMapper(DatasetMapper):
             _require_known(record, cached, self.region_cache.folder)
             record["regions"] = transform_regions(cached, transforms, image.shape[:2], self.regions_per_image)
         if "annotations" in record:
-            self._transform_annotations(record, transforms, image.shape[:2])
+            try:
+                self._transform_annotations(record, transforms, image.shape[:2])
+            except ValueError as error:
+                raise DataError(
+                    f"{record['file_name']} (image id {record.get('image_id')}): {error} For run-length codes set "
+                    "INPUT.MASK_FORMAT to bitmask."
+                ) from None
         return record
 
 

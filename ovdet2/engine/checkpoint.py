@@ -41,6 +41,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
         self._incompatible = None  # what the latest load left out
+        self.loaded = ""  # the file or URL of the latest load
 
     def save(self, name, **extra):
         """Write ``<save_dir>/<name>.pth`` and point to it.
@@ -84,6 +85,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
         """
+        self.loaded = str(path)
         if path and not os.path.isfile(path):
             path = self._fetch(path)
         return super().load(path, *args, **kwargs)

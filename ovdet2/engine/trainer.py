@@ -7,6 +7,7 @@ import weakref
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.solver import build_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
@@ -100,7 +101,8 @@ class Trainer(DefaultTrainer):
 
         def evaluate():
             average_batch_norm(self.checkpointer.model)
-            self._last_eval_results = self.test(self.cfg, self.checkpointer.model)
+            weights = f"of the run in {self.cfg.OUTPUT_DIR}, after iteration {self.iter}"
+            self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
             return self._last_eval_results
 
         built = [
@@ -208,13 +210,17 @@ class Trainer(DefaultTrainer):
         Raises:
             UsageError: the data set's evaluator type is not one of ovdet2.
         """
-        from ovdet2.evaluation import OpenVocabularyEvaluator
+        from ovdet2.evaluation.ov_evaluator import DETECTION_LIMITS, OpenVocabularyEvaluator
 
         kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
         if kind not in METRICS:
             raise UsageError(
                 f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates {', '.join(METRICS)}: "
                 "register it with ovdet2.data.datasets.register_ov_dataset."
+            )
+        if kind == "ov_lvis" and cfg.TEST.DETECTIONS_PER_IMAGE != DETECTION_LIMITS[kind]:
+            logger.warning(
+                "TEST.DETECTIONS_PER_IMAGE is %d; published LVIS figures are of 300.", cfg.TEST.DETECTIONS_PER_IMAGE
             )
         folder = f"{cfg.OUTPUT_DIR}/inference/{dataset_name}"
         return OpenVocabularyEvaluator(
@@ -227,13 +233,22 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None):
+    def test(cls, cfg, model, evaluators=None, weights=None):
         """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
 
         With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
+
+        Args:
+            weights: what the reports say of the model's weights; None: MODEL.WEIGHTS.
+
+        Raises:
+            UsageError: a data set has other words than the model.
         """
         if evaluators is None:
-            evaluators = [cls.build_evaluator(cfg, name, _facts_of(cfg, model)) for name in cfg.DATASETS.TEST]
+            _require_words(cfg, model)
+            facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights)
+            evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
+        evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
             results = super().test(cfg, model, evaluators)
             if cfg.TEST.HTML_REPORT:
@@ -242,10 +257,27 @@ class Trainer(DefaultTrainer):
         return results
 
 
-def _facts_of(cfg, model):
+def _vocabulary_of(model):
+    """The :class:`~ovdet2.layers.VocabularyBuffer` of a model; None for one without words."""
+    return getattr(getattr(model, "module", model), "vocabulary", None)
+
+
+def _require_words(cfg, model):
+    """A detection's class is a column of the vocabulary: another data set's words would be scored as this one's."""
+    vocabulary = _vocabulary_of(model)
+    for name in cfg.DATASETS.TEST if vocabulary is not None else ():
+        wanted = (*split_of(name).names, *distractors(cfg))
+        if vocabulary.vocabulary.names != wanted:
+            raise UsageError(
+                f"the model is asked for the {len(vocabulary.vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
+                f"{len(wanted)}, or others: evaluate one data set at a time, with DATASETS.TEST of it alone."
+            )
+
+
+def _facts_of(model, weights):
     """What a report says of the detector: its weights and, if it has words, their fingerprint."""
-    vocabulary = getattr(getattr(model, "module", model), "vocabulary", None)
-    facts = {"weights": cfg.MODEL.WEIGHTS}
+    vocabulary = _vocabulary_of(model)
+    facts = {"weights": weights}
     if vocabulary is not None:
         stated = vocabulary.vocabulary.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "teacher")

@@ -17,7 +17,7 @@ _CATEGORY = 1  # the one class of an evaluation, as the engine sees it
 _AREAS = ("", "s", "m", "l")  # the engine's area ranges: all, up to 32², up to 96², larger, in square pixels
 
 
-def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,), federation=None):
+def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,), federation=None, crowds=True):
     """Figures of each class over all images.
 
     Args:
@@ -30,6 +30,8 @@ def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,)
             (ground truth always goes by its annotated area).
         limits: ascending numbers of detections of a class counted in one image; AP is that of the last one.
         federation: :class:`~ovdet2.evaluation.federation.Federation` for the rules of LVIS, None for those of COCO.
+        crowds: the regions of ``truth.crowd`` hold many objects, so a detection is on one by the share of the detection
+            that lies in it (COCO). False: each is one object that counts neither way, and IoU decides (VOC).
 
     Returns:
         {category id: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<limit>" of each limit, "ARs", "ARm", "ARl"}}, in
@@ -47,7 +49,9 @@ def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,)
         if federation is not None:
             evaluated, exempt = federation.images_of(category_id, truth.image_ids[rows])
             found = found[np.isin(detections.image_ids[found], evaluated)]
-        engine = _OneClass(_truth_of(truth, rows, task), _found_of(detections, found, task, exempt), task, limits)
+        engine = _OneClass(
+            _truth_of(truth, rows, task), _found_of(detections, found, task, exempt), task, limits, crowds
+        )
         engine.evaluate()
         figures[category_id] = _figures_of(engine.eval, limits)
     return figures
@@ -79,12 +83,12 @@ class _OneClass(COCOeval_faster):
     Args:
         truth, found: dicts of columns sorted by image, those of an image by falling score: image_ids, shapes (XYWH
             boxes or run-length codes) and what :meth:`_prepare` hands on.
-        task, limits: as of :func:`evaluate_classes`.
+        task, limits, crowds: as of :func:`evaluate_classes`.
     """
 
-    def __init__(self, truth, found, task, limits):
+    def __init__(self, truth, found, task, limits, crowds):
         super().__init__(None, None, task, print_function=lambda *_: None)
-        self._truth, self._found = truth, found
+        self._truth, self._found, self._crowds = truth, found, crowds
         self.params.imgIds = np.union1d(truth["image_ids"], found["image_ids"])
         self.params.catIds, self.params.maxDets = [_CATEGORY], list(limits)
         shared = np.intersect1d(truth["image_ids"], found["image_ids"])
@@ -100,7 +104,8 @@ class _OneClass(COCOeval_faster):
 
     def computeIoU(self, imgId, catId):
         truth, found = (slice(*np.searchsorted(c["image_ids"], [imgId, imgId + 1])) for c in (self._truth, self._found))
-        return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], self._truth["iscrowd"][truth])
+        by_share = self._truth["iscrowd"][truth] * self._crowds
+        return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], by_share)
 
 
 def _truth_of(truth, rows, task):

@@ -90,7 +90,8 @@ def measure(truth, detections, split, metric, limit):
     """
     federation = Federation(truth.images) if metric == "ov_lvis" else None
     tasks = ["bbox"] if truth.segmentations is None or detections.masks is None else ["bbox", "segm"]
-    return {task: evaluate_classes(truth, detections, split.category_ids, task, (limit,), federation) for task in tasks}
+    ids, crowds = split.category_ids, metric != "ov_voc"
+    return {task: evaluate_classes(truth, detections, ids, task, (limit,), federation, crowds) for task in tasks}
 
 
 def objects_per_class(truth, split):

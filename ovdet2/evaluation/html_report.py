@@ -27,7 +27,7 @@ from ovdet2.files import write_text
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
-_SHOWN_APART = {"schema", "classes", "per_class", *TASKS}
+_SHOWN_APART = {"schema", "evaluator_type", "classes", "per_class", *TASKS}
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
     "localisation": "right word, IoU of 0.1 to 0.5",
@@ -60,7 +60,7 @@ def write_html(path, report, truth, detections, split, pictures=6):
         DataError: a detection in an image that the data set does not have. A missing or damaged image file is no error
             but is said in the report.
     """
-    matches = match(truth, detections)
+    matches = match(truth, detections, crowds=report["evaluator_type"] != "ov_voc")
     analysis = analyse(truth, detections, split, matches)
     drawn = Pictures(truth, detections, split, matches)
     title = f"{report['dataset']}: {report['split']}"

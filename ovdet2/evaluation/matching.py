@@ -42,7 +42,7 @@ class Matches:
     said: np.ndarray
 
 
-def match(truth, detections):
+def match(truth, detections, crowds=True):
     """Explain all detections of a data set.
 
     By falling score each detection takes the free box of its class that it overlaps most, if the IoU reaches 0.5. One
@@ -59,6 +59,7 @@ def match(truth, detections):
     Args:
         truth: :class:`~ovdet2.evaluation.columns.Truth`.
         detections: :class:`~ovdet2.evaluation.columns.Detections`, in any order; equal scores of an image keep theirs.
+        crowds: as of :func:`~ovdet2.evaluation.coco_ap.evaluate_classes`.
 
     Returns:
         :class:`Matches`.
@@ -79,7 +80,7 @@ def match(truth, detections):
         overlaps = pairwise_iou(boxes, truth.boxes_xyxy[plain])  # R x G
         same = classes[:, None] == truth.category_ids[plain]  # R x G
         found = _assign(overlaps * same)
-        left_out = (found < 0) & _not_counted(truth, image_id, gt_rows, boxes, classes)
+        left_out = (found < 0) & _not_counted(truth, image_id, gt_rows, boxes, classes, crowds)
         outcome, target = _explain(overlaps, same, found, left_out)
         matches.outcome[rows] = outcome
         if len(plain):
@@ -118,11 +119,12 @@ def _assign(overlaps):
     return found
 
 
-def _not_counted(truth, image_id, gt_rows, boxes, classes):
+def _not_counted(truth, image_id, gt_rows, boxes, classes, crowds):
     """[R] bool: the metric leaves the detection out if it finds no box."""
-    crowds = gt_rows[truth.crowd[gt_rows]]
-    on_crowd = _covered(boxes, truth.boxes_xyxy[crowds]) >= FOREGROUND_IOU  # R x crowds
-    not_counted = (on_crowd & (classes[:, None] == truth.category_ids[crowds])).any(axis=1)
+    regions = gt_rows[truth.crowd[gt_rows]]
+    overlap = _covered if crowds else pairwise_iou
+    on_region = overlap(boxes, truth.boxes_xyxy[regions]) >= FOREGROUND_IOU  # R x regions
+    not_counted = (on_region & (classes[:, None] == truth.category_ids[regions])).any(axis=1)
     record = truth.images[image_id]
     if "neg_category_ids" in record:
         verified = np.union1d(truth.category_ids[gt_rows], np.asarray(record["neg_category_ids"], dtype=np.int64))

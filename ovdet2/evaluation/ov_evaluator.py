@@ -78,6 +78,9 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         if self._writer is not None:
             self._writer.close()
         self._writer, self.evaluation = PredictionWriter(self._output_dir, comm.get_rank()), None
+        if comm.is_main_process():
+            for name in (REPORT, "report.html"):  # they would be taken for those of the new predictions
+                (self._output_dir / name).unlink(missing_ok=True)
         self._started = time.perf_counter()
 
     def process(self, inputs, outputs):
@@ -115,23 +118,26 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         """
         self._writer.close()
         tokens = comm.gather(self._writer.token)  # also waits until every process has closed its file
-        merged, problem = None, None
+        problem = None
         if comm.is_main_process():
             try:
-                merged = merge(self._output_dir, tokens, self._truth.images)
+                self.evaluation = self._finish(tokens)
             except DataError as error:
                 problem = str(error)
         problem = next((text for text in comm.all_gather(problem) if text), None)
         if problem:
             raise DataError(problem)
-        if merged is None:
+        if self.evaluation is None:
             return OrderedDict()
-        predictions = read_predictions(merged)
+        logger.info("\n%s", format_table(self.evaluation.report))
+        return to_results(self.evaluation.report)
+
+    def _finish(self, tokens):
+        """Merge, measure and write; the first process's part of :meth:`evaluate`."""
+        predictions = read_predictions(merge(self._output_dir, tokens, self._truth.images))
         report = self._report(predictions)
         write_json(self._output_dir / REPORT, report, indent=1)
-        self.evaluation = Evaluation(self._truth, predictions.detections, report)
-        logger.info("\n%s", format_table(report))
-        return to_results(report)
+        return Evaluation(self._truth, predictions.detections, report)
 
     def _detections(self, image_id, instances):
         boxes = _array(instances.pred_boxes.tensor)  # R x 4
@@ -202,13 +208,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             "images": len(self._truth.images),
             "detections": len(predictions.detections),
             "detections_per_image": self._max_detections,
-        }
-        if self._distractors:
-            facts |= {
-                "distractors": list(self._distractors),
-                "distractor_detections": predictions.distractor_detections,
-            }
-        facts |= {
+            "distractors": list(self._distractors),
+            "distractor_detections": predictions.distractor_detections,
             "processes": comm.get_world_size(),
             "seconds": round(time.perf_counter() - self._started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -7,6 +7,7 @@ import mmap
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def read_predictions(path):
     Raises:
         DataError: proposals of some images only, or masks of some images with detections only.
     """
-    parts, covered, masks = [], {}, _MaskWriter()
+    parts, covered, masks = [], {}, _MaskWriter(Path(path).parent)
     images, with_proposals, with_masks, without_masks, distractor_detections = 0, 0, 0, 0, 0
     for record in read_merged(path):
         images += 1
@@ -96,14 +97,15 @@ class MaskColumn(Sequence):
 
 
 class _MaskWriter:
-    """Collects masks image by image; no file is made before the first."""
+    """Collects masks image by image in a file of ``folder`` (the system's may be in memory), made with the first."""
 
-    def __init__(self):
+    def __init__(self, folder):
+        self._folder = folder
         self._file, self._lengths, self._sizes = None, [], []
 
     def add(self, size, counts):
         """Append the masks of one image: its (height, width) and their counts."""
-        self._file = self._file or tempfile.TemporaryFile()
+        self._file = self._file or tempfile.TemporaryFile(dir=self._folder)
         self._file.write("".join(counts).encode("ascii"))
         self._lengths.append(np.array([len(code) for code in counts], dtype=np.int64))
         self._sizes.append(np.tile(np.array(size, dtype=np.int32), (len(counts), 1)))

@@ -1,12 +1,22 @@
 """What made a report: command, commit, versions."""
 
 import importlib.metadata
+import platform
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-_PACKAGES = ("ovdet2", "torch", "faster-coco-eval")
+_PACKAGES = (
+    "ovdet2",
+    "detectron2",
+    "torch",
+    "torchvision",
+    "numpy",
+    "faster-coco-eval",
+    "pycocotools",
+    "open_clip_torch",
+)
 
 
 def provenance():
@@ -21,7 +31,7 @@ def provenance():
         "command": shlex.join(sys.argv),
         "git_commit": commit,
         "git_modified": None if changes is None else bool(changes),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
 
 

@@ -86,6 +86,7 @@ def build_report(split, metric, figures, objects, recall, facts):
         "split": split.name,
         "protocol": "generalized: one run over base and novel names together",
         "metric": _METRICS[metric],
+        "evaluator_type": metric,
         **facts,
         "classes": {
             subset: {
@@ -126,7 +127,7 @@ def format_table(report):
         f"{report['metric']}; {report['detections_per_image']} detections per image",
         f"{report['images']} images, {report['detections']} detections, {report['seconds']:.1f} s",
     ]
-    if "distractors" in report:
+    if report["distractors"]:
         lines.append(
             f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them left "
             "out after the choice of the best of each image"

@@ -1,5 +1,6 @@
 """The vocabulary as buffers of the model: moved with it, saved in its checkpoints, replaced at will."""
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,8 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.fingerprint import require_same_teacher
 from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class VocabularyBuffer(nn.Module):
@@ -87,6 +90,7 @@ class VocabularyBuffer(nn.Module):
         self.from_checkpoint = True
         if self.vocabulary.num_base == 0:
             known = [clean_name(name) in self.trained_base_names for name in self.vocabulary.names]
+            logger.info("%d of %d words were base classes in training, by name.", sum(known), len(known))
             self._store(replace(self.vocabulary, base_mask=torch.tensor(known)))
 
     def _store(self, vocabulary):

@@ -74,6 +74,10 @@ def build_vocabulary(cfg):
         logger.warning(
             "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
         )
+    if extra and vocabulary.names == tuple(split.names):  # a file of the data set alone: embed the others
+        words = Vocabulary.build(extra, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES)
+        require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", words.teacher, "MODEL.TEACHER")
+        vocabulary = vocabulary.joined(words)
     if vocabulary.names != names or vocabulary.base_mask.tolist() != list(base_mask):
         different = [pair for pair in zip(vocabulary.names, names) if pair[0] != pair[1]][:3]
         raise DataError(
@@ -91,5 +95,7 @@ def build_classifier(cfg, input_dim, vocabulary):
         per_word = cfg.MODEL.OVD.CLS_LOSS == "sigmoid"
         return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE, per_word=per_word)
     if kind == "closed_set":
+        if cfg.TEST.DISTRACTORS:
+            raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
         return ClosedSetClassifier(input_dim, vocabulary)
     raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')

@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pycocotools.mask as mask_api
 from detectron2.structures import BoxMode
 
 from ovdet2.errors import DataError, UsageError
@@ -290,7 +291,19 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             segmentation = annotation.get("segmentation")
             if not is_segmentation(segmentation):
                 faults.add("masks that are missing or malformed, annotation id", annotation_id, "mend or drop them")
+            elif isinstance(segmentation, dict):
+                if segmentation["size"] != [record["height"], record["width"]]:
+                    faults.add("masks of another size than their image, annotation id", annotation_id, "mend them")
+                segmentation = compressed(segmentation)
             record["annotations"][-1]["segmentation"] = segmentation
+
+
+def compressed(code):
+    """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools want it."""
+    if isinstance(code["counts"], str):
+        return code
+    code = mask_api.frPyObjects(code, *code["size"])
+    return {**code, "counts": code["counts"].decode("ascii")}
 
 
 def is_segmentation(value):
@@ -301,8 +314,8 @@ def is_segmentation(value):
             isinstance(size, list)
             and len(size) == 2
             and all(_is_positive(side) for side in size)
-            and isinstance(counts, (str, list))
-            and len(counts) > 0
+            and len(counts if isinstance(counts, (str, list)) else ()) > 0
+            and (isinstance(counts, str) or all(_integer(count) is not None for count in counts))
         )
     return (
         isinstance(value, list)

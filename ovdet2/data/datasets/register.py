@@ -10,7 +10,9 @@ from ovdet2.data.datasets.coco_json import Split, first_few, read_coco_json, rec
 from ovdet2.errors import DataError, UsageError
 
 METRICS = ("ov_coco", "ov_lvis", "ov_voc")
-_SPLITS = {}  # (data set, json path, time of its last change) -> Split, where the json defines it
+_OWN = ("name", "json", "images", "base")
+_OWN_ENTRIES = {}  # name -> entry of DATASETS.OWN that it was registered from
+_SPLITS = {}  # (data set, json path, time of its last change, size) -> Split, where the json defines it
 
 
 def data_root():
@@ -34,6 +36,33 @@ def register_ov_dataset(name, json_file, image_root, base_names, novel_names=(),
     """
     split = partial(split_by_names, name, tuple(base_names), tuple(novel_names))
     register_dataset(name, json_file, image_root, split, **options)
+
+
+def register_own(entries):
+    """Register the data sets of DATASETS.OWN; one that is registered alike already is passed over.
+
+    Args:
+        entries: list of dicts with "name", "json", "images", "base" (class names), and optionally "novel" (class
+            names), "base_only" and "masks" (bool) and "metric": the arguments of :func:`register_ov_dataset`.
+
+    Raises:
+        UsageError: an entry of another form, or another data set of that name.
+    """
+    for entry in entries:
+        unknown = set(entry) - {*_OWN, "novel", "base_only", "masks", "metric"} if isinstance(entry, dict) else {entry}
+        lacking = set(_OWN) - set(entry) if isinstance(entry, dict) else ()
+        if unknown or lacking:
+            raise UsageError(
+                f"an entry of DATASETS.OWN has {sorted(map(str, unknown))} that is not known and lacks "
+                f"{sorted(lacking)}: it is {{name, json, images, base}} with novel, base_only, masks, metric if needed."
+            )
+        if _OWN_ENTRIES.get(entry["name"]) == entry:
+            continue
+        options = {key: entry[key] for key in ("base_only", "masks", "metric") if key in entry}
+        register_ov_dataset(
+            entry["name"], entry["json"], entry["images"], entry["base"], entry.get("novel", ()), **options
+        )
+        _OWN_ENTRIES[entry["name"]] = entry
 
 
 def register_dataset(
@@ -89,6 +118,7 @@ def register_dataset(
 
     def load():
         json_path, image_path = prepared_files()
+        stamp = _stamp(name, json_path)
         data = read_coco_json(json_path)
         found = split(data["categories"], json_path) if callable(split) else split
         records = records_of(data, json_path, image_path, found, base_only, masks, federated=metric == "ov_lvis")
@@ -100,7 +130,7 @@ def register_dataset(
             **_class_metadata(found),
         )
         if callable(split):
-            _SPLITS[_stamp(name, json_path)] = found
+            _SPLITS[stamp] = found
         return records
 
     def resolve_split():
@@ -162,8 +192,8 @@ def all_novel(title, categories, source):
     """The split of a transfer target: every class of the json, by ascending id, is novel."""
     try:
         return Split(title, (), tuple(sorted((category["id"], category["name"]) for category in categories)))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{source} has a category without id or name ({error}): mend it.") from None
+    except (KeyError, TypeError, UsageError) as error:
+        raise DataError(f"{source} has a category without id or name, or one twice ({error}): mend it.") from None
 
 
 def _class_metadata(split):
@@ -182,4 +212,5 @@ def _image_counts(records, split):
 
 
 def _stamp(name, json_path):
-    return name, str(json_path), json_path.stat().st_mtime_ns
+    state = json_path.stat()
+    return name, str(json_path), state.st_mtime_ns, state.st_size

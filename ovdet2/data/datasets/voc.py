@@ -36,7 +36,8 @@ def voc_json(folder, subset):
     """Turn a VOC folder into a COCO json.
 
     VOC counts pixels from 1 and includes the last one: (xmin, xmax) = (1, w) is a box of x 0 and width w. Objects
-    marked "difficult" become crowds, for VOC's rule about them is COCO's about crowds: finding them counts neither way.
+    marked "difficult" get the flag "iscrowd": finding them counts neither way. By the metric "ov_voc" IoU decides what
+    finds them, as in the challenge; COCO's own code would take the share of the detection inside of them.
 
     Args:
         folder: with Annotations/ and ImageSets/Main/, as VOC2007 is.

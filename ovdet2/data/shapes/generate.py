@@ -73,7 +73,7 @@ def ensure_generated(root, seed=0, counts=None, workers=2):
             found = {key: manifest.get(key) for key in ("schema", "seed", "images")}
             if found != {"schema": SCHEMA, "seed": seed, "images": counts}:
                 raise DataError(f"{folder} holds OV-Shapes of {found}, not of seed {seed} with {counts}: {_REDO}.")
-            if all((folder / "annotations" / name).is_file() for name in ANNOTATION_FILES):
+            if _has_annotations(folder):
                 return manifest
         return _generate(folder, seed, counts, workers)
 
@@ -95,7 +95,12 @@ def ensure_current(root):
         raise DataError(
             f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
         )
-    ensure_generated(root, manifest["seed"], manifest["images"])
+    if not _has_annotations(manifest_file.parent):  # nothing is written, not even a lock, to a folder that is whole
+        ensure_generated(root, manifest["seed"], manifest["images"])
+
+
+def _has_annotations(folder):
+    return all((folder / "annotations" / name).is_file() for name in ANNOTATION_FILES)
 
 
 def draw_split(seed, split, count, workers=1, folder=None):
@@ -187,6 +192,7 @@ def _generate(folder, seed, counts, workers):
     from ovdet2.data.datasets.prepare import prepare_split
 
     annotations = folder / "annotations"
+    (folder / "manifest.json").unlink(missing_ok=True)
     truth, masks, pixel_hashes = {}, {}, {}
     for split, count in counts.items():
         (folder / split).mkdir(exist_ok=True)

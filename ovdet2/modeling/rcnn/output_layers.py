@@ -157,6 +157,8 @@ def federated_weights(cfg, classifier):
         raise UsageError('MODEL.OVD.CLS_LOSS "sigmoid" needs MODEL.OVD.CLASSIFIER "text".')
     if not ovd.FEDERATED_WORDS:
         return None
+    if ovd.FEDERATED_POWER < 0:
+        raise UsageError(f"MODEL.OVD.FEDERATED_POWER is {ovd.FEDERATED_POWER}: it must not be negative.")
     if ovd.CLS_LOSS != "sigmoid" or ovd.FEDERATED_WORDS < 0:
         raise UsageError(
             f'MODEL.OVD.FEDERATED_WORDS is {ovd.FEDERATED_WORDS}: it needs MODEL.OVD.CLS_LOSS "sigmoid", or be 0.'
