@@ -143,7 +143,7 @@ def load_config(name, overrides=()):
     if cfg.DATASETS.OWN:
         from ovdet2.data.datasets.register import register_own  # needs torch, which most errors above do not
 
-        register_own(cfg.DATASETS.OWN)
+        register_own(cfg)
     return cfg
 
 

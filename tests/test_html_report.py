@@ -308,7 +308,7 @@ def test_make_report_of_an_evaluation_folder(tmp_path):
         assert page.seen.count("img") == 2 * 2
         assert "No confusion." in page.words  # everything is called dog
         (tmp_path / "report.json").write_text(json.dumps(report | {"json_sha256": "0"}))
-        with pytest.raises(DataError, match="not the annotation file"):
+        with pytest.raises(DataError, match="is not the file that"):
             make_report.main([str(tmp_path)])
     finally:
         DatasetCatalog.remove(name)

@@ -60,7 +60,7 @@ def test_two_processes_give_the_same_files(run, tmp_path):
     ).read_bytes()
     ours, theirs = report_of(tmp_path), report_of(output)
     assert ours.pop("weights") == str(output / "model_final.pth")
-    assert theirs.pop("weights") == f"of the run in {output}, after iteration 5"
+    assert theirs.pop("weights") == f"of the run in {output}, after 6 iterations"
     for key in ("processes", "seconds", "finished", "command"):
         del ours[key], theirs[key]
     assert ours == theirs

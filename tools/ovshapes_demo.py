@@ -8,7 +8,7 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 from PIL import Image
-from run_ovshapes import ROWS, make_table, run, run_row
+from run_ovshapes import DATASET, ROWS, make_table, run, run_row
 
 from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES
 from ovdet2.files import atomic_path
@@ -38,6 +38,7 @@ def run_demo(output):
         f"training box), below by ViLD-ensemble ({novel_finds(after)}): {sheet}"
     )
     print(f"The same images asked for other words ({FREE_WORDS}): {free_words[0].parent}")
+    print(f"What ViLD-ensemble gets right and wrong: {output}/vild_ensemble/seed0/inference/{DATASET}/report.html")
 
 
 def draw(row, images, output, folder, *options):

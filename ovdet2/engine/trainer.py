@@ -101,7 +101,8 @@ class Trainer(DefaultTrainer):
 
         def evaluate():
             average_batch_norm(self.checkpointer.model)
-            weights = f"of the run in {self.cfg.OUTPUT_DIR}, after iteration {self.iter}"
+            done = min(self.iter + 1, self.max_iter)
+            weights = f"of the run in {self.cfg.OUTPUT_DIR}, after {done} iterations"
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
             return self._last_eval_results
 

@@ -81,9 +81,9 @@ def build_vocabulary(cfg):
     if vocabulary.names != names or vocabulary.base_mask.tolist() != list(base_mask):
         different = [pair for pair in zip(vocabulary.names, names) if pair[0] != pair[1]][:3]
         raise DataError(
-            f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name} with TEST.DISTRACTORS "
-            f"has {len(names)} ({sum(base_mask)} base); first differences {different}: "
-            "rebuild it with tools/build_vocabulary.py --dataset."
+            f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name}"
+            f"{' with TEST.DISTRACTORS' if extra else ''} has {len(names)} ({sum(base_mask)} base); first differences "
+            f"{different}: rebuild it with tools/build_vocabulary.py --dataset."
         )
     return vocabulary
 

@@ -38,17 +38,18 @@ def register_ov_dataset(name, json_file, image_root, base_names, novel_names=(),
     register_dataset(name, json_file, image_root, split, **options)
 
 
-def register_own(entries):
+def register_own(cfg):
     """Register the data sets of DATASETS.OWN; one that is registered alike already is passed over.
 
     Args:
-        entries: list of dicts with "name", "json", "images", "base" (class names), and optionally "novel" (class
-            names), "base_only" and "masks" (bool) and "metric": the arguments of :func:`register_ov_dataset`.
+        cfg: configuration. DATASETS.OWN is a list of dicts with "name", "json", "images" and "base" (class names), and
+            optionally "novel" (class names), "base_only", "masks" (bool) and "metric": the arguments of
+            :func:`register_ov_dataset`.
 
     Raises:
         UsageError: an entry of another form, or another data set of that name.
     """
-    for entry in entries:
+    for entry in cfg.DATASETS.OWN:
         unknown = set(entry) - {*_OWN, "novel", "base_only", "masks", "metric"} if isinstance(entry, dict) else {entry}
         lacking = set(_OWN) - set(entry) if isinstance(entry, dict) else ()
         if unknown or lacking:
@@ -127,9 +128,9 @@ def register_dataset(
             json_file=str(json_path),
             image_root=str(image_path),
             ov_image_counts=_image_counts(records, found),
-            **_class_metadata(found),
         )
         if callable(split):
+            MetadataCatalog.get(name).__dict__.update(_class_metadata(found))
             _SPLITS[stamp] = found
         return records
 
