@@ -5,21 +5,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import transforms as T
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from PIL import Image, ImageOps
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config
 from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.weights import read_weights
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
 from ovdet2.vlm.templates import clean_name
-from ovdet2.vocabulary import Vocabulary, parse_words
+from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
 
 
 class Predictor:
-    """A trained detector with an exchangeable vocabulary.
+    """A trained detector with an exchangeable vocabulary; until another is set, that of MODEL.VOCABULARY.FILE, else the
+    one it was trained with. No data set is needed.
 
     >>> predictor = Predictor("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
     >>> predictor.set_vocabulary("striped moon, red star")
@@ -44,7 +46,7 @@ class Predictor:
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         self.cfg = cfg
-        self.model = build_model(cfg).eval()
+        self.model = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
@@ -127,3 +129,15 @@ def to_rgb_array(image):
             f"the image is {array.shape[1]}x{array.shape[0]} pixels, at least {MIN_SIDE} a side are needed."
         )
     return array
+
+
+def _build(cfg, weights):
+    """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
+    model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
+    if not cfg.MODEL.VOCABULARY.FILE and Path(weights).is_file():
+        tensors = read_weights(weights)["model"]
+        prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
+        if prefix is not None:
+            saved = (tensors[f"{prefix}{part}"] for part in ("embeddings", "base_mask", "manifest"))
+            words = {"vocabulary": from_buffers(*saved)}
+    return model_class(cfg, **words).to(cfg.MODEL.DEVICE)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.data.datasets.splits import OV_COCO_UNUSED
 from ovdet2.data.shapes.generate import ensure_generated
@@ -85,6 +86,19 @@ def test_distractor_words_are_named_and_leave_the_figures_to_the_data_set(run, t
     assert report["distractor_detections"] > 0 and "16 distractor words" in printed
     assert report["detections"] + report["distractor_detections"] <= 6 * 300
     assert report["classes"]["all"]["classes"] == 65
+
+
+def test_the_predictor_needs_no_data_set(run, tmp_path, monkeypatch):
+    root, output = run
+    image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))  # the split of an LVIS data set is in its json
+    predictor = Predictor(CONFIG, output / "model_final.pth", [*SMALL, *ONE_STAGE_MASKS])
+    assert len(predictor.names) == 65 and predictor.names[0].count("_") == 1
+    found = predictor.predict(str(image))
+    assert found.has("pred_masks") and len(found)
+    predictor.set_vocabulary("red star, blue moon")
+    assert predictor.predict(str(image)).pred_classes.max() <= 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

@@ -293,7 +293,7 @@ def test_a_missing_transfer_target_names_its_remedy(name, root):
 
 def test_nobody_trains_on_a_transfer_target(root):
     prepare("prepare_voc.py", voc_world(root))
-    with pytest.raises(DataError, match="annotations of novel classes"):
+    with pytest.raises(DataError, match="labels of novel classes"):
         load_records(["transfer_voc_2007_test"], "DATASETS.TRAIN", False, base_only=True)
 
 

@@ -74,7 +74,8 @@ def _joined_records(names, filter_empty, base_only):
 
 
 def require_base_only(name, records, split):
-    """No label of a novel class may reach training (the point of the open-vocabulary protocol).
+    """No label of a novel class may reach training (the point of the open-vocabulary protocol): no annotation, and no
+    statement that a novel class is absent (LVIS's "neg_category_ids").
 
     Args:
         name: of the data set, for the message.
@@ -82,18 +83,20 @@ def require_base_only(name, records, split):
         split: the data set's :class:`~ovdet2.data.datasets.coco_json.Split`.
 
     Raises:
-        DataError: there is an annotation of a novel class, crowds included.
+        DataError: there is a label of a novel class, crowds included.
     """
     count, image_ids = 0, []
+    novel_ids = {category_id for category_id, _ in split.novel}
     for record in records:
         novel = sum(box["category_id"] >= len(split.base) for box in record.get("annotations", ()))
+        novel += len(novel_ids.intersection(record.get("neg_category_ids", ())))
         if novel:
             count += novel
             image_ids.append(record["image_id"])
     if count:
         shown = ", ".join(map(str, image_ids[:_SHOWN])) + (", ..." if len(image_ids) > _SHOWN else "")
         raise DataError(
-            f"the training set {name} holds {count} annotations of novel classes of {split.name}, first in the images "
+            f"the training set {name} holds {count} labels of novel classes of {split.name}, first in the images "
             f"{shown}: prepare a json of the base classes alone (datasets/README.md) and register it with "
             "base_only=True."
         )

@@ -272,7 +272,7 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         record, box = records[image_id], annotation.get("bbox")
         fault = _box_fault(box) or _outside(box, record)
         if fault:
-            faults.add(f"{fault}, annotation id", annotation_id, "mend or drop them")
+            faults.add(f"{fault}, annotation id", annotation_id, "drop them (tools/check_dataset.py --fix)")
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1):
             faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "mend or drop them")

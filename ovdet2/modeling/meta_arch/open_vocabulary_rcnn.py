@@ -38,9 +38,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         self.proposals_kept = proposals_kept
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg, vocabulary=None):
+        """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
         backbone = build_backbone(cfg)
-        vocabulary = VocabularyBuffer(build_vocabulary(cfg))
+        vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         scorer = None
         if cfg.MODEL.OVD.SECOND_BRANCH == "crops":
             scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)
