@@ -228,3 +228,28 @@ def test_detections_of_distractors_take_part_in_the_cut_and_are_counted(make_eva
     found.pred_classes = torch.tensor([7, 0, 0])
     with pytest.raises(DataError, match="detection of class 7, but .* has the 7 classes 0 to 6, distractors included"):
         evaluator.process([{"image_id": image_id}], [{"instances": found}])
+
+
+def test_predictions_of_an_evaluation_that_stopped_are_measured_again(make_evaluator, tmp_path):
+    data, detections = random_set(4)
+    evaluator = make_evaluator(data, folder="stopped")
+    feed(evaluator, data, detections)
+    expected = evaluator.evaluate()
+    (tmp_path / "stopped" / "report.json").unlink()
+    again = make_evaluator(data, folder="stopped").measure_again()
+    assert again.report["bbox"] == evaluator.evaluation.report["bbox"] and expected["bbox"]
+    assert (tmp_path / "stopped" / "report.json").is_file()
+    with pytest.raises(DataError, match="not of the images"):
+        make_evaluator(random_set(5)[0], folder="stopped").measure_again()
+    with pytest.raises(DataError, match="does not exist: evaluate"):
+        make_evaluator(data, folder="nothing").measure_again()
+
+
+def test_a_new_evaluation_leaves_no_report_of_the_old_one(make_evaluator, tmp_path):
+    data, detections = random_set(4)
+    evaluator = make_evaluator(data, folder="twice")
+    feed(evaluator, data, detections)
+    evaluator.evaluate()
+    (tmp_path / "twice" / "report.html").write_text("old")
+    evaluator.reset()
+    assert [path.name for path in (tmp_path / "twice").glob("report*")] == []

@@ -16,7 +16,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class
-from ovdet2.evaluation.prediction_files import PredictionWriter, merge
+from ovdet2.evaluation.prediction_files import MERGED, PredictionWriter, merge, read_merged
 from ovdet2.evaluation.predictions import read_predictions
 from ovdet2.evaluation.proposal_recall import covered_iou
 from ovdet2.evaluation.provenance import provenance
@@ -132,9 +132,30 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         logger.info("\n%s", format_table(self.evaluation.report))
         return to_results(self.evaluation.report)
 
+    def measure_again(self):
+        """Measure the predictions.jsonl that lies in the folder, of an evaluation that stopped after its inference, and
+        write report.json; for one process.
+
+        Returns:
+            :class:`~ovdet2.evaluation.evaluation.Evaluation`.
+
+        Raises:
+            DataError: there is none, or it is not of the images of this data set.
+        """
+        path = self._output_dir / MERGED
+        if not path.is_file():
+            raise DataError(f"{path} does not exist: evaluate {self._dataset_name} first.")
+        if {record["image_id"] for record in read_merged(path)} != set(self._truth.images):
+            raise DataError(f"{path} is not of the images of {self._dataset_name}: name the data set it is of.")
+        self._started = time.perf_counter()
+        return self._measure(path)
+
     def _finish(self, tokens):
         """Merge, measure and write; the first process's part of :meth:`evaluate`."""
-        predictions = read_predictions(merge(self._output_dir, tokens, self._truth.images))
+        return self._measure(merge(self._output_dir, tokens, self._truth.images))
+
+    def _measure(self, merged):
+        predictions = read_predictions(merged)
         report = self._report(predictions)
         write_json(self._output_dir / REPORT, report, indent=1)
         return Evaluation(self._truth, predictions.detections, report)
