@@ -89,19 +89,30 @@ def test_vild_text_with_real_text_embeddings(root, tmp_path):
     evaluate_and_draw(root, tmp_path, "vild_text_r50.yaml", *small)
 
 
-def test_vild_from_detector_to_cache_to_distillation(root, tmp_path):
-    """The whole method on photographs. No weights of ViT-B/32 are at hand, so the teacher is the embedded one, which
-    knows shapes and not cats: its embeddings are real, their meaning is not."""
-    embedded = ["MODEL.TEACHER.ARCHITECTURE", "ovshapes-resnet", "MODEL.TEACHER.PRETRAINED", "embedded"]
-    small = [*shlex.split(SMALL), *embedded]
-    train(root, tmp_path / "text", "vild_text_r50.yaml", *small)
+@pytest.fixture(scope="module")
+def cached(root, tmp_path_factory):
+    """Overrides with the embedded teacher and a region cache of the photographs. No weights of ViT-B/32 are at hand:
+    the embedded teacher knows shapes and not cats, so its embeddings are real, their meaning is not."""
+    output = tmp_path_factory.mktemp("cache")
+    small = [
+        *shlex.split(SMALL),
+        "MODEL.TEACHER.ARCHITECTURE",
+        "ovshapes-resnet",
+        "MODEL.TEACHER.PRETRAINED",
+        "embedded",
+    ]
+    train(
+        root, output / "text", "vild_text_r50.yaml", *small, "SOLVER.MAX_ITER", "10"
+    )  # an RPN that has begun to learn
     made = ["--config-file", "configs/ovcoco/vild_text_r50.yaml", "--dataset", "ov_coco_train_base"]
-    made += ["--output", tmp_path / "cache", *small, "MODEL.WEIGHTS", tmp_path / "text" / "model_final.pth"]
+    made += ["--output", output / "cache", *small, "MODEL.WEIGHTS", output / "text" / "model_final.pth"]
     printed = program(root, "tools/build_region_cache.py", *made)
     assert "of 60 images" in printed
-    small += ["MODEL.DISTILLATION.REGION_CACHE", tmp_path / "cache"]
-    for config in ("vild_r50.yaml", "vild_ensemble_r50.yaml"):
-        output = tmp_path / config
-        losses = train(root, output, config, *small)
-        assert falls(losses["total_loss"]) and falls(losses["loss_distillation"]), losses
-        evaluate_and_draw(root, output, config, *small)
+    return [*small, "MODEL.DISTILLATION.REGION_CACHE", output / "cache"]
+
+
+@pytest.mark.parametrize("config", ["vild_r50.yaml", "vild_ensemble_r50.yaml"])
+def test_vild_from_detector_to_cache_to_distillation(config, root, cached, tmp_path):
+    losses = train(root, tmp_path, config, *cached)
+    assert falls(losses["total_loss"]) and falls(losses["loss_distillation"]), losses
+    evaluate_and_draw(root, tmp_path, config, *cached)
