@@ -98,6 +98,8 @@ class ClosedSetClassifier(nn.Linear):
     It has a column for every word, so it is asked about novel ones too, but no training box ever supports them.
     """
 
+    per_word = False  # its logits are for a softmax
+
     def __init__(self, input_dim, vocabulary):
         """
         Args:

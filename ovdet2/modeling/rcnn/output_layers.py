@@ -41,7 +41,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: :class:`ShapeSpec` of the box head's output.
-            classifier: module, [R, C] -> logits with background last; has ``num_training_classes`` and ``vocabulary``.
+            classifier: module, [R, C] -> logits with background last; has ``num_training_classes``, ``per_word`` and
+                ``vocabulary``.
             second_branch_use: what to do with ``second_probs``, one of SECOND_BRANCH_USES.
             fusion_base, fusion_novel: exponents of the second branch in "fuse".
             federated: words in the loss of a batch, for a classifier per word; 0: all.
@@ -77,7 +78,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     def losses(self, predictions, proposals):
         """See :class:`FastRCNNOutputLayers`."""
         losses = super().losses(predictions, proposals)
-        if not getattr(self.cls_score, "per_word", False):
+        if not self.cls_score.per_word:
             return losses
         labels = torch.cat([p.gt_classes for p in proposals])
         words = None
@@ -92,7 +93,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         """Probabilities per image, list of [R, K + 1] with background last (0 if per word), after any fusion."""
         logits, _ = predictions
         counts = [len(p) for p in proposals]
-        if getattr(self.cls_score, "per_word", False):
+        if self.cls_score.per_word:
             probs = F.pad(logits[:, :-1].float().sigmoid(), (0, 1)).split(counts)
         else:
             probs = F.softmax(logits.float(), dim=1).split(counts)
