@@ -40,5 +40,10 @@ setup(
         "termcolor>=2.4,<4",
         "yacs>=0.1.8,<0.2",
     ],
-    extras_require={"test": ["pytest>=8,<10", "hypothesis>=6.100,<7"]},
+    extras_require={
+        # A vision-language model on this machine as a source of concept priors (tools/build_concept_priors.py).
+        "mllm": ["transformers>=4.53,<6"],
+        # transformers is a reference for Deformable DETR, too.
+        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "transformers>=4.53,<6"],
+    },
 )
