@@ -27,6 +27,8 @@ def atomic_path(path):
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        # As open to others as its folder: some writers make files that only their owner can read.
+        temporary.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
     except BaseException:

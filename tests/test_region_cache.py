@@ -1,6 +1,7 @@
 """The region cache: round trip, resume, every way it can be wrong, and what the mapper makes of it."""
 
 import json
+import multiprocessing
 import pickle
 import shutil
 
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from ovdet2.config import get_cfg
 from ovdet2.data.loader import MappedRecords, TrainLoader
 from ovdet2.data.mapper import OpenVocabularyMapper, open_region_cache, transform_regions
-from ovdet2.data.region_cache import CacheWriter, RegionCache, Regions, shard_name, write_shard
+from ovdet2.data.region_cache import RegionCache, Regions, shard_name
+from ovdet2.data.region_cache_writer import CacheWriter, write_shard
 from ovdet2.errors import CacheError, UsageError
 from ovdet2.files import sha256_file
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -44,9 +46,9 @@ def regions(count, seed=0, ann_ids=None, size=(48, 64)):
 def build(folder, ids, per_shard=2, recipe=RECIPE, make=lambda image_id: regions(image_id % 4, image_id)):
     """A whole cache; image i has i mod 4 regions, so some have none."""
     writer = CacheWriter(folder, recipe, ids, per_shard, "build it again")
-    for index in writer.to_do():
+    for index in writer.claimed():
         writer.write(index, [make(image_id) for image_id in writer.shards[index]])
-    writer.finish()
+    assert writer.finish()["complete"]
     return RegionCache(folder)
 
 
@@ -79,12 +81,13 @@ def test_reader_travels_to_workers(tmp_path):
 def test_killed_run_goes_on_and_a_rerun_changes_nothing(tmp_path):
     whole = build(tmp_path / "whole", range(1, 8))
     writer = CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again")
-    assert writer.to_do() == [0, 1, 2, 3]
+    assert writer.missing() == [0, 1, 2, 3]
     for index in (0, 2):
         writer.write(index, [regions(i % 4, i) for i in writer.shards[index]])
     with pytest.raises(CacheError, match="2 of 4 shards are there: complete it with: python again"):
         RegionCache(tmp_path / "cut")
-    assert CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again").to_do() == [1, 3]
+    again = CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again")
+    assert again.missing() == [1, 3] and again.finish() is None
     build(tmp_path / "cut", range(1, 8))
     for shard in whole.manifest["shards"]:
         assert sha256_file(tmp_path / "cut" / shard["file"]) == shard["sha256"]
@@ -95,7 +98,7 @@ def test_killed_run_goes_on_and_a_rerun_changes_nothing(tmp_path):
 
 def test_another_recipe_is_refused_and_nothing_written_is_lost(tmp_path):
     build(tmp_path / "c", range(1, 8))
-    with pytest.raises(CacheError, match="another dim, teacher: choose another folder"):
+    with pytest.raises(CacheError, match="dim 4 instead of 5; teacher .*a{64}.* instead of .*b{64}.*choose another"):
         other = RECIPE | {"dim": 5, "teacher": Fingerprint("ViT-B-16", "openai", "b" * 64).to_dict()}
         CacheWriter(tmp_path / "c", other, range(1, 8), 2, "")
     assert equal(RegionCache(tmp_path / "c").regions(3), regions(3, 3))
@@ -151,8 +154,86 @@ def test_damaged_cache_is_refused_at_the_start(tmp_path, damage, message):
 def test_truncated_shard_is_rebuilt_by_the_same_command(tmp_path):
     build(tmp_path / "c", range(1, 8))
     truncate(tmp_path / "c")
-    assert CacheWriter(tmp_path / "c", RECIPE, range(1, 8), 2, "").to_do() == [1]
+    assert CacheWriter(tmp_path / "c", RECIPE, range(1, 8), 2, "").missing() == [1]
     assert equal(build(tmp_path / "c", range(1, 8)).regions(3), regions(3, 3))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_flipped_bit_is_found_and_only_its_shard_removed(tmp_path_factory, complete, data):
+    folder = tmp_path_factory.mktemp("flipped")
+    build(folder, range(1, 8))
+    if not complete:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"complete": False, "shards": []}))
+    index = data.draw(st.integers(0, 3))
+    path = folder / shard_name(index)
+    content = bytearray(path.read_bytes())
+    # Where the manifest is not complete, the shard must speak for itself: for its tensors and what it says of them.
+    start = 0 if complete else 8 + int.from_bytes(content[:8], "little")
+    content[data.draw(st.integers(start, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    before = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard*")}
+    path.write_bytes(content)
+    writer = CacheWriter(folder, RECIPE, range(1, 8), 2, "")
+    assert writer.remove_damaged() == [index] and writer.missing() == [index]
+    cache = build(folder, range(1, 8))
+    after = {p.name: p.stat().st_mtime_ns for p in folder.glob("shard*")}
+    assert {name for name in before if before[name] != after[name]} == {path.name}
+    assert all(equal(cache.regions(i), regions(i % 4, i)) for i in range(1, 8))
+    assert CacheWriter(folder, RECIPE, range(1, 8), 2, "").remove_damaged() == []
+
+
+def test_only_a_share_of_the_shards(tmp_path):
+    """Two tasks of an array: the one that ends last completes the manifest."""
+    for number, left in ((1, [0, 2]), (0, [])):
+        writer = CacheWriter(tmp_path / "c", RECIPE, range(1, 8), 2, "all")
+        for index in writer.claimed(only={i for i in range(4) if i % 2 == number}):
+            writer.write(index, [regions(i % 4, i) for i in writer.shards[index]])
+        assert writer.missing() == left and bool(writer.finish()) == (not left)
+    build(tmp_path / "whole", range(1, 8))
+    for name in map(shard_name, range(4)):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_facts_of_a_shard_are_in_the_manifest(tmp_path):
+    writer = CacheWriter(tmp_path / "c", RECIPE, [1, 2], 2, "")
+    for index in writer.claimed():
+        writer.write(index, [regions(1), regions(0)], {"threads": 2, "unreadable": {"2": "truncated"}})
+    assert writer.finish()["shards"][0]["threads"] == 2
+    assert RegionCache(tmp_path / "c").manifest["shards"][0]["unreadable"] == {"2": "truncated"}
+
+
+@given(st.permutations([3, 7, 9, -1, 8]))
+@settings(max_examples=20, deadline=None)
+def test_by_annotation(tmp_path_factory, wanted):
+    folder = tmp_path_factory.mktemp("annotations")
+    made = regions(4, 5, [9, 3, -1, 7])
+    cache = build(folder, [5], make=lambda _: made)
+    embeddings, found = cache.of_annotations(5, wanted)
+    for ann_id, row, there in zip(wanted, embeddings, found):
+        assert bool(there) == (ann_id in (3, 7, 9))
+        assert torch.equal(row, made.embeddings[[9, 3, -1, 7].index(ann_id)] if there else torch.zeros(4).half())
+    assert cache.missing == 2
+    assert cache.of_annotations(5, [])[0].shape == (0, 4)
+
+
+def read_in_worker(cache, image_id, queue):
+    queue.put(cache.regions(image_id).embeddings.float().sum().item())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_reader_in_processes_however_started(tmp_path, method):
+    cache = build(tmp_path / "c", range(1, 8))
+    expected = cache.regions(6).embeddings.float().sum().item()
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    workers = [context.Process(target=read_in_worker, args=(cache, 6, queue)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    assert [queue.get(timeout=60) for _ in workers] == [expected, expected]
+    for worker in workers:
+        worker.join()
 
 
 def test_shard_of_another_cache_is_refused_when_read(tmp_path):

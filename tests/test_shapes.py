@@ -273,7 +273,7 @@ def test_pretraining_shows_base_classes_alone_and_no_image_of_another_set():
 def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor):
     import open_clip
 
-    from ovdet2.vlm.crops import warp_crops
+    from ovdet2.vlm.crops import crop_regions
     from ovdet2.vlm.templates import render
 
     teacher = Teacher.load(name, "embedded")
@@ -291,7 +291,8 @@ def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor)
     hits = []
     for index in range(40):
         scene = detection_scene(7, "val2017", index)
-        crops = warp_crops(tensor(scene.image), torch.tensor([placed.box_xyxy for placed in scene.objects]), size)
+        image = torch.from_numpy(scene.image).permute(2, 0, 1)
+        crops = crop_regions(image, torch.tensor([placed.box_xyxy for placed in scene.objects]), size)
         found = (teacher.encode_image(crops) @ texts.T).argmax(dim=1).tolist()
         hits += [class_index(placed) == guess for placed, guess in zip(scene.objects, found, strict=True)]
     assert sum(hits) / len(hits) >= crop_floor

@@ -2,15 +2,15 @@
 
 import json
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.vlm.crops import embed_regions, scale_boxes, warp_crops
+from ovdet2.vlm.crops import POLICIES, crop_regions, crop_windows, embed_regions, pillow_crops, scale_boxes
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
 from tests import micro
 
@@ -106,21 +106,67 @@ def test_scale_boxes():
     assert (small[:, 2] <= 100).all() and (small[:, 3] <= 50).all()
 
 
-def test_warp_equals_pillow_box_average():
-    """A crop shrunk by a whole number is the mean of whole blocks of pixels."""
-    pixels = (micro.wave((3, 64, 96), 0.07) + 1) / 2
-    crop = warp_crops(pixels, torch.tensor([[16.0, 8.0, 80.0, 56.0]]), 16)[0]
-    image = Image.fromarray((pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
-    reference = np.asarray(image.crop((16, 8, 80, 56)).resize((16, 16), Image.BOX)) / 255
-    assert np.abs(crop.permute(1, 2, 0).numpy() - reference).max() < 0.02
+def picture(height=64, width=96):
+    """An 8-bit image [3, H, W] with structure at several scales."""
+    return ((micro.wave((3, height, width), 0.07) + 1) * 127.5).round().to(torch.uint8)
+
+
+BOXES = torch.tensor(
+    [[4.0, 4.0, 30.0, 40.0], [50.4, 10.6, 90.2, 20.0], [0.0, 0.0, 96.0, 64.0], [95.5, 63.5, 96.0, 64.0]]
+)
+
+
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_crops_equal_pillow(policy, filter):
+    found = crop_regions(picture(), BOXES, 32, policy, filter, (0.5, 0.25, 0.0))
+    wanted = pillow_crops(picture(), BOXES, 32, policy, filter, (0.5, 0.25, 0.0))
+    assert found.shape == (4, 3, 32, 32) and found.dtype == torch.uint8
+    assert (found.int() - wanted.int()).abs().max() <= 1
+    flipped = crop_regions(picture(), BOXES.flip(0), 32, policy, filter, (0.5, 0.25, 0.0))
+    assert torch.equal(flipped.flip(0), found)
+    assert crop_regions(picture(), BOXES[:0], 32, policy).shape == (0, 3, 32, 32)
+
+
+def test_what_each_policy_cuts():
+    boxes = torch.tensor([[10.0, 20.0, 50.0, 40.0]])  # twice as wide as high
+    windows = {policy: [t.tolist()[0] for t in crop_windows(boxes, 64, 96, 32, policy)] for policy in POLICIES}
+    assert windows["warp"] == [[10, 20, 50, 40], [0, 0, 32, 32]]
+    assert windows["centre_crop"] == [[20, 20, 40, 40], [0, 0, 32, 32]]
+    assert windows["pad_square"] == [[10, 20, 50, 40], [0, 8, 32, 24]]
+    padded = crop_regions(picture(), boxes, 32, "pad_square", fill=(1.0, 0.0, 0.5))[0]
+    assert padded[:, :8].float().mean(dim=(1, 2)).tolist() == [255.0, 0.0, 128.0]
+    with pytest.raises(UsageError, match="'squash': choose one of warp"):
+        crop_windows(boxes, 64, 96, 32, "squash")
+    with pytest.raises(UsageError, match="8-bit"):
+        crop_regions(picture().float(), boxes, 32)
+
+
+@given(st.lists(st.tuples(*[st.floats(-20, 120)] * 4), max_size=6), st.sampled_from(POLICIES))
+@settings(max_examples=60, deadline=None)
+def test_windows_are_never_empty_and_inside(corners, policy):
+    boxes = torch.tensor(corners, dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.cat([torch.minimum(boxes[:, :2], boxes[:, 2:]), torch.maximum(boxes[:, :2], boxes[:, 2:])], dim=1)
+    windows, targets = crop_windows(boxes, 64, 96, 32, policy)
+    for cut, limit in ((windows, [96, 64]), (targets, [32, 32])):
+        assert (cut[:, :2] >= 0).all() and (cut[:, :2] < cut[:, 2:]).all() and (cut[:, 2:] <= torch.tensor(limit)).all()
 
 
 def test_embed_regions_is_the_normalised_sum_of_two_crops(teacher):
-    pixels = (micro.wave((3, 64, 96), 0.07) + 1) / 2
-    boxes = torch.tensor([[4.0, 4.0, 30.0, 40.0], [50.0, 10.0, 90.0, 60.0], [0.0, 0.0, 96.0, 64.0]])
-    found = embed_regions(teacher, pixels, boxes, batch_size=2)
-    for box, row in zip(boxes, found):
-        one = teacher.encode_image(warp_crops(pixels, scale_boxes(box[None], 1.0, 64, 96), 32))[0].double()
-        wide = teacher.encode_image(warp_crops(pixels, scale_boxes(box[None], 1.5, 64, 96), 32))[0].double()
+    pixels = picture()
+    found = embed_regions(teacher, pixels, BOXES, batch_size=2)
+    for box, row in zip(BOXES, found):
+        one = teacher.encode_image(crop_regions(pixels, scale_boxes(box[None], 1.0, 64, 96), 32))[0].double()
+        wide = teacher.encode_image(crop_regions(pixels, scale_boxes(box[None], 1.5, 64, 96), 32))[0].double()
         assert torch.allclose(row.double(), (one + wide) / (one + wide).norm(), atol=1e-5)
-    assert torch.allclose(embed_regions(teacher, pixels, boxes.flip(0)), found.flip(0), atol=1e-5)
+    assert torch.allclose(embed_regions(teacher, pixels, BOXES.flip(0)), found.flip(0), atol=1e-5)
+    assert embed_regions(teacher, pixels, BOXES[:0]).shape == (0, 16)
+
+
+def test_mixed_precision_stays_close(teacher):
+    crops = crop_regions(picture(), BOXES, 32)
+    exact = teacher.encode_image(crops)
+    half = teacher.encode_image(crops, dtype=torch.bfloat16)
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    assert (half * exact).sum(dim=1).min() > 0.99
+    assert torch.equal(exact, teacher.encode_image(crops.float() / 255))

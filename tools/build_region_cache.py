@@ -1,111 +1,112 @@
-r"""Embed the proposals of every training image with the teacher, once, for distillation.
+r"""Embed regions of every training image with the teacher, once: proposals for distillation, or annotated boxes.
 
+    # proposals of a detector trained on base boxes (ViLD)
     python tools/build_region_cache.py --config-file configs/ovcoco/vild_text_r50.yaml \
         --dataset ov_coco_train_base --output output/ovcoco/region_cache \
         MODEL.WEIGHTS output/ovcoco/vild_text_r50/model_final.pth
+    # the annotated base boxes, by annotation id
+    python tools/build_region_cache.py --config-file configs/ovcoco/vild_text_r50.yaml \
+        --dataset ov_coco_train_base --boxes annotations --output output/ovcoco/annotation_cache
+    # what that would cost, without writing anything
+    ... --dry-run
 
-The detector of --config-file, trained with boxes of base classes, proposes regions: the best --top after NMS at --nms.
-Each is cut out of the original image at every scale of --scales, warped to the teacher's input and embedded; the
-embeddings are summed and divided by their norm (ViLD Eq. 1). No annotation is read. The teacher is MODEL.TEACHER.
+--boxes also takes a file: a COCO-results json or a proposal file of Detectron2 (.pkl, only arrays are read from it).
+Where its boxes came from is its maker's word: with boxes of a detector that was trained on novel classes, the result is
+not open-vocabulary.
 
-An interrupted run loses the shard it was at: the same command goes on. Exit codes as of train_net.py.
+Each box is cut out of the original image at every scale of --scales, resized to the teacher's input as --crop says, and
+embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The teacher is MODEL.TEACHER.
+
+Start it as often as you like, on one machine or many that share the output folder, under torchrun or as a Slurm array
+(--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, counted from 0): shards are claimed, so no work is done twice. A
+killed run loses the shard it was at, and the same command goes on. Exit codes as of train_net.py. See docs/CACHES.md.
 """
 
 import argparse
+import os
 import shlex
 import sys
+import time
 from functools import partial
 
 import torch
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
-from detectron2.layers import nms
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.data.images import read_image
-from ovdet2.data.mapper import require_annotated_size
 from ovdet2.data.records import load_records
-from ovdet2.data.region_cache import CacheWriter, Regions
-from ovdet2.engine import AtomicCheckpointer, Trainer
-from ovdet2.errors import DataError, NumericalError, UsageError, exit_on_error
+from ovdet2.data.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes
+from ovdet2.data.region_cache_writer import CacheWriter
+from ovdet2.engine.region_embedding import DTYPES, CropRecipe, ShardEmbedder
+from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import sha256_file
 from ovdet2.modeling import build_teacher
-from ovdet2.vlm.crops import embed_regions
-from ovdet2.vlm.fingerprint import require_same_teacher
-from ovdet2.vlm.teacher import state_dict_sha256
-from ovdet2.vlm.templates import clean_name
+from ovdet2.vlm.crops import POLICIES, crop_regions, pillow_crops
+
+_SAMPLE_IMAGES = 8  # of a dry run
+_COMPARED_CROPS = 16
 
 
 def main(argv=None):
-    """Command line; returns the manifest of the cache."""
+    """Command line; returns the manifest of the cache, None while others are still at work or after --dry-run."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    cfg = detector_config(args)
+    cfg = load_config(args.config_file, args.opts)
+    cfg.MODEL.DEVICE = device_of(cfg)
     records = sorted(load_records([args.dataset], "--dataset", False, base_only=True), key=lambda r: r["image_id"])
     if split_of(args.dataset) is None:
         raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
     teacher = build_teacher(cfg).to(cfg.MODEL.DEVICE)
-    model = load_detector(cfg, args.dataset, teacher)
-    writer = CacheWriter(
-        args.output,
-        recipe_of(args, cfg, model, teacher),
-        [record["image_id"] for record in records],
-        args.images_per_shard,
-        "python tools/build_region_cache.py " + shlex.join(argv),
-    )
-    pending = writer.to_do(partial(tqdm, desc="shards found", leave=False))
-    done = len(records) - sum(len(writer.shards[index]) for index in pending)
-    by_id, unreadable = {record["image_id"]: record for record in records}, []
-    with tqdm(total=len(records), initial=done, desc="images") as progress:
-        for index in pending:
-            of_shard = [by_id[image_id] for image_id in writer.shards[index]]
-            regions = []
-            for sample in loader_of(of_shard, cfg):
-                if "fault" in sample:
-                    unreadable.append(sample["fault"])
-                    _require_few(unreadable, cfg)
-                regions.append(no_regions(teacher) if "fault" in sample else embed_image(model, teacher, sample, args))
-                progress.update()
-            writer.write(index, regions)
-    manifest = writer.finish()
-    size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
-    print(
-        f"{args.output}: {manifest['regions']} regions of {manifest['images']} images in {len(manifest['shards'])} "
-        f"shards, {size:.1f} MB, teacher {teacher.fingerprint}"
-    )
-    if unreadable:
-        print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
-    return manifest
-
-
-def _require_few(unreadable, cfg):
-    limit = cfg.DATALOADER.MAX_BAD_IMAGES  # what training tolerates, too
-    if len(unreadable) > limit:
-        raise DataError(
-            f"{len(unreadable)} images cannot be used, DATALOADER.MAX_BAD_IMAGES is {limit}:\n  "
-            + "\n  ".join(unreadable)
-            + "\nMend them or raise DATALOADER.MAX_BAD_IMAGES, and go on by the same command."
-        )
+    boxes, filters = boxes_of(args, cfg, teacher)
+    crops = CropRecipe(args.crop, tuple(args.scales), args.dtype, args.batch_size)
+    workers = cfg.DATALOADER.NUM_WORKERS if args.workers is None else args.workers
+    embedder = ShardEmbedder(teacher, boxes, filters, crops, workers)
+    recipe = recipe_of(args, embedder)
+    if args.dry_run:
+        print_estimate(args, embedder, records)
+        return None
+    ids = [record["image_id"] for record in records]
+    writer = CacheWriter(args.output, recipe, ids, args.images_per_shard, command_of(argv))
+    if args.verify:
+        damaged = writer.remove_damaged(partial(tqdm, desc="shards verified", leave=False))
+        print(f"{args.output}: {len(damaged)} damaged shards{' ' + str(damaged) if damaged else ''}")
+    build(args, cfg, embedder, writer, {record["image_id"]: record for record in records})
+    return summary(args, writer, teacher)
 
 
 def parse_args(argv):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, help="of the detector whose RPN proposes")
+    parser.add_argument("--config-file", required=True, help="states the teacher, and the detector that proposes")
     parser.add_argument("--dataset", required=True, help="registered training set, base classes only")
     parser.add_argument("--output", required=True, help="folder of the cache")
-    parser.add_argument("--top", type=int, default=300, help="proposals kept per image")
-    parser.add_argument("--nms", type=float, default=0.7, help="IoU of the NMS over all pyramid levels before that")
+    parser.add_argument("--boxes", default="proposals", metavar="annotations|proposals|FILE")
+    parser.add_argument("--min-score", type=float, help="lowest score of a box; default: any")
+    parser.add_argument("--min-side", type=float, help="least width and least height of a box, pixels; default: any")
+    parser.add_argument(
+        "--nms", type=float, help="IoU of the NMS over all boxes of an image; default 0.7, annotations none"
+    )
+    parser.add_argument("--top", type=int, help="boxes kept per image, best first; default 300, annotations all")
+    parser.add_argument("--crop", default="warp", choices=POLICIES, help="how a box becomes a square")
     parser.add_argument("--scales", type=_numbers, default=[1.0, 1.5], help="sizes of the crops in boxes, 1.0,1.5")
+    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help="of the teacher's arithmetic")
+    parser.add_argument("--batch-size", type=int, default=256, help="crops per forward pass of the teacher")
     parser.add_argument("--images-per-shard", type=int, default=200)
+    parser.add_argument("--workers", type=int, help="processes that decode images; default DATALOADER.NUM_WORKERS")
+    parser.add_argument(
+        "--shard", type=_share, default=None, metavar="I/N", help="only every N-th shard, from the I-th"
+    )
+    parser.add_argument("--verify", action="store_true", help="read every shard and build damaged ones anew")
+    parser.add_argument("--dry-run", action="store_true", help="print boxes, bytes and time; write nothing")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as MODEL.WEIGHTS")
     args = parser.parse_args(argv)
-    if args.top < 1 or args.images_per_shard < 1 or not 0 < args.nms <= 1 or min(args.scales) <= 0:
+    counts = (args.images_per_shard, args.batch_size, 1 if args.top is None else args.top)
+    if min(counts) < 1 or min(args.scales) <= 0 or (args.nms is not None and not 0 < args.nms <= 1):
         parser.error(
-            "--top and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are above 0"
+            "--top, --batch-size and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are "
+            "above 0"
         )
     late = [option for option in args.opts if option.startswith("--")]
     if late:
@@ -117,132 +118,149 @@ def _numbers(text):
     return [float(number) for number in text.split(",")]
 
 
-def detector_config(args):
-    """The configuration of the detector: as trained, with as many proposals as are wanted."""
-    cfg = load_config(args.config_file, args.opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    if not cfg.MODEL.WEIGHTS:
-        raise UsageError("MODEL.WEIGHTS is empty: give the detector trained on base classes, MODEL.WEIGHTS <file>.")
-    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = max(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, args.top)
-    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = max(cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
-    cfg.MODEL.RPN.NMS_THRESH = max(cfg.MODEL.RPN.NMS_THRESH, args.nms)  # within a level; --nms is over all of them
-    cfg.freeze()
-    return cfg
+def _share(text):
+    number, _, count = text.partition("/")
+    number, count = int(number), int(count)
+    if not 0 <= number < count:
+        raise argparse.ArgumentTypeError(f"{text}: I is 0 to N - 1")
+    return number, count
 
 
-def load_detector(cfg, dataset, teacher):
-    """The trained detector in evaluation mode.
-
-    Raises:
-        DataError: its weights cannot be read, its vocabulary is of another teacher, or it was trained with boxes of a
-            class that is novel in ``dataset``: its proposals would know what must not be known.
-    """
-    model = Trainer.build_model(cfg).eval()
-    AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
-    require_same_teacher(
-        model.vocabulary.vocabulary.teacher, "the detector's vocabulary", teacher.fingerprint, "MODEL.TEACHER"
-    )
-    if not model.vocabulary.from_checkpoint:
-        raise DataError(
-            f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "
-            "ovdet2 trained."
-        )
-    split = split_of(dataset)
-    leaked = sorted({clean_name(name) for _, name in split.novel} & model.vocabulary.trained_base_names)
-    if leaked:
-        raise DataError(
-            f"{cfg.MODEL.WEIGHTS} was trained with boxes of {', '.join(leaked[:5])}, novel classes of {split.name}: "
-            "take proposals of a detector trained on its base classes alone."
-        )
-    return model
+def command_of(argv):
+    """What completes the cache from anywhere: the command without what is this process's own."""
+    kept, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word == "--shard":
+            skip = True
+        elif word not in ("--verify", "--dry-run") and not word.startswith("--shard="):
+            kept.append(word)
+    return "python tools/build_region_cache.py " + shlex.join(kept)
 
 
-def recipe_of(args, cfg, model, teacher):
+def device_of(cfg):
+    """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU where there is no GPU."""
+    if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else cfg.MODEL.DEVICE
+
+
+def boxes_of(args, cfg, teacher):
+    """(source of boxes, its :class:`BoxFilters`)."""
+    if args.boxes == "annotations":
+        return AnnotationBoxes(), BoxFilters(args.min_score, args.min_side, args.nms, args.top)
+    nms, top = 0.7 if args.nms is None else args.nms, 300 if args.top is None else args.top
+    filters = BoxFilters(args.min_score, args.min_side, nms, top)
+    if args.boxes != "proposals":
+        return FileBoxes(args.boxes), filters
+    from ovdet2.engine.region_proposals import ProposalBoxes, proposing_config  # builds the detector
+
+    return ProposalBoxes.load(proposing_config(cfg, filters), args.dataset, teacher), filters
+
+
+def recipe_of(args, embedder):
     """What decides the values of a cache; :class:`CacheWriter` and readers compare it."""
-    rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
-    # Not the whole model: the words' embeddings propose nothing, and differ in their last digits between machines.
-    parts = ("backbone.", "proposal_generator.")
-    proposing = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(parts)}
+    teacher, crops = embedder.teacher, embedder.crops
     return {
         "teacher": teacher.fingerprint.to_dict(),
         "dim": teacher.embed_dim,
         "dataset": args.dataset,
         "dataset_sha256": sha256_file(MetadataCatalog.get(args.dataset).ov_files()[0]),
-        "boxes": {
-            "source": "proposals",
-            "proposer_sha256": state_dict_sha256(proposing),
-            "input": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT],
-            "pixels": [list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)],
-            "anchors": {"sizes": anchors.SIZES, "ratios": anchors.ASPECT_RATIOS, "offset": anchors.OFFSET},
-            "per_level": {"top": rpn.PRE_NMS_TOPK_TEST, "nms": rpn.NMS_THRESH, "min_size": min_size},
-            "all_levels": rpn.POST_NMS_TOPK_TEST,
-            "top": args.top,
-            "nms": args.nms,
+        "boxes": embedder.boxes.recipe() | {"filters": embedder.filters.to_dict()},
+        "crops": {
+            "policy": crops.policy,
+            "scales": list(crops.factors),
+            "side": teacher.image_size,
+            "filter": teacher.interpolation,
+            "dtype": crops.dtype,
         },
-        "crops": {"policy": "warp", "scales": args.scales, "side": teacher.image_size},
     }
 
 
-class _Samples(torch.utils.data.Dataset):
-    """Decodes an image once: resized for the detector, and whole for the crops."""
-
-    def __init__(self, records, cfg):
-        self.records = records
-        self.bgr = cfg.INPUT.FORMAT == "BGR"
-        self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, index):
-        try:
-            return self._sample(self.records[index])
-        except DataError as error:
-            return {"fault": str(error)}
-
-    def _sample(self, record):
-        rgb = read_image(record["file_name"], "RGB")
-        require_annotated_size(record, rgb)
-        height, width = rgb.shape[:2]
-        resized = self.resize.get_transform(rgb).apply_image(rgb)
-        image = torch.from_numpy(resized.copy()).permute(2, 0, 1)
-        return {
-            "image": image.flip(0) if self.bgr else image,
-            "original": torch.from_numpy(rgb).permute(2, 0, 1),
-            "height": height,
-            "width": width,
-            "file_name": record["file_name"],
-        }
+def build(args, cfg, embedder, writer, by_id):
+    """Write the shards that are missing and not somebody else's."""
+    number, count = args.shard or (0, 1)
+    only = {index for index in range(len(writer.shards)) if index % count == number} if args.shard else None
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun: begin apart, then help one another
+    missing = len(writer.missing())
+    start = missing * int(os.environ.get("RANK", 0)) // ranks
+    images = sum(len(ids) for index, ids in enumerate(writer.shards) if only is None or index in only)
+    done = images - sum(len(writer.shards[i]) for i in writer.missing() if only is None or i in only)
+    unreadable = {}
+    with tqdm(total=images, initial=done, desc="images") as progress:
+        for index in writer.claimed(start, only):
+            records = [by_id[image_id] for image_id in writer.shards[index]]
+            regions, faults = embedder.embed(records, progress.update)
+            unreadable |= faults
+            _require_few(unreadable, cfg)
+            facts = embedder.facts() | ({"unreadable": faults} if faults else {})
+            writer.write(index, regions, facts)
 
 
-def loader_of(records, cfg):
-    """One sample after the other, decoded by DATALOADER.NUM_WORKERS processes."""
-    return DataLoader(_Samples(records, cfg), batch_size=None, num_workers=cfg.DATALOADER.NUM_WORKERS)
+def _require_few(unreadable, cfg):
+    limit = cfg.DATALOADER.MAX_BAD_IMAGES  # what training tolerates, too
+    if len(unreadable) > limit:
+        raise DataError(
+            f"{len(unreadable)} images cannot be used, DATALOADER.MAX_BAD_IMAGES is {limit}:\n  "
+            + "\n  ".join(unreadable.values())
+            + "\nMend them or raise DATALOADER.MAX_BAD_IMAGES, and go on by the same command."
+        )
 
 
-@torch.no_grad()
-def embed_image(model, teacher, sample, args):
-    """The :class:`Regions` of one image: proposals and their embeddings."""
-    found = model.propose([sample])[0]
-    boxes, scores = found.proposal_boxes, found.objectness_logits.float().sigmoid()
-    boxes.clip((sample["height"], sample["width"]))
-    inside = boxes.nonempty()
-    boxes, scores = boxes.tensor[inside].float(), scores[inside]
-    kept = nms(boxes, scores, args.nms)[: args.top]
-    boxes, scores = boxes[kept], scores[kept]
-    original = sample["original"].to(boxes.device).float() / 255
-    embeddings = embed_regions(teacher, original, boxes, args.scales)
-    if not torch.isfinite(embeddings).all():
-        raise NumericalError(f"the teacher's embeddings of {sample['file_name']} are not finite: try another device.")
-    ann_ids = torch.full((len(boxes),), -1)
-    return Regions(boxes.cpu(), embeddings.cpu().half(), ann_ids, scores.cpu())
+def summary(args, writer, teacher):
+    """Finish the manifest if every shard is there, and say what the cache holds; returns the manifest or None."""
+    manifest = writer.finish(partial(tqdm, desc="shards hashed", leave=False))
+    if manifest is None:
+        left = len(writer.missing())
+        print(f"{args.output}: this part is done; {left} of {len(writer.shards)} shards are left to other processes.")
+        return None
+    size = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    print(
+        f"{args.output}: {manifest['regions']} regions of {manifest['images']} images in {len(manifest['shards'])} "
+        f"shards, {size:.1f} MB, teacher {teacher.fingerprint}"
+    )
+    unreadable = [text for shard in manifest["shards"] for text in shard.get("unreadable", {}).values()]
+    if unreadable:
+        print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
+    return manifest
 
 
-def no_regions(teacher):
-    """The :class:`Regions` of an image that cannot be read."""
-    empty = torch.zeros(0)
-    return Regions(torch.zeros(0, 4), torch.zeros(0, teacher.embed_dim).half(), empty.long(), empty)
+def print_estimate(args, embedder, records):
+    """Boxes, bytes and hours of the whole cache, from a few images spread over the data set."""
+    chosen = records[:: max(1, len(records) // _SAMPLE_IMAGES)][:_SAMPLE_IMAGES]
+    embedder.embed(chosen[:1])  # the first pass allocates
+    start = time.perf_counter()
+    regions, faults = embedder.embed(chosen)
+    seconds = (time.perf_counter() - start) / max(1, len(chosen)) * len(records)
+    per_image = sum(map(len, regions)) / max(1, len(chosen) - len(faults))
+    count = round(per_image * len(records))
+    row = 2 * embedder.teacher.embed_dim + 16 + 8 + 4  # embedding, box, annotation id, score
+    print(
+        f"{args.dataset}: {len(records)} images, about {count} boxes ({per_image:.1f} an image), "
+        f"{(count * row + 16 * len(records)) / 1e9:.2f} GB, about {seconds / 3600:.2f} hours in one process like this "
+        f"one, from {len(chosen)} images; a batch is {args.batch_size} crops, the result of a shard "
+        f"{per_image * args.images_per_shard * row / 1e6:.0f} MB of memory."
+    )
+    compared = compare_with_pillow(embedder, chosen, regions)
+    if compared is not None:
+        print(
+            f"Cosine to crops resized by Pillow, {len(compared)} regions: least {compared.min():.5f}, "
+            f"mean {compared.mean():.5f}"
+        )
+
+
+def compare_with_pillow(embedder, records, regions):
+    """Cosines between embeddings of our crops and of Pillow's, for a few boxes; None if there are no boxes."""
+    for record, found in zip(records, regions):
+        if len(found):
+            teacher, policy = embedder.teacher, embedder.crops.policy
+            image = torch.from_numpy(read_image(record["file_name"], "RGB").copy()).permute(2, 0, 1)
+            boxes, how = found.boxes_xyxy[:_COMPARED_CROPS], (policy, teacher.interpolation, teacher.mean_colour)
+            ours = crop_regions(image.to(teacher.mean.device), boxes, teacher.image_size, *how)
+            theirs = pillow_crops(image, boxes, teacher.image_size, *how)
+            return (teacher.encode_image(ours) * teacher.encode_image(theirs)).sum(dim=1).cpu()
+    return None
 
 
 if __name__ == "__main__":

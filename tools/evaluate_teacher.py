@@ -77,7 +77,7 @@ def truth_of(record):
 
 def classify(teacher, vocabulary, path, boxes, factors):
     """Zero-shot probabilities [G, K] of the boxes of an image file."""
-    pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1).float() / 255
+    pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1)
     return teacher.classify(embed_regions(teacher, pixels, boxes, factors), vocabulary.embeddings)
 
 

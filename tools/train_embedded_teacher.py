@@ -27,11 +27,12 @@ from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNS
 from ovdet2.data.shapes.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
 from ovdet2.errors import NumericalError, UsageError, exit_on_error
 from ovdet2.files import atomic_path, write_json
-from ovdet2.vlm.crops import scale_boxes, warp_crops
+from ovdet2.vlm.crops import crop_regions, scale_boxes
 from ovdet2.vlm.teacher import Teacher, register_embedded_models
 from ovdet2.vlm.templates import render
 
 SCHEMA = "ovdet2/embedded-teacher/1"
+_INTERPOLATION = "bilinear"  # how training images are resized, which crops must then be, too
 _SAVE_EVERY = 100
 
 
@@ -50,6 +51,7 @@ def main(arguments=None):
     weights = args.output / f"{args.model}.safetensors"
     _save_half(model, weights)
     teacher = Teacher.load(args.model, str(weights))
+    teacher.interpolation = _INTERPOLATION
     manifest = {
         "schema": SCHEMA,
         "script": "tools/train_embedded_teacher.py",
@@ -58,7 +60,8 @@ def main(arguments=None):
         "captions_sha256": data_hash,
         "train_seconds": round(seconds),
         "threads": args.threads,
-        "preprocess": {key: model.visual.preprocess_cfg[key] for key in ("size", "mean", "std", "interpolation")},
+        "preprocess": {key: model.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
+        | {"interpolation": _INTERPOLATION},
         "accuracy_percent": measure(teacher, args.seed),
     }
     write_json(args.output / f"{args.model}.manifest.json", manifest, indent=1)
@@ -214,7 +217,7 @@ def augment(pixels, side, random, coarsen):
     parts = list(crops.chunk(4))  # each later quarter shares one resolution
     for i in range(1, len(parts) if coarsen else 0):
         small = int(torch.randint(20, side + 1, (1,), generator=random))
-        coarse = F.interpolate(parts[i], size=(small, small), mode="bilinear", antialias=True, align_corners=False)
+        coarse = F.interpolate(parts[i], size=(small, small), mode=_INTERPOLATION, antialias=True, align_corners=False)
         parts[i] = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
     return (torch.cat(parts) * uniform(0.8, 1.15, 1, 1, 1)).clamp(0.0, 1.0)
 
@@ -234,17 +237,17 @@ def measure(teacher, seed):
     whole, labels = [], []
     for index in tqdm(range(10 * len(CLASS_NAMES)), desc="whole images"):
         image = _to_tensor(single_object_scene(seed, index).image)
-        whole.append(F.interpolate(image[None], size=(teacher.image_size,) * 2, mode="bilinear", antialias=True))
+        whole.append(F.interpolate(image[None], size=(teacher.image_size,) * 2, mode=_INTERPOLATION, antialias=True))
         labels.append(index % len(CLASS_NAMES))
     result = {"whole_images": accuracies(teacher.encode_image(torch.cat(whole)) @ texts.T, torch.tensor(labels))}
     tight, wide, labels = [], [], []
     for index in tqdm(range(IMAGE_COUNTS["val2017"]), desc="box crops"):
         scene = detection_scene(seed, "val2017", index)
-        image, height, width = _to_tensor(scene.image), *scene.image.shape[:2]
+        image, height, width = torch.from_numpy(scene.image).permute(2, 0, 1), *scene.image.shape[:2]
         boxes = torch.tensor([placed.box_xyxy for placed in scene.objects])
-        tight.append(teacher.encode_image(warp_crops(image, boxes, teacher.image_size)))
+        tight.append(teacher.encode_image(crop_regions(image, boxes, teacher.image_size, filter=teacher.interpolation)))
         around = scale_boxes(boxes, 1.5, height, width)
-        wide.append(teacher.encode_image(warp_crops(image, around, teacher.image_size)))
+        wide.append(teacher.encode_image(crop_regions(image, around, teacher.image_size, filter=teacher.interpolation)))
         labels += [class_index(placed) for placed in scene.objects]
     tight, wide, labels = torch.cat(tight), torch.cat(wide), torch.tensor(labels)
     result["box_crops_1x"] = accuracies(tight @ texts.T, labels)

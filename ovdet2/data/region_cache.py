@@ -1,5 +1,7 @@
 """Offline region embeddings of the teacher: shards of safetensors under one manifest, written once, read by image id.
 
+Written by :mod:`ovdet2.data.region_cache_writer`.
+
 A cache is a folder::
 
     manifest.json                what it was made of, whether it is complete, each shard's ids, counts, size and hash
@@ -20,19 +22,20 @@ from pathlib import Path
 import torch
 
 from ovdet2.errors import CacheError, DataError
-from ovdet2.files import read_json, sha256_file, write_json, write_safetensors
+from ovdet2.files import read_json, sha256_file
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 
 SCHEMA = "ovdet2/region-cache/1"
 MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
+_TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
 _BUILD = "build it with tools/build_region_cache.py"
 _OPEN_SHARDS = 64  # per process: a shard is a memory map and a file handle
 
 
 @dataclass(frozen=True)
 class Regions:
-    """The cached regions of one image.
+    """The cached regions of one image; what a reader gives are views of a mapped file, to be copied before a change.
 
     Attributes:
         boxes_xyxy: Tensor [R, 4] float32, pixels of the original image.
@@ -60,137 +63,13 @@ def recipe_digest(recipe):
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def write_shard(folder, index, recipe, image_ids, regions):
-    """Write one shard atomically.
-
-    Args:
-        folder: of the cache.
-        index: number of the shard.
-        recipe: dict, see :class:`CacheWriter`.
-        image_ids: ascending ints, I of them.
-        regions: list of I :class:`Regions`.
-
-    Raises:
-        ValueError: ids not ascending, or embeddings that are not unit rows.
-    """
-    if list(image_ids) != sorted(set(image_ids)) or len(image_ids) != len(regions):
-        raise ValueError("a shard takes ascending image ids, each with its regions")
-    embeddings = torch.cat([r.embeddings.float().cpu() for r in regions])
-    norms = embeddings.norm(dim=1)
-    if not torch.all((norms - 1).abs() < 1e-2):  # false for NaN, too
-        raise ValueError(f"embeddings of norm {norms.min().item():.3g} to {norms.max().item():.3g} are no unit rows")
-    counts = torch.tensor([0] + [len(r) for r in regions], dtype=torch.int64)
-    tensors = {
-        "embeddings": embeddings.half(),
-        "boxes_xyxy": torch.cat([r.boxes_xyxy.float() for r in regions]),
-        "image_ids": torch.tensor(list(image_ids), dtype=torch.int64),
-        "offsets": counts.cumsum(0),
-        "ann_ids": torch.cat([r.ann_ids.long() for r in regions]),
-        "scores": torch.cat([r.scores.float() for r in regions]),
-    }
-    manifest = {"schema": SCHEMA, "recipe_sha256": recipe_digest(recipe), "shard": index}
-    write_safetensors(Path(folder) / shard_name(index), tensors, manifest)
-
-
-class CacheWriter:
-    """The bookkeeping of building a cache: which shards are there, which are to do, and the manifest."""
-
-    def __init__(self, folder, recipe, image_ids, images_per_shard, command):
-        """Begin or go on with a cache. Nothing of a complete one changes before a shard is written anew.
-
-        Args:
-            folder: of the cache.
-            recipe: JSON-serialisable dict that decides every value: "teacher" (:meth:`Fingerprint.to_dict`), "dataset",
-                "dataset_sha256", "dim", and how boxes and crops were chosen.
-            image_ids: of the whole data set, in any order.
-            images_per_shard: images of a shard, at least 1.
-            command: what a user types to build or complete the cache; error messages repeat it.
-
-        Raises:
-            CacheError: the folder holds a cache made of something else.
-        """
-        self.folder = Path(folder)
-        self.recipe = recipe | {"images_per_shard": images_per_shard}
-        self.command = command
-        ids = sorted(image_ids)
-        self.shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
-        self._complete = None  # the manifest found, while it is true
-        if (self.folder / MANIFEST).is_file():
-            found = _read_manifest(self.folder)
-            if found["recipe"] != self.recipe:
-                keys = sorted(set(found["recipe"]) | set(self.recipe))
-                different = [key for key in keys if found["recipe"].get(key) != self.recipe.get(key)]
-                raise CacheError(
-                    f"{folder} holds a region cache made with another {', '.join(different)}: choose another folder, "
-                    "or remove it."
-                )
-            self._complete = found if found["complete"] else None
-        if not self._complete:
-            self._write_manifest(complete=False)
-
-    def to_do(self, progress=iter):
-        """Numbers of the shards that are missing or not whole; a killed run loses the one it was at.
-
-        Args:
-            progress: wrapper of a list, such as tqdm: the shards of a complete cache are compared with their hashes.
-        """
-        return [index for index, ids in progress(list(enumerate(self.shards))) if not self._is_good(index, ids)]
-
-    def write(self, index, regions):
-        """Write shard ``index`` from the :class:`Regions` of its images, in the order of ``self.shards[index]``."""
-        if self._complete:
-            self._write_manifest(complete=False)
-            self._complete = None
-        write_shard(self.folder, index, self.recipe, self.shards[index], regions)
-
-    def finish(self):
-        """Describe every shard in the manifest and mark the cache complete; returns the manifest."""
-        return self._complete or self._write_manifest(complete=True)
-
-    def _is_good(self, index, ids):
-        path = self.folder / shard_name(index)
-        if not path.is_file():
-            return False
-        try:
-            shard = _Shard(path, recipe_digest(self.recipe))
-        except CacheError:
-            return False
-        if self._complete and sha256_file(path) != self._complete["shards"][index]["sha256"]:
-            return False
-        return shard.image_ids == ids
-
-    def _write_manifest(self, complete):
-        shards = [self._describe(index, ids) for index, ids in enumerate(self.shards)] if complete else []
-        manifest = {
-            "schema": SCHEMA,
-            "complete": complete,
-            "command": self.command,
-            "recipe": self.recipe,
-            "images": sum(map(len, self.shards)),
-            "regions": sum(shard["regions"] for shard in shards),
-            "planned_shards": len(self.shards),
-            "shards": shards,
-        }
-        write_json(self.folder / MANIFEST, manifest, indent=1)
-        return manifest
-
-    def _describe(self, index, ids):
-        path = self.folder / shard_name(index)
-        return {
-            "file": path.name,
-            "first_image_id": ids[0],
-            "last_image_id": ids[-1],
-            "images": len(ids),
-            "regions": _Shard(path, recipe_digest(self.recipe)).offsets[-1],
-            "bytes": path.stat().st_size,
-            "sha256": sha256_file(path),
-        }
-
-
 class RegionCache:
     """Reads a complete cache by image id; memory-mapped, so that only the rows asked for are read.
 
     Picklable, and safe to carry into loader workers however they are started.
+
+    Attributes:
+        missing: annotations asked for by :meth:`of_annotations` and not found, by this process.
     """
 
     def __init__(self, folder):
@@ -203,7 +82,8 @@ class RegionCache:
                 the message holds the command that completes it.
         """
         self.folder = Path(folder)
-        self.manifest = _read_manifest(self.folder)
+        self.missing = 0
+        self.manifest = read_manifest(self.folder)
         command = f"complete it with: {self.manifest['command']}"
         if not self.manifest["complete"]:
             there = sum((self.folder / shard_name(i)).is_file() for i in range(self.manifest["planned_shards"]))
@@ -250,6 +130,11 @@ class RegionCache:
                 "(tools/build_region_cache.py --output another folder)."
             )
 
+    def image_ids(self):
+        """The ids of all images, ascending, shard by shard; a generator."""
+        for index in range(len(self.manifest["shards"])):
+            yield from self._shard(index).image_ids
+
     def regions(self, image_id):
         """The :class:`Regions` of an image.
 
@@ -257,19 +142,41 @@ class RegionCache:
             CacheError: the cache has no entry for it, or its shard is damaged.
         """
         index = bisect.bisect_right(self._first_ids, image_id) - 1
-        shard = self._shard(index) if index >= 0 else None
-        row = shard.rows.get(image_id) if shard else None
-        if row is None:
+        found = self._shard(index).regions(image_id) if index >= 0 else None
+        if found is None:
             raise CacheError(
                 f"the region cache {self.folder} has no entry for image id {image_id}: it was built for other images; "
                 f"{_BUILD} from the annotations of this training."
             )
-        return shard.read(row)
+        return found
+
+    def of_annotations(self, image_id, ann_ids):
+        """Embeddings of annotated boxes, for losses on ground truth.
+
+        Args:
+            image_id: of the image.
+            ann_ids: list or int64 Tensor [M] of its annotations.
+
+        Returns:
+            (embeddings, found): Tensor [M, D] float16, unit rows, zero where there is none; Tensor [M] bool. Those not
+            found are counted in :attr:`missing`.
+
+        Raises:
+            CacheError: see :meth:`regions`.
+        """
+        cached = self.regions(image_id)
+        wanted = torch.as_tensor(ann_ids, dtype=torch.int64).reshape(-1)
+        matches = wanted[:, None] == cached.ann_ids
+        found = matches.any(dim=1) & (wanted >= 0)
+        embeddings = cached.embeddings.new_zeros((len(wanted), cached.embeddings.shape[1]))
+        embeddings[found] = cached.embeddings[matches[found].int().argmax(dim=1)]
+        self.missing += int((~found).sum())
+        return embeddings, found
 
     def _shard(self, index):
         if index not in self._open:
             path = self.folder / self.manifest["shards"][index]["file"]
-            self._open[index] = _Shard(path, self._digest)
+            self._open[index] = Shard(path, self._digest)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
@@ -279,34 +186,74 @@ class RegionCache:
         return self.__dict__ | {"_open": OrderedDict()}  # a memory map is opened anew in another process
 
 
-class _Shard:
-    """One open shard."""
+class Shard:
+    """One shard, memory-mapped.
+
+    Attributes:
+        manifest: dict of the file's header.
+        image_ids: list of ints, ascending.
+    """
 
     def __init__(self, path, digest):
+        """
+        Args:
+            path: of the file.
+            digest: :func:`recipe_digest` of the cache it must belong to.
+
+        Raises:
+            CacheError: the file is damaged, or not a shard of this cache.
+        """
         from safetensors import SafetensorError, safe_open
 
         self.path = path
         try:
-            self._file = safe_open(str(path), framework="pt")
-            manifest = json.loads((self._file.metadata() or {}).get("manifest", "{}"))
-            self.image_ids = self._file.get_tensor("image_ids").tolist()
-            self.offsets = self._file.get_tensor("offsets").tolist()
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            with safe_open(str(path), framework="pt") as file:
+                self.manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+                self.tensors = {name: file.get_tensor(name) for name in _TENSORS}  # views of the mapped file
+            self.image_ids = self.tensors["image_ids"].tolist()
+            self._offsets = self.tensors["offsets"].tolist()
+        except (SafetensorError, OSError, ValueError) as error:
             raise CacheError(f"{path} is not a whole shard ({error}): remove it and {_BUILD}.") from None
-        if manifest.get("schema") != SCHEMA or manifest.get("recipe_sha256") != digest:
+        if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
             raise CacheError(
-                f"{path} (schema {manifest.get('schema')!r}) is not a shard of this cache, whose schema is {SCHEMA!r}: "
-                f"remove it and {_BUILD}."
+                f"{path} (schema {self.manifest.get('schema')!r}) is not a shard of this cache, whose schema is "
+                f"{SCHEMA!r}: remove it and {_BUILD}."
             )
-        self.rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
+        self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
 
-    def read(self, row):
-        start, end = self.offsets[row], self.offsets[row + 1]
+    def __len__(self):
+        """Regions."""
+        return self._offsets[-1]
+
+    def regions(self, image_id):
+        """The :class:`Regions` of an image; None without an entry for it."""
+        row = self._rows.get(image_id)
+        if row is None:
+            return None
+        rows = slice(self._offsets[row], self._offsets[row + 1])
         names = ("boxes_xyxy", "embeddings", "ann_ids", "scores")
-        return Regions(**{name: self._file.get_slice(name)[start:end] for name in names})
+        return Regions(**{name: self.tensors[name][rows] for name in names})
+
+    def is_sound(self):
+        """Whether header and tensors are, to the last bit, those that were written."""
+        stated = {key: value for key, value in self.manifest.items() if key != "sha256"}
+        return self.manifest.get("sha256") == shard_digest(self.tensors, stated)
 
 
-def _read_manifest(folder):
+def shard_digest(tensors, manifest):
+    """Hash of a shard's tensors and of what its header says of it."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in _TENSORS:
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def read_manifest(folder):
+    """The manifest of a cache, complete or not.
+
+    Raises:
+        CacheError: there is none, or it is damaged or of another schema.
+    """
     path = Path(folder) / MANIFEST
     try:
         manifest = read_json(path, _BUILD)

@@ -1,24 +1,13 @@
 """Reading weight files (torch, safetensors, the pickles of Detectron2's zoo) without running code from them."""
 
-import collections
 import pickle
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from ovdet2.array_pickle import ArraysOnly
 from ovdet2.errors import DataError
-
-# numpy's array constructor under the names it had before and has since numpy 2. Its import path differs, too.
-_RECONSTRUCT = np.zeros(1).__reduce__()[0]
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-}
 
 
 class DamagedFile(DataError):
@@ -97,7 +86,7 @@ def _read_zoo_pickle(path):
     """A file of Detectron2's model zoo, or of Caffe2, whose names Detectron2 matches by heuristics."""
     try:
         with open(path, "rb") as handle:
-            data = _ArraysOnly(handle, encoding="latin1").load()
+            data = ArraysOnly(handle, encoding="latin1").load()
     except DataError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -109,27 +98,6 @@ def _read_zoo_pickle(path):
     weights = data.get("blobs", data)
     weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """Builds numpy arrays and builtin containers, and refuses every other name before it is imported."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("_codecs", "encode"):
-            return _bytes_of_latin1
-        if (module, name) not in _ALLOWED:
-            raise DataError(
-                f"the pickle asks for {module}.{name} and was not opened, since it could run code: only numpy arrays "
-                "in builtin containers are read from a .pkl file; convert it to .safetensors."
-            )
-        return _ALLOWED[module, name]
-
-
-def _bytes_of_latin1(text, encoding="latin1"):
-    """What protocol 2 writes for bytes: ``_codecs.encode(text, "latin1")``, with no other codec."""
-    if encoding != "latin1":
-        raise DataError(f"the pickle asks for the codec {encoding!r} and was not opened.")
-    return text.encode("latin1")
 
 
 def _first_line(message):

@@ -25,6 +25,11 @@ class Teacher(nn.Module):
 
     Build one with :meth:`load`. The device is that of the module; parameters never require gradients and the module
     stays in evaluation mode whatever ``train()`` is called with.
+
+    Attributes:
+        image_size: S.
+        interpolation: "bicubic" or "bilinear", how images were resized in its training.
+        fingerprint: :class:`Fingerprint` of the weights.
     """
 
     def __init__(self, clip, tokenizer, fingerprint):
@@ -43,6 +48,7 @@ class Teacher(nn.Module):
         preprocess = clip.visual.preprocess_cfg
         size = preprocess["size"]
         self.image_size = size if isinstance(size, int) else size[-1]
+        self.interpolation = _interpolation(fingerprint.architecture, preprocess)
         self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
@@ -104,6 +110,11 @@ class Teacher(nn.Module):
         """D."""
         return self.encode_text(["a"]).shape[1]
 
+    @functools.cached_property
+    def mean_colour(self):
+        """The colour that the preprocessing maps to 0: three floats in [0, 1]."""
+        return self.mean.flatten().tolist()
+
     @property
     def logit_scale(self):
         """The teacher's own inverse temperature, a float (about 100 for OpenAI's models)."""
@@ -129,23 +140,25 @@ class Teacher(nn.Module):
         return F.normalize(torch.cat(encoded), dim=-1)
 
     @torch.no_grad()
-    def encode_image(self, pixels, batch_size=256):
+    def encode_image(self, pixels, batch_size=256, dtype=torch.float32):
         """Unit-norm image embeddings.
 
         Args:
-            pixels: Tensor [N, 3, S, S], RGB in [0, 1].
+            pixels: Tensor [N, 3, S, S], RGB, floating point in [0, 1] or uint8.
             batch_size: images per forward pass.
+            dtype: torch.float32, or torch.bfloat16 or torch.float16 for mixed precision.
 
         Returns:
             Tensor [N, D], float32; N = 0 gives [0, D].
         """
         if len(pixels) == 0:
-            return pixels.new_zeros((0, self.embed_dim), dtype=torch.float32)
+            return pixels.new_zeros((0, self.embed_dim), dtype=torch.float32, device=self.mean.device)
         encoded = []
         for chunk in pixels.split(batch_size):
-            normalised = (chunk.to(self.mean) - self.mean) / self.std
-            normalised = normalised.contiguous(memory_format=torch.channels_last)
-            encoded.append(self.clip.encode_image(normalised).float())
+            chunk = chunk.to(self.mean) / 255 if chunk.dtype == torch.uint8 else chunk.to(self.mean)
+            normalised = ((chunk - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+            with torch.autocast(self.mean.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                encoded.append(self.clip.encode_image(normalised).float())
         return F.normalize(torch.cat(encoded), dim=-1)
 
     def classify(self, embeddings, words):
@@ -183,6 +196,14 @@ def needs_quick_gelu(architecture, pretrained):
     import open_clip
 
     return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
+
+
+def _interpolation(architecture, preprocess):
+    """open_clip knows the filter of published weights; its configurations of models have no place for it."""
+    manifest = _EMBEDDED / f"{architecture}.manifest.json"
+    if manifest.is_file():
+        return json.loads(manifest.read_text())["preprocess"]["interpolation"]
+    return preprocess.get("interpolation", "bicubic")
 
 
 def embedded_models():

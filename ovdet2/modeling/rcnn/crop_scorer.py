@@ -30,7 +30,7 @@ class CropScorer(nn.Module):
     def forward(self, image, boxes_xyxy):
         """
         Args:
-            image: Tensor [3, H, W], network input before normalisation, 0 to 255.
+            image: Tensor [3, H, W] uint8, network input before normalisation.
             boxes_xyxy: Tensor [R, 4] in its pixels.
 
         Returns:
@@ -38,7 +38,7 @@ class CropScorer(nn.Module):
         """
         teacher, vocabulary = self._frozen
         teacher = teacher.to(boxes_xyxy.device)
-        rgb = image.to(boxes_xyxy.device).float() / 255
+        rgb = image.to(boxes_xyxy.device)
         if self.input_format == "BGR":
             rgb = rgb.flip(0)
         return teacher.classify(embed_regions(teacher, rgb, boxes_xyxy), vocabulary.embeddings)

@@ -1,0 +1,116 @@
+"""Proposals of a detector trained on base boxes, as the boxes of a region cache.
+
+Shapes: R proposals of an image, in pixels of the original image.
+"""
+
+import torch
+from detectron2.data import transforms as T
+
+from ovdet2.data.datasets import split_of
+from ovdet2.data.region_boxes import FoundBoxes
+from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.trainer import Trainer
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.fingerprint import require_same_teacher
+from ovdet2.vlm.teacher import state_dict_sha256
+from ovdet2.vlm.templates import clean_name
+
+
+def proposing_config(cfg, filters):
+    """The configuration of a detector as it was trained, with as many proposals as the filters may keep.
+
+    Args:
+        cfg: not changed.
+        filters: :class:`~ovdet2.data.region_boxes.BoxFilters`; ``nms`` is over all pyramid levels.
+
+    Raises:
+        UsageError: MODEL.WEIGHTS is empty.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise UsageError("MODEL.WEIGHTS is empty: give the detector trained on base classes, MODEL.WEIGHTS <file>.")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.RPN.POST_NMS_TOPK_TEST = max(cfg.MODEL.RPN.POST_NMS_TOPK_TEST, filters.top or 0)
+    cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = max(cfg.MODEL.RPN.PRE_NMS_TOPK_TEST, cfg.MODEL.RPN.POST_NMS_TOPK_TEST)
+    cfg.MODEL.RPN.NMS_THRESH = max(cfg.MODEL.RPN.NMS_THRESH, filters.nms or 0.0)
+    cfg.freeze()
+    return cfg
+
+
+class ProposalBoxes:
+    """The best proposals of a detector's RPN; scores are objectness probabilities."""
+
+    def __init__(self, cfg, model):
+        """
+        Args:
+            cfg: of :func:`proposing_config`.
+            model: :class:`~ovdet2.modeling.OpenVocabularyRCNN` in evaluation mode.
+        """
+        self.cfg = cfg
+        self.model = model
+        self._bgr = cfg.INPUT.FORMAT == "BGR"
+        self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+
+    @classmethod
+    def load(cls, cfg, dataset, teacher):
+        """The trained detector of a configuration.
+
+        Raises:
+            DataError: its weights cannot be read, its vocabulary is of another teacher, or it was trained with boxes of
+                a class that is novel in ``dataset``: its proposals would know what must not be known.
+        """
+        model = Trainer.build_model(cfg).eval()
+        if not hasattr(model, "propose"):
+            raise UsageError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no RPN that proposes.")
+        AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
+        require_same_teacher(
+            model.vocabulary.vocabulary.teacher, "the detector's vocabulary", teacher.fingerprint, "MODEL.TEACHER"
+        )
+        if not model.vocabulary.from_checkpoint:
+            raise DataError(
+                f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "
+                "ovdet2 trained."
+            )
+        split = split_of(dataset)
+        leaked = sorted({clean_name(name) for _, name in split.novel} & model.vocabulary.trained_base_names)
+        if leaked:
+            raise DataError(
+                f"{cfg.MODEL.WEIGHTS} was trained with boxes of {', '.join(leaked[:5])}, novel classes of "
+                f"{split.name}: take proposals of a detector trained on its base classes alone."
+            )
+        return cls(cfg, model)
+
+    def recipe(self):
+        """What the manifest says of the source."""
+        cfg = self.cfg
+        rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
+        # Not the whole model: the words' embeddings propose nothing, and differ in their last digits between machines.
+        parts = ("backbone.", "proposal_generator.")
+        proposing = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(parts)}
+        return {
+            "source": "proposals",
+            "proposer_sha256": state_dict_sha256(proposing),
+            "input": [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT],
+            "pixels": [list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)],
+            "anchors": {"sizes": anchors.SIZES, "ratios": anchors.ASPECT_RATIOS, "offset": anchors.OFFSET},
+            "per_level": {"top": rpn.PRE_NMS_TOPK_TEST, "nms": rpn.NMS_THRESH, "min_size": min_size},
+            "all_levels": rpn.POST_NMS_TOPK_TEST,
+        }
+
+    def prepare(self, rgb):
+        """The network input of an image, where the image is decoded: array [H, W, 3] RGB -> Tensor [3, h, w] uint8."""
+        resized = self._resize.get_transform(rgb).apply_image(rgb)
+        image = torch.from_numpy(resized.copy()).permute(2, 0, 1)
+        return image.flip(0) if self._bgr else image
+
+    @torch.no_grad()
+    def __call__(self, record, prepared):
+        """:class:`FoundBoxes` of an image.
+
+        Args:
+            record: with "height" and "width" of the original image.
+            prepared: what :meth:`prepare` gave.
+        """
+        found = self.model.propose([{"image": prepared, "height": record["height"], "width": record["width"]}])[0]
+        boxes = found.proposal_boxes.tensor.float().cpu()
+        return FoundBoxes(boxes, found.objectness_logits.float().sigmoid().cpu(), torch.full((len(boxes),), -1))

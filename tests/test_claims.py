@@ -1,0 +1,108 @@
+"""Claims on work that several processes share."""
+
+import json
+import multiprocessing
+import os
+import time
+
+from ovdet2 import claims
+from ovdet2.claims import Claims
+
+
+def test_a_claim_is_held_by_one_until_released(tmp_path):
+    with Claims(tmp_path) as first, Claims(tmp_path) as second:
+        assert first.take("a") and not second.take("a") and second.take("b")
+        first.release("a")
+        assert second.take("a") and not first.take("a")
+        first.release("a")  # not its own any more
+        assert not first.take("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _die_holding(folder):
+    Claims(folder).take("a")
+    (folder / f".a.safetensors.{os.getpid()}-0123.tmp").write_text("half")
+    os._exit(1)
+
+
+def test_a_dead_process_of_this_machine_is_seen_at_once_and_its_traces_removed(tmp_path):
+    other = tmp_path / ".b.safetensors.1-0123.tmp"
+    other.write_text("of somebody else")
+    process = multiprocessing.get_context("fork").Process(target=_die_holding, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert (tmp_path / "a.lock").is_file()
+    with Claims(tmp_path) as mine:
+        assert mine.take("a")
+        assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "a.lock"]
+
+
+def test_silence_of_another_machine_is_waited_out(tmp_path):
+    lock = tmp_path / "a.lock"
+    lock.write_text(json.dumps({"host": "another", "pid": 1, "mark": "x"}))
+    with Claims(tmp_path, stale_seconds=0.3) as mine:
+        assert not mine.take("a")
+        time.sleep(0.2)
+        os.utime(lock)  # its heart beats
+        assert not mine.take("a")
+        time.sleep(0.2)
+        assert not mine.take("a")
+        time.sleep(0.2)
+        assert mine.take("a")
+
+
+def test_a_clock_that_is_hours_behind_does_not_matter(tmp_path):
+    lock = tmp_path / "a.lock"
+    lock.write_text(json.dumps({"host": "another", "pid": 1, "mark": "x"}))
+    os.utime(lock, (1, 1))
+    with Claims(tmp_path, stale_seconds=60) as mine:
+        assert not mine.take("a") and not mine.take("a")
+
+
+def test_a_torn_claim_is_given_up_like_any_other(tmp_path):
+    (tmp_path / "a.lock").write_text('{"host": "anoth')
+    with Claims(tmp_path, stale_seconds=0.1) as mine:
+        assert not mine.take("a")
+        time.sleep(0.15)
+        assert mine.take("a")
+
+
+def test_the_heart_beats(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "HEARTBEAT_SECONDS", 0.05)
+    with Claims(tmp_path) as mine:
+        mine.take("a")
+        os.utime(tmp_path / "a.lock", (1, 1))
+        deadline = time.monotonic() + 10
+        while (tmp_path / "a.lock").stat().st_mtime < 1000:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_sweep_leaves_young_files(tmp_path):
+    for name, age in (("young", 0), ("old", 10_000)):
+        path = tmp_path / f".{name}.5-1.tmp"
+        path.write_text("x")
+        os.utime(path, (time.time() - age,) * 2)
+    with Claims(tmp_path, stale_seconds=60) as mine:
+        mine.sweep()
+    assert [p.name for p in tmp_path.iterdir()] == [".young.5-1.tmp"]
+
+
+def _contend(folder, queue, start):
+    start.wait()
+    with Claims(folder) as mine:
+        won = [name for name in map(str, range(50)) if mine.take(name)]
+        queue.put(won)
+        start.wait()  # hold them until all have tried
+
+
+def test_of_many_that_try_at_once_one_wins(tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue, start = context.Queue(), context.Barrier(4)
+    workers = [context.Process(target=_contend, args=(tmp_path, queue, start)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    won = sum((queue.get(timeout=60) for _ in workers), [])
+    for worker in workers:
+        worker.join()
+    assert sorted(won) == sorted(map(str, range(50)))
