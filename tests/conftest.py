@@ -3,12 +3,41 @@
 import json
 import uuid
 
+import open_clip
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from safetensors.torch import save_file
 
 from ovdet2.data.datasets.register import register_dataset
 from ovdet2.evaluation import OpenVocabularyEvaluator
+from ovdet2.vlm.teacher import Teacher
 from tests.evaluation_sets import SPLIT
+
+MICRO_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def micro_clip_weights(tmp_path_factory):
+    """A local weight file of a made-up architecture, "micro-clip"."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "micro-clip.json").write_text(json.dumps(MICRO_CLIP))
+    open_clip.add_model_config(folder / "micro-clip.json")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.create_model("micro-clip")
+    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(folder / "w.safetensors"))
+    return folder / "w.safetensors"
+
+
+@pytest.fixture(scope="session")
+def micro_teacher(micro_clip_weights):
+    """A CLIP of random weights: 32 px, 16 dimensions."""
+    return Teacher.load("micro-clip", str(micro_clip_weights))
 
 
 @pytest.fixture

@@ -1,41 +1,25 @@
 """The teacher and its crops, on a CLIP of random weights small enough for a test."""
 
-import json
-
 import open_clip
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.crops import POLICIES, crop_regions, crop_windows, embed_regions, pillow_crops, scale_boxes
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
 from tests import micro
 
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
+
+@pytest.fixture
+def weights(micro_clip_weights):
+    return micro_clip_weights
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A local weight file of a made-up architecture."""
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "micro-clip.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(folder / "micro-clip.json")
-    torch.manual_seed(0)
-    clip = open_clip.create_model("micro-clip")
-    save_file({k: v.contiguous() for k, v in clip.state_dict().items()}, str(folder / "w.safetensors"))
-    return folder / "w.safetensors"
-
-
-@pytest.fixture(scope="module")
-def teacher(weights):
-    return Teacher.load("micro-clip", str(weights))
+@pytest.fixture
+def teacher(micro_teacher):
+    return micro_teacher
 
 
 def test_teacher_is_frozen_and_fingerprinted(teacher, weights):
