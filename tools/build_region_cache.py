@@ -60,7 +60,8 @@ def main(argv=None):
         raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
     teacher = build_teacher(cfg).to(cfg.MODEL.DEVICE)
     boxes, filters = boxes_of(args, cfg, teacher)
-    crops = CropRecipe(args.crop, tuple(args.scales), args.dtype, args.batch_size)
+    batch_size = args.batch_size or (64 if cfg.MODEL.DEVICE == "cpu" else 512)
+    crops = CropRecipe(args.crop, tuple(args.scales), args.dtype, batch_size)
     workers = cfg.DATALOADER.NUM_WORKERS if args.workers is None else args.workers
     embedder = ShardEmbedder(teacher, boxes, filters, crops, workers)
     recipe = recipe_of(args, embedder)
@@ -92,7 +93,7 @@ def parse_args(argv):
     parser.add_argument("--crop", default="warp", choices=POLICIES, help="how a box becomes a square")
     parser.add_argument("--scales", type=_numbers, default=[1.0, 1.5], help="sizes of the crops in boxes, 1.0,1.5")
     parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES), help="of the teacher's arithmetic")
-    parser.add_argument("--batch-size", type=int, default=256, help="crops per forward pass of the teacher")
+    parser.add_argument("--batch-size", type=int, help="crops per forward pass; default 64 on a CPU, 512 on a GPU")
     parser.add_argument("--images-per-shard", type=int, default=200)
     parser.add_argument("--workers", type=int, help="processes that decode images; default DATALOADER.NUM_WORKERS")
     parser.add_argument(
@@ -102,7 +103,7 @@ def parse_args(argv):
     parser.add_argument("--dry-run", action="store_true", help="print boxes, bytes and time; write nothing")
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as MODEL.WEIGHTS")
     args = parser.parse_args(argv)
-    counts = (args.images_per_shard, args.batch_size, 1 if args.top is None else args.top)
+    counts = [n for n in (args.images_per_shard, args.batch_size, args.top) if n is not None]
     if min(counts) < 1 or min(args.scales) <= 0 or (args.nms is not None and not 0 < args.nms <= 1):
         parser.error(
             "--top, --batch-size and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are "
@@ -239,7 +240,7 @@ def print_estimate(args, embedder, records):
     print(
         f"{args.dataset}: {len(records)} images, about {count} boxes ({per_image:.1f} an image), "
         f"{(count * row + 16 * len(records)) / 1e9:.2f} GB, about {seconds / 3600:.2f} hours in one process like this "
-        f"one, from {len(chosen)} images; a batch is {args.batch_size} crops, the result of a shard "
+        f"one, from {len(chosen)} images; a batch is {embedder.crops.batch_size} crops, the result of a shard "
         f"{per_image * args.images_per_shard * row / 1e6:.0f} MB of memory."
     )
     compared = compare_with_pillow(embedder, chosen, regions)

@@ -142,6 +142,8 @@ def transform_regions(cached, transforms, image_size, limit):
     boxes = Boxes(torch.from_numpy(boxes).float())
     boxes.clip(image_size)
     kept = torch.nonzero(boxes.nonempty())[:, 0]
+    if len(kept) == len(boxes) <= limit:
+        return Instances(image_size, proposal_boxes=boxes, embeddings=cached.embeddings)
     if len(kept) > limit:
         kept = kept[torch.from_numpy(np.random.permutation(len(kept))[:limit])]
     return Instances(image_size, proposal_boxes=boxes[kept], embeddings=cached.embeddings[kept])

@@ -16,7 +16,7 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
 _TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
 _BUILD = "build it with tools/build_region_cache.py"
-_OPEN_SHARDS = 64  # per process: a shard is a memory map and a file handle
+_OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allows 65,530 of
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ class Shard:
                 self.tensors = {name: file.get_tensor(name) for name in _TENSORS}  # views of the mapped file
             self.image_ids = self.tensors["image_ids"].tolist()
             self._offsets = self.tensors["offsets"].tolist()
+            self._per_region = [self.tensors[field.name] for field in fields(Regions)]
         except (SafetensorError, OSError, ValueError) as error:
             raise CacheError(f"{path} is not a whole shard ({error}): remove it and {_BUILD}.") from None
         if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
@@ -231,8 +232,7 @@ class Shard:
         if row is None:
             return None
         rows = slice(self._offsets[row], self._offsets[row + 1])
-        names = ("boxes_xyxy", "embeddings", "ann_ids", "scores")
-        return Regions(**{name: self.tensors[name][rows] for name in names})
+        return Regions(*[tensor[rows] for tensor in self._per_region])
 
     def is_sound(self):
         """Whether header and tensors are, to the last bit, those that were written."""
