@@ -3,7 +3,7 @@ r"""Look into a region cache: what it was made of, what its regions are called, 
     python tools/inspect_cache.py output/ovcoco/annotation_cache --output output/inspect
     python tools/inspect_cache.py output/ovcoco/region_cache --words "cat, umbrella, red mug" --output output/inspect
 
-Prints the manifest's facts and boxes per image; for a cache of annotations the zero-shot accuracy over the base words of
+Prints the manifest's facts and boxes per image; for a cache of annotations the zero-shot accuracy over base words of
 its data set, which falls to chance where images, prompts or weights are not what they should be; and the nearest words
 of the regions of some images, drawn into <output>/regions.png as the teacher saw them.
 """
