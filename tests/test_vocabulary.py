@@ -105,7 +105,7 @@ def test_bad_embeddings():
         Vocabulary(words.names, words.base_mask, rows, words.teacher, "single")
     with pytest.raises(DataError, match="shape \\[4, 8\\]"):
         Vocabulary(words.names, words.base_mask, rows[:4], words.teacher, "single")
-    with pytest.raises(DataError, match="norm"):
+    with pytest.raises(DataError, match="'cat' .row 0 of the table. is zero; such rows: 2"):
         Vocabulary.from_table(["cat", "dog"], np.zeros((2, 4)), words.teacher, "none")
     with pytest.raises(DataError, match="there are 3 words"):
         Vocabulary.from_table(["cat", "dog", "cow"], np.ones((2, 4)), words.teacher, "none")

@@ -1,39 +1,66 @@
 r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO json, or import an embedding table.
 
-    # words of your own
+    # words of your own: a list, or a file (a word per line, synonyms after semicolons: "sofa; couch; settee";
+    # or a json {word: [synonyms]}), with prompts of your own ("a drawing of {article} {}." a line)
     python tools/build_vocabulary.py --words "cat, red mug" \
+        --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    python tools/build_vocabulary.py --words words.txt --templates prompts.txt \
         --architecture ViT-B-32 --pretrained openai --output v.safetensors
     # the classes of a registered data set, base first
     python tools/build_vocabulary.py --dataset ov_coco_val_all \
         --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # a table made elsewhere, a row for each category of --json by id (here COCO's 80), reordered for --dataset
-    python tools/build_vocabulary.py --dataset ov_coco_val_all --import-table table.npy --json instances_val2017.json \
+    # the classes of a public data set by name, by ascending id; of LVIS with all synonyms averaged
+    python tools/build_vocabulary.py --names lvis --synonyms \
+        --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # a table made elsewhere, a row for each of COCO's 80 classes by id, reordered for --dataset
+    python tools/build_vocabulary.py --dataset ov_coco_val_all --import-table table.npy --names coco \
         --architecture ViT-B-32 --pretrained openai --templates "a {name}" --output v.safetensors
+    # likewise, the rows being those of the categories of an annotation file; ViLD's tables have a column per class
+    python tools/build_vocabulary.py --json lvis_v1_val.json --import-table table.pt --key text --transpose \
+        --architecture ViT-B-32 --pretrained openai --templates "as ViLD" --output v.safetensors
+
+A word's embedding is that of its name alone, as in Detic's and F-VLM's tables; --synonyms averages those of all its
+names, as ViLD's published LVIS classifier does by its file name. Synonyms written into a word list are averaged unless
+--no-synonyms is given. The tool prints words with a prompt and the words nearest to them, and warns of pairs that the
+teacher can hardly tell apart.
 """
 
 import argparse
+from dataclasses import replace
 
-import numpy as np
+import torch
 
+from ovdet2.data.words import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import read_json
 from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vlm.neighbours import close_pairs, nearest_words
+from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vocabulary import Vocabulary, parse_words
+from ovdet2.vlm.templates import get_templates, render
+from ovdet2.vocabulary import Vocabulary, check_words
+
+CLOSE = 0.98  # cosine
 
 
 def main(argv=None):
     """Command line; returns the vocabulary written."""
     args = parse_args(argv)
-    names, base_mask, ids = wanted_classes(args)
+    words = wanted_words(args)
+    check_words(words.names)
     if args.import_table:
-        vocabulary = import_table(args, names, base_mask, ids)
+        vocabulary = import_table(args, words)
     else:
+        get_templates(args.templates)  # a wrong name is seen before the teacher is loaded
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
-        vocabulary = Vocabulary.build(names, teacher, args.templates, base_mask, ids, progress=True)
+        vocabulary = Vocabulary.build(
+            words.names, teacher, args.templates, words.base_mask, words.category_ids, True, words.synonyms
+        )
     vocabulary.save(args.output)
+    print_words(vocabulary, args.show, None if args.import_table else args.templates)
+    warn_of_close_words(vocabulary)
+    averaged = 0 if vocabulary.synonyms is None else sum(len(names) > 1 for names in vocabulary.synonyms)
     print(
-        f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base), "
+        f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base, {averaged} averaged over synonyms), "
         f"{vocabulary.embeddings.shape[1]} dimensions, teacher {vocabulary.teacher}, templates {vocabulary.templates}"
     )
     return vocabulary
@@ -42,77 +69,127 @@ def main(argv=None):
 def parse_args(argv):
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--words", help='"cat, red mug", or a text file with a word per line')
+    parser.add_argument("--words", help='"cat, red mug", a text file with a word per line, or a json of words')
     parser.add_argument("--dataset", help="registered data set with a base/novel split")
     parser.add_argument(
-        "--json", help="COCO or LVIS json: its categories by id; with --import-table, the rows of the table"
+        "--json", help="COCO or LVIS json: its categories by id; with --dataset, the rows of --import-table"
     )
-    parser.add_argument("--import-table", help=".npy array [K, D] of raw embeddings")
+    parser.add_argument(
+        "--names", choices=NAMED, help="classes of a public data set; with --dataset, the rows of --import-table"
+    )
+    parser.add_argument("--corrected", action="store_true", help="--names with its spelling mistakes mended")
+    parser.add_argument(
+        "--synonyms", action=argparse.BooleanOptionalAction, help="average synonyms; default: those of --words only"
+    )
+    parser.add_argument("--import-table", help=".npy, .pt or .pth file with raw embeddings [K, D]")
+    parser.add_argument("--key", help="entry of a .pt file that holds several tensors")
+    parser.add_argument("--transpose", action="store_true", help="the imported table is [D, K]")
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument(
         "--pretrained", required=True, help="pretrained tag, 'embedded' or a weight file; stated for --import-table"
     )
     parser.add_argument(
-        "--templates", default="vild63", help="template set; for --import-table, how the rows were prompted"
+        "--templates", default="vild63", help="template set or file; for --import-table, how the rows were prompted"
     )
+    parser.add_argument("--show", type=show_count, default=20, help="words to print, a number or 'all'")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", required=True)
     args = parser.parse_args(argv)
-    if bool(args.words) + bool(args.dataset) + bool(args.json and not args.dataset) != 1:
-        parser.error("give one of --words, --dataset, --json (or --dataset with --import-table and --json)")
-    if args.json and args.dataset and not args.import_table:
-        parser.error("--json beside --dataset describes the rows of --import-table, which is missing")
+    rows_described = bool(args.dataset and args.import_table and (args.json or args.names))
+    sources = [args.words, args.dataset, args.json, args.names]
+    if sum(map(bool, sources)) != 1 + rows_described:
+        parser.error(
+            "give one of --words, --dataset, --json, --names; beside --dataset, --json or --names describes the rows "
+            "of --import-table"
+        )
+    if args.corrected and (not args.names or args.dataset):
+        parser.error("--corrected is for the words of --names")
+    if args.import_table and args.synonyms:
+        parser.error("--synonyms embeds words: say of an imported table in --templates how it was made")
+    if not args.import_table and (args.key or args.transpose):
+        parser.error("--key and --transpose are for --import-table")
     return args
 
 
-def wanted_classes(args):
-    """(names, base mask or None, category ids or None) of the vocabulary to write."""
-    if args.words:
-        return parse_words(args.words), None, None
+def show_count(text):
+    """Type of --show: a count, or None for all."""
+    if text == "all":
+        return None
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'all'")
+    return int(text)
+
+
+def wanted_words(args):
+    """The :class:`~ovdet2.data.words.WordList` to write; its synonyms are those to average, or None."""
     if args.dataset:
-        from ovdet2.data.datasets import split_of
-
-        split = split_of(args.dataset)
-        if split is None:
-            raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
-        return split.names, split.base_mask, split.category_ids
-    ids, names = categories_of(args.json)
-    return names, None, ids
-
-
-def categories_of(path):
-    """(ids, names) of a COCO or LVIS json, by ascending id."""
-    data = read_json(path)
-    categories = data.get("categories") if isinstance(data, dict) else None
-    if not categories or not all("id" in category and "name" in category for category in categories):
-        raise DataError(f"{path} has no categories with id and name: give a COCO or LVIS annotation file.")
-    ordered = sorted(categories, key=lambda category: category["id"])
-    return [category["id"] for category in ordered], [category["name"] for category in ordered]
+        words = words_of_dataset(args.dataset, bool(args.synonyms))
+    elif args.words:
+        words = words_of_text(args.words)
+    else:
+        words = words_by_id(args)
+    if args.synonyms and words.synonyms is None:
+        raise UsageError("--synonyms was given, but the source of the words lists none: leave it out.")
+    if args.synonyms or (args.synonyms is None and args.words and not args.import_table):
+        return words
+    return replace(words, synonyms=None)
 
 
-def import_table(args, names, base_mask, ids):
+def words_by_id(args):
+    """The :class:`~ovdet2.data.words.WordList` of --names or --json."""
+    return named_words(args.names, args.corrected) if args.names else words_of_json(args.json)
+
+
+def import_table(args, words):
     """A vocabulary from the rows of ``--import-table``, matched to the wanted classes by category id."""
-    try:
-        table = np.load(args.import_table, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    described = words_by_id(args) if args.dataset and (args.json or args.names) else words
+    source = args.json or args.names or "the list of words"
+    table = read_table(args.import_table, args.key)
+    if args.transpose:
+        table = table.T
+    count = len(described.names)
+    if len(table) != count:
+        remedy = "give --transpose" if table.shape[1] == count else "give the words it was made for"
         raise DataError(
-            f"{args.import_table} is not a whole .npy table ({error}): export it again with numpy.save."
-        ) from None
-    if table.ndim != 2:
-        raise DataError(f"{args.import_table} has shape {list(table.shape)}: a table has a row per word, [K, D].")
-    if args.json:
-        row_ids, _ = categories_of(args.json)
-        if len(row_ids) != len(table):
-            raise DataError(f"{args.import_table} has {len(table)} rows but {args.json} has {len(row_ids)} categories.")
-        row_of = {category: row for row, category in enumerate(row_ids)}
-        missing = [name for name, category in zip(names, ids) if category not in row_of]
+            f"{args.import_table} has shape {list(table.shape)}, but a row is needed for each of the {count} words of "
+            f"{args.dataset if source is None else source}: {remedy}."
+        )
+    if described is not words:
+        row_of = {category: row for row, category in enumerate(described.category_ids)}
+        missing = [name for name, category in zip(words.names, words.category_ids) if category not in row_of]
         if missing:
             raise DataError(
-                f"{args.json} has no category for {missing[:5]} ({len(missing)} in all): it is of another data set."
+                f"{source} has no category for {missing[:5]} ({len(missing)} in all): it is of another data set."
             )
-        table = table[[row_of[category] for category in ids]]
+        table = table[[row_of[category] for category in words.category_ids]]
     teacher = Fingerprint.stated(args.architecture, args.pretrained)
-    return Vocabulary.from_table(names, table, teacher, args.templates, base_mask, ids)
+    return Vocabulary.from_table(words.names, table, teacher, args.templates, words.base_mask, words.category_ids)
+
+
+def print_words(vocabulary, count, templates, neighbours=3):
+    """Print the first ``count`` words (None: all), each with a prompt and the words nearest to it."""
+    count = len(vocabulary) if count is None else min(count, len(vocabulary))
+    cosines, nearest = nearest_words(vocabulary.embeddings, torch.arange(count), neighbours)
+    for row in range(count):
+        name = vocabulary.names[row]
+        prompt = f'"{render(name, templates)[0]}"' if templates else vocabulary.templates
+        pairs = zip(nearest[row].tolist(), cosines[row].tolist())
+        near = ", ".join(f"{vocabulary.names[other]} {cosine:.2f}" for other, cosine in pairs)
+        print(f"{name} -> {prompt} -> {near or 'no other word'}")
+    if count < len(vocabulary):
+        print(f"... and {len(vocabulary) - count} more words (--show all prints them)")
+
+
+def warn_of_close_words(vocabulary):
+    """Print the pairs of words whose embeddings have a cosine above ``CLOSE``, the closest first."""
+    pairs, total = close_pairs(vocabulary.embeddings, CLOSE)
+    if not total:
+        return
+    print(f"warning: the teacher can hardly tell apart {total} pairs of words (cosine above {CLOSE}):")
+    for cosine, first, second in pairs:
+        print(f"  {cosine:.4f}  {vocabulary.names[first]} | {vocabulary.names[second]}")
+    if len(pairs) < total:
+        print(f"  ... and {total - len(pairs)} more pairs")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Which words a teacher places close together, without ever holding the K x K matrix of their cosines.
+
+Shapes: K words, D embedding dimension.
+"""
+
+import torch
+
+CELLS_AT_ONCE = 1 << 24  # cosines held at a time: 64 MiB
+
+
+def nearest_words(embeddings, rows, count):
+    """The nearest other words of some words.
+
+    Args:
+        embeddings: Tensor [K, D], unit rows.
+        rows: Tensor [R] long, the words asked about.
+        count: neighbours of each; at most K - 1 are given.
+
+    Returns:
+        (cosines [R, n], indices [R, n]), n = min(count, K - 1), nearest first.
+    """
+    count = min(count, len(embeddings) - 1)
+    found = [torch.zeros(0, count)], [torch.zeros(0, count, dtype=torch.long)]
+    for chunk in rows.split(_rows_at_once(embeddings)):
+        cosines = embeddings[chunk] @ embeddings.T
+        cosines.scatter_(1, chunk[:, None], -torch.inf)  # a word is not its own neighbour
+        for parts, part in zip(found, cosines.topk(count, dim=1)):
+            parts.append(part)
+    return tuple(map(torch.cat, found))
+
+
+def close_pairs(embeddings, threshold=0.98, limit=20):
+    """Pairs of words that a teacher can hardly tell apart.
+
+    Args:
+        embeddings: Tensor [K, D], unit rows.
+        threshold: a pair is close if its cosine is above.
+        limit: pairs listed.
+
+    Returns:
+        (pairs, total): the closest ``limit`` pairs as (cosine, i, j) with i < j, closest first, and how many are close.
+    """
+    total, pairs = 0, []
+    for rows in torch.arange(len(embeddings)).split(_rows_at_once(embeddings)):
+        start = int(rows[0])  # words before it were compared with these already
+        cosines = (embeddings[rows] @ embeddings[start:].T).triu_(diagonal=1)  # the pairs with j > i
+        cosines.masked_fill_(~(cosines > threshold), -torch.inf)
+        found = int(cosines.isfinite().sum())
+        total += found
+        values, cells = cosines.flatten().topk(min(limit, found))
+        i, j = cells // cosines.shape[1] + start, cells % cosines.shape[1] + start
+        pairs = sorted(pairs + list(zip(values.tolist(), i.tolist(), j.tolist())), key=lambda p: (-p[0], *p[1:]))
+        pairs = pairs[:limit]
+    return pairs, total
+
+
+def _rows_at_once(embeddings):
+    return max(1, CELLS_AT_ONCE // max(1, len(embeddings)))
