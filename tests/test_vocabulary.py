@@ -1,8 +1,6 @@
 """Words, prompts, embedding files: ViLD's rules, round trips, and every refusal."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,62 +158,3 @@ def test_many_words_permute_and_count():
     names = [f"word {i}" for i in range(1203)]
     words = Vocabulary.build(names, LengthTeacher(), "single")
     assert len(words) == 1203 and words.num_base == 0
-
-
-def run_tool(*arguments):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "build_vocabulary.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-def test_import_of_the_real_coco_table(tmp_path):
-    if not SHARED.is_dir():
-        pytest.skip("../shared/data is absent")
-    output = tmp_path / "coco.safetensors"
-    table = SHARED / "clip_text" / "coco_clip_a+cname.npy"
-    categories = SHARED / "coco_mini" / "annotations" / "instances_val2017.json"
-    done = run_tool(
-        "--dataset",
-        "ov_coco_val_all",
-        "--import-table",
-        table,
-        "--json",
-        categories,
-        "--architecture",
-        "ViT-B-32",
-        "--pretrained",
-        "openai",
-        "--templates",
-        "a {name}",
-        "--output",
-        output,
-    )
-    assert done.returncode == 0, done.stderr
-    words = Vocabulary.load(output)
-    assert len(words) == 65 and words.num_base == 48 and words.embeddings.shape == (65, 512)
-    assert words.names[0] == "person" and words.teacher.weights_sha256 is None
-    raw = np.load(table).astype(np.float64)
-    airplane = raw[4] / np.linalg.norm(raw[4])  # fifth of COCO's 80, first novel one
-    assert words.names[48] == "airplane" and np.allclose(words.embeddings[48], airplane, atol=1e-5)
-
-
-def test_damaged_table(tmp_path):
-    (tmp_path / "t.npy").write_bytes(b"not numpy")
-    arguments = ("--words", "cat", "--architecture", "ViT-B-32", "--pretrained", "openai", "--output", tmp_path / "x")
-    done = run_tool("--import-table", tmp_path / "t.npy", *arguments)
-    assert done.returncode == 3 and "t.npy is not a whole .npy table" in done.stderr
-    np.save(tmp_path / "t.npy", np.float32(1))
-    done = run_tool("--import-table", tmp_path / "t.npy", *arguments)
-    assert done.returncode == 3 and "has shape []" in done.stderr
-
-
-def test_tool_usage_errors(tmp_path):
-    done = run_tool(
-        "--words", "cat, cat", "--architecture", "ViT-B-32", "--pretrained", "nothing", "--output", tmp_path / "x"
-    )
-    assert done.returncode == 2 and "neither a file nor a pretrained tag" in done.stderr
-    done = run_tool("--architecture", "ViT-B-32", "--pretrained", "openai", "--output", tmp_path / "x")
-    assert done.returncode == 2 and "give one of --words" in done.stderr

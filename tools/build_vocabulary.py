@@ -36,7 +36,7 @@ from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.neighbours import close_pairs, nearest_words
 from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import get_templates, render
+from ovdet2.vlm.templates import clean_name, get_templates, render
 from ovdet2.vocabulary import Vocabulary, check_words
 
 CLOSE = 0.98  # cosine
@@ -102,8 +102,8 @@ def parse_args(argv):
             "give one of --words, --dataset, --json, --names; beside --dataset, --json or --names describes the rows "
             "of --import-table"
         )
-    if args.corrected and (not args.names or args.dataset):
-        parser.error("--corrected is for the words of --names")
+    if args.corrected and not args.names:
+        parser.error("--corrected is for --names")
     if args.import_table and args.synonyms:
         parser.error("--synonyms embeds words: say of an imported table in --templates how it was made")
     if not args.import_table and (args.key or args.transpose):
@@ -143,25 +143,32 @@ def words_by_id(args):
 def import_table(args, words):
     """A vocabulary from the rows of ``--import-table``, matched to the wanted classes by category id."""
     described = words_by_id(args) if args.dataset and (args.json or args.names) else words
-    source = args.json or args.names or "the list of words"
+    source = args.json or args.names or args.dataset or "--words"
     table = read_table(args.import_table, args.key)
     if args.transpose:
         table = table.T
     count = len(described.names)
     if len(table) != count:
-        remedy = "give --transpose" if table.shape[1] == count else "give the words it was made for"
+        turn = "leave --transpose out" if args.transpose else "give --transpose"
+        remedy = turn if table.shape[1] == count else "give the words it was made for"
         raise DataError(
-            f"{args.import_table} has shape {list(table.shape)}, but a row is needed for each of the {count} words of "
-            f"{args.dataset if source is None else source}: {remedy}."
+            f"{args.import_table} is {list(table.shape)}{' transposed' if args.transpose else ''}, but a row is needed "
+            f"for each of the {count} words of {source}: {remedy}."
         )
     if described is not words:
         row_of = {category: row for row, category in enumerate(described.category_ids)}
-        missing = [name for name, category in zip(words.names, words.category_ids) if category not in row_of]
-        if missing:
+        wanted = list(zip(words.category_ids, words.names))
+        wrong = [
+            (category, name)
+            for category, name in wanted
+            if category not in row_of or clean_name(described.names[row_of[category]]) != clean_name(name)
+        ]
+        if wrong:  # ids of one data set are ids of the next, with other meanings
             raise DataError(
-                f"{source} has no category for {missing[:5]} ({len(missing)} in all): it is of another data set."
+                f"{source} has no category {wrong[:5]} ({len(wrong)} in all) of {args.dataset}: it is of another data "
+                "set, or spelt otherwise."
             )
-        table = table[[row_of[category] for category in words.category_ids]]
+        table = table[[row_of[category] for category, _ in wanted]]
     teacher = Fingerprint.stated(args.architecture, args.pretrained)
     return Vocabulary.from_table(words.names, table, teacher, args.templates, words.base_mask, words.category_ids)
 
