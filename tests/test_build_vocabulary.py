@@ -455,7 +455,7 @@ def test_import_of_the_real_coco_table(tool):
         ("lvis_v1_clip_a+cname", ("lvis",), {"armchair": "chair", "almond": "coconut", "airplane": "jet_plane"}),
         ("o365_clip_a+cnamefix", ("objects365_v2", "--corrected"), {"Sneakers": "Other Shoes", "Car": "Sports Car"}),
     ],
-)  # fmt: skip
+)
 def test_nearest_words_of_real_tables(tool, table, names, near):
     """A list of names in another order than the table's rows would give nonsense here."""
     words, printed = tool("--names", *names, "--import-table", CLIP_TEXT / f"{table}.npy", *STATED, "--show", "all")
