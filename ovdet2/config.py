@@ -32,7 +32,7 @@ def get_cfg():
     cfg.MODEL.VOCABULARY = CN()
     # A file of tools/build_vocabulary.py; empty: the teacher embeds the class names of the data set at start-up.
     cfg.MODEL.VOCABULARY.FILE = ""
-    # Prompt template set used when FILE is empty: "single", "vild63", "openclip80" or "photo12".
+    # Prompt template set used when FILE is empty: "single", "vild63", "openclip80", "photo12", or a file of your own.
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
 
     cfg.MODEL.OVD = CN()

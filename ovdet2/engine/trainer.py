@@ -281,7 +281,7 @@ def _facts_of(model, weights):
     facts = {"weights": weights}
     if vocabulary is not None:
         stated = vocabulary.vocabulary.manifest()
-        kept = ("templates", "templates_sha256", "names_sha256", "teacher")
+        kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
         facts["vocabulary"] = {"words": len(vocabulary.vocabulary), **{key: stated[key] for key in kept}}
     return facts
 
