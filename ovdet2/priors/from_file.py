@@ -1,0 +1,85 @@
+"""Priors that somebody else made: JSON {image id: [[category id or word, score], ...]}."""
+
+import torch
+
+from ovdet2.errors import DataError
+from ovdet2.files import read_json, sha256_file
+from ovdet2.vlm.templates import clean_name
+
+_FORM = "the form is {image id: [[category id or word, score], ...]}, scores in [0, 1]"
+
+
+class FromFile:
+    """Lists as they stand in a JSON file. Data set images that it does not have are missing.
+
+    Attributes:
+        other_images: images of the file that the data set does not have.
+        other_words: ids and words of the file that are not among the prior's, with their number of entries.
+    """
+
+    kind = "prediction"
+
+    def __init__(self, path, words, category_ids, names):
+        """
+        Args:
+            path: JSON file; image ids are its keys.
+            words: W words of the prior.
+            category_ids: K data set category ids: an integer in a list is one of them.
+            names: their K class names.
+
+        Raises:
+            DataError: the file is missing, or no object.
+        """
+        self.path = path
+        self._data = read_json(path, _FORM)
+        if not isinstance(self._data, dict):
+            raise DataError(f"{path} holds no object: {_FORM}.")
+        position = {clean_name(word): index for index, word in enumerate(words)}
+        self._position = position | {
+            category_id: position[clean_name(name)]
+            for category_id, name in zip(category_ids, names)
+            if clean_name(name) in position
+        }
+        self.other_images, self.other_words = 0, {}
+
+    @property
+    def source(self):
+        return {"backend": "file", "sha256": sha256_file(self.path)}
+
+    def lists(self, records, skip):
+        """As every backend; raises DataError for a malformed list, or where no image or no word is the data set's."""
+        ids = {record["image_id"] for record in records}
+        mine = {str(image_id) for image_id in ids}
+        self.other_images = len(set(self._data) - mine)
+        if self.other_images == len(self._data):
+            raise DataError(f"{self.path} has none of the {len(mine)} images of the data set: {_FORM}.")
+        listed = 0
+        for image_id in sorted(ids):
+            if str(image_id) in self._data:
+                scores = self._of_image(image_id)
+                listed += len(scores)
+                yield image_id, torch.tensor(list(scores), dtype=torch.int64), torch.tensor(list(scores.values()))
+        if self.other_words and not listed:
+            raise DataError(
+                f"{self.path}: none of its words is among the {len(self._position)} of the prior, first "
+                f"{list(self.other_words)[:5]}: it is of another data set, or give --words."
+            )
+
+    def _of_image(self, image_id):
+        """Dict of word index to score."""
+        entries, found = self._data[str(image_id)], {}
+        if not isinstance(entries, list):
+            raise DataError(f"{self.path}, image {image_id}: no list; {_FORM}.")
+        for entry in entries:
+            well_formed = isinstance(entry, list) and len(entry) == 2 and type(entry[0]) in (int, str)
+            if not (well_formed and type(entry[1]) in (int, float) and 0 <= entry[1] <= 1):
+                raise DataError(f"{self.path}, image {image_id}: {entry!r}; {_FORM}.")
+            word = clean_name(entry[0]) if isinstance(entry[0], str) else entry[0]
+            index = self._position.get(word)
+            if index is None:
+                self.other_words[word] = self.other_words.get(word, 0) + 1
+            elif index in found:
+                raise DataError(f"{self.path}, image {image_id}: {entry[0]!r} stands there twice; keep one.")
+            else:
+                found[index] = float(entry[1])
+        return found

@@ -1,0 +1,128 @@
+"""Priors that no model makes: the truth, the truth with stated errors, and chance.
+
+They bound what a prior can do for a detector. What is drawn for an image depends on the seed and its id alone.
+"""
+
+import numpy as np
+import torch
+
+from ovdet2.data.concept_prior import columns_of
+from ovdet2.errors import DataError, UsageError
+
+
+class Oracle:
+    """Every annotated class with score 1."""
+
+    kind = "ground truth"
+
+    def __init__(self, truth, names, words):
+        """
+        Args:
+            truth: dict of image id to :class:`~ovdet2.priors.truth.Truth`.
+            names: K class names, by contiguous id.
+            words: W words of the prior; classes that are not among them are left out.
+
+        Raises:
+            DataError: no class is among the words.
+        """
+        self.truth = truth
+        self.columns = columns_of(names, words)  # [K] positions among the words, -1 where there is none
+        if not (self.columns >= 0).any():
+            raise DataError(
+                f"none of the data set's {len(names)} classes is among the {len(words)} words of the prior."
+            )
+
+    @property
+    def source(self):
+        return {"backend": "oracle"}
+
+    def lists(self, records, skip):
+        for record in records:
+            index = self._present(record["image_id"])
+            yield record["image_id"], index, torch.ones(len(index))
+
+    def _present(self, image_id):
+        columns = self.columns[sorted(self.truth[image_id].present)]
+        return columns[columns >= 0]
+
+
+class NoisyOracle(Oracle):
+    """A simulation of a predictor with given precision and recall; no figure made with it is a result of a method.
+
+    Each present class is listed with probability R. Each of the other classes is listed with probability
+    q = R g (1 - P) / (P (K - g)), g being the number of present ones: then E[true] = R g and E[false] = E[true](1 - P)/P
+    in every image, so that over a data set recall tends to R and precision, counted over all listed words, to P. An
+    image without a present class gets no word. Scores are uniform in (0, 1] for true and false words alike: a cut at top
+    L is random, and a threshold lowers recall and leaves precision.
+    """
+
+    kind = "simulation"
+
+    def __init__(self, truth, names, words, precision, recall, seed):
+        """
+        Args:
+            truth, names, words: of :class:`Oracle`.
+            precision: P, in (0, 1].
+            recall: R, in (0, 1].
+            seed: non-negative int.
+
+        Raises:
+            UsageError: P or R out of range, or P so low that an image has too few absent classes for it.
+        """
+        super().__init__(truth, names, words)
+        if not (0 < precision <= 1 and 0 < recall <= 1):
+            raise UsageError(f"--precision {precision} and --recall {recall} are above 0 and at most 1.")
+        self.precision, self.recall, self.seed = precision, recall, seed
+        self.candidates = self.columns[self.columns >= 0]
+        most = max((len(self._present(image_id)) for image_id in truth), default=0)
+        if self._false_rate(most) > 1:
+            raise UsageError(
+                f"--precision {precision} is too low for --recall {recall}: an image with {most} of the "
+                f"{len(self.candidates)} classes has too few others to be wrong about; raise the one or lower the other."
+            )
+
+    @property
+    def source(self):
+        return {
+            "backend": "noisy-oracle",
+            "precision": self.precision,
+            "recall": self.recall,
+            "seed": self.seed,
+        }
+
+    def lists(self, records, skip):
+        for record in records:
+            present = torch.isin(self.candidates, self._present(record["image_id"]))
+            draw, score = draws(self.seed, record["image_id"], len(present))
+            rate = torch.where(present, self.recall, self._false_rate(int(present.sum())))
+            listed = draw < rate
+            yield record["image_id"], self.candidates[listed], 1 - score[listed].float()
+
+    def _false_rate(self, present):
+        others = len(self.candidates) - present
+        wanted = self.recall * present * (1 - self.precision) / self.precision
+        return wanted / others if others else float("inf") if wanted else 0.0
+
+
+class Chance:
+    """Uniform scores: the top L of an image are L words drawn at random, CCKT's lower bound."""
+
+    kind = "control"
+
+    def __init__(self, words, seed):
+        self.words = words
+        self.seed = seed
+
+    @property
+    def source(self):
+        return {"backend": "random", "seed": self.seed}
+
+    def lists(self, records, skip):
+        for record in records:
+            yield record["image_id"], None, draws(self.seed, record["image_id"], len(self.words))[1].float()
+
+
+def draws(seed, image_id, count):
+    """Two Tensors [count] float64, uniform in [0, 1), of a generator of this seed and image alone."""
+    generator = np.random.default_rng([seed, image_id & (2**64 - 1)])
+    return torch.from_numpy(generator.random((2, count)))

@@ -1,0 +1,35 @@
+"""Which classes the annotations say to be in an image, and which they say are not."""
+
+from typing import NamedTuple
+
+
+class Truth(NamedTuple):
+    """Contiguous class ids of one image.
+
+    Attributes:
+        present: frozenset, the classes with an annotation; a crowd counts, since it exists.
+        absent: frozenset of the classes that were looked for and not found (LVIS's "neg_category_ids"); None where all
+            others are absent, as in COCO.
+    """
+
+    present: frozenset
+    absent: frozenset | None
+
+
+def truth_of(records, split):
+    """Dict of image id to :class:`Truth`.
+
+    Args:
+        records: Detectron2 records with contiguous category ids. Of a training set of base classes, only those are
+            present.
+        split: the data set's :class:`~ovdet2.data.datasets.coco_json.Split`.
+    """
+    contiguous = split.id_to_contiguous
+    result = {}
+    for record in records:
+        absent = record.get("neg_category_ids")
+        if absent is not None:
+            absent = frozenset(contiguous[category_id] for category_id in absent if category_id in contiguous)
+        present = frozenset(annotation["category_id"] for annotation in record["annotations"])
+        result[record["image_id"]] = Truth(present, absent)
+    return result
