@@ -9,14 +9,22 @@ r"""Say which words exist in each image of a data set, once, for detectors that 
     python tools/build_concept_priors.py --backend random ...
     # somebody else's: JSON {image id: [[category id or word, score], ...]}
     python tools/build_concept_priors.py --backend file --input priors.json ...
+    # a vision-language model, asked about each word: behind a URL, or in a folder
+    python tools/build_concept_priors.py --backend mllm --url http://localhost:8000/v1 --model NAME \
+        --candidates output/priors/clip.safetensors --top 20 --dataset ov_coco_val_all --output mllm.safetensors
+    python tools/build_concept_priors.py --backend mllm --local FOLDER ...
 
 Prints precision and recall over base and novel classes at --rho and --top-l; the file holds the --keep best words of
-each image whatever they are, so both are chosen later without building again. Exit codes as of train_net.py.
+each image whatever they are, so both are chosen later without building again. Answers of a model are kept beside the
+output as they come: a killed run loses none, and the same command goes on. Exit codes as of train_net.py.
 """
 
 import argparse
+import json
+import os
 import shlex
 import sys
+from pathlib import Path
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -28,8 +36,11 @@ from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import sha256_file
+from ovdet2.priors.chat_server import ChatServer
 from ovdet2.priors.clip import RESIZE, ClipBackend
 from ovdet2.priors.from_file import FromFile
+from ovdet2.priors.local_model import LocalModel
+from ovdet2.priors.mllm import PROMPT, MllmBackend
 from ovdet2.priors.quality import as_table, quality
 from ovdet2.priors.simulated import Chance, NoisyOracle, Oracle
 from ovdet2.priors.truth import truth_of
@@ -49,11 +60,28 @@ _OPTIONS = {
         "num_workers": 2,
         "device": None,
     },
+    "mllm": {
+        "url": None,
+        "model": None,
+        "api_key_env": None,
+        "request": None,
+        "workers": 4,
+        "timeout": 120.0,
+        "local": None,
+        "batch_size": 8,
+        "device": None,
+        "prompt": PROMPT,
+        "answers": None,
+        "candidates": None,
+        "top": None,
+        "max_queries": None,
+    },
     "oracle": {},
     "noisy-oracle": {"precision": None, "recall": None, "seed": 0},
     "random": {"seed": 0},
     "file": {"input": None},
 }
+_OF_SERVER = ("url", "model", "api_key_env", "request", "workers", "timeout")
 _NEEDED = {"clip": ("architecture", "pretrained"), "noisy-oracle": ("precision", "recall"), "file": ("input",)}
 
 
@@ -86,6 +114,8 @@ def report(args, backend, split, truth, skipped):
     priors = ConceptPriors(args.output)
     entries = priors.manifest["entries"]
     print(f"{priors}; {entries} entries, {entries / max(1, len(priors)):.1f} per image")
+    if args.backend == "mllm":
+        print(f"Questions: {backend.asked} put, {backend.known} known; answers that say neither: {backend.unparsable}")
     if skipped.messages:
         print("Without priors, since they cannot be used:\n  " + "\n  ".join(skipped.messages))
     if args.backend == "file" and (backend.other_images or backend.other_words):
@@ -141,9 +171,21 @@ def parse_args(argv):
     own.add_argument("--tiles", type=int, help="clip: n x n cells beside the whole image, the best of all counts (1)")
     own.add_argument("--resize", choices=RESIZE, help="clip: its own transform, or the whole image warped (crop)")
     own.add_argument("--temperature", type=float, help="clip: tau (0.07)")
-    own.add_argument("--batch-size", type=int, help="clip: views per forward pass (64)")
+    own.add_argument("--batch-size", type=int, help="clip: views per forward pass (64); mllm --local: questions (8)")
     own.add_argument("--num-workers", type=int, help="clip: processes that decode (2)")
-    own.add_argument("--device", help="clip: cuda where there is one, otherwise cpu")
+    own.add_argument("--url", help="mllm: chat-completions server, such as http://localhost:8000/v1")
+    own.add_argument("--model", help="mllm: its name there")
+    own.add_argument("--api-key-env", help="mllm: environment variable with the key to send; default: none is sent")
+    own.add_argument("--request", type=json.loads, help='mllm: changes of the request, {"logprobs": null}')
+    own.add_argument("--workers", type=int, help="mllm: requests at once (4)")
+    own.add_argument("--timeout", type=float, help="mllm: seconds without a byte (120)")
+    own.add_argument("--local", help="mllm: folder of a transformers model, instead of --url")
+    own.add_argument("--prompt", help=f"mllm: question, [OBJ] for the word ({PROMPT})")
+    own.add_argument("--answers", help="mllm: folder of the answers (the output's name with .answers)")
+    own.add_argument("--candidates", help="mllm: another prior of the data set: ask about its --top words only")
+    own.add_argument("--top", type=int, help="mllm: see --candidates")
+    own.add_argument("--max-queries", type=int, help="mllm: stop after so many questions, writing no prior")
+    own.add_argument("--device", help="clip, mllm --local: cuda where there is one, otherwise cpu")
     own.add_argument("--precision", type=float, help="noisy-oracle: share of its words that are present, (0, 1]")
     own.add_argument("--recall", type=float, help="noisy-oracle: share of the present classes it lists, (0, 1]")
     own.add_argument("--seed", type=int, help="noisy-oracle, random (0)")
@@ -154,6 +196,12 @@ def parse_args(argv):
 def _checked(parser, args):
     """Fill in the defaults of the chosen backend and refuse the options of others."""
     mine = _OPTIONS[args.backend]
+    elsewhere = [name for name in _OF_SERVER if args.local and getattr(args, name) is not None]
+    elsewhere += [name for name in ("batch_size", "device") if args.url and getattr(args, name) is not None]
+    if elsewhere:
+        parser.error(
+            f"--{elsewhere[0].replace('_', '-')} is no option of --backend mllm {'--local' if args.local else '--url'}"
+        )
     for name in sorted({name for options in _OPTIONS.values() for name in options}):
         option = "--" + name.replace("_", "-")
         if getattr(args, name) is None:
@@ -162,13 +210,21 @@ def _checked(parser, args):
             parser.error(f"{option} is no option of --backend {args.backend}")
         if name in _NEEDED.get(args.backend, ()) and getattr(args, name) is None:
             parser.error(f"--backend {args.backend} needs {option}")
+    if args.backend == "mllm":
+        if bool(args.url) == bool(args.local) or bool(args.url) != bool(args.model):
+            parser.error("--backend mllm needs --url and --model, or --local")
+        if bool(args.candidates) != bool(args.top):
+            parser.error("--candidates and --top go together")
+        if args.request is not None and not isinstance(args.request, dict):
+            parser.error("--request is a JSON object")
     if args.words and args.vocabulary:
         parser.error("give --words or --vocabulary, not both")
-    low = [
-        name for name in ("keep", "tiles", "batch_size") if getattr(args, name) is not None and getattr(args, name) < 1
-    ]
-    if low:
-        parser.error(f"--{low[0].replace('_', '-')} is at least 1")
+    for name in ("keep", "tiles", "batch_size", "workers", "top", "max_queries"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is at least 1")
+    for name in ("temperature", "timeout"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} is above 0")
     return args
 
 
@@ -192,6 +248,8 @@ def make_backend(args, words, vocabulary, split, truth):
     """The backend of the command line."""
     if args.backend == "clip":
         return clip_backend(args, words, vocabulary)
+    if args.backend == "mllm":
+        return mllm_backend(args, words)
     if args.backend == "file":
         return FromFile(args.input, words, split.category_ids, split.names)
     if args.backend == "random":
@@ -203,8 +261,7 @@ def make_backend(args, words, vocabulary, split, truth):
 
 def clip_backend(args, words, vocabulary):
     """CLIP with the words of a vocabulary file as they are, if it is of the same teacher, or embedded here."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    teacher = Teacher.load(args.architecture, args.pretrained, device)
+    teacher = Teacher.load(args.architecture, args.pretrained, _device(args))
     if vocabulary is None or vocabulary.teacher != teacher.fingerprint:
         if vocabulary is not None:
             print(f"{args.vocabulary} is of teacher {vocabulary.teacher}: its words are embedded anew.")
@@ -213,6 +270,27 @@ def clip_backend(args, words, vocabulary):
     return ClipBackend(
         teacher, vocabulary, args.tiles, args.resize, args.temperature, args.batch_size, args.num_workers
     )
+
+
+def mllm_backend(args, words):
+    """The model of --url or --local, asked about every word or about the candidates."""
+    if args.local:
+        model = LocalModel(args.local, _device(args), args.batch_size)
+    else:
+        key = os.environ.get(args.api_key_env or "")
+        if args.api_key_env and not key:
+            raise UsageError(f"the environment variable {args.api_key_env} of --api-key-env is not set: set it.")
+        model = ChatServer(args.url, args.model, key, args.workers, args.timeout, extra=args.request)
+    candidates = None
+    if args.candidates:
+        candidates = ConceptPriors(args.candidates)
+        candidates.require_dataset(args.dataset, MetadataCatalog.get(args.dataset).ov_files()[0])
+    folder = args.answers or Path(args.output).with_suffix(".answers")
+    return MllmBackend(model, folder, words, args.prompt, candidates, args.top, args.max_queries)
+
+
+def _device(args):
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ cleaned name. Lists are kept long and sorted, so that threshold and top L are ch
 
 Shapes: I images, W words of the prior, E entries of all images, K words of a caller. The file is a safetensors with
 ``image_ids`` [I] int64 ascending, ``offsets`` [I + 1] int64 (the entries of image i are offsets[i] to offsets[i + 1]),
-``word_index`` [E] int32 into the manifest's words, ``score`` [E] float32 in (0, 1]; within an image by descending score,
-ties by ascending word index.
+``word_index`` [E] int32 into the manifest's words, ``score`` [E] float32 in (0, 1]; within an image by descending
+score, ties by ascending word index.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _BUILD = "build it with tools/build_concept_priors.py"
 
 
 class PriorWriter:
-    """Collects the lists of a data set, cut to the best, and writes them at once: I x top entries are held, not I x W."""
+    """Collects the lists of a data set, cut to the best, and writes them: I x top entries are held, not I x W."""
 
     def __init__(self, words, image_ids, top=100):
         """

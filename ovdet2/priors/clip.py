@@ -94,10 +94,10 @@ def views(image, tiles, resize, side, interpolation=InterpolationMode.BICUBIC):
     """
     height, width = image.shape[:2]
     rows, columns = ([round(i * length / tiles) for i in range(tiles + 1)] for length in (height, width))
-    boxes = [(0, 0, height, width)]
+    parts = [image]
     if tiles > 1:
-        boxes += [(rows[i], columns[j], rows[i + 1], columns[j + 1]) for i in range(tiles) for j in range(tiles)]
-    return torch.stack([_resized(image[t:b, l:r], resize, side, interpolation) for t, l, b, r in boxes])
+        parts += [image[rows[i] : rows[i + 1], columns[j] : columns[j + 1]] for i in range(tiles) for j in range(tiles)]
+    return torch.stack([_resized(part, resize, side, interpolation) for part in parts])
 
 
 def _resized(image, resize, side, interpolation):

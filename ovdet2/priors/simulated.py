@@ -11,7 +11,11 @@ from ovdet2.errors import DataError, UsageError
 
 
 class Oracle:
-    """Every annotated class with score 1."""
+    """Every annotated class with score 1.
+
+    All are tied, and the file breaks ties by word index, base classes first: cut at a top L below the number of present
+    classes, it loses novel ones before base ones.
+    """
 
     kind = "ground truth"
 
@@ -50,10 +54,10 @@ class NoisyOracle(Oracle):
     """A simulation of a predictor with given precision and recall; no figure made with it is a result of a method.
 
     Each present class is listed with probability R. Each of the other classes is listed with probability
-    q = R g (1 - P) / (P (K - g)), g being the number of present ones: then E[true] = R g and E[false] = E[true](1 - P)/P
-    in every image, so that over a data set recall tends to R and precision, counted over all listed words, to P. An
-    image without a present class gets no word. Scores are uniform in (0, 1] for true and false words alike: a cut at top
-    L is random, and a threshold lowers recall and leaves precision.
+    q = R g (1 - P) / (P (K - g)), g being the number of present ones: then E[true] = R g and
+    E[false] = E[true](1 - P) / P in every image, so that over a data set recall tends to R and precision, counted over
+    all listed words, to P. An image without a present class gets no word. Scores are uniform in (0, 1] for true and
+    false words alike: a cut at top L is random, and a threshold lowers recall and leaves precision.
     """
 
     kind = "simulation"
@@ -77,8 +81,8 @@ class NoisyOracle(Oracle):
         most = max((len(self._present(image_id)) for image_id in truth), default=0)
         if self._false_rate(most) > 1:
             raise UsageError(
-                f"--precision {precision} is too low for --recall {recall}: an image with {most} of the "
-                f"{len(self.candidates)} classes has too few others to be wrong about; raise the one or lower the other."
+                f"--precision {precision} is too low for --recall {recall}: an image with {most} of "
+                f"{len(self.candidates)} classes has too few others to be wrong about; raise one or lower the other."
             )
 
     @property

@@ -1,0 +1,146 @@
+"""Answers of a vision-language model to "does this word exist in this image": reading them, and keeping them on disk.
+
+Answers live in a folder of JSON-lines files. Each process appends to a file of its own, whose first line says which
+model and prompt it is about, and reads the complete lines of all files that say the same: nothing answered is lost to a
+kill, a line torn by one is the last of its file and is asked again, and two processes never write into one file.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import threading
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from ovdet2.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = "ovdet2/answers/1"
+_LEADING = re.compile(r"^\W*(?:(?:the )?answer(?: is)?\W+)?(yes|no)\b", re.IGNORECASE)
+_MARKS = " \t\n▁Ġ.,!:*\"'"  # what tokenizers and chat models put around a word
+
+
+class Answer(NamedTuple):
+    """Attributes:
+    yes: probability of "yes" in [0, 1], or None where the text says neither yes nor no.
+    text: what the model wrote; "" where only its probabilities were looked at.
+    """
+
+    yes: float | None
+    text: str
+
+
+def parse_answer(text):
+    """1.0 or 0.0 for a text that begins with yes or no ("Answer: No." and "The answer is yes" do), otherwise None."""
+    found = _LEADING.match(text)
+    return None if found is None else float(found[1].lower() == "yes")
+
+
+def yes_or_no(token):
+    """ "yes" or "no" for a token that spells it, in any case and with what tokenizers put around it; otherwise None."""
+    bare = token.strip(_MARKS).lower()
+    return bare if bare in ("yes", "no") else None
+
+
+def yes_probability(positions):
+    """P(yes) of the first token with a letter, renormalised over the tokens that spell yes or no there.
+
+    Args:
+        positions: for each token written, (token, [(alternative, log probability), ...]); the alternatives are the
+            likeliest tokens at its place, itself included.
+
+    Returns:
+        float in [0, 1], or None if that token spells neither.
+    """
+    for token, alternatives in positions:
+        if not any(character.isalpha() for character in token.strip(_MARKS)):
+            continue
+        if yes_or_no(token) is None:
+            return None
+        mass = {"yes": 0.0, "no": 0.0}
+        for alternative, log_probability in alternatives:
+            if yes_or_no(alternative):
+                mass[yes_or_no(alternative)] += math.exp(min(log_probability, 0.0))
+        total = mass["yes"] + mass["no"]
+        return mass["yes"] / total if total > 0 else None
+    return None
+
+
+class AnswerBook:
+    """The answers of one model to one prompt, by SHA-256 of the image file and word. Safe to add to from threads."""
+
+    def __init__(self, folder, identity):
+        """
+        Args:
+            folder: of the files; created with the first answer.
+            identity: JSON-serialisable dict of what decides an answer beside image and word: model, prompt, settings.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        self.folder = Path(folder)
+        self.identity = json.loads(json.dumps(identity))
+        self.damaged = 0  # lines that are no answer
+        self._answers = {}  # image SHA-256 -> {word: Answer}
+        self._lock, self._file = threading.Lock(), None
+        for path in sorted(self.folder.glob("*.jsonl")):
+            self._read(path)
+        if self.damaged:
+            logger.warning("%s: %d lines are no answers and are asked again", folder, self.damaged)
+
+    def get(self, image_sha256, word):
+        """The :class:`Answer`, or None."""
+        return self._answers.get(image_sha256, {}).get(word)
+
+    def add(self, image_sha256, word, answer):
+        """Keep an answer; it is with the operating system when this returns."""
+        line = {"image": image_sha256, "word": word, "yes": answer.yes, "text": answer.text}
+        with self._lock:
+            if self._file is None:
+                self._file = self._begin()
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._answers.setdefault(image_sha256, {})[word] = answer
+
+    def close(self):
+        """Write what was added through to the disk."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def _begin(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = open(self.folder / f"answers-{uuid.uuid4().hex[:12]}.jsonl", "xb", buffering=0)
+        handle.write(json.dumps({"schema": SCHEMA, "identity": self.identity}, ensure_ascii=False).encode() + b"\n")
+        return handle
+
+    def _read(self, path):
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
+        if lines.pop():
+            self.damaged += 1  # torn: a complete line ends in a newline
+        header = _as_dict(lines[0]) if lines else {}
+        if header.get("schema") != SCHEMA or header.get("identity") != self.identity:
+            return
+        for line in lines[1:]:
+            entry = _as_dict(line)
+            image, word, yes, text = (entry.get(key) for key in ("image", "word", "yes", "text"))
+            is_probability = yes is None or (type(yes) in (int, float) and 0 <= yes <= 1)
+            if not (isinstance(image, str) and isinstance(word, str) and isinstance(text, str) and is_probability):
+                self.damaged += 1
+                continue
+            self._answers.setdefault(image, {})[word] = Answer(yes, text)
+
+
+def _as_dict(line):
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

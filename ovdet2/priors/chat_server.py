@@ -1,0 +1,244 @@
+"""Questions to any server that speaks the chat-completions format of OpenAI (vLLM, llama.cpp, Ollama, hosted ones)."""
+
+import base64
+import email.utils
+import http.client
+import io
+import json
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import NamedTuple
+
+from PIL import ExifTags, Image
+
+from ovdet2.data.images import read_image
+from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.priors.answers import Answer, parse_answer, yes_probability
+
+_PASSING = (408, 429, 500, 502, 503, 504)  # worth another try
+_OF_THE_QUESTION = (400, 413, 415, 422)  # this request is refused, another may not be
+_LONGEST_REPLY = 4_000_000  # bytes
+_LONGEST_WAIT = 60.0  # seconds of back-off between two tries
+_LONGEST_DEMAND = 600.0  # seconds that a server may ask for by Retry-After
+_ALTERNATIVES = 5  # likeliest tokens asked for at each place; some servers refuse more
+
+
+class ChatServer:
+    """A model behind a URL; one question a call, several calls at once.
+
+    Passing failures (no connection, time-out, 408, 429, 5xx, a malformed reply) are tried again after Retry-After, or
+    after a random part of 1, 2, 4, ... times ``first_wait`` seconds. Images are sent inline; redirects are not
+    followed, for they would carry the key elsewhere.
+    """
+
+    words_per_call = 1
+
+    def __init__(self, url, model, key=None, workers=4, timeout=120.0, tries=6, first_wait=1.0, extra=None):
+        """
+        Args:
+            url: such as http://localhost:8000/v1; "/chat/completions" is added where it does not end so.
+            model: name the server knows it by.
+            key: sent as a bearer token, None for none; it is stored nowhere.
+            workers: calls at once.
+            timeout: seconds without a byte after which a call has failed.
+            tries: of one question.
+            first_wait: seconds, see above.
+            extra: dict merged into each request, None as a value removing a key: for servers that do not take
+                "logprobs", or want "max_completion_tokens" in place of "max_tokens".
+
+        Raises:
+            UsageError: not an http or https URL.
+        """
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise UsageError(f"--url {url!r} is no http or https address, such as http://localhost:8000/v1.")
+        path = parts.path.rstrip("/")
+        path = path if path.endswith("/chat/completions") else path + "/chat/completions"
+        self.url = urllib.parse.urlunsplit(parts._replace(path=path))
+        self.model, self.workers, self.timeout, self.tries = model, workers, timeout, tries
+        self.first_wait, self.extra = first_wait, extra or {}
+        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._stopped = threading.Event()
+
+    @property
+    def identity(self):
+        """The model's name, and what was changed of the request; not the address, which may be private."""
+        return {"model": self.model} | ({"request": self.extra} if self.extra else {})
+
+    def stop(self):
+        """Let no call wait for another try."""
+        self._stopped.set()
+
+    def prepare(self, path):
+        """The image as a data URL: :class:`Picture`. Raises DataError for an unreadable file."""
+        kind, data = image_bytes(path)
+        return Picture(path, f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}")
+
+    def ask(self, picture, words, questions):
+        """One :class:`Answer` per question.
+
+        Raises:
+            DataError: the server refuses a question, or its replies stay malformed; names image and word.
+            SetupError: the server cannot be reached or used, after all tries.
+        """
+        return [
+            self._asked(self._body(picture, question), f"{picture.path}, word {word!r}")
+            for word, question in zip(words, questions)
+        ]
+
+    def _body(self, picture, question):
+        content = [
+            {"type": "image_url", "image_url": {"url": picture.data_url}},
+            {"type": "text", "text": question},
+        ]
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8,
+            "temperature": 0,
+            "logprobs": True,
+            "top_logprobs": _ALTERNATIVES,
+        } | self.extra
+        return json.dumps({key: value for key, value in request.items() if value is not None}).encode()
+
+    def _asked(self, body, what):
+        for attempt in range(self.tries):
+            try:
+                return answer_of(self._post(body))
+            except _Passing as error:
+                last = error
+            if attempt + 1 < self.tries:
+                self._wait(last, attempt)
+            if self._stopped.is_set():
+                break
+        kind = DataError if last.malformed else SetupError
+        raise kind(
+            f"{what}: {last} ({attempt + 1} tries at {self.url}). What was answered is kept; run again to go on."
+        )
+
+    def _wait(self, error, attempt):
+        seconds = error.retry_after
+        if seconds is None:
+            seconds = random.uniform(0.5, 1.0) * min(_LONGEST_WAIT, self.first_wait * 2**attempt)
+        if seconds > _LONGEST_DEMAND:
+            raise SetupError(f"{self.url} asks to wait {seconds:.0f} s ({error}): run the same command later.")
+        self._stopped.wait(seconds)
+
+    def _post(self, body):
+        """The reply as parsed JSON."""
+        request = urllib.request.Request(self.url, body, self._headers)
+        try:
+            with self._opener.open(request, timeout=self.timeout) as reply:
+                data = reply.read(_LONGEST_REPLY)
+        except urllib.error.HTTPError as error:
+            raise self._failure(error) from None
+        except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
+            reason = getattr(error, "reason", error)
+            raise _Passing(f"no reply ({reason!r})") from None
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):
+            raise _Passing(f"the reply is not JSON: {_start(data)}", malformed=True) from None
+
+    def _failure(self, error):
+        """What to raise for an HTTP status."""
+        with error:
+            try:
+                said = _start(error.read(2000))
+            except (OSError, http.client.HTTPException):
+                said = "''"
+        message = f"status {error.code}, {said}"
+        if error.code in _PASSING:
+            return _Passing(message, retry_after=_seconds(error.headers.get("Retry-After")))
+        if error.code in _OF_THE_QUESTION:
+            return DataError(f"{self.url} refuses the request for model {self.model!r}: {message}. See --request.")
+        return SetupError(f"{self.url} cannot be used: {message}. Check --url, --model and the key.")
+
+
+class Picture(NamedTuple):
+    """Attributes: path: of the file; data_url: the image as it is sent."""
+
+    path: str
+    data_url: str
+
+
+class _Passing(Exception):
+    """A failure that may pass."""
+
+    def __init__(self, message, retry_after=None, malformed=False):
+        super().__init__(message)
+        self.retry_after, self.malformed = retry_after, malformed
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+def image_bytes(path):
+    """(kind, bytes) to send of an image: the file itself where every reader sees the same in it, otherwise a PNG.
+
+    Files that are turned by EXIF, animated, of 16 bits, CMYK, with a palette or transparency, or in a rarer format are
+    decoded by :func:`~ovdet2.data.images.read_image` and encoded anew without loss.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    pixels = read_image(path, "RGB")
+    with Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and not turned
+        plain = plain and getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
+        kind = image.format.lower()
+    if plain:
+        with open(path, "rb") as handle:
+            return kind, handle.read()
+    encoded = io.BytesIO()
+    Image.fromarray(pixels).save(encoded, "PNG")
+    return "png", encoded.getvalue()
+
+
+def answer_of(reply):
+    """The :class:`Answer` in a chat completion; a refusal is an answer that says neither yes nor no."""
+    try:
+        choice = reply["choices"][0]
+        message = choice["message"]
+        text = message.get("content") or message.get("refusal") or ""
+        if not isinstance(text, str):
+            raise TypeError
+        written = (choice.get("logprobs") or {}).get("content") or ()
+        positions = [
+            (
+                place["token"],
+                [(other["token"], float(other["logprob"])) for other in place.get("top_logprobs") or [place]],
+            )
+            for place in written
+        ]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise _Passing(f"the reply is no chat completion: {_start(json.dumps(reply))}", malformed=True) from None
+    yes = yes_probability(positions)
+    return Answer(parse_answer(text) if yes is None else yes, text)
+
+
+def _seconds(retry_after):
+    """Retry-After in seconds, from a number or a date; None where it is neither."""
+    if retry_after is None:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _start(text):
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    return repr(text[:200])
