@@ -22,8 +22,6 @@ output as they come: a killed run loses none, and the same command goes on. Exit
 import argparse
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -87,7 +85,6 @@ _NEEDED = {"clip": ("architecture", "pretrained"), "noisy-oracle": ("precision",
 
 def main(argv=None):
     """Command line; returns the rows of the printed table."""
-    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     records = sorted(load_records([args.dataset], "--dataset", False), key=lambda record: record["image_id"])
     split = split_of(args.dataset)
@@ -104,8 +101,7 @@ def main(argv=None):
     for image_id, index, score in tqdm(lists, total=len(records), desc="images", disable=backend.kind != "prediction"):
         writer.add(image_id, index, score)
     json_file = MetadataCatalog.get(args.dataset).ov_files()[0]
-    command = "python tools/build_concept_priors.py " + shlex.join(argv)
-    writer.save(args.output, args.dataset, sha256_file(json_file), backend.source, backend.kind, command)
+    writer.save(args.output, args.dataset, sha256_file(json_file), backend.source, backend.kind)
     return report(args, backend, split, truth, skipped)
 
 

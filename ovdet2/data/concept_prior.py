@@ -46,6 +46,7 @@ class PriorWriter:
         self.top = top
         self._wanted = frozenset(image_ids)
         self._lists = {}
+        self._all = torch.arange(len(self.words))
 
     def add(self, image_id, word_index, score):
         """Add the list of one image. Words of score 0 are not listed.
@@ -59,16 +60,19 @@ class PriorWriter:
             ValueError: an argument is not as said.
         """
         score = score.detach().float().cpu()
-        index = torch.arange(len(self.words)) if word_index is None else word_index.long().cpu()
         if image_id not in self._wanted or image_id in self._lists:
             raise ValueError(f"image id {image_id} is not of the data set, or was added before")
+        if word_index is None:
+            index = self._all
+        else:
+            index = word_index.long().cpu()
+            if ((index < 0) | (index >= len(self.words))).any() or len(index.unique()) != len(index):
+                raise ValueError(f"the word indices of image id {image_id} are not different ones of {len(self.words)}")
         if index.shape != score.shape or not torch.all((score >= 0) & (score <= 1)):  # false for NaN, too
             raise ValueError(f"the scores of image id {image_id} are not one per word in [0, 1]")
-        if len(index) and (index.min() < 0 or index.max() >= len(self.words) or len(index.unique()) != len(index)):
-            raise ValueError(f"the word indices of image id {image_id} are not different ones of {len(self.words)}")
         self._lists[image_id] = best(index, score, self.top)
 
-    def save(self, path, dataset, dataset_sha256, source, kind, command=None):
+    def save(self, path, dataset, dataset_sha256, source, kind):
         """Write the file atomically.
 
         Args:
@@ -77,7 +81,6 @@ class PriorWriter:
             dataset_sha256: of its json.
             source: JSON-serialisable dict that says where the scores come from, with "backend".
             kind: one of :data:`KINDS`.
-            command: what a user types to build it again.
 
         Returns:
             The manifest.
@@ -101,7 +104,6 @@ class PriorWriter:
             "images": len(ids),
             "entries": len(tensors["score"]),
             "config": {"top": self.top},
-            "command": command,
             "missing_image_ids": sorted(self._wanted - set(ids)),
             "content_sha256": content_sha256(tensors, self.words),
             "words": list(self.words),

@@ -4,7 +4,6 @@ Shapes: n questions about one image, T tokens of a question with its image, Z to
 """
 
 import hashlib
-import inspect
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ _READ = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what decides a 
 
 
 class LocalModel:
-    """P(yes) from the logits of the next token, over all tokens that spell yes or no. Nothing is generated."""
+    """P(yes) from the logits of the next token, over all tokens that spell yes or no."""
 
     workers = 1
 
@@ -59,9 +58,6 @@ class LocalModel:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._yes, self._no = answer_tokens(self.tokenizer)
-        # Logits of every position of a long image would take memory for nothing.
-        keeps = "logits_to_keep" in inspect.signature(self.network.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if keeps else {}
         self.identity = {"model": self.folder.name, "model_sha256": folder_sha256(self.folder)}
 
     def stop(self):
@@ -92,7 +88,16 @@ class LocalModel:
             padding=True,
             return_tensors="pt",
         ).to(self.network.device, self.network.dtype)
-        logits = self.network(**inputs, **self._last_only).logits[:, -1].float()  # [n, Z]
+        # One step of generate, not a plain forward: it knows each model's position ids under padding.
+        step = self.network.generate(
+            **inputs,
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        logits = step.logits[0].float()  # [n, Z]
         both = torch.stack([logits[:, self._yes].logsumexp(1), logits[:, self._no].logsumexp(1)], dim=1)
         return both.softmax(dim=1)[:, 0].cpu()
 
