@@ -57,7 +57,8 @@ class NoisyOracle(Oracle):
     q = R g (1 - P) / (P (K - g)), g being the number of present ones: then E[true] = R g and
     E[false] = E[true](1 - P) / P in every image, so that over a data set recall tends to R and precision, counted over
     all listed words, to P. An image without a present class gets no word. Scores are uniform in (0, 1] for true and
-    false words alike: a cut at top L is random, and a threshold lowers recall and leaves precision.
+    false words alike: a cut at top L is random, and a threshold lowers recall and leaves precision. In a federated data
+    set every class without an annotation may be a false word, also one that was not looked for.
     """
 
     kind = "simulation"
