@@ -1,0 +1,1 @@
+"""Deformable DETR: the graph from feature maps to logits and boxes."""

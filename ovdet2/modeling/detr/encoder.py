@@ -1,0 +1,85 @@
+"""The encoder: every token of every level attends to points around its own place on all levels.
+
+Shapes: B images, S tokens, C channels, L levels.
+"""
+
+import torch
+from torch import nn
+
+from ovdet2.layers.ms_deform_attn import MultiScaleDeformableAttention
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a ReLU, a residual connection and layer norm."""
+
+    def __init__(self, dim, hidden_dim, dropout):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.linear1, self.linear2):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, tokens):
+        """Tensor [..., C] -> [..., C]."""
+        hidden = self.dropout(self.linear1(tokens).relu_())  # in place: its gradient needs the result alone
+        return self.norm(tokens + self.dropout(self.linear2(hidden)))
+
+
+class EncoderLayer(nn.Module):
+    """Deformable self-attention and a feed-forward block, norm after each."""
+
+    def __init__(self, dim, heads, levels, points, ffn_dim, dropout):
+        super().__init__()
+        self.self_attn = MultiScaleDeformableAttention(dim, heads, levels, points)
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.ffn = FeedForward(dim, ffn_dim, dropout)
+
+    def forward(self, tokens, position, references, spatial_shapes, padding_mask):
+        """Arguments as of :class:`Encoder`, references [B, S, L, 2]; returns Tensor [B, S, C]."""
+        attended = self.self_attn(tokens + position, references, tokens, spatial_shapes, padding_mask)
+        return self.ffn(self.norm(tokens + self.dropout(attended)))
+
+
+class Encoder(nn.Module):
+    """A stack of :class:`EncoderLayer`."""
+
+    def __init__(self, dim=256, heads=8, levels=4, points=4, ffn_dim=1024, dropout=0.1, layers=6):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(dim, heads, levels, points, ffn_dim, dropout) for _ in range(layers))
+
+    def forward(self, tokens, position, spatial_shapes, padding_mask, valid_ratios):
+        """
+        Args:
+            tokens, position: Tensor [B, S, C].
+            spatial_shapes: L (height, width).
+            padding_mask: bool Tensor [B, S], True where padded.
+            valid_ratios: Tensor [B, L, 2], (x, y): the part of each map that is not padding.
+
+        Returns:
+            Tensor [B, S, C].
+        """
+        references = cell_centres(spatial_shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
+        for layer in self.layers:
+            tokens = layer(tokens, position, references, spatial_shapes, padding_mask)
+        return tokens
+
+
+def cell_centres(spatial_shapes, valid_ratios):
+    """Centres of all cells, in units of the valid part of their map.
+
+    Args:
+        spatial_shapes, valid_ratios: as of :class:`Encoder`.
+
+    Returns:
+        Tensor [B, S, 2], (x, y), in (0, 1) for cells that are not padding.
+    """
+    centres = []
+    for level, (height, width) in enumerate(spatial_shapes):
+        y = torch.arange(height, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
+        x = torch.arange(width, dtype=valid_ratios.dtype, device=valid_ratios.device) + 0.5
+        y, x = torch.meshgrid(y / height, x / width, indexing="ij")
+        centres.append(torch.stack([x, y], dim=-1).flatten(0, 1) / valid_ratios[:, None, level])
+    return torch.cat(centres, dim=1)

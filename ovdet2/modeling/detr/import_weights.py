@@ -1,0 +1,254 @@
+"""Weights of the published Deformable DETR under the names of :class:`~ovdet2.modeling.detr.model.DeformableDETR`.
+
+Two dialects are read: that of the official repository, and that of ``transformers``, before and after its version 5.
+Both have a ResNet trunk with torchvision's names. What was given twice there is one module here; query and key and
+value projections are one matrix.
+"""
+
+import re
+
+import torch
+from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+
+from ovdet2.errors import DataError
+from ovdet2.modeling.detr.heads import ClosedSetBranch
+from ovdet2.modeling.detr.model import DeformableDETR
+from ovdet2.modeling.detr.neck import MultiScaleNeck
+from ovdet2.modeling.detr.transformer import DeformableTransformer
+
+_DEPTHS = {6: 50, 23: 101}  # by the blocks of the third stage
+_SHOWN = 8  # names in an error message
+
+_TRUNK = r"(?:backbone\.0\.body|model\.backbone(?:\.conv_encoder)?\.model)\."
+_QUERIES = "transformer.query_maker."
+# The first rule that matches a whole name gives the new one. None: not a weight, or a copy of another one.
+_RULES = [
+    (rf"{_TRUNK}(?:fc\..*|.*num_batches_tracked)", None),
+    (rf"{_TRUNK}conv1\.(.*)", r"backbone.stem.conv1.\1"),
+    (rf"{_TRUNK}bn1\.(.*)", r"backbone.stem.conv1.norm.\1"),
+    (rf"{_TRUNK}layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.\4"),
+    (rf"{_TRUNK}layer(\d)\.(\d+)\.bn(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.norm.\4"),
+    (rf"{_TRUNK}layer(\d)\.(\d+)\.downsample\.0\.(.*)", r"backbone.layer\1.\2.shortcut.\3"),
+    (rf"{_TRUNK}layer(\d)\.(\d+)\.downsample\.1\.(.*)", r"backbone.layer\1.\2.shortcut.norm.\3"),
+    (r"(?:model\.)?input_proj\.(.*)", r"neck.levels.\1"),
+    (r"(?:model|transformer)\.level_embed", "transformer.level_embed"),
+    (r"(?:model|transformer)\.reference_points\.(.*)", rf"{_QUERIES}reference.\1"),
+    (r"(?:model|transformer)\.enc_output\.(.*)", rf"{_QUERIES}project.\1"),
+    (r"(?:model|transformer)\.enc_output_norm\.(.*)", rf"{_QUERIES}norm.\1"),
+    (r"(?:model|transformer)\.pos_trans\.(.*)", rf"{_QUERIES}box_embed.\1"),
+    (r"(?:model|transformer)\.pos_trans_norm\.(.*)", rf"{_QUERIES}box_norm.\1"),
+    (r"(?:query_embed|model\.query_position_embeddings)\.weight", "query_embed"),
+    (r"(?:(?:model|transformer)\.decoder\.)?(class|bbox)_embed\.(.*)", r"\1_embed.\2"),
+    (r"(?:model|transformer)\.((?:en|de)coder\.layers\.\d+\.)(.*)", r"transformer.\1\2"),
+]
+# Within a layer of the transformer, by its kind and the dialect.
+_OFFICIAL = {
+    "encoder": {"norm1": "norm", "norm2": "ffn.norm", "linear1": "ffn.linear1", "linear2": "ffn.linear2"},
+    "decoder": {
+        "norm1": "cross_norm",
+        "norm2": "self_norm",
+        "norm3": "ffn.norm",
+        "linear1": "ffn.linear1",
+        "linear2": "ffn.linear2",
+    },
+}
+_MLP = {"fc1": "ffn.linear1", "fc2": "ffn.linear2", "mlp.fc1": "ffn.linear1", "mlp.fc2": "ffn.linear2"}
+_TRANSFORMERS = {
+    "encoder": {"self_attn_layer_norm": "norm", "final_layer_norm": "ffn.norm", **_MLP},
+    "decoder": {
+        "self_attn_layer_norm": "self_norm",
+        "encoder_attn_layer_norm": "cross_norm",
+        "final_layer_norm": "ffn.norm",
+        "encoder_attn": "cross_attn",
+        "self_attn.o_proj": "self_attn.out_proj",
+        **_MLP,
+    },
+}
+
+
+def import_weights(weights, class_rows=None):
+    """Rename the weights of a published Deformable DETR.
+
+    Args:
+        weights: dict of name to Tensor, official or of ``transformers``.
+        class_rows: rows of the class layers to keep, in this order: the category ids of the wanted classes, since the
+            published models have a row per COCO id. None: all. An empty list: no class layer, for a text branch.
+
+    Returns:
+        (weights, variant): dict of name to Tensor, and one of :data:`~ovdet2.modeling.detr.transformer.VARIANTS`.
+
+    Raises:
+        DataError: names that are unknown or missing, copies that differ, or shapes that do not fit together.
+    """
+    weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+    renamed, unknown = _rename(weights)
+    if unknown:
+        raise DataError(f"{_listed('unknown weights', unknown)}: this is no Deformable DETR of a known kind.")
+    refined = any("decoder.bbox_embed" in name for name in weights) or _heads_differ(renamed)
+    variant = "two_stage" if f"{_QUERIES}project.weight" in renamed else "refine" if refined else "one_stage"
+    _split_queries(renamed)
+    _join_projections(renamed)
+    _place_heads(renamed, variant, class_rows)
+    renamed = {re.sub(r"^backbone\.layer(\d)", _stage, name): value for name, value in renamed.items()}
+    _require_whole(renamed, variant)
+    return renamed, variant
+
+
+def _rename(weights):
+    """(dict with names after ``_RULES``, unknown names)."""
+    official = any(".norm3." in name for name in weights)
+    renamed, unknown = {}, []
+    for name, value in weights.items():
+        new = name
+        for pattern, replacement in _RULES:
+            match = re.fullmatch(pattern, name)
+            if match:
+                new = match.expand(replacement) if replacement is not None else None
+                break
+        else:
+            unknown.append(name)
+        if new is None or name in unknown:
+            continue
+        new = _within_layer(new, _OFFICIAL if official else _TRANSFORMERS)
+        if new in renamed and not torch.equal(renamed[new], value):
+            raise DataError(f"{name} differs from the weight it should be a copy of: the file is not consistent.")
+        renamed[new] = value
+    return renamed, unknown
+
+
+def _within_layer(name, dialect):
+    match = re.fullmatch(r"(transformer\.(encoder|decoder)\.layers\.\d+\.)(.*)\.(weight|bias)", name)
+    if not match:
+        return name
+    prefix, kind, inner, leaf = match.groups()
+    for old, new in dialect[kind].items():
+        if inner == old or inner.startswith(f"{old}."):
+            inner = new + inner[len(old) :]
+            break
+    return f"{prefix}{inner}.{leaf}"
+
+
+def _stage(match):
+    return f"backbone.res{int(match.group(1)) + 1}"
+
+
+def _layers(weights, name):
+    """Numbers of the layers that have a head ``name``, ascending."""
+    return sorted({int(key.split(".")[1]) for key in weights if key.startswith(f"{name}.")})
+
+
+def _decoder_layers(weights):
+    found = [re.match(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in weights]
+    return max((int(match.group(1)) for match in found if match), default=-1) + 1
+
+
+def _heads_differ(weights):
+    heads = [
+        {key.split(".", 2)[2]: value for key, value in weights.items() if key.startswith(f"bbox_embed.{layer}.")}
+        for layer in _layers(weights, "bbox_embed")
+    ]
+    return any(not torch.equal(head[name], heads[0][name]) for head in heads[1:] for name in head)
+
+
+def _split_queries(weights):
+    if "query_embed" in weights:  # positions first
+        position, content = weights.pop("query_embed").chunk(2, dim=1)
+        weights[f"{_QUERIES}position"], weights[f"{_QUERIES}content"] = position.contiguous(), content.contiguous()
+
+
+def _join_projections(weights):
+    for name in [name for name in weights if ".self_attn.q_proj." in name]:
+        parts = [weights.pop(name.replace("q_proj", f"{letter}_proj"), None) for letter in "qkv"]
+        if any(part is None for part in parts):
+            raise DataError(f"{name} has no key or value projection beside it: the file is not whole.")
+        weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+
+
+def _place_heads(weights, variant, class_rows):
+    """Move ``class_embed`` and ``bbox_embed`` to the branches, the decoder and the query maker."""
+    last = _decoder_layers(weights)
+    rows = None if class_rows is None else torch.tensor(list(class_rows), dtype=torch.long)
+    for name in [name for name in weights if re.match(r"(class|bbox)_embed\.", name)]:
+        value = weights.pop(name)
+        kind, layer, inner = name.split(".", 2)
+        if int(layer) == last and variant == "two_stage":
+            if kind == "bbox_embed":
+                weights[f"{_QUERIES}box_head.{inner}"] = value
+            else:  # the published first stage is trained with the first column alone
+                weights[f"{_QUERIES}objectness.{inner}"] = value[:1].clone()
+        elif int(layer) and variant == "one_stage":
+            continue  # a copy: the layers share their heads
+        elif kind == "bbox_embed":
+            weights[f"transformer.decoder.box_heads.{layer}.{inner}"] = value
+        elif rows is None:
+            weights[f"class_branches.{layer}.{inner}"] = value
+        elif len(rows):
+            if int(rows.max()) >= len(value):
+                raise DataError(f"{name} has {len(value)} rows, category {int(rows.max())} is wanted.")
+            weights[f"class_branches.{layer}.{inner}"] = value[rows]
+
+
+def _require_whole(weights, variant):
+    """Compare names and shapes with a model of the sizes that the weights show.
+
+    Raises:
+        DataError: with the names that are missing, too many, or of another shape.
+    """
+    try:
+        expected = _skeleton(weights, variant).state_dict()
+    except (KeyError, IndexError) as error:
+        raise DataError(f"the weights lack {error}: the file is not a whole Deformable DETR.") from None
+    if not any(name.startswith("class_branches.") for name in weights):
+        expected = {name: value for name, value in expected.items() if not name.startswith("class_branches.")}
+    faults = [
+        ("missing weights", [name for name in expected if name not in weights]),
+        ("weights too many", [name for name in weights if name not in expected]),
+        (
+            "weights of another shape",
+            [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
+        ),
+    ]
+    text = "; ".join(_listed(kind, names) for kind, names in faults if names)
+    if text:
+        raise DataError(f"{text}: the file is not a whole Deformable DETR of the kind {variant!r}.")
+
+
+def _skeleton(weights, variant):
+    """A model without storage, of the sizes read from the weights."""
+    levels, dim = weights["transformer.level_embed"].shape
+    layer = "transformer.decoder.layers.0."
+    offsets = len(weights[f"{layer}cross_attn.sampling_offsets.weight"]) // (2 * levels)
+    heads = 8 if offsets % 8 == 0 else 1  # names and shapes do not depend on it beyond heads times points
+    kernels = [weights[f"neck.levels.{level}.0.weight"] for level in range(levels)]
+    channels = [kernel.shape[1] for kernel in kernels if kernel.shape[-1] == 1] or [kernels[0].shape[1]]
+    encoder_layers = {name.split(".")[3] for name in weights if name.startswith("transformer.encoder.layers.")}
+    classes = [len(value) for name, value in weights.items() if name.startswith("class_branches.")] or [1]
+    queries = weights.get(f"{_QUERIES}content")
+    with torch.device("meta"):
+        transformer = DeformableTransformer(
+            variant,
+            dim=dim,
+            heads=heads,
+            levels=levels,
+            points=offsets // heads,
+            ffn_dim=len(weights[f"{layer}ffn.linear1.weight"]),
+            encoder_layers=len(encoder_layers),
+            decoder_layers=_decoder_layers(weights),
+            num_queries=1 if queries is None else len(queries),
+        )
+        branches = [ClosedSetBranch(dim, classes[0]) for _ in range(transformer.num_branches)]
+        neck = MultiScaleNeck(channels, dim, levels)
+        return DeformableDETR(trunk_of(weights), neck, transformer, branches, ["res3", "res4", "res5"])
+
+
+def trunk_of(weights):
+    """Detectron2's ResNet of the depth that the weights show, torchvision's kind: stride in the 3x3 convolution."""
+    blocks = len({name.split(".")[2] for name in weights if name.startswith("backbone.res4.")})
+    if blocks not in _DEPTHS:
+        raise DataError(f"the trunk has {blocks} blocks in its third stage: ResNet-50 has 6, ResNet-101 23.")
+    stages = ResNet.make_default_stages(_DEPTHS[blocks], stride_in_1x1=False, norm="FrozenBN")
+    return ResNet(BasicStem(norm="FrozenBN"), stages, out_features=["res3", "res4", "res5"])
+
+
+def _listed(kind, names):
+    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"

@@ -1,0 +1,48 @@
+"""From the backbone's maps to levels of equal depth.
+
+Shapes: B images, C channels of the transformer.
+"""
+
+from torch import nn
+
+
+class MultiScaleNeck(nn.Module):
+    """A 1x1 convolution per backbone map, 3x3 ones of stride 2 for coarser levels; group norm after each."""
+
+    def __init__(self, in_channels, dim=256, levels=4, groups=32):
+        """
+        Args:
+            in_channels: channels of each backbone map, finest first.
+            dim: C.
+            levels: maps to return; those beyond the backbone's come from its last map, one after another.
+            groups: of the group norm.
+        """
+        super().__init__()
+        self.num_inputs = len(in_channels)
+        blocks = [_block(groups, nn.Conv2d(channels, dim, 1)) for channels in in_channels]
+        channels = in_channels[-1]
+        for _ in range(levels - len(in_channels)):
+            blocks.append(_block(groups, nn.Conv2d(channels, dim, 3, stride=2, padding=1)))
+            channels = dim
+        self.levels = nn.ModuleList(blocks)
+
+    def forward(self, features):
+        """
+        Args:
+            features: list of Tensor [B, channels, h, w], finest first.
+
+        Returns:
+            list of Tensor [B, C, h, w], one per level.
+        """
+        maps = [block(feature) for block, feature in zip(self.levels, features)]
+        latest = features[-1]
+        for block in self.levels[self.num_inputs :]:
+            latest = block(latest)
+            maps.append(latest)
+        return maps
+
+
+def _block(groups, convolution):
+    nn.init.xavier_uniform_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.GroupNorm(groups, convolution.out_channels))

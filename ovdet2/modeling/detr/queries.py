@@ -1,0 +1,128 @@
+"""Where queries come from: learned ones, or the encoder's best proposals.
+
+Shapes: B images, S tokens, N queries, C channels.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from ovdet2.errors import UsageError
+from ovdet2.modeling.detr.encoder import cell_centres
+from ovdet2.modeling.detr.heads import BoxHead
+from ovdet2.modeling.detr.memory import EncoderOutputs, Queries
+from ovdet2.modeling.detr.position_encoding import box_position
+
+
+class LearnedQueries(nn.Module):
+    """N learned queries, whose reference points are a linear function of their positions."""
+
+    def __init__(self, dim, num_queries):
+        """
+        Args:
+            dim: C.
+            num_queries: N.
+        """
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(num_queries, dim))
+        self.content = nn.Parameter(torch.randn(num_queries, dim))
+        self.reference = nn.Linear(dim, 2)
+        nn.init.xavier_uniform_(self.reference.weight)
+        nn.init.zeros_(self.reference.bias)
+
+    def forward(self, memory):
+        """The same :class:`Queries` for every image, with 2-d references."""
+        batch = len(memory.tokens)
+        references = self.reference(self.position).to(memory.valid_ratios.dtype).sigmoid()
+        return Queries(*(part.expand(batch, -1, -1) for part in (self.content, self.position, references)))
+
+    def encode_position(self, references):
+        """Learned queries have learned positions.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "learned queries have no encoding of boxes: give Queries.position, or use a two-stage variant."
+        )
+
+
+class ProposalQueries(nn.Module):
+    """The N best proposals of the encoder: every token proposes a box around its cell.
+
+    Padding and cells that cannot propose are never chosen: the published code lets them compete. Where fewer than N
+    tokens propose, the remaining references are the whole image.
+    """
+
+    def __init__(self, dim, num_queries, mixed=False):
+        """
+        Args:
+            dim: C.
+            num_queries: N.
+            mixed: the content is learned and only the position comes from the proposals ("mixed query selection" of
+                DINO); otherwise both do.
+        """
+        super().__init__()
+        self.dim, self.num_queries = dim, num_queries
+        self.project = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.objectness = nn.Linear(dim, 1)
+        self.box_head = BoxHead(dim)
+        parts = 1 if mixed else 2
+        self.box_embed = nn.Linear(2 * dim, parts * dim)
+        self.box_norm = nn.LayerNorm(parts * dim)
+        self.content = nn.Parameter(torch.randn(num_queries, dim)) if mixed else None
+        for layer in (self.project, self.box_embed):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.objectness.bias, -math.log(99))
+
+    def forward(self, memory):
+        """:class:`Queries` with 4-d references, which carry no gradient, and the encoder's outputs."""
+        outputs = self.propose(memory)
+        references = self._best(outputs)
+        embedded = self._embed(references)
+        content = embedded[..., self.dim :] if self.content is None else self.content.expand(len(references), -1, -1)
+        return Queries(content, embedded[..., : self.dim], references, outputs)
+
+    def propose(self, memory):
+        """The :class:`EncoderOutputs` of every token."""
+        centres = cell_centres(memory.spatial_shapes, memory.valid_ratios)
+        sizes = [
+            centres.new_full((height * width,), 0.05 * 2.0**level)
+            for level, (height, width) in enumerate(memory.spatial_shapes)
+        ]
+        sizes = torch.cat(sizes)[None, :, None].expand(len(centres), -1, 2)
+        proposals = torch.cat([centres, sizes], dim=-1)
+        valid = ((proposals > 0.01) & (proposals < 0.99)).all(-1) & ~memory.padding_mask
+        tokens = self.norm(self.project(memory.tokens.masked_fill(~valid[..., None], 0.0)))
+        proposals = torch.log(proposals / (1 - proposals)).masked_fill(~valid[..., None], 0.0)
+        logits = self.box_head(tokens).to(proposals.dtype) + proposals
+        boxes = logits.sigmoid()
+        whole = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
+        return EncoderOutputs(self.objectness(tokens), torch.where(valid[..., None], boxes, whole), valid)
+
+    def encode_position(self, references):
+        """Positions of boxes: Tensor [B, N, 4] -> [B, N, C].
+
+        Raises:
+            UsageError: the references are points.
+        """
+        return self._embed(references)[..., : self.dim]
+
+    def _embed(self, references):
+        if references.shape[-1] != 4:
+            raise UsageError(f"positions are encoded from 4 coordinates, not {references.shape[-1]}.")
+        return self.box_norm(self.box_embed(box_position(references, self.dim // 2)))
+
+    def _best(self, outputs):
+        """References of the N most object-like proposals, best first: Tensor [B, N, 4]."""
+        scores = outputs.logits[..., 0].masked_fill(~outputs.valid, -math.inf)
+        count = min(self.num_queries, scores.shape[1])
+        chosen = scores.topk(count, dim=1).indices
+        references = outputs.boxes_cxcywh.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
+        if count == self.num_queries:
+            return references
+        whole = references.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(len(references), self.num_queries - count, -1)
+        return torch.cat([references, whole], dim=1)
