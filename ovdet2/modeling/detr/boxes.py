@@ -1,0 +1,50 @@
+"""Box algebra of DETR: normalised boxes by centre and size, and a generalised IoU that bears boxes without area."""
+
+import torch
+
+# About the area of a hundredth of a pixel in an image of 300 x 300, as a share of the image. Nothing that a detector
+# finds is smaller; it keeps the quotients of boxes without area, and their gradients, finite.
+_SMALLEST_AREA = 1e-9
+
+
+def cxcywh_to_xyxy(boxes_cxcywh):
+    """Tensor [..., 4] (centre x, centre y, width, height) -> [..., 4] (left, top, right, bottom), in the same unit."""
+    centre, size = boxes_cxcywh.split(2, dim=-1)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy):
+    """The inverse of :func:`cxcywh_to_xyxy`."""
+    first, last = boxes_xyxy.split(2, dim=-1)
+    return torch.cat([(first + last) / 2, last - first], dim=-1)
+
+
+def generalized_iou(boxes1_xyxy, boxes2_xyxy):
+    """IoU less the share of the enclosing box that neither covers (Rezatofighi et al., CVPR 2019), by broadcasting.
+
+    torchvision's pairwise function gives NaN for two boxes without area, and its loss adds 1e-7 to the areas, which
+    normalised boxes of a few pixels feel.
+
+    Args:
+        boxes1_xyxy: Tensor [..., 4], normalised by the image's size, right >= left and bottom >= top.
+        boxes2_xyxy: Tensor [..., 4], of a shape that broadcasts with it: ``a[:, None], b[None]`` compares all pairs,
+            two of the same shape are compared row by row.
+
+    Returns:
+        Tensor [...], -1 to 1; of two boxes without area 0, or -1 if their enclosing box has one.
+    """
+    intersection = _area(_sides(torch.maximum, torch.minimum, boxes1_xyxy, boxes2_xyxy))
+    union = _area(boxes1_xyxy[..., 2:] - boxes1_xyxy[..., :2]) + _area(boxes2_xyxy[..., 2:] - boxes2_xyxy[..., :2])
+    union = union - intersection
+    enclosing = _area(_sides(torch.minimum, torch.maximum, boxes1_xyxy, boxes2_xyxy))
+    iou = intersection / union.clamp(min=_SMALLEST_AREA)
+    return iou - (enclosing - union) / enclosing.clamp(min=_SMALLEST_AREA)
+
+
+def _sides(of_first, of_last, boxes1, boxes2):
+    """Width and height [..., 2] of the box from one extreme of the corners to another; 0 where it is turned over."""
+    return (of_last(boxes1[..., 2:], boxes2[..., 2:]) - of_first(boxes1[..., :2], boxes2[..., :2])).clamp(min=0)
+
+
+def _area(sides):
+    return sides[..., 0] * sides[..., 1]

@@ -1,0 +1,162 @@
+"""The losses of a query-based detector, one number per kind and decoder layer; weights belong to the configuration.
+
+Names: ``loss_<kind>`` for the last decoder layer, ``loss_<kind>_<l>`` for the layers l = 0, 1, ... before it, and
+``loss_<kind>_encoder`` for the proposals of a two-stage encoder. Kinds: class, l1, giou.
+
+Shapes: L decoder layers, B images, N queries, K words, S tokens of the encoder, P pairs.
+"""
+
+import re
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torchvision.ops import sigmoid_focal_loss
+
+from ovdet2.errors import UsageError
+from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy, generalized_iou
+
+_PLACE = re.compile(r"_(\d+|encoder)$")
+
+
+class SetCriterion:
+    """Matches every decoder layer with the objects and gives its losses."""
+
+    def __init__(self, matcher, encoder_matcher=None, alpha=0.25, gamma=2.0, auxiliary=True):
+        """
+        Args:
+            matcher: :class:`~ovdet2.modeling.detr.matcher.HungarianMatcher` of the decoder layers.
+            encoder_matcher: the same for the proposals of a two-stage encoder, without costs that need words; None:
+                ``matcher``.
+            alpha, gamma: of the focal loss.
+            auxiliary: whether the layers before the last have losses, too.
+        """
+        self.matcher = matcher
+        self.encoder_matcher = encoder_matcher or matcher
+        self.alpha, self.gamma = alpha, gamma
+        self.auxiliary = auxiliary
+
+    def __call__(self, outputs, targets):
+        """
+        Args:
+            outputs: dict with "pred_logits" [L, B, N, K], "pred_boxes" [L, B, N, 4] (cxcywh, normalised by the image
+                without padding) and, of a two-stage detector, "encoder", a dict with "logits" [B, S, 1],
+                "boxes_cxcywh" [B, S, 4] and "valid" [B, S] bool: others are neither matched nor trained.
+            targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
+
+        Returns:
+            (losses, matches): dict of unweighted scalar Tensors, float32 or better, and a list with the
+            :class:`~ovdet2.modeling.detr.targets.Matches` of each layer that has losses, the last layer's last.
+
+        Raises:
+            UsageError: a label that the K columns do not have.
+            NumericalError: see :class:`~ovdet2.modeling.detr.matcher.HungarianMatcher`.
+        """
+        # First of all: a process that stops at a cost that is not finite must not leave the others waiting here.
+        num_boxes = mean_box_count(len(targets), outputs["pred_boxes"].device)
+        if not self.auxiliary:
+            outputs = {**outputs, **{key: outputs[key][-1:] for key in ("pred_logits", "pred_boxes")}}
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if targets.label_limit > logits.shape[-1]:
+            raise UsageError(
+                f"the batch has an object of class {targets.label_limit - 1}, but the classifier has the "
+                f"{logits.shape[-1]} columns 0 to {logits.shape[-1] - 1} in training; images {', '.join(targets.names)}: "
+                "train on the data set whose base classes the vocabulary has."
+            )
+        matches, losses = self.matcher(outputs, targets), {}
+        for layer, found in enumerate(matches):
+            place = "" if layer == len(matches) - 1 else f"_{layer}"
+            of_layer = self.losses_of(logits[layer], boxes[layer], targets, found, num_boxes)
+            losses.update((f"{name}{place}", value) for name, value in of_layer.items())
+        if "encoder" in outputs:
+            losses.update(self._encoder_losses(outputs["encoder"], targets.without_labels(), num_boxes))
+        return losses, matches
+
+    def losses_of(self, logits, boxes_cxcywh, targets, matches, num_boxes):
+        """The losses of one set of queries under given pairs, found by matching or assigned directly.
+
+        Args:
+            logits: Tensor [B, N, K].
+            boxes_cxcywh: Tensor [B, N, 4].
+            targets, matches: as returned by or given to :meth:`__call__`; an object may have several queries.
+            num_boxes: number or scalar Tensor > 0 that the sums are divided by.
+
+        Returns:
+            dict of "loss_class", "loss_l1", "loss_giou".
+        """
+        if logits.dtype.itemsize < 4:
+            logits = logits.float()
+        if boxes_cxcywh.dtype.itemsize < 4:
+            boxes_cxcywh = boxes_cxcywh.float()
+        with torch.autocast(logits.device.type, enabled=False):
+            classes = class_targets(logits, targets, matches)
+            matched = boxes_cxcywh[matches.image, matches.query]  # P x 4
+            wanted = targets.boxes_cxcywh[matches.target].to(matched)
+            giou = generalized_iou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(wanted))
+            return {
+                "loss_class": sigmoid_focal_loss(logits, classes, self.alpha, self.gamma, "sum") / num_boxes,
+                "loss_l1": (matched - wanted).abs().sum() / num_boxes,
+                "loss_giou": (1 - giou).sum() / num_boxes,
+            }
+
+    def _encoder_losses(self, encoder, targets, num_boxes):
+        logits, boxes, valid = encoder["logits"], encoder["boxes_cxcywh"], encoder["valid"]
+        proposals = {"pred_logits": logits[None], "pred_boxes": boxes[None]}
+        [matches] = self.encoder_matcher(proposals, targets, valid)
+        # A logit of minus infinity would be background at no cost, but its gradient is not a number.
+        logits = logits.masked_fill(~valid[..., None], _SURE_BACKGROUND)
+        losses = self.losses_of(logits, boxes, targets, matches, num_boxes)
+        return {f"{name}_encoder": value for name, value in losses.items()}
+
+
+# Sigmoid and focal loss are 0 in float32 and float64 alike, as is the gradient.
+_SURE_BACKGROUND = -1e3
+
+
+def class_targets(logits, targets, matches):
+    """Rows of the focal loss: one 1 in the row of a matched query, at its object's label; a background query's is 0.
+
+    Args:
+        logits: Tensor [B, N, K], for shape, type and device.
+        targets, matches: :class:`Targets` and :class:`Matches`.
+
+    Returns:
+        Tensor [B, N, K].
+    """
+    classes = torch.zeros_like(logits)
+    classes[matches.image, matches.query, targets.labels[matches.target]] = 1
+    return classes
+
+
+def mean_box_count(count, device):
+    """Objects per process, at least 1, by which every process divides its sums; a collective call.
+
+    Gradients are averaged over the processes, so the whole batch is divided by the number of its objects.
+
+    Args:
+        count: objects of this process.
+        device: of the model.
+
+    Returns:
+        Scalar Tensor float32.
+    """
+    total = torch.tensor(float(count), device=device)
+    if comm.get_world_size() > 1:
+        dist.all_reduce(total)
+    return (total / comm.get_world_size()).clamp(min=1)
+
+
+def weighted(losses, weights):
+    """Losses times the weight of their kind.
+
+    Args:
+        losses: dict as of :class:`SetCriterion`, whose names may end in a layer's number or in "_encoder".
+        weights: dict {"loss_class": weight, ...} by name without that ending.
+
+    Returns:
+        dict with the names of ``losses``.
+
+    Raises:
+        KeyError: a kind without a weight.
+    """
+    return {name: weights[_PLACE.sub("", name)] * value for name, value in losses.items()}

@@ -1,0 +1,78 @@
+"""From the queries of the last decoder layer to detections, without NMS.
+
+Shapes: B images, N queries, K words, T detections.
+"""
+
+import torch
+from detectron2.structures import Boxes, Instances
+
+from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
+
+_BLOCK = 64  # values per block of top_values
+
+
+def top_values(values, count):
+    """The highest values of each row and where they are: ``values.topk(count)``, for rows of millions.
+
+    The highest T values lie in the T blocks with the highest maxima: one pass finds the maxima, and the selection is
+    among T blocks.
+
+    Args:
+        values: Tensor [B, V], contiguous.
+        count: T; V if there are fewer.
+
+    Returns:
+        (Tensor [B, T], Tensor [B, T] int64), the highest first; of equal values any may come first.
+    """
+    rows, length = values.shape
+    whole = length - length % _BLOCK
+    blocks = values[:, :whole].unflatten(1, (-1, _BLOCK))
+    best = blocks.amax(dim=2).topk(min(count, blocks.shape[1]), dim=1).indices  # B x T
+    within = torch.arange(_BLOCK, device=values.device)
+    places = (best[..., None] * _BLOCK + within).flatten(1)
+    tail = torch.arange(whole, length, device=values.device).expand(rows, -1)
+    places = torch.cat([places, tail], dim=1)
+    top, order = values.gather(1, places).topk(min(count, length), dim=1)
+    return top, places.gather(1, order)
+
+
+class PostProcessor:
+    """Each pair of a query and a word is a candidate, scored by its sigmoid; the best of an image are kept."""
+
+    def __init__(self, detections_per_image=100, score_threshold=0.0):
+        """
+        Args:
+            detections_per_image: most detections of an image.
+            score_threshold: detections below it are left out; 0 keeps all.
+        """
+        self.detections_per_image = detections_per_image
+        self.score_threshold = score_threshold
+
+    @torch.no_grad()
+    def __call__(self, outputs, sizes):
+        """
+        Args:
+            outputs: dict with "pred_logits" [L, B, N, K] and "pred_boxes" [L, B, N, 4], cxcywh normalised by the image
+                without padding; the last layer counts.
+            sizes: B pairs (height, width) in pixels that the detections are wanted in.
+
+        Returns:
+            list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
+            (0 to 1, float32) and ``pred_classes`` (0..K-1).
+        """
+        logits, boxes = outputs["pred_logits"][-1].float(), outputs["pred_boxes"][-1].float()
+        words = logits.shape[2]
+        top, places = top_values(logits.flatten(1), self.detections_per_image)  # B x T
+        scores, classes, queries = top.sigmoid(), places % words, places // words
+        corners = cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
+        results = []
+        for image, (height, width) in enumerate(sizes):
+            kept = scores[image] >= self.score_threshold
+            pixels = Boxes(corners[image, kept] * corners.new_tensor([width, height, width, height]))
+            pixels.clip((height, width))
+            results.append(
+                Instances(
+                    (height, width), pred_boxes=pixels, scores=scores[image, kept], pred_classes=classes[image, kept]
+                )
+            )
+        return results
