@@ -73,9 +73,30 @@ def get_cfg():
     # Cached regions used per image and step, drawn at random where there are more.
     cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE = 300
 
+    # DETR's augmentation: half of the training images are resized and cropped before INPUT.MIN_SIZE_TRAIN (with
+    # MIN_SIZE_TRAIN_SAMPLING "choice") and RANDOM_FLIP apply, which the others go through alone.
+    cfg.INPUT.DETR_CROP = CN()
+    # Off for the other families.
+    cfg.INPUT.DETR_CROP.ENABLED = False
+    # Short sides before the crop, in pixels; one is drawn.
+    cfg.INPUT.DETR_CROP.RESIZE = (400, 500, 600)
+    # Least and most pixels of each side of the crop.
+    cfg.INPUT.DETR_CROP.SIDES = (384, 600)
+
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" (the norm of all gradients) beside Detectron2's two.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # Learning rates by name: a list of [pattern, factor], as [["backbone", 0.1]]. The pattern is a regular expression
+    # looked for anywhere in a parameter's name; of several found the first counts, one found nowhere is an error.
+    cfg.SOLVER.LR_FACTORS = []
+    # The type that SOLVER.AMP.ENABLED runs the forward pass in: "bfloat16" (CPU or CUDA) or "float16" (CUDA alone, with
+    # a scaler of the gradients).
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"
+    cfg.SOLVER.EMA = CN()
+    # Keep a moving average of the weights, which is evaluated and is the "model" of the checkpoints.
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the average that a step keeps.
+    cfg.SOLVER.EMA.DECAY = 0.9997
     # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 

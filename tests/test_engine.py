@@ -45,7 +45,7 @@ def train(output, *overrides, resume=False, stop_after=None):
     gradients = {}
 
     def before_step(*_):
-        gradients[trainer.iter] = [p.grad.sum().item() for p in trainer.checkpointer.model.parameters()]
+        gradients[trainer.iter] = [p.grad.sum().item() for p in trainer._trainer.model.parameters()]
         if trainer.iter == stop_after:
             raise KeyboardInterrupt
 
@@ -348,7 +348,7 @@ class TestSetup:
 
 @pytest.mark.parametrize("overrides, words", [
     (["SOLVER.OPTIMIZER", "Lion"], "SOLVER.OPTIMIZER"),
-    (["SOLVER.AMP.ENABLED", "True"], "SOLVER.AMP.ENABLED"),
+    (["SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "float16"], "SOLVER.AMP.DTYPE.*bfloat16"),
     (["SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "half"], "CLIP_TYPE.*full_model"),
     (["MODEL.META_ARCHITECTURE", "NoSuchNet"], "NoSuchNet.*OpenVocabularyRCNN"),
 ])  # fmt: skip

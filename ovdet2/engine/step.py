@@ -18,14 +18,15 @@ class CheckedStep:
     leave the other processes waiting. Here the processes agree after every forward pass.
     """
 
-    def __init__(self, model, data_loader, optimizer, scaler=None, max_norm=None):
+    def __init__(self, model, data_loader, optimizer, scaler=None, max_norm=None, amp_dtype=None):
         """
         Args:
             model: module returning a dict of scalar losses (or one scalar) from a batch.
             data_loader: iterable of batches, endless; opened at the first step.
             optimizer: over the model's parameters.
-            scaler: torch.amp.GradScaler for mixed precision on CUDA, or None for float32.
+            scaler: torch.amp.GradScaler of float16, or None.
             max_norm: L2 norm over all parameters to which gradients are clipped, or None.
+            amp_dtype: type of the mixed precision of the forward pass, or None for float32.
         """
         model.train()
         self.model = model
@@ -33,6 +34,7 @@ class CheckedStep:
         self.optimizer = optimizer
         self.scaler = scaler
         self.max_norm = max_norm
+        self.amp_dtype = amp_dtype
         self.iter = 0
         self._batches = None
 
@@ -84,9 +86,8 @@ class CheckedStep:
 
     def _forward(self, batch):
         """(losses, None), or (None, reason) where Detectron2 itself met a number that is not finite."""
-        autocast = contextlib.nullcontext() if self.scaler is None else torch.autocast("cuda", dtype=torch.float16)
         try:
-            with autocast:
+            with torch.autocast(self._device().type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 losses = self.model(batch)
         except FloatingPointError as error:
             return None, str(error)

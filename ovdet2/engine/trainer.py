@@ -4,13 +4,10 @@ import inspect
 import logging
 import weakref
 
-import torch
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from detectron2.solver import build_optimizer
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +15,8 @@ from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
+from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
@@ -47,16 +46,19 @@ class Trainer(DefaultTrainer):
         """
         TrainerBase.__init__(self)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        scaler = _build_scaler(cfg)
+        amp_dtype, scaler = mixed_precision(cfg)
         data_loader = self.build_train_loader(cfg)
         model = self.build_model(cfg)
         _require_cached_teacher(data_loader, model)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        max_norm = cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE if _clips_full_model(cfg) else None
-        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, max_norm)
+        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, full_model_norm(cfg), amp_dtype)
+        self._trained = model
+        self._average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        # The model that is loaded, saved and evaluated.
+        published = model if self._average is None else self._average.model
         self.checkpointer = AtomicCheckpointer(
-            model, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP, trainer=weakref.proxy(self)
+            published, cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINTS_TO_KEEP, trainer=weakref.proxy(self)
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -74,6 +76,8 @@ class Trainer(DefaultTrainer):
         state = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if "iteration" in state:
             self.start_iter = state["iteration"] + 1
+        elif self._average is not None:
+            self._average.start_training_from_average()
 
     def train(self):
         """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
@@ -99,17 +103,24 @@ class Trainer(DefaultTrainer):
     def build_hooks(self):
         """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
 
+        def settle():
+            average_batch_norm(self._trained)
+            if self._average is not None:
+                self._average.follow_buffers()
+
         def evaluate():
-            average_batch_norm(self.checkpointer.model)
+            settle()
             done = min(self.iter + 1, self.max_iter)
             weights = f"of the run in {self.cfg.OUTPUT_DIR}, after {done} iterations"
+            weights += "" if self._average is None else f", averaged with decay {self.cfg.SOLVER.EMA.DECAY}"
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
             return self._last_eval_results
 
         built = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
-            CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD),
+            *([] if self._average is None else [AverageHook(self._average)]),
+            CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, settle),
             hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate),
         ]
         if comm.is_main_process():
@@ -129,6 +140,8 @@ class Trainer(DefaultTrainer):
         state["random"] = comm.gather(random_state())
         if self._trainer.scaler is not None:
             state["scaler"] = self._trainer.scaler.state_dict()
+        if self._average is not None:
+            state["average"] = self._average.state_dict()
         if hasattr(self.data_loader, "state_dict"):
             state["data"] = self.data_loader.state_dict()
         return state
@@ -140,6 +153,12 @@ class Trainer(DefaultTrainer):
         self.scheduler.load_state_dict(state["scheduler"])
         if self._trainer.scaler is not None and "scaler" in state:
             self._trainer.scaler.load_state_dict(state["scaler"])
+        if self._average is not None and "average" in state:
+            self._average.load_state_dict(state["average"])
+        elif self._average is not None:
+            self._average.start_training_from_average()
+        elif "average" in state:
+            restore_trained(self._trained, state["average"])
         if "data" in state and hasattr(self.data_loader, "load_state_dict"):
             self.data_loader.load_state_dict(state["data"])
         if len(state["random"]) == comm.get_world_size():
@@ -167,29 +186,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg, model):
-        """SGD or AdamW (SOLVER.OPTIMIZER) with Detectron2's parameter groups and its clipping per parameter.
-
-        Raises:
-            UsageError: another optimizer, or another way of clipping.
-        """
-        if _clips_full_model(cfg):
-            # Done by CheckedStep, which computes the norm anyway; Detectron2's optimizers know only single parameters.
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False
-        if cfg.SOLVER.OPTIMIZER == "SGD":
-            return build_optimizer(cfg, model)
-        if cfg.SOLVER.OPTIMIZER != "AdamW":
-            raise UsageError(f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r}: use 'SGD' or 'AdamW'.")
-        groups = get_default_optimizer_params(
-            model,
-            base_lr=cfg.SOLVER.BASE_LR,
-            weight_decay_norm=cfg.SOLVER.WEIGHT_DECAY_NORM,
-            bias_lr_factor=cfg.SOLVER.BIAS_LR_FACTOR,
-            weight_decay_bias=cfg.SOLVER.WEIGHT_DECAY_BIAS,
-        )
-        optimizer = maybe_add_gradient_clipping(cfg, torch.optim.AdamW)
-        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, weight_decay=cfg.SOLVER.WEIGHT_DECAY, fused=True)
+        """See :func:`ovdet2.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -304,12 +302,14 @@ def _draw_report(dataset_name, evaluation, folder):
 class CheckpointHook(HookBase):
     """Saves every ``period`` iterations as model_<iteration>.pth, and after the last one as model_final.pth.
 
-    Registered in every process, since the random states of all of them are saved and their batch statistics averaged.
+    Registered in every process, since the random states of all of them are saved; ``settle`` is called before, to
+    average their batch statistics.
     """
 
-    def __init__(self, checkpointer, period):
+    def __init__(self, checkpointer, period, settle):
         self.checkpointer = checkpointer
         self.period = period
+        self.settle = settle
 
     def after_step(self):
         done = self.trainer.iter + 1
@@ -319,7 +319,7 @@ class CheckpointHook(HookBase):
             self._save(f"model_{self.trainer.iter:07d}")
 
     def _save(self, name):
-        average_batch_norm(self.checkpointer.model)
+        self.settle()
         self.checkpointer.save(name, iteration=self.trainer.iter)
 
 
@@ -346,24 +346,3 @@ def _require_cached_teacher(data_loader, model):
     cache = getattr(mapper, "region_cache", None)
     if cache is not None:
         cache.require_teacher(model.vocabulary.vocabulary.teacher, "the vocabulary")
-
-
-def _clips_full_model(cfg):
-    """Whether CLIP_TYPE is "full_model", which DETR-like recipes need beside Detectron2's "value" and "norm"."""
-    clipping = cfg.SOLVER.CLIP_GRADIENTS
-    if clipping.ENABLED and clipping.CLIP_TYPE not in ("value", "norm", "full_model"):
-        raise UsageError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE is {clipping.CLIP_TYPE!r}: use 'value', 'norm' (both per parameter) or "
-            "'full_model' (the L2 norm over all parameters)."
-        )
-    return clipping.ENABLED and clipping.CLIP_TYPE == "full_model"
-
-
-def _build_scaler(cfg):
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    if not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise UsageError(
-            f"SOLVER.AMP.ENABLED is float16 on CUDA, but MODEL.DEVICE is {cfg.MODEL.DEVICE}: set it to False."
-        )
-    return torch.amp.GradScaler("cuda")

@@ -40,8 +40,9 @@ class SetCriterion:
         """
         Args:
             outputs: dict with "pred_logits" [L, B, N, K], "pred_boxes" [L, B, N, 4] (cxcywh, normalised by the image
-                without padding) and, of a two-stage detector, "encoder", a dict with "logits" [B, S, 1],
-                "boxes_cxcywh" [B, S, 4] and "valid" [B, S] bool: others are neither matched nor trained.
+                without padding), what else the matcher's costs need, beginning with L, and of a two-stage detector
+                "encoder", a dict with "logits" [B, S, 1], "boxes_cxcywh" [B, S, 4] and "valid" [B, S] bool: tokens
+                that are not valid are neither matched nor trained.
             targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
 
         Returns:
@@ -55,13 +56,13 @@ class SetCriterion:
         # First of all: a process that stops at a cost that is not finite must not leave the others waiting here.
         num_boxes = mean_box_count(len(targets), outputs["pred_boxes"].device)
         if not self.auxiliary:
-            outputs = {**outputs, **{key: outputs[key][-1:] for key in ("pred_logits", "pred_boxes")}}
+            outputs = {key: value if key == "encoder" else value[-1:] for key, value in outputs.items()}
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if targets.label_limit > logits.shape[-1]:
             raise UsageError(
                 f"the batch has an object of class {targets.label_limit - 1}, but the classifier has the "
-                f"{logits.shape[-1]} columns 0 to {logits.shape[-1] - 1} in training; images {', '.join(targets.names)}: "
-                "train on the data set whose base classes the vocabulary has."
+                f"{logits.shape[-1]} columns 0 to {logits.shape[-1] - 1} in training; images "
+                f"{', '.join(targets.names)}: train on the data set whose base classes the vocabulary has."
             )
         matches, losses = self.matcher(outputs, targets), {}
         for layer, found in enumerate(matches):
