@@ -10,6 +10,7 @@ from detectron2.data import transforms as T
 from detectron2.data.dataset_mapper import DatasetMapper
 from detectron2.structures import Boxes, Instances
 
+from ovdet2.data.detr_augmentation import detr_crop
 from ovdet2.data.images import read_image
 from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import CacheError, DataError, UsageError
@@ -56,7 +57,10 @@ class OpenVocabularyMapper(DatasetMapper):
                     f"MODEL.MASK_ON is True, but {', '.join(maskless)} carries boxes alone: set it to False, or "
                     "register the data set with masks=True."
                 )
-        return super().from_config(cfg, is_train) | {
+        arguments = super().from_config(cfg, is_train)
+        if is_train and cfg.INPUT.DETR_CROP.ENABLED:
+            arguments["augmentations"].insert(0, detr_crop(cfg.INPUT.DETR_CROP.RESIZE, cfg.INPUT.DETR_CROP.SIDES))
+        return arguments | {
             "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
             "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,
         }
