@@ -62,6 +62,21 @@ def get_cfg():
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
+    # MODEL.BACKBONE.NAME "build_clip_resnet_backbone" is the teacher's image tower, with MODEL.RESNETS.OUT_FEATURES and
+    # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_timm_swin_backbone" is the following one.
+    cfg.MODEL.SWIN = CN()
+    # timm name of a Swin Transformer.
+    cfg.MODEL.SWIN.ARCHITECTURE = "swin_base_patch4_window7_224"
+    # File of its classification weights (timm's or Microsoft's) that training starts from; not read where MODEL.WEIGHTS
+    # names a file of the whole detector.
+    cfg.MODEL.SWIN.WEIGHTS = ""
+    # Stochastic depth of the last block, falling to 0 at the first.
+    cfg.MODEL.SWIN.DROP_PATH = 0.2
+    # Compute activations a second time in the backward pass instead of keeping them.
+    cfg.MODEL.SWIN.CHECKPOINTING = False
+    # Maps, of "res2" (stride 4) to "res5" (stride 32).
+    cfg.MODEL.SWIN.OUT_FEATURES = ["res3", "res4", "res5"]
+
     # Distillation of the teacher's region embeddings, computed offline by tools/build_region_cache.py.
     cfg.MODEL.DISTILLATION = CN()
     # w of ViLD's loss; 0 trains without (ViLD-text) and reads no cache.

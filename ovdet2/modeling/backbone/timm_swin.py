@@ -1,0 +1,112 @@
+"""Swin Transformer of timm as a trunk for images of any size."""
+
+import timm
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from timm.models.swin_transformer import checkpoint_filter_fn
+from torch import nn
+from torch.nn import functional as F
+
+from ovdet2.errors import DataError, UsageError
+
+_STAGES = ("res2", "res3", "res4", "res5")
+_PATCH = 4
+
+
+class TimmSwin(Backbone):
+    """The maps of a Swin Transformer, strides 4 to 32, each under a layer norm of its own."""
+
+    def __init__(self, trunk, out_features=("res3", "res4", "res5")):
+        """
+        Args:
+            trunk: SwinTransformer of :func:`swin_trunk`; stages that are not asked for are taken off.
+            out_features: of "res2" to "res5", finest first.
+
+        Raises:
+            UsageError: an unknown map.
+        """
+        super().__init__()
+        unknown = set(out_features) - set(_STAGES)
+        if unknown or not out_features:
+            raise UsageError(f"a Swin Transformer has the maps {', '.join(_STAGES)}, not {', '.join(out_features)}.")
+        self._out_features = list(out_features)
+        self._indices = sorted(_STAGES.index(name) for name in out_features)
+        info = trunk.feature_info
+        self._out_feature_channels = {name: info[_STAGES.index(name)]["num_chs"] for name in out_features}
+        self._out_feature_strides = {name: info[_STAGES.index(name)]["reduction"] for name in out_features}
+        # Without the last norm and the classifier, which would have no gradient.
+        trunk.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
+        self.trunk = trunk
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(self._out_feature_channels[name]) for name in out_features})
+
+    def forward(self, images):
+        """
+        Args:
+            images: Tensor [B, 3, H, W], normalised.
+
+        Returns:
+            dict of name to Tensor [B, C, ceil(H / stride), ceil(W / stride)].
+        """
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % _PATCH, 0, -height % _PATCH))
+        found = self.trunk.forward_intermediates(images, indices=self._indices, intermediates_only=True)
+        maps = dict(zip((_STAGES[index] for index in self._indices), found))
+        return {
+            name: self.norms[name](maps[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for name in self._out_features
+        }
+
+
+def swin_trunk(architecture, drop_path=0.2, checkpointing=False, **changes):
+    """A SwinTransformer for detection, with random weights.
+
+    Windows keep their size and are shifted in every stage whatever the image's size; by itself timm fixes both for its
+    classification size, where the last stage is a single window.
+
+    Args:
+        architecture: timm name, such as "swin_base_patch4_window7_224".
+        drop_path: stochastic depth of the last block.
+        checkpointing: compute activations twice to keep fewer.
+        changes: further arguments of timm's SwinTransformer.
+
+    Raises:
+        UsageError: timm has no such Swin Transformer.
+    """
+    name = architecture.split(".")[0]
+    if not name.startswith("swin_") or not timm.is_model(name):
+        known = ", ".join(timm.list_models("swin_*"))
+        raise UsageError(f"timm has no Swin Transformer {architecture!r}: choose one of {known}.")
+    trunk = timm.create_model(
+        name, pretrained=False, drop_path_rate=drop_path, strict_img_size=False, always_partition=True, **changes
+    )
+    trunk.set_grad_checkpointing(checkpointing)
+    return trunk
+
+
+def load_swin(trunk, path):
+    """Load timm's or Microsoft's weights of the whole classifier from a local file.
+
+    Raises:
+        DataError: the file cannot be read, or lacks weights of the trunk.
+    """
+    from ovdet2.engine.weights import read_weights  # the engine imports the models
+
+    weights = checkpoint_filter_fn(read_weights(path)["model"], trunk)
+    try:
+        missing = trunk.load_state_dict(weights, strict=False).missing_keys
+    except RuntimeError as error:
+        raise DataError(f"{path} is not of the Swin Transformer of MODEL.SWIN.ARCHITECTURE: {error}") from None
+    missing = [name for name in missing if not name.startswith("head.")]
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} weights of the Swin Transformer ({', '.join(missing[:3])}, ...): set "
+            "MODEL.SWIN.ARCHITECTURE to the one it is of."
+        )
+
+
+@BACKBONE_REGISTRY.register()
+def build_timm_swin_backbone(cfg, input_shape):
+    """The trunk of MODEL.SWIN; its weights are read from MODEL.SWIN.WEIGHTS unless MODEL.WEIGHTS names a detector's."""
+    swin = cfg.MODEL.SWIN
+    trunk = swin_trunk(swin.ARCHITECTURE, swin.DROP_PATH, swin.CHECKPOINTING)
+    if swin.WEIGHTS and not cfg.MODEL.WEIGHTS:
+        load_swin(trunk, swin.WEIGHTS)
+    return TimmSwin(trunk, swin.OUT_FEATURES)

@@ -1,0 +1,202 @@
+"""Trunks: strides and sizes, parity with the libraries they come from, and what freezing means."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from detectron2.modeling import build_backbone
+from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import save_file
+
+from ovdet2.config import get_cfg
+from ovdet2.errors import DataError, UsageError
+from ovdet2.modeling.backbone import CLIPResNet, TimmSwin
+from ovdet2.modeling.backbone.timm_swin import load_swin, swin_trunk
+from ovdet2.vlm.teacher import Teacher
+
+ALL = ("res2", "res3", "res4", "res5")
+TINY = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 3, 6), "window_size": 4}
+
+
+def tiny_swin(**changes):
+    torch.manual_seed(0)
+    return swin_trunk("swin_tiny_patch4_window7_224", **{"drop_path": 0.0, **TINY, **changes})
+
+
+def tiny_clip():
+    """A CLIP ResNet whose statistics and last norms are not those of the start, in evaluation mode."""
+    torch.manual_seed(0)
+    visual = ModifiedResNet([1, 1, 1, 1], output_dim=8, heads=8, image_size=64, width=8)
+    for module in visual.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return visual.eval()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return Teacher.load("ovshapes-resnet", "embedded")
+
+
+def clip_cfg(**keys):
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_clip_resnet_backbone"
+    cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED = "ovshapes-resnet", "embedded"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [122.771, 116.746, 104.094], [68.501, 66.632, 70.323]
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.merge_from_list([part for key, value in keys.items() for part in (key.replace("__", "."), value)])
+    return cfg
+
+
+class TestCLIPResNet:
+    def test_last_map_is_what_clip_pools(self, teacher):
+        """Of the embedded model, at its own size."""
+        pixels = torch.randn(2, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(0))
+        visual, seen = copy.deepcopy(teacher.clip.visual), []
+        visual.attnpool.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        visual(pixels)
+        found = CLIPResNet(teacher.clip.visual, ALL)(pixels)
+        assert torch.allclose(found["res5"], seen[0], atol=1e-5) and seen[0].abs().max() > 0.1
+        assert [tuple(found[name].shape[1:]) for name in ALL] == [(96, 24, 24), (192, 12, 12), (384, 6, 6), (768, 3, 3)]
+
+    @pytest.mark.parametrize("size", [(64, 64), (96, 160), (70, 101)])
+    def test_shapes_are_as_announced(self, size):
+        trunk = CLIPResNet(tiny_clip(), ALL)
+        found = trunk(torch.randn(2, 3, *size))
+        for name, spec in trunk.output_shape().items():
+            assert found[name].shape == (2, spec.channels, size[0] // spec.stride, size[1] // spec.stride)
+        assert [trunk.output_shape()[name].stride for name in ALL] == [4, 8, 16, 32]
+
+    def test_batch_equals_singles_and_a_part_of_the_maps_is_the_same(self):
+        pixels, visual = torch.randn(2, 3, 64, 96), tiny_clip()
+        whole, part = CLIPResNet(visual, ALL).eval(), CLIPResNet(visual, ("res3", "res4")).eval()
+        batch = whole(pixels)
+        assert torch.allclose(whole(pixels[1:])["res5"], batch["res5"][1:], atol=1e-5)
+        assert list(part(pixels)) == ["res3", "res4"] and torch.equal(part(pixels)["res4"], batch["res4"])
+
+    @pytest.mark.parametrize("freeze_at", [0, 2, 5])
+    def test_training_leaves_frozen_stages_and_all_statistics(self, freeze_at):
+        """Bit-identical; what is not frozen moves, and nothing trainable is without a gradient."""
+        given = tiny_clip()
+        untouched = copy.deepcopy(given.state_dict())
+        trunk = CLIPResNet(given, ("res3", "res5"), freeze_at).train()
+        before = copy.deepcopy(trunk.state_dict())
+        trained = [p for p in trunk.parameters() if p.requires_grad]
+        assert bool(trained) == (freeze_at < 5)
+        if trained:
+            sum(level.square().mean() for level in trunk(torch.randn(2, 3, 64, 64)).values()).backward()
+            torch.optim.SGD(trained, lr=0.1, weight_decay=0.1).step()
+            assert all(p.grad is not None for p in trained)
+        after = trunk.state_dict()
+        moved = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
+        stages = [{"conv1", "conv2", "conv3"}, {"layer1"}, {"layer2"}, {"layer3"}, {"layer4"}]
+        assert moved == set().union(*stages[freeze_at:])
+        assert not any(
+            "running" in name or ".bn" in name for name in after if not torch.equal(after[name], before[name])
+        )
+        assert all(torch.equal(value, untouched[name]) for name, value in given.state_dict().items())
+
+    def test_stages_above_the_maps_are_not_trained(self):
+        trunk = CLIPResNet(tiny_clip(), ("res3",))
+        assert not any(p.requires_grad for p in trunk.visual.layer3.parameters())
+        assert all(p.requires_grad for name, p in trunk.visual.layer2.named_parameters() if "conv" in name)
+
+    def test_by_configuration(self, teacher):
+        trunk = build_backbone(clip_cfg(MODEL__BACKBONE__FREEZE_AT="5"))
+        assert not any(p.requires_grad for p in trunk.parameters()) and trunk.visual.attnpool is None
+        assert torch.equal(trunk.visual.conv1.weight, teacher.clip.visual.conv1.weight)
+
+    @pytest.mark.parametrize("keys, words", [
+        ({"INPUT__FORMAT": "BGR"}, "INPUT.FORMAT to RGB"),
+        ({"MODEL__PIXEL_MEAN": "[123.675, 116.28, 103.53]"}, "PIXEL_MEAN .122.771"),
+        ({"MODEL__TEACHER__ARCHITECTURE": "ovshapes-vit"}, "no ResNet of CLIP"),
+        ({"MODEL__RESNETS__OUT_FEATURES": "['res6']"}, "res2, res3, res4, res5"),
+    ])  # fmt: skip
+    def test_settings_that_do_not_go_together(self, keys, words):
+        with pytest.raises(UsageError, match=words):
+            build_backbone(clip_cfg(**keys))
+
+
+class TestTimmSwin:
+    @pytest.mark.parametrize("size", [(64, 64), (96, 130), (33, 70), (20, 20)])
+    def test_shapes_are_as_announced(self, size):
+        trunk = TimmSwin(tiny_swin(), ALL).eval()
+        found = trunk(torch.randn(1, 3, *size))
+        for name, spec in trunk.output_shape().items():
+            assert found[name].shape == (1, spec.channels, -(-size[0] // spec.stride), -(-size[1] // spec.stride))
+            assert torch.isfinite(found[name]).all()
+
+    def test_equals_timm_at_its_own_size(self):
+        """Where no stage is a single window, there are no choices to make; the norms start as plain ones."""
+        trunk = tiny_swin()
+        torch.manual_seed(0)
+        plain = timm.create_model(
+            "swin_tiny_patch4_window7_224", pretrained=False, features_only=True, img_size=256, **TINY
+        ).eval()
+        plain.load_state_dict(
+            {name.replace("layers.", "layers_", 1): v for name, v in trunk.state_dict().items()}, strict=False
+        )
+        pixels = torch.randn(1, 3, 256, 256)
+        found = TimmSwin(trunk, ALL).eval()(pixels)
+        for name, expected in zip(ALL, plain(pixels)):
+            expected = torch.nn.functional.layer_norm(expected, expected.shape[-1:]).permute(0, 3, 1, 2)
+            assert torch.allclose(found[name], expected, atol=1e-5)
+
+    def test_windows_are_shifted_in_the_last_stage(self):
+        """timm leaves it out where the last stage of its classification size is one window."""
+        trunk = swin_trunk("swin_tiny_patch4_window7_224", embed_dim=12, depths=(2, 2, 2, 2), num_heads=(1, 2, 3, 6))
+        assert trunk.layers[3].blocks[1].shift_size == (3, 3)
+
+    def test_batch_equals_singles(self):
+        trunk, pixels = TimmSwin(tiny_swin()).eval(), torch.randn(2, 3, 64, 96)
+        assert torch.allclose(trunk(pixels)["res5"][1:], trunk(pixels[1:])["res5"], atol=1e-5)
+
+    @pytest.mark.parametrize("out_features", [("res3", "res4", "res5"), ("res2", "res3")])
+    @pytest.mark.parametrize("checkpointing", [False, True])
+    def test_every_parameter_gets_a_gradient(self, out_features, checkpointing):
+        """Else several processes could not train it."""
+        trunk = TimmSwin(tiny_swin(checkpointing=checkpointing), out_features).train()
+        generator = torch.Generator().manual_seed(0)
+        found = trunk(torch.randn(1, 3, 64, 64, generator=generator))
+        sum((level * torch.randn(level.shape, generator=generator)).sum() for level in found.values()).backward()
+        assert [name for name, p in trunk.named_parameters() if p.grad is None] == []
+
+    def test_weights_come_from_a_file(self, tmp_path):
+        given = tiny_swin()
+        with torch.no_grad():
+            given.layers[2].blocks[1].attn.qkv.weight.add_(1)
+        save_file(given.state_dict(), str(tmp_path / "swin.safetensors"))
+        trunk = tiny_swin()
+        load_swin(trunk, tmp_path / "swin.safetensors")
+        assert all(torch.equal(value, given.state_dict()[name]) for name, value in trunk.state_dict().items())
+
+    @pytest.mark.parametrize("changes, words", [
+        ({"depths": (2, 2, 4, 2)}, "lacks.*layers.2.blocks.2.*ARCHITECTURE"), ({"embed_dim": 24}, "not of the Swin"),
+    ])  # fmt: skip
+    def test_weights_of_another_one(self, tmp_path, changes, words):
+        save_file(tiny_swin().state_dict(), str(tmp_path / "swin.safetensors"))
+        with pytest.raises(DataError, match=f"(?s){words}"):
+            load_swin(tiny_swin(**changes), tmp_path / "swin.safetensors")
+
+    def test_by_configuration(self, tmp_path):
+        """The file is not asked for where MODEL.WEIGHTS gives all."""
+        cfg = get_cfg()
+        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SWIN.ARCHITECTURE = (
+            "build_timm_swin_backbone",
+            "swin_tiny_patch4_window7_224",
+        )
+        cfg.MODEL.SWIN.WEIGHTS = str(tmp_path / "missing.safetensors")
+        with pytest.raises(DataError, match="missing.safetensors"):
+            build_backbone(cfg)
+        cfg.MODEL.WEIGHTS = "detector.pth"
+        shapes = build_backbone(cfg).output_shape()
+        assert {name: (spec.channels, spec.stride) for name, spec in shapes.items()} == {
+            "res3": (192, 8), "res4": (384, 16), "res5": (768, 32)
+        }  # fmt: skip
+        cfg.MODEL.SWIN.ARCHITECTURE = "resnet50"
+        with pytest.raises(UsageError, match="no Swin Transformer 'resnet50'"):
+            build_backbone(cfg)
