@@ -62,6 +62,53 @@ def get_cfg():
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
 
+    # OpenVocabularyDeformableDETR. MODEL.OVD.CLASSIFIER is its class branch; with "text" MODEL.OVD.TEMPERATURE is where
+    # a learned one starts (0.01 at least). The losses are focal, over the base words.
+    cfg.MODEL.DETR = CN()
+    # "one_stage"; "refine" (each decoder layer refines the boxes of the one before); "two_stage" (which also starts
+    # from the encoder's proposals); "plus_plus" (two-stage, mixed query selection, look forward twice; set DROPOUT 0).
+    cfg.MODEL.DETR.VARIANT = "refine"
+    # Maps of the backbone, finest first.
+    cfg.MODEL.DETR.IN_FEATURES = ["res3", "res4", "res5"]
+    # Levels of attention; those beyond IN_FEATURES are made from the last map by convolutions of stride 2.
+    cfg.MODEL.DETR.LEVELS = 4
+    # Queries of an image.
+    cfg.MODEL.DETR.NUM_QUERIES = 300
+    # Channels of the transformer.
+    cfg.MODEL.DETR.DIM = 256
+    # Heads of attention.
+    cfg.MODEL.DETR.HEADS = 8
+    # Points that a head looks at on each level.
+    cfg.MODEL.DETR.POINTS = 4
+    # Width of the feed-forward blocks.
+    cfg.MODEL.DETR.FFN_DIM = 1024
+    # In attention and in the feed-forward blocks.
+    cfg.MODEL.DETR.DROPOUT = 0.1
+    # Layers of the encoder.
+    cfg.MODEL.DETR.ENCODER_LAYERS = 6
+    # Layers of the decoder.
+    cfg.MODEL.DETR.DECODER_LAYERS = 6
+    # Losses on the decoder layers before the last, each with a matching of its own.
+    cfg.MODEL.DETR.AUXILIARY_LOSSES = True
+    # Weight of the focal class loss of every layer, and of the encoder's objectness.
+    cfg.MODEL.DETR.CLASS_WEIGHT = 2.0
+    # Weight of the L1 distance of matched boxes.
+    cfg.MODEL.DETR.L1_WEIGHT = 5.0
+    # Weight of their generalised IoU loss.
+    cfg.MODEL.DETR.GIOU_WEIGHT = 2.0
+    # The same three in the cost that queries are matched by.
+    cfg.MODEL.DETR.CLASS_COST = 2.0
+    # See CLASS_COST.
+    cfg.MODEL.DETR.L1_COST = 5.0
+    # See CLASS_COST.
+    cfg.MODEL.DETR.GIOU_COST = 2.0
+    # Share of positives in focal loss and cost; negatives have one minus it.
+    cfg.MODEL.DETR.FOCAL_ALPHA = 0.25
+    # Power by which focal loss and cost let the easy ones go.
+    cfg.MODEL.DETR.FOCAL_GAMMA = 2.0
+    # Detections below it are left out; 0 keeps the best TEST.DETECTIONS_PER_IMAGE whatever their scores.
+    cfg.MODEL.DETR.SCORE_THRESH_TEST = 0.0
+
     # MODEL.BACKBONE.NAME "build_clip_resnet_backbone" is the teacher's image tower, with MODEL.RESNETS.OUT_FEATURES and
     # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_timm_swin_backbone" is the following one.
     cfg.MODEL.SWIN = CN()

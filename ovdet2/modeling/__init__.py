@@ -2,11 +2,13 @@
 
 from ovdet2.modeling.backbone import CLIPResNet, TimmSwin
 from ovdet2.modeling.build import build_classifier, build_teacher, build_vocabulary, dataset_split
+from ovdet2.modeling.meta_arch.open_vocabulary_deformable_detr import OpenVocabularyDeformableDETR
 from ovdet2.modeling.meta_arch.open_vocabulary_rcnn import OpenVocabularyRCNN
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
 
 __all__ = [
     "CLIPResNet",
+    "OpenVocabularyDeformableDETR",
     "OpenVocabularyRCNN",
     "OpenVocabularyROIHeads",
     "TimmSwin",

@@ -56,7 +56,7 @@ class SetCriterion:
         # First of all: a process that stops at a cost that is not finite must not leave the others waiting here.
         num_boxes = mean_box_count(len(targets), outputs["pred_boxes"].device)
         if not self.auxiliary:
-            outputs = {key: value if key == "encoder" else value[-1:] for key, value in outputs.items()}
+            outputs = {key: value[-1:] if isinstance(value, torch.Tensor) else value for key, value in outputs.items()}
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         if targets.label_limit > logits.shape[-1]:
             raise UsageError(

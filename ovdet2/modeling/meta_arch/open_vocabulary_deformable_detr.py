@@ -1,0 +1,110 @@
+"""Deformable DETR whose classes are an input: wiring only.
+
+Shapes: B images, L decoder layers, N queries, K words.
+"""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.structures import ImageList
+from torch import nn
+
+from ovdet2.errors import UsageError
+from ovdet2.layers import VocabularyBuffer
+from ovdet2.modeling.build import build_vocabulary
+from ovdet2.modeling.detr.criterion import weighted
+from ovdet2.modeling.detr.targets import Targets
+
+
+@META_ARCH_REGISTRY.register()
+class OpenVocabularyDeformableDETR(nn.Module):
+    """Deformable DETR (Zhu et al., ICLR 2021) that scores its queries against words.
+
+    At test each image gives {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels of the
+    original image, best first.
+    """
+
+    @configurable
+    def __init__(
+        self, *, network, vocabulary, criterion, postprocessor, loss_weights, pixel_mean, pixel_std, input_format
+    ):
+        """
+        Args:
+            network: module (images [B, 3, H, W], sizes of B images before padding) -> dict of "pred_logits"
+                [L, B, N, K], "pred_boxes" [L, B, N, 4] (cxcywh normalised by the image without padding) and, if it has
+                two stages, "encoder"; see :class:`~ovdet2.modeling.detr.criterion.SetCriterion`. At test the last layer
+                alone may have logits. Its ``backbone`` says by what the sides of a batch must be divisible.
+            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` that the network reads, too.
+            criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
+            postprocessor: (outputs, B (height, width)) -> list of :class:`Instances`.
+            loss_weights: dict by kind of loss.
+            pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of ``input_format``.
+            input_format: "RGB" or "BGR", of the images given.
+        """
+        super().__init__()
+        self.network = network
+        self.vocabulary = vocabulary
+        self.criterion = criterion
+        self.postprocessor = postprocessor
+        self.loss_weights = dict(loss_weights)
+        self.input_format = input_format
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_config(cls, cfg, vocabulary=None):
+        """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
+        from ovdet2.modeling.detr.build import build_criterion, build_detr, build_postprocessor, loss_weights
+
+        vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        return {
+            "network": build_detr(cfg, build_backbone(cfg), vocabulary),
+            "vocabulary": vocabulary,
+            "criterion": build_criterion(cfg),
+            "postprocessor": build_postprocessor(cfg),
+            "loss_weights": loss_weights(cfg),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self):
+        """Where the pixels are taken to."""
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs):
+        """
+        Args:
+            batched_inputs: B records with "image", Tensor [3, H, W] uint8 or float, 0 to 255; in training "instances"
+                with ``gt_boxes`` and ``gt_classes``; at test "height" and "width" of the image that boxes are wanted
+                in (its own if absent).
+
+        Returns:
+            In training the weighted losses, a dict of scalar Tensors; at test a list of B {"instances"}.
+
+        Raises:
+            UsageError: a closed set of classes is asked for another number of words.
+            NumericalError: a matching cost is not finite; it names the image.
+        """
+        images = self.preprocess(batched_inputs)
+        outputs = self.network(images.tensor, images.image_sizes)
+        if self.training:
+            losses, _ = self.criterion(outputs, Targets.of_records(batched_inputs, self.device))
+            return weighted(losses, self.loss_weights)
+        words = outputs["pred_logits"].shape[-1]
+        if words != len(self.vocabulary.vocabulary):
+            raise UsageError(
+                f"a closed-set head of {words} classes cannot take {len(self.vocabulary.vocabulary)} words: use "
+                'MODEL.OVD.CLASSIFIER "text".'
+            )
+        sizes = [
+            (record.get("height", size[0]), record.get("width", size[1]))
+            for record, size in zip(batched_inputs, images.image_sizes)
+        ]
+        return [{"instances": found} for found in self.postprocessor(outputs, sizes)]
+
+    def preprocess(self, batched_inputs):
+        """The normalised images, padded with zeros at the right and the bottom, and their sizes: :class:`ImageList`."""
+        images = [(record["image"].to(self.device) - self.pixel_mean) / self.pixel_std for record in batched_inputs]
+        return ImageList.from_tensors(images, self.network.backbone.size_divisibility)
