@@ -65,16 +65,22 @@ class TextBranch(nn.Module):
         """
         Args:
             dim: C.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; base columns in training, all words at test.
+            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` of the detector, which every layer's branch reads and
+                none owns; base columns in training, all words at test.
             scale: initial s, at most 100, where it stays capped.
         """
         super().__init__()
         if not 0 < scale <= 100:
             raise UsageError(f"the scale of the text branch starts at {scale}: choose one in (0, 100].")
-        self.vocabulary = vocabulary
+        self._shared = (vocabulary,)  # a tuple hides it from state_dict, where it would stand once for each layer
         self.projection = EmbeddingProjection(dim, vocabulary.embeddings.shape[1])
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(_PRIOR_BIAS))
+
+    @property
+    def vocabulary(self):
+        """The detector's :class:`~ovdet2.layers.VocabularyBuffer`."""
+        return self._shared[0]
 
     def embed(self, hidden):
         """Tensor [B, N, C] -> unit embeddings e [B, N, D], float32."""

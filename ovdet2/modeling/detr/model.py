@@ -73,16 +73,19 @@ class DeformableDETR(nn.Module):
 
         Returns:
             dict: "pred_logits" Tensor [Ld or 1, B, N, K]; "pred_boxes" Tensor [Ld, B, N, 4], cxcywh in (0, 1) of the
-            image without its padding; "queries" and "memory"; and all of :meth:`DeformableTransformer.decode`.
+            image without its padding; "queries" and "memory"; with two stages "encoder", a dict of the fields of
+            :class:`~ovdet2.modeling.detr.memory.EncoderOutputs`; and all of :meth:`DeformableTransformer.decode`.
         """
         memory = self.transformer.encode(*self.features(images, image_sizes))
         queries = self.transformer.queries(memory)
         decoded = self.transformer.decode(memory, queries, keep_sampling=keep_sampling)
         logits = self.classify(decoded["hidden"], self.training if all_layers is None else all_layers)
+        encoder = {} if queries.encoder_outputs is None else {"encoder": queries.encoder_outputs._asdict()}
         return {
             "pred_logits": logits,
             "pred_boxes": decoded.pop("boxes_cxcywh"),
             "queries": queries,
             "memory": memory,
+            **encoder,
             **decoded,
         }
