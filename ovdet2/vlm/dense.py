@@ -1,0 +1,218 @@
+"""Dense features of a CLIP: a map of the whole image in one pass, and the embeddings of regions pooled from it.
+
+A ViT gives a map of embeddings, its last block without attention (MaskCLIP; CLIM and CLIPSelf); a ModifiedResNet gives
+its last map, of which its own attention pool makes embeddings (F-VLM). Nothing here changes the tower, and gradients
+flow wherever its parameters ask for them, except through :func:`embed_regions_dense`.
+
+Shapes: N images, R regions, H x W input in pixels, h x w map, C channels, D embedding dimension, W_t width of a ViT.
+``visual`` is an open_clip image tower; ``pixels`` are normalised by the tower's own mean and deviation. Boxes are XYXY
+in pixels of the tensor they come with, with pixel edges at integers.
+"""
+
+import torch
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+from ovdet2.errors import UsageError
+from ovdet2.layers.attention_pool import attention_pool_regions
+from ovdet2.vlm.crops import scale_boxes
+
+
+def is_vit(visual):
+    """True for a VisionTransformer, False for a ModifiedResNet.
+
+    Raises:
+        UsageError: the tower is neither, or a VisionTransformer whose blocks or pooling are not CLIP's; it names it.
+    """
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+
+    if isinstance(visual, ModifiedResNet) and visual.attnpool is not None:
+        return False
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+        if isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock):
+            return True
+    trunk = getattr(visual, "trunk", None)  # timm's towers, EVA02-CLIP among them
+    name = (getattr(trunk, "pretrained_cfg", None) or {}).get("architecture") or type(trunk or visual).__name__
+    raise UsageError(
+        f"no dense features of the image tower {name!r} ({type(visual).__name__}): choose an open_clip ViT (ViT-B-32, "
+        "ViT-B-16, ViT-L-14, ovshapes-vit) or a ModifiedResNet (RN50, RN50x4, RN50x16, RN50x64, ovshapes-resnet)."
+    )
+
+
+def stride_of(visual):
+    """Pixels per cell of the map, an int: the patch of a ViT, 32 for a ModifiedResNet."""
+    return visual.conv1.stride[0] if is_vit(visual) else 32
+
+
+def dense_map(visual, pixels, attention_free=True):
+    """The map that regions are pooled from.
+
+    A ViT: the tokens of the patches after the last block (see :func:`block_tokens`), each through ``ln_post`` and the
+    projection. A ModifiedResNet: the output of its last stage, which its attention pool reads.
+
+    Args:
+        visual: image tower.
+        pixels: Tensor [N, 3, H, W], normalised; a remainder of H or W over the stride is not seen by a ViT.
+        attention_free: False keeps the attention of a ViT's last block, as in whole-image classification.
+
+    Returns:
+        Tensor [N, D, h, w] of a ViT, [N, C, h, w] of a ModifiedResNet, in the tower's dtype, not normalised.
+
+    Raises:
+        UsageError: see :func:`is_vit`.
+    """
+    if not is_vit(visual):
+        maps = visual.stem(pixels.to(visual.conv1.weight.dtype))
+        return visual.layer4(visual.layer3(visual.layer2(visual.layer1(maps))))
+    (tokens,) = block_tokens(visual, pixels, attention_free=attention_free)
+    embeddings = visual.ln_post(tokens[:, 1:]) @ visual.proj
+    stride = stride_of(visual)
+    return embeddings.mT.unflatten(2, (pixels.shape[2] // stride, pixels.shape[3] // stride))
+
+
+def block_tokens(visual, pixels, blocks=(-1,), attention_free=True):
+    """Tokens after some blocks of a ViT, at any input size; patches are never dropped.
+
+    Args:
+        visual: VisionTransformer.
+        pixels: Tensor [N, 3, H, W], normalised.
+        blocks: 0-based indices, negative ones from the end; a CLIP ViT-B of F-ViT is read after 3, 5, 7, 11.
+        attention_free: the last block is :func:`attention_free_block`; the others are always as they are.
+
+    Returns:
+        List of Tensor [N, 1 + h * w, W_t], one per index, the class token first.
+    """
+    depth = len(visual.transformer.resblocks)
+    wanted = [range(depth)[block] for block in blocks]
+    tokens = _embed_patches(visual, pixels)
+    free = depth - 1 if attention_free and depth - 1 in wanted else None
+    whole = {block for block in wanted if block != free} | ({free - 1} if free else set())
+    outputs = {}
+    if whole:
+        _, taken = visual.transformer.forward_intermediates(tokens, indices=sorted(whole), stop_early=True)
+        outputs = dict(zip(sorted(whole), taken))
+    if free is not None:
+        outputs[free] = attention_free_block(visual.transformer.resblocks[free], outputs.get(free - 1, tokens))
+    return [outputs[block] for block in wanted]
+
+
+def attention_free_block(block, tokens):
+    """A CLIP block in which each token attends to itself alone.
+
+    With W_v, b_v the value rows of the attention's input projection and W_o, b_o its output projection::
+
+        y = x + W_o (W_v ln_1(x) + b_v) + b_o
+        z = y + mlp(ln_2(y))
+
+    MaskCLIP replaces attention so; that the residual and the MLP are kept follows the code of CLIM and CLIPSelf.
+
+    Args:
+        block: open_clip's ResidualAttentionBlock.
+        tokens: Tensor [..., W_t].
+
+    Returns:
+        Tensor [..., W_t].
+    """
+    attention, width = block.attn, tokens.shape[-1]
+    values = F.linear(block.ln_1(tokens), attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+    tokens = tokens + block.ls_1(attention.out_proj(values))
+    return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+
+def positional_embedding(visual, grid):
+    """A ViT's positional embedding for a grid of patches: bicubic for all but the native one, as in CLIM's code.
+
+    Args:
+        visual: VisionTransformer.
+        grid: (h, w).
+
+    Returns:
+        Tensor [1 + h * w, W_t], the class token's row first.
+    """
+    native = visual.positional_embedding
+    if tuple(grid) == tuple(visual.grid_size):
+        return native
+    table = native[1:].T.unflatten(1, visual.grid_size)[None].float()
+    resized = F.interpolate(table, tuple(grid), mode="bicubic", align_corners=False)[0].flatten(1).T
+    return torch.cat([native[:1], resized.to(native.dtype)])
+
+
+def pool_regions(visual, feature_map, boxes_xyxy, batch_size=128):
+    """Embeddings of regions from :func:`dense_map`.
+
+    A ViT: the map normalised per cell, RoIAlign 1x1 with adaptive sampling, normalised again (CLIM). A ModifiedResNet:
+    :func:`~ovdet2.layers.attention_pool.attention_pool_regions`.
+
+    Args:
+        visual: the tower that made the map.
+        feature_map: Tensor [N, D or C, h, w].
+        boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the tower's input; they are clipped to what the map covers
+            and are at least a pixel wide and high.
+        batch_size: regions that go through the attention pool at once.
+
+    Returns:
+        Tensor [R_1 + ... + R_N, D] float32, unit rows, in the order of the boxes.
+    """
+    stride = stride_of(visual)
+    height, width = (stride * cells for cells in feature_map.shape[-2:])
+    boxes = torch.cat([chunk.reshape(-1, 4) for chunk in boxes_xyxy]).to(feature_map.device, torch.float32)
+    counts = torch.tensor([len(chunk) for chunk in boxes_xyxy], device=boxes.device)
+    images = torch.repeat_interleave(torch.arange(len(counts), device=boxes.device), counts)
+    rois = torch.cat([images[:, None].to(boxes), scale_boxes(boxes, 1.0, height, width)], dim=1)
+    if not is_vit(visual):
+        return attention_pool_regions(visual.attnpool, feature_map, rois, 1 / stride, batch_size)
+    unit = F.normalize(feature_map.float(), dim=1)
+    return F.normalize(roi_align(unit, rois, 1, 1 / stride, sampling_ratio=-1, aligned=True)[:, :, 0, 0], dim=1)
+
+
+def resized_shape(height, width, side, edge, stride):
+    """(height, width) after scaling the longest or shortest edge to ``side``, each rounded to whole cells of the map.
+
+    Raises:
+        UsageError: ``edge`` is neither "longest" nor "shortest".
+    """
+    if edge not in ("longest", "shortest"):
+        raise UsageError(f"edge is {edge!r}: choose longest or shortest.")
+    scale = side / (max if edge == "longest" else min)(height, width)
+    return tuple(max(1, round(length * scale / stride)) * stride for length in (height, width))
+
+
+@torch.no_grad()
+def embed_regions_dense(teacher, image, boxes_xyxy, side=1024, edge="longest", batch_size=128):
+    """Region embeddings from one pass over the image, where :func:`~ovdet2.vlm.crops.embed_regions` crops each.
+
+    The image is resized (bicubic, anti-aliased) by :func:`resized_shape`, the boxes along with it. One image at a time:
+    the padding of a batch of different sizes would leak into the features of a ViT and of a ResNet alike.
+
+    Args:
+        teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+        image: Tensor [3, H, W], RGB in [0, 1].
+        boxes_xyxy: Tensor [R, 4], pixels of ``image``.
+        side: length of the edge after resizing, in pixels; CLIM's and F-VLM's is 1024.
+        edge: "longest" or "shortest".
+        batch_size: regions that go through the attention pool at once; bounds the memory for any R.
+
+    Returns:
+        Tensor [R, D], unit-norm float32.
+
+    Raises:
+        UsageError: the teacher's tower has no dense features, see :func:`is_vit`.
+    """
+    visual = teacher.clip.visual
+    height, width = image.shape[-2:]
+    shape = resized_shape(height, width, side, edge, stride_of(visual))
+    if len(boxes_xyxy) == 0:
+        return image.new_zeros((0, teacher.embed_dim), dtype=torch.float32, device=teacher.mean.device)
+    resized = F.interpolate(image[None].to(teacher.mean), shape, mode="bicubic", antialias=True).clamp(0, 1)
+    pixels = ((resized - teacher.mean) / teacher.std).contiguous(memory_format=torch.channels_last)
+    factors = torch.tensor([shape[1] / width, shape[0] / height], device=pixels.device).repeat(2)
+    boxes = boxes_xyxy.to(pixels.device, torch.float32) * factors
+    return pool_regions(visual, dense_map(visual, pixels), [boxes], batch_size)
+
+
+def _embed_patches(visual, pixels):
+    """Tokens before the first block, [N, 1 + h * w, W_t]."""
+    maps = visual.conv1(pixels.to(visual.conv1.weight.dtype))
+    tokens = torch.cat([visual.class_embedding.to(maps.dtype).expand(len(maps), 1, -1), maps.flatten(2).mT], dim=1)
+    return visual.ln_pre(tokens + positional_embedding(visual, maps.shape[2:]).to(maps.dtype))
