@@ -2,12 +2,15 @@ r"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of
 
     python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
         --architecture ovshapes-resnet --pretrained embedded --output out/
+    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+        --architecture ovshapes-resnet --pretrained embedded --regions dense --side 256 --output out/
 
 Prints top-1 accuracy over base and novel boxes and the evaluator's table (each box with its probability for each word).
 Run it before training anything: a wrong CLIP or a wrong prompt shows here at once.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.files import write_json
 from ovdet2.vlm.crops import embed_regions
+from ovdet2.vlm.dense import embed_regions_dense
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 
@@ -35,10 +39,14 @@ def main(argv=None):
     vocabulary = Vocabulary.build(split.names, teacher, args.templates, split.base_mask, split.category_ids)
     evaluator = OpenVocabularyEvaluator(args.dataset, args.output)
     evaluator.reset()
+    if args.regions == "dense":
+        embed = partial(embed_regions_dense, side=args.side)
+    else:
+        embed = partial(embed_regions, factors=args.factors)
     hits = []
     for record in tqdm(DatasetCatalog.get(args.dataset), desc="classifying boxes", unit="image"):
         boxes, classes = truth_of(record)
-        probs = classify(teacher, vocabulary, record["file_name"], boxes, args.factors)
+        probs = classify(teacher, vocabulary, record["file_name"], boxes, embed)
         hits.append(torch.stack([classes, probs.argmax(1).cpu() == classes], dim=1))
         evaluator.process(
             [record], [{"instances": every_pair(boxes, probs.cpu(), (record["height"], record["width"]))}]
@@ -47,7 +55,7 @@ def main(argv=None):
     accuracy = accuracies(torch.cat(hits), split)
     write_json(
         Path(args.output) / "accuracy.json",
-        {"teacher": str(teacher.fingerprint), "templates": args.templates} | accuracy,
+        {"teacher": str(teacher.fingerprint), "templates": args.templates, "regions": args.regions} | accuracy,
         indent=1,
     )
     print(", ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
@@ -61,7 +69,14 @@ def parse_args(argv):
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument("--pretrained", required=True, help="tag, 'embedded' or a weight file")
     parser.add_argument("--templates", default="vild63", help="prompt template set")
+    parser.add_argument(
+        "--regions",
+        choices=["crops", "dense"],
+        default="crops",
+        help="a pass per crop, or pooled from one of the image",
+    )
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
+    parser.add_argument("--side", type=int, default=1024, help="dense: longest edge of the resized image, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", required=True)
     return parser.parse_args(argv)
@@ -75,10 +90,10 @@ def truth_of(record):
     return boxes, torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.long)
 
 
-def classify(teacher, vocabulary, path, boxes, factors):
-    """Zero-shot probabilities [G, K] of the boxes of an image file."""
+def classify(teacher, vocabulary, path, boxes, embed):
+    """Zero-shot probabilities [G, K] of the boxes of an image file; ``embed(teacher, image, boxes)`` gives [G, D]."""
     pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1)
-    return teacher.classify(embed_regions(teacher, pixels, boxes, factors), vocabulary.embeddings)
+    return teacher.classify(embed(teacher, pixels, boxes), vocabulary.embeddings)
 
 
 def every_pair(boxes, probs, image_size):
