@@ -245,7 +245,7 @@ def test_region_embeddings(teacher, seed, count, size):
     """Permuting the boxes permutes the rows, a row depends on its own box alone, rows are unit, none is fine."""
     generator = torch.Generator().manual_seed(seed)
     height, width = size
-    image = torch.rand(3, height, width, generator=generator)
+    image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
     corners = (torch.rand(count, 2, 2, generator=generator) * 1.2 - 0.1) * torch.tensor([width, height])
     boxes = torch.cat([corners.amin(1), corners.amax(1)], dim=1)
     rows = embed_regions_dense(teacher, image, boxes, side=64, batch_size=4)
@@ -260,25 +260,25 @@ def test_region_embeddings(teacher, seed, count, size):
 def test_degenerate_boxes_give_unit_rows(teacher):
     """Empty boxes and boxes outside the image are at least a pixel of it, wherever they lie."""
     boxes = torch.tensor([[50.0, 30.0, 50.0, 30.0], [-20.0, -9.0, -5.0, -1.0], [400.0, 300.0, 500.0, 400.0]])
-    rows = embed_regions_dense(teacher, torch.rand(3, 61, 107), boxes, side=200)
+    rows = embed_regions_dense(teacher, torch.randint(256, (3, 61, 107), dtype=torch.uint8), boxes, side=200)
     close(rows.norm(dim=1), torch.ones(3))
 
 
 @torch.no_grad()
 def test_boxes_scale_with_the_image(teacher):
     """At its own size the image is not resampled; elsewhere the boxes follow the two factors of the resize."""
-    visual, image = teacher.clip.visual, (micro.wave((3, 96, 160), 0.2) + 1) / 2
+    visual, image = teacher.clip.visual, ((micro.wave((3, 96, 160), 0.2) + 1) * 127.5).to(torch.uint8)
     boxes = torch.tensor([[10.0, 20.0, 80.0, 64.0]])
-    pixels = ((image - teacher.mean) / teacher.std)[None]
+    pixels = ((image / 255 - teacher.mean) / teacher.std)[None]
     close(
         embed_regions_dense(teacher, image, boxes, side=160), pool_regions(visual, dense_map(visual, pixels), [boxes])
     )
-    doubled = F.interpolate(image[None], (192, 480), mode="bicubic").clamp(0, 1)[0]
+    doubled = F.interpolate(image[None].float(), (192, 480), mode="bicubic").clamp(0, 255)[0].to(torch.uint8)
     stride = stride_of(visual)
     shape = resized_shape(192, 480, 192, "shortest", stride)
     assert shape == (192, 480)
     stretched = boxes * torch.tensor([3.0, 2.0, 3.0, 2.0])
-    pixels = ((doubled - teacher.mean) / teacher.std)[None]
+    pixels = ((doubled / 255 - teacher.mean) / teacher.std)[None]
     expected = pool_regions(visual, dense_map(visual, pixels), [stretched])
     close(embed_regions_dense(teacher, doubled, stretched, side=192, edge="shortest"), expected)
 
@@ -336,7 +336,10 @@ def test_towers_without_dense_features_are_refused(build):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_devices_agree(teacher):
-    image, boxes = torch.rand(3, 96, 160), torch.tensor([[10.0, 20.0, 80.0, 64.0], [0.0, 0.0, 160.0, 96.0]])
+    image, boxes = (
+        torch.randint(256, (3, 96, 160), dtype=torch.uint8),
+        torch.tensor([[10.0, 20.0, 80.0, 64.0], [0.0, 0.0, 160.0, 96.0]]),
+    )
     expected = embed_regions_dense(teacher, image, boxes, side=160)
     try:
         found = embed_regions_dense(teacher.cuda(), image, boxes, side=160)

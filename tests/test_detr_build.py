@@ -118,7 +118,8 @@ def test_training_run_is_resumed_exactly_and_evaluated(tmp_path, monkeypatch):
         "MODEL.VOCABULARY.TEMPLATES", "single", "INPUT.DETR_CROP.ENABLED", "True", "INPUT.DETR_CROP.RESIZE", "(56, 64)",
         "INPUT.DETR_CROP.SIDES", "(40, 60)", "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001",
         "SOLVER.LR_FACTORS", "[['backbone', 0.1], ['reference|sampling_offsets', 0.1]]",
-        "SOLVER.WARMUP_ITERS", "0", "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
+        "SOLVER.WARMUP_ITERS", "0", "SOLVER.CLIP_GRADIENTS.ENABLED", "True",
+        "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model",
         "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "0.1", "SOLVER.AMP.ENABLED", "True", "SOLVER.EMA.ENABLED", "True",
         "SOLVER.EMA.DECAY", "0.5", "SOLVER.CHECKPOINT_PERIOD", "2", "DATALOADER.FILTER_EMPTY_ANNOTATIONS", "True",
     ]  # fmt: skip

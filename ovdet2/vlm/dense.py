@@ -182,12 +182,13 @@ def resized_shape(height, width, side, edge, stride):
 def embed_regions_dense(teacher, image, boxes_xyxy, side=1024, edge="longest", batch_size=128):
     """Region embeddings from one pass over the image, where :func:`~ovdet2.vlm.crops.embed_regions` crops each.
 
-    The image is resized (bicubic, anti-aliased) by :func:`resized_shape`, the boxes along with it. One image at a time:
-    the padding of a batch of different sizes would leak into the features of a ViT and of a ResNet alike.
+    The image is resized (anti-aliased, by the teacher's filter) to :func:`resized_shape`, the boxes along with it. One
+    image at a time: the padding of a batch of different sizes would leak into the features of a ViT and of a ResNet
+    alike.
 
     Args:
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
-        image: Tensor [3, H, W], RGB in [0, 1].
+        image: Tensor [3, H, W] uint8, RGB.
         boxes_xyxy: Tensor [R, 4], pixels of ``image``.
         side: length of the edge after resizing, in pixels; CLIM's and F-VLM's is 1024.
         edge: "longest" or "shortest".
@@ -203,8 +204,9 @@ def embed_regions_dense(teacher, image, boxes_xyxy, side=1024, edge="longest", b
     height, width = image.shape[-2:]
     shape = resized_shape(height, width, side, edge, stride_of(visual))
     if len(boxes_xyxy) == 0:
-        return image.new_zeros((0, teacher.embed_dim), dtype=torch.float32, device=teacher.mean.device)
-    resized = F.interpolate(image[None].to(teacher.mean), shape, mode="bicubic", antialias=True).clamp(0, 1)
+        return teacher.mean.new_zeros((0, teacher.embed_dim), dtype=torch.float32)
+    pixels = image[None].to(teacher.mean) / 255
+    resized = F.interpolate(pixels, shape, mode=teacher.interpolation, antialias=True).clamp(0, 1)
     pixels = ((resized - teacher.mean) / teacher.std).contiguous(memory_format=torch.channels_last)
     factors = torch.tensor([shape[1] / width, shape[0] / height], device=pixels.device).repeat(2)
     boxes = boxes_xyxy.to(pixels.device, torch.float32) * factors
