@@ -167,6 +167,7 @@ def _join_projections(weights):
 def _place_heads(weights, variant, class_rows):
     """Move ``class_embed`` and ``bbox_embed`` to the branches, the decoder and the query maker."""
     last = _decoder_layers(weights)
+    _restore_tied_heads(weights, last + (variant == "two_stage"))
     rows = None if class_rows is None else torch.tensor(list(class_rows), dtype=torch.long)
     for name in [name for name in weights if re.match(r"(class|bbox)_embed\.", name)]:
         value = weights.pop(name)
@@ -186,6 +187,15 @@ def _place_heads(weights, variant, class_rows):
             if int(rows.max()) >= len(value):
                 raise DataError(f"{name} has {len(value)} rows, category {int(rows.max())} is wanted.")
             weights[f"class_branches.{layer}.{inner}"] = value[rows]
+
+
+def _restore_tied_heads(weights, number):
+    """A file of safetensors holds one of several tied tensors: a first head alone is that of all layers."""
+    for kind in ("class_embed", "bbox_embed"):
+        if _layers(weights, kind) == [0]:
+            for name in [name for name in weights if name.startswith(f"{kind}.0.")]:
+                for layer in range(1, number):
+                    weights[f"{kind}.{layer}.{name.split('.', 2)[2]}"] = weights[name]
 
 
 def _require_whole(weights, variant):
