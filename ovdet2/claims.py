@@ -16,12 +16,12 @@ STALE_SECONDS = 180.0
 class Claims:
     """Claims on named pieces of work in one folder.
 
-    A claim is a file ``<name>.lock`` that holds its owner (host, process, a random mark) and is touched every
-    :data:`HEARTBEAT_SECONDS` by a thread. It is taken over when its owner's process is gone (same host) or when its
+    A claim is a file ``<name>.lock`` that holds its owner (machine, process, a random mark) and is touched every
+    :data:`HEARTBEAT_SECONDS` by a thread. It is taken over when its owner's process is gone (same machine) or when its
     heartbeat has not moved for ``stale_seconds`` of this process's own clock: clocks of machines need not agree.
 
-    Two processes may, in a race of microseconds, take over the same dead claim and both do the work. The work must
-    therefore be written atomically and not depend on who does it.
+    Two processes may do the same work: in a race of microseconds for a dead claim, or when an owner was suspended and
+    wakes up. The work must therefore be written atomically and not depend on who does it.
     """
 
     def __init__(self, folder, stale_seconds=STALE_SECONDS):
@@ -32,7 +32,7 @@ class Claims:
         """
         self.folder = Path(folder)
         self.stale_seconds = stale_seconds
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "mark": uuid.uuid4().hex}
+        self._owner = {"machine": _machine(), "pid": os.getpid(), "mark": uuid.uuid4().hex}
         self._watched = {}  # name -> (what was seen of the claim, own time when it was first seen so)
         self._held = set()
         self._stop = threading.Event()
@@ -55,10 +55,9 @@ class Claims:
         if self._create(path):
             self._held.add(name)
             return True
-        dead = self._dead_owner(name, path)
-        if dead is None:
+        if not self._is_dead(name, path):
             return False
-        self._remove_traces(dead, path)
+        self._remove(path)
         if not self._create(path):
             return False
         self._held.add(name)
@@ -71,10 +70,14 @@ class Claims:
             self._path(name).unlink(missing_ok=True)
 
     def sweep(self):
-        """Remove the temporary files of workers long dead; call it when the work is done."""
+        """Remove temporary files (see files.atomic_path) of long ago; call it when the work is done."""
+        probe = self.folder / f".{self._owner['mark']}.probe"
+        probe.touch()  # the time as the file system has it
+        now = probe.stat().st_mtime
+        probe.unlink()
         for left in self.folder.glob(".*.tmp"):
             try:
-                if time.time() - left.stat().st_mtime > 10 * self.stale_seconds:
+                if now - left.stat().st_mtime > 10 * self.stale_seconds:
                     left.unlink()
             except FileNotFoundError:
                 continue  # its owner, or another sweep, was faster
@@ -84,42 +87,48 @@ class Claims:
 
     def _create(self, path):
         """Write the claim in full beside its place, then link it there, which fails if there is one."""
-        draft = path.with_name(f".{path.name}.{self._owner['pid']}-{self._owner['mark']}.tmp")
+        draft = path.with_name(f".{path.stem}.lock.{self._owner['pid']}-{self._owner['mark']}.tmp")
         draft.write_text(json.dumps(self._owner))
         try:
             os.link(draft, path)
         except FileExistsError:
             return False
+        except OSError:  # a file system without links; a reader may meet the claim half written
+            try:
+                with open(path, "x") as claim:
+                    claim.write(json.dumps(self._owner))
+            except FileExistsError:
+                return False
         finally:
             draft.unlink()
         return True
 
-    def _dead_owner(self, name, path):
-        """The owner of a claim that may be taken over, {} for one that cannot be read; None while it lives."""
+    def _is_dead(self, name, path):
+        """Whether a claim may be taken over. The temporary files of an owner that is surely gone are removed."""
         try:
             seen = (path.read_bytes(), path.stat().st_mtime_ns)
         except FileNotFoundError:
-            return {}
+            return True
         owner = self._read(path) or {}
-        if owner.get("host") == self._owner["host"] and not _is_running(owner.get("pid")):
-            return owner
+        if owner.get("machine") == self._owner["machine"] and isinstance(owner.get("pid"), int):
+            if _is_running(owner["pid"]):
+                return False
+            for left in self.folder.glob(f".{path.stem}.*{owner['pid']}-*.tmp"):
+                left.unlink(missing_ok=True)
+            return True
         before, since = self._watched.get(name, (None, 0.0))
         if before != seen:
             self._watched[name] = (seen, time.monotonic())
-            return None
-        return owner if time.monotonic() - since > self.stale_seconds else None
+            return False
+        return time.monotonic() - since > self.stale_seconds
 
-    def _remove_traces(self, owner, path):
-        """Remove a dead claim and the temporary files its owner left in the folder (see files.atomic_path)."""
+    def _remove(self, path):
         aside = path.with_name(f".{path.name}.{self._owner['mark']}.dead")
         try:
             os.rename(path, aside)  # of several that see it dead, one succeeds
         except FileNotFoundError:
             return
         aside.unlink()
-        if isinstance(owner.get("pid"), int):
-            for left in self.folder.glob(f".{path.stem}*.{owner['pid']}-*.tmp"):
-                left.unlink(missing_ok=True)
 
     def _beat(self):
         while not self._stop.wait(HEARTBEAT_SECONDS):
@@ -138,14 +147,23 @@ class Claims:
         return owner if isinstance(owner, dict) else None
 
 
+def _machine():
+    """What tells machines apart, containers with process numbers of their own among them."""
+    parts = [socket.gethostname()]
+    try:
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    except OSError:
+        pass  # not Linux: the name must do
+    return " ".join(parts)
+
+
 def _is_running(pid):
     """Whether a process of this machine exists."""
-    if not isinstance(pid, int) or pid <= 0:
-        return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
         return True
-    return True
+    return pid > 0

@@ -8,10 +8,11 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 
-from ovdet2.errors import DataError
+from ovdet2.errors import DataError, SetupError
 
 
 @contextlib.contextmanager
@@ -72,14 +73,25 @@ def write_safetensors(path, tensors, manifest):
         path: file to write.
         tensors: dict of name to tensor; made contiguous and moved to the CPU here.
         manifest: JSON-serialisable dict; must hold "schema".
+
+    Raises:
+        SetupError: the file cannot be written, as on a full disk.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if "schema" not in manifest:
         raise ValueError("a manifest needs the key 'schema'")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, str(temporary), metadata={"manifest": json.dumps(manifest, ensure_ascii=False)})
+        try:
+            save_file(tensors, str(temporary), metadata={"manifest": json.dumps(manifest, ensure_ascii=False)})
+        except (SafetensorError, OSError) as error:
+            free = shutil.disk_usage(temporary.parent).free / 1e9
+            raise SetupError(
+                f"{path} could not be written ({error}); {free:.1f} GB are free there: make room, or choose another "
+                "folder."
+            ) from None
 
 
 def read_safetensors(path, schema, remedy="rebuild it"):

@@ -86,13 +86,21 @@ def test_boxes_of_a_file_and_every_choice_is_in_the_manifest(tmp_path, root):
     recipe = manifest["recipe"]
     assert manifest["regions"] == 2 and len(recipe["boxes"]["file_sha256"]) == 64
     assert recipe["boxes"]["filters"] == {"min_score": None, "min_side": 16.0, "nms": 0.9, "top": 50}
-    assert recipe["crops"] == {
+    assert {key: recipe["crops"][key] for key in ("policy", "scales", "side", "filter", "dtype")} == {
         "policy": "pad_square", "scales": [1.0], "side": 96, "filter": "bilinear", "dtype": "bf16",
     }  # fmt: skip
+    assert recipe["crops"]["mean"] == pytest.approx([0.4815, 0.4578, 0.4082], abs=1e-4)
+    assert recipe["crops"]["std"] == pytest.approx([0.2686, 0.2613, 0.2758], abs=1e-4)
     facts = manifest["shards"][0]
     assert facts["batch_size"] == 3 and facts["device"] == "cpu" and facts["threads"] == torch.get_num_threads()
     with pytest.raises(CacheError, match="'dtype': 'bf16'.* instead of .*'dtype': 'fp32'"):
         build(tmp_path / "cache", *choice, "--scales", "1.0", "--batch-size", 3)
+
+
+def test_a_teacher_that_is_not_the_detectors(tmp_path):
+    other = ["--architecture", "ovshapes-vit", "--pretrained", "embedded"]
+    manifest = build(tmp_path / "c", "--boxes", "annotations", *other)
+    assert manifest["recipe"]["teacher"]["architecture"] == "ovshapes-vit"
 
 
 def test_shares_of_an_array_make_the_same_cache(annotated, tmp_path, capsys):
@@ -127,6 +135,12 @@ def test_unreadable_images_are_few_and_named(root, tmp_path, capsys):
         assert list(manifest["shards"][0]["unreadable"]) == [str(images[3]["id"])]
         with pytest.raises(DataError, match="1 images cannot be used, DATALOADER.MAX_BAD_IMAGES is 0"):
             build(tmp_path / "strict", "--boxes", "annotations", "DATALOADER.MAX_BAD_IMAGES", "0")
+        assert list(RegionCache(tmp_path / "cache").unreadable) == [str(images[3]["id"])]
+        assert build(tmp_path / "cache", "--boxes", "annotations", "--verify") == manifest  # still unreadable
+        shutil.copy(root / "ov_shapes" / "train2017" / images[3]["file_name"], path)
+        mended = build(tmp_path / "cache", "--boxes", "annotations", "--verify")
+        assert not RegionCache(tmp_path / "cache").unreadable
+        assert mended["shards"][1:] == manifest["shards"][1:] and mended["regions"] > manifest["regions"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_dead_process_of_this_machine_is_seen_at_once_and_its_traces_removed(t
 
 def test_silence_of_another_machine_is_waited_out(tmp_path):
     lock = tmp_path / "a.lock"
-    lock.write_text(json.dumps({"host": "another", "pid": 1, "mark": "x"}))
+    lock.write_text(json.dumps({"machine": "another", "pid": 1, "mark": "x"}))
     with Claims(tmp_path, stale_seconds=0.3) as mine:
         assert not mine.take("a")
         time.sleep(0.2)
@@ -51,16 +51,46 @@ def test_silence_of_another_machine_is_waited_out(tmp_path):
         assert mine.take("a")
 
 
+def test_the_temporary_file_of_a_silent_machine_is_left_alone(tmp_path):
+    """It may only have been suspended, and would trip over the loss of its file."""
+    (tmp_path / "a.lock").write_text(json.dumps({"machine": "another", "pid": 17, "mark": "x"}))
+    (tmp_path / ".a.safetensors.17-0123.tmp").write_text("half")
+    with Claims(tmp_path, stale_seconds=0.05) as mine:
+        mine.take("a")
+        time.sleep(0.1)
+        assert mine.take("a") and (tmp_path / ".a.safetensors.17-0123.tmp").is_file()
+
+
+def test_a_process_number_of_another_container_says_nothing(tmp_path, monkeypatch):
+    """Same host name, other process numbers: 99999999 is nobody here."""
+    with Claims(tmp_path) as mine:
+        owner = mine._owner
+    monkeypatch.setattr(claims, "_machine", lambda: owner["machine"] + " another container")
+    (tmp_path / "a.lock").write_text(json.dumps(owner | {"pid": 99999999, "mark": "x"}))
+    with Claims(tmp_path, stale_seconds=60) as mine:
+        assert not mine.take("a") and not mine.take("a")
+
+
+def test_a_folder_without_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(claims.os, "link", refuse)
+    with Claims(tmp_path) as first, Claims(tmp_path) as second:
+        assert first.take("a") and not second.take("a")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_clock_that_is_hours_behind_does_not_matter(tmp_path):
     lock = tmp_path / "a.lock"
-    lock.write_text(json.dumps({"host": "another", "pid": 1, "mark": "x"}))
+    lock.write_text(json.dumps({"machine": "another", "pid": 1, "mark": "x"}))
     os.utime(lock, (1, 1))
     with Claims(tmp_path, stale_seconds=60) as mine:
         assert not mine.take("a") and not mine.take("a")
 
 
 def test_a_torn_claim_is_given_up_like_any_other(tmp_path):
-    (tmp_path / "a.lock").write_text('{"host": "anoth')
+    (tmp_path / "a.lock").write_text('{"machine": "anoth')
     with Claims(tmp_path, stale_seconds=0.1) as mine:
         assert not mine.take("a")
         time.sleep(0.15)

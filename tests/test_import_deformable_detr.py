@@ -147,9 +147,7 @@ def test_files_that_are_not_whole_are_refused(state):
         import_weights({n: value for n, value in weights.items() if "level_embed" not in n})
     if variant != "one_stage":
         copy = "model.decoder.bbox_embed.0.layers.0.bias"
-        with pytest.raises(
-            DataError, match="layers.0.bias differs from the weight it should be a copy of"
-        ):
+        with pytest.raises(DataError, match="layers.0.bias differs from the weight it should be a copy of"):
             import_weights({**weights, copy: weights[copy] + 1})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from ovdet2.errors import DataError
 
 def found(boxes, scores=None, ids=None):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    scores = torch.ones(len(boxes)) if scores is None else torch.tensor(scores)
-    return FoundBoxes(boxes, scores, torch.full((len(boxes),), -1) if ids is None else torch.tensor(ids))
+    scores = torch.ones(len(boxes)) if scores is None else torch.tensor(scores, dtype=torch.float32)
+    return FoundBoxes(
+        boxes, scores, torch.full((len(boxes),), -1) if ids is None else torch.tensor(ids, dtype=torch.int64)
+    )
 
 
 numbers = st.floats(-30, 150, allow_nan=False, width=32)
@@ -31,30 +34,46 @@ filters = st.builds(
 )
 
 
+def reference(rows, chosen, height, width):
+    """Numbers of the boxes that stay, one step after the other in plain Python; None of NMS."""
+    kept = []
+    for number, (x0, y0, x1, y1, score) in enumerate(rows):
+        x0, x1 = (min(max(x, 0.0), width) for x in (x0, x1))
+        y0, y1 = (min(max(y, 0.0), height) for y in (y0, y1))
+        side = min(np.float32(x1) - np.float32(x0), np.float32(y1) - np.float32(y0))
+        if side <= 0 or (chosen.min_side is not None and side < np.float32(chosen.min_side)):
+            continue
+        if chosen.min_score is not None and score < np.float32(chosen.min_score):
+            continue
+        kept.append((number, score))
+    if chosen.top is not None and len(kept) > chosen.top:
+        kept = sorted(kept, key=lambda pair: -pair[1])[: chosen.top]
+    return [number for number, _ in kept]
+
+
 @given(st.lists(st.tuples(numbers, numbers, numbers, numbers, st.floats(0, 1, width=32)), max_size=12), filters)
-@settings(max_examples=100, deadline=None)
-def test_what_the_filters_leave(rows, chosen):
-    """Each promise of BoxFilters, against the boxes that come out; and a box that keeps all promises is not lost."""
+@settings(max_examples=200, deadline=None)
+def test_filters_against_a_reference(rows, chosen):
     before = found([r[:4] for r in rows], [r[4] for r in rows], list(range(len(rows))))
-    after = apply_filters(before, chosen, 80, 120)
-    boxes = after.boxes_xyxy
-    assert (boxes >= 0).all() and (boxes <= torch.tensor([120.0, 80, 120, 80])).all()
-    sides = boxes[:, 2:] - boxes[:, :2]
-    assert (sides > 0).all()
-    if chosen.min_side is not None:
-        assert (sides >= chosen.min_side).all()
-    if chosen.min_score is not None:
-        assert (after.scores >= chosen.min_score).all()
-    if chosen.nms is not None:
-        overlap = box_iou(boxes, boxes).fill_diagonal_(0)
-        assert (overlap <= chosen.nms + 1e-6).all()
-    if chosen.top is not None:
-        assert len(after) <= chosen.top
-    for row, ann_id in enumerate(after.ann_ids.tolist()):  # rows stay together
-        assert after.scores[row] == before.scores[ann_id]
-    if chosen == BoxFilters():
-        inside = apply_filters(before, BoxFilters(), 80, 120)
-        assert inside.ann_ids.tolist() == sorted(inside.ann_ids.tolist())
+    without_nms = replace(chosen, nms=None)
+    after = apply_filters(before, without_nms, 80, 120)
+    assert after.ann_ids.tolist() == reference(rows, without_nms, 80.0, 120.0)
+    assert torch.equal(after.scores, before.scores[after.ann_ids])
+    boxes = torch.minimum(before.boxes_xyxy.clamp(min=0), torch.tensor([120.0, 80, 120, 80]))
+    assert torch.equal(after.boxes_xyxy, boxes[after.ann_ids])
+
+
+@given(st.lists(st.tuples(numbers, numbers, numbers, numbers, st.floats(0, 1, width=32)), max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_nms_leaves_the_best_and_no_overlap(rows):
+    """Whatever goes overlaps a better one that stays."""
+    before = apply_filters(found([r[:4] for r in rows], [r[4] for r in rows]), BoxFilters(), 80, 120)
+    after = apply_filters(before, BoxFilters(nms=0.5), 80, 120)
+    overlap = box_iou(after.boxes_xyxy, after.boxes_xyxy).fill_diagonal_(0)
+    assert (overlap <= 0.5 + 1e-6).all() and after.scores.tolist() == sorted(after.scores.tolist(), reverse=True)
+    for box, score in zip(before.boxes_xyxy, before.scores):
+        better = after.scores >= score
+        assert (box_iou(box[None], after.boxes_xyxy[better]) > 0.5 - 1e-6).any()
 
 
 def test_a_small_box_is_tested_by_width_or_height_wherever_it_lies():
@@ -91,7 +110,9 @@ def test_coco_results(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(RESULTS))
     source = FileBoxes(path)
-    assert source.image_ids() == [2, 9] and len(source({"image_id": 3})) == 0
+    assert source.require_images([1, 2, 3, 9]) == 2 and len(source({"image_id": 3})) == 0
+    with pytest.raises(DataError, match=r"for 2 images \(ids \[2, 9\], ...\), none of which is in the data set"):
+        source.require_images([1, 3])
     nine = source({"image_id": 9})
     assert nine.boxes_xyxy.tolist() == [[1, 2, 4, 6], [9, 9, 10, 10]] and nine.scores.tolist() == [0.5, 0.75]
     assert nine.ann_ids.tolist() == [-1, -1] and len(source.recipe()["file_sha256"]) == 64

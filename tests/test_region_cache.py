@@ -7,21 +7,23 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from detectron2.data import transforms as T
-from detectron2.data.transforms import HFlipTransform, NoOpTransform
+from detectron2.data.transforms import HFlipTransform, NoOpTransform, ResizeTransform
 from fvcore.transforms.transform import CropTransform, TransformList
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
+from ovdet2.claims import Claims
 from ovdet2.config import get_cfg
 from ovdet2.data.loader import MappedRecords, TrainLoader
 from ovdet2.data.mapper import OpenVocabularyMapper, open_region_cache, transform_regions
 from ovdet2.data.region_cache import RegionCache, Regions, shard_name
 from ovdet2.data.region_cache_writer import CacheWriter, write_shard
-from ovdet2.errors import CacheError, UsageError
+from ovdet2.errors import CacheError, SetupError, UsageError
 from ovdet2.files import sha256_file
 from ovdet2.vlm.fingerprint import Fingerprint
 from tests.micro_training import write_data
@@ -182,6 +184,46 @@ def test_a_flipped_bit_is_found_and_only_its_shard_removed(tmp_path_factory, com
     assert {name for name in before if before[name] != after[name]} == {path.name}
     assert all(equal(cache.regions(i), regions(i % 4, i)) for i in range(1, 8))
     assert CacheWriter(folder, RECIPE, range(1, 8), 2, "").remove_damaged() == []
+
+
+def test_two_that_verify_at_once(tmp_path):
+    """One has found a shard damaged when the other mends it: the new shard stays."""
+    folder = tmp_path / "c"
+    build(folder, range(1, 8))
+    path = folder / shard_name(1)
+    good = path.read_bytes()
+    path.write_bytes(good[:-8] + bytes(8))
+    slow = CacheWriter(folder, RECIPE, range(1, 8), 2, "")
+    whole, take = RegionCache(folder).manifest, Claims.take
+
+    def mended_meanwhile(claims, name):  # between the look and the claim of the slow one
+        path.write_bytes(good)
+        return take(claims, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Claims, "take", mended_meanwhile)
+        assert slow.remove_damaged() == []
+    assert path.read_bytes() == good and RegionCache(folder).manifest == whole
+    path.write_bytes(good[:-8] + bytes(8))
+    assert slow.remove_damaged(only={0, 2}) == [] and slow.remove_damaged(only={1}) == [1]
+
+
+def test_what_another_has_written_meanwhile_stands(tmp_path):
+    build(tmp_path / "c", range(1, 8))
+    times = (tmp_path / "c" / shard_name(2)).stat().st_mtime_ns
+    writer = CacheWriter(tmp_path / "c", RECIPE, range(1, 8), 2, "")
+    writer.write(2, [regions(1, 9) for _ in writer.shards[2]], {"device": "another"})
+    assert (tmp_path / "c" / shard_name(2)).stat().st_mtime_ns == times
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(SetupError, match=r"shard-00000.*No space left.*GB are free there: make room"):
+        build(tmp_path / "c", range(1, 8))
+    assert not list((tmp_path / "c").glob("shard*")) and not list((tmp_path / "c").glob("*.lock"))
 
 
 def test_only_a_share_of_the_shards(tmp_path):
@@ -357,6 +399,26 @@ def test_regions_follow_their_image():
     rows, columns = np.nonzero(augmented.image[:, :, 0] > 127)
     drawn = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
     assert torch.allclose(found, drawn, atol=0.25)
+
+
+@given(st.integers(41, 900), st.integers(41, 900), st.integers(50, 1333), st.integers(50, 1333), st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_boxes_of_a_resized_and_flipped_image_agree_to_a_thousandth_of_a_pixel(
+    height, width, to_height, to_width, seed
+):
+    cached = regions(5, seed, size=(height, width))
+    transforms = TransformList([ResizeTransform(height, width, to_height, to_width), HFlipTransform(to_width)])
+    found = transform_regions(cached, transforms, (to_height, to_width), 10).proposal_boxes.tensor.double()
+    wanted = cached.boxes_xyxy.double() * torch.tensor([to_width / width, to_height / height] * 2, dtype=torch.float64)
+    wanted[:, [0, 2]] = to_width - wanted[:, [2, 0]]
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-3)
+
+
+def test_a_sample_does_not_take_its_shard_along(tmp_path):
+    """What a loader process sends is the storage of a tensor, not its view."""
+    cache = build(tmp_path / "c", [1, 2, 3], 3, make=lambda image_id: regions(3, image_id))
+    sent = transform_regions(cache.regions(2), TransformList([NoOpTransform()]), (48, 64), 10).embeddings
+    assert sent.shape == (3, 4) and sent.untyped_storage().nbytes() == 3 * 4 * 2
 
 
 def test_regions_cropped_away_are_dropped_and_cut_ones_clipped():

@@ -15,11 +15,13 @@ Where its boxes came from is its maker's word: with boxes of a detector that was
 not open-vocabulary.
 
 Each box is cut out of the original image at every scale of --scales, resized to the teacher's input as --crop says, and
-embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The teacher is MODEL.TEACHER.
+embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The teacher is that of the configuration, or
+--architecture and --pretrained, so that a detector trained with one CLIP can propose for another.
 
-Start it as often as you like, on one machine or many that share the output folder, under torchrun or as a Slurm array
-(--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT, counted from 0): shards are claimed, so no work is done twice. A
-killed run loses the shard it was at, and the same command goes on. Exit codes as of train_net.py. See docs/CACHES.md.
+Start it as often as you like, on one machine or many that share the output folder, under torchrun (torchrun
+--nproc-per-node 8 tools/build_region_cache.py ...) or as a Slurm array (--shard I/N, I counted from 0): shards are
+claimed, so no work is done twice. A killed run loses the shard it was at, and the same command goes on. Exit codes as
+of train_net.py. See docs/CACHES.md.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import sha256_file
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import POLICIES, crop_regions, pillow_crops
+from ovdet2.vlm.teacher import Teacher
 
 _SAMPLE_IMAGES = 8  # of a dry run
 _COMPARED_CROPS = 16
@@ -58,8 +61,8 @@ def main(argv=None):
     records = sorted(load_records([args.dataset], "--dataset", False, base_only=True), key=lambda r: r["image_id"])
     if split_of(args.dataset) is None:
         raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
-    teacher = build_teacher(cfg).to(cfg.MODEL.DEVICE)
-    boxes, filters = boxes_of(args, cfg, teacher)
+    teacher = teacher_of(args, cfg)
+    boxes, filters = boxes_of(args, cfg, [record["image_id"] for record in records])
     batch_size = args.batch_size or (64 if cfg.MODEL.DEVICE == "cpu" else 512)
     crops = CropRecipe(args.crop, tuple(args.scales), args.dtype, batch_size)
     workers = cfg.DATALOADER.NUM_WORKERS if args.workers is None else args.workers
@@ -70,19 +73,23 @@ def main(argv=None):
         return None
     ids = [record["image_id"] for record in records]
     writer = CacheWriter(args.output, recipe, ids, args.images_per_shard, command_of(argv))
+    by_id = {record["image_id"]: record for record in records}
     if args.verify:
-        damaged = writer.remove_damaged(partial(tqdm, desc="shards verified", leave=False))
-        print(f"{args.output}: {len(damaged)} damaged shards{' ' + str(damaged) if damaged else ''}")
-    build(args, cfg, embedder, writer, {record["image_id"]: record for record in records})
+        verify(args, writer, by_id)
+    build(args, cfg, embedder, writer, by_id)
     return summary(args, writer, teacher)
 
 
 def parse_args(argv):
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--config-file", required=True, help="states the teacher, and the detector that proposes")
     parser.add_argument("--dataset", required=True, help="registered training set, base classes only")
     parser.add_argument("--output", required=True, help="folder of the cache")
+    parser.add_argument("--architecture", help="of the teacher; default MODEL.TEACHER")
+    parser.add_argument("--pretrained", help="of the teacher: tag, 'embedded' or a weight file")
     parser.add_argument("--boxes", default="proposals", metavar="annotations|proposals|FILE")
     parser.add_argument("--min-score", type=float, help="lowest score of a box; default: any")
     parser.add_argument("--min-side", type=float, help="least width and least height of a box, pixels; default: any")
@@ -109,6 +116,8 @@ def parse_args(argv):
             "--top, --batch-size and --images-per-shard are at least 1, --nms is above 0 and at most 1, --scales are "
             "above 0"
         )
+    if bool(args.architecture) != bool(args.pretrained):
+        parser.error("--architecture and --pretrained go together")
     late = [option for option in args.opts if option.startswith("--")]
     if late:
         parser.error(f"{late[0]} comes after KEY VALUE overrides: put it before them")
@@ -128,7 +137,7 @@ def _share(text):
 
 
 def command_of(argv):
-    """What completes the cache from anywhere: the command without what is this process's own."""
+    """What completes the cache: the command without what is this process's own."""
     kept, skip = [], False
     for word in argv:
         if skip:
@@ -144,20 +153,36 @@ def device_of(cfg):
     """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU where there is no GPU."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else cfg.MODEL.DEVICE
+    if "LOCAL_RANK" not in os.environ:
+        return cfg.MODEL.DEVICE
+    if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine: start torchrun with "
+            f"--nproc-per-node {torch.cuda.device_count()}."
+        )
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
-def boxes_of(args, cfg, teacher):
-    """(source of boxes, its :class:`BoxFilters`)."""
+def teacher_of(args, cfg):
+    """The teacher of the cache, on its device."""
+    if args.architecture:
+        return Teacher.load(args.architecture, args.pretrained, cfg.MODEL.DEVICE)
+    return build_teacher(cfg).to(cfg.MODEL.DEVICE)
+
+
+def boxes_of(args, cfg, image_ids):
+    """(source of boxes, its :class:`BoxFilters`) for a data set's images."""
     if args.boxes == "annotations":
         return AnnotationBoxes(), BoxFilters(args.min_score, args.min_side, args.nms, args.top)
     nms, top = 0.7 if args.nms is None else args.nms, 300 if args.top is None else args.top
     filters = BoxFilters(args.min_score, args.min_side, nms, top)
     if args.boxes != "proposals":
-        return FileBoxes(args.boxes), filters
+        source = FileBoxes(args.boxes)
+        print(f"{args.boxes} has boxes for {source.require_images(image_ids)} of {len(image_ids)} images")
+        return source, filters
     from ovdet2.engine.region_proposals import ProposalBoxes, proposing_config  # builds the detector
 
-    return ProposalBoxes.load(proposing_config(cfg, filters), args.dataset, teacher), filters
+    return ProposalBoxes.load(proposing_config(cfg, filters), args.dataset), filters
 
 
 def recipe_of(args, embedder):
@@ -174,18 +199,46 @@ def recipe_of(args, embedder):
             "scales": list(crops.factors),
             "side": teacher.image_size,
             "filter": teacher.interpolation,
+            "mean": teacher.mean.flatten().tolist(),
+            "std": teacher.std.flatten().tolist(),
             "dtype": crops.dtype,
         },
     }
 
 
+def share_of(writer, share):
+    """Numbers of every N-th shard from the I-th, for a pair (I, N); None for None, which stands for all."""
+    return None if share is None else {i for i in range(len(writer.shards)) if i % share[1] == share[0]}
+
+
+def torchrun_share():
+    """(rank, number of processes) under torchrun, else None."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "WORLD_SIZE" in os.environ else None
+
+
+def verify(args, writer, by_id):
+    """Remove damaged shards, and those with images that could not be read and can be by now."""
+
+    def is_mended(image_id):
+        try:
+            read_image(by_id[int(image_id)]["file_name"])
+        except DataError:
+            return False
+        return True
+
+    removed = writer.remove_damaged(
+        share_of(writer, args.shard or torchrun_share()),
+        lambda header: any(map(is_mended, header.get("unreadable", {}))),
+        partial(tqdm, desc="shards verified", leave=False),
+    )
+    print(f"{args.output}: {len(removed)} shards to build anew{' ' + str(removed) if removed else ''}")
+
+
 def build(args, cfg, embedder, writer, by_id):
     """Write the shards that are missing and not somebody else's."""
-    number, count = args.shard or (0, 1)
-    only = {index for index in range(len(writer.shards)) if index % count == number} if args.shard else None
-    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun: begin apart, then help one another
-    missing = len(writer.missing())
-    start = missing * int(os.environ.get("RANK", 0)) // ranks
+    only = share_of(writer, args.shard)
+    rank, ranks = torchrun_share() or (0, 1)  # begin apart, then help one another
+    start = len(writer.missing()) * rank // ranks
     images = sum(len(ids) for index, ids in enumerate(writer.shards) if only is None or index in only)
     done = images - sum(len(writer.shards[i]) for i in writer.missing() if only is None or i in only)
     unreadable = {}
@@ -205,7 +258,8 @@ def _require_few(unreadable, cfg):
         raise DataError(
             f"{len(unreadable)} images cannot be used, DATALOADER.MAX_BAD_IMAGES is {limit}:\n  "
             + "\n  ".join(unreadable.values())
-            + "\nMend them or raise DATALOADER.MAX_BAD_IMAGES, and go on by the same command."
+            + "\nMend them, or raise DATALOADER.MAX_BAD_IMAGES; the same command goes on, with --verify also in the "
+            "shards that were written without such images."
         )
 
 
@@ -224,6 +278,7 @@ def summary(args, writer, teacher):
     unreadable = [text for shard in manifest["shards"] for text in shard.get("unreadable", {}).values()]
     if unreadable:
         print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
+        print("Once they are mended, the same command with --verify embeds them.")
     return manifest
 
 

@@ -22,6 +22,7 @@ from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.vlm.crops import boxes_to_cut, crop_regions
 from ovdet2.vlm.teacher import Teacher
+from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, parse_words
 
 _PER_IMAGE = 6  # regions printed and drawn
@@ -34,8 +35,10 @@ def main(argv=None):
     recipe = cache.manifest["recipe"]
     print_contents(cache)
     teacher, vocabulary = words_of(args, cache)
-    accuracy = zero_shot_accuracy(cache, vocabulary) if recipe["boxes"]["source"] == "annotations" else None
-    draw_nearest(args, cache, teacher, vocabulary)
+    records = records_of(cache)
+    annotated = recipe["boxes"]["source"] == "annotations"
+    accuracy = zero_shot_accuracy(cache, records, vocabulary) if annotated else None
+    draw_nearest(args, cache, records, teacher, vocabulary)
     return {"regions": cache.manifest["regions"], "accuracy": accuracy}
 
 
@@ -71,8 +74,7 @@ def print_contents(cache):
         f"  regions per image: least {per_image.min()}, median {per_image.median()}, most {per_image.max()}; "
         f"{int((per_image == 0).sum())} images without"
     )
-    unreadable = {k: text for shard in shards for k, text in shard.get("unreadable", {}).items()}
-    for image_id, text in unreadable.items():
+    for image_id, text in cache.unreadable.items():
         print(f"  image id {image_id} could not be read: {text}")
 
 
@@ -108,13 +110,13 @@ def records_of(cache):
     return records
 
 
-def zero_shot_accuracy(cache, vocabulary):
+def zero_shot_accuracy(cache, records, vocabulary):
     """Percent of annotated regions whose nearest word is their class; printed beside chance."""
     split = split_of(cache.manifest["recipe"]["dataset"])
-    column = {name: position for position, name in enumerate(vocabulary.names)}
-    wanted = torch.tensor([column.get(name, -1) for name in split.names])
+    column = {clean_name(name): position for position, name in enumerate(vocabulary.names)}
+    wanted = torch.tensor([column.get(clean_name(name), -1) for name in split.names])
     right = total = absent = 0
-    for image_id, record in tqdm(records_of(cache).items(), desc="naming annotated regions", unit="image"):
+    for image_id, record in tqdm(records.items(), desc="naming annotated regions", unit="image"):
         annotations = record["annotations"]
         embeddings, found = cache.of_annotations(image_id, [annotation["id"] for annotation in annotations])
         truth = wanted[[annotation["category_id"] for annotation in annotations]] if annotations else wanted[:0]
@@ -134,9 +136,9 @@ def zero_shot_accuracy(cache, vocabulary):
     return accuracy
 
 
-def draw_nearest(args, cache, teacher, vocabulary):
+def draw_nearest(args, cache, records, teacher, vocabulary):
     """Print the nearest words of a few regions of a few images, and draw their crops."""
-    recipe, records, rows = cache.manifest["recipe"], records_of(cache), []
+    recipe, rows = cache.manifest["recipe"], []
     ids = [image_id for image_id in cache.image_ids() if len(cache.regions(image_id))]
     for image_id in ids[:: max(1, len(ids) // args.images)][: args.images]:
         found, path = cache.regions(image_id), records[image_id]["file_name"]

@@ -1,6 +1,7 @@
 """The mapper that turns one data set record into what a model takes."""
 
 import copy
+import logging
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from ovdet2.data.images import read_image
 from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 class OpenVocabularyMapper(DatasetMapper):
@@ -125,6 +128,12 @@ def open_region_cache(cfg):
     stated = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
     cache.require_teacher(stated, "MODEL.TEACHER of the configuration")
     cache.require_dataset(names[0], MetadataCatalog.get(names[0]).ov_files()[0])
+    if cache.unreadable:
+        logger.warning(
+            "%d images have no regions in %s, since they could not be read (image ids %s); once they are mended, add "
+            "--verify to: %s",
+            *(len(cache.unreadable), folder, ", ".join(list(cache.unreadable)[:5]), cache.manifest["command"]),
+        )
     return cache
 
 
@@ -147,7 +156,8 @@ def transform_regions(cached, transforms, image_size, limit):
     boxes.clip(image_size)
     kept = torch.nonzero(boxes.nonempty())[:, 0]
     if len(kept) == len(boxes) <= limit:
-        return Instances(image_size, proposal_boxes=boxes, embeddings=cached.embeddings)
+        # A copy: a view would take its whole shard along from a loader process to the trainer.
+        return Instances(image_size, proposal_boxes=boxes, embeddings=cached.embeddings.clone())
     if len(kept) > limit:
         kept = kept[torch.from_numpy(np.random.permutation(len(kept))[:limit])]
     return Instances(image_size, proposal_boxes=boxes[kept], embeddings=cached.embeddings[kept])

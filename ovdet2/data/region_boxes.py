@@ -131,9 +131,19 @@ class FileBoxes:
         """What the manifest says of the source."""
         return {"source": "file", "file_sha256": sha256_file(self.path)}
 
-    def image_ids(self):
-        """Images the file has boxes for, ascending."""
-        return self._image_ids.tolist()
+    def require_images(self, image_ids):
+        """How many of some images the file has boxes for.
+
+        Raises:
+            DataError: for none of them, so it is of another data set.
+        """
+        count = int(np.isin(self._image_ids, list(image_ids)).sum())
+        if not count:
+            raise DataError(
+                f"{self.path} has boxes for {len(self._image_ids)} images (ids {self._image_ids[:3].tolist()}, ...), "
+                "none of which is in the data set: give the file that was made for it."
+            )
+        return count
 
     def __call__(self, record):
         """:class:`FoundBoxes` of a Detectron2 record; none for an image the file does not name."""

@@ -69,6 +69,7 @@ class RegionCache:
     Picklable, and safe to carry into loader workers however they are started.
 
     Attributes:
+        unreadable: {image id, a string: why} of the images that could not be read and have no regions.
         missing: annotations asked for by :meth:`of_annotations` and not found, by this process.
     """
 
@@ -100,6 +101,9 @@ class RegionCache:
                     f"the shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}, it was cut off or "
                     f"replaced: {command}"
                 )
+        self.unreadable = {
+            k: why for shard in self.manifest["shards"] for k, why in shard.get("unreadable", {}).items()
+        }
         self._first_ids = [shard["first_image_id"] for shard in self.manifest["shards"]]
         self._digest = recipe_digest(self.manifest["recipe"])
         self._open = OrderedDict()
@@ -176,7 +180,7 @@ class RegionCache:
     def _shard(self, index):
         if index not in self._open:
             path = self.folder / self.manifest["shards"][index]["file"]
-            self._open[index] = Shard(path, self._digest)
+            self._open[index] = Shard(path, self._digest, f"mend it with: {self.manifest['command']} --verify")
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
@@ -194,11 +198,12 @@ class Shard:
         image_ids: list of ints, ascending.
     """
 
-    def __init__(self, path, digest):
+    def __init__(self, path, digest, remedy=f"remove it and {_BUILD}"):
         """
         Args:
             path: of the file.
             digest: :func:`recipe_digest` of the cache it must belong to.
+            remedy: what error messages end with.
 
         Raises:
             CacheError: the file is damaged, or not a shard of this cache.
@@ -214,11 +219,11 @@ class Shard:
             self._offsets = self.tensors["offsets"].tolist()
             self._per_region = [self.tensors[field.name] for field in fields(Regions)]
         except (SafetensorError, OSError, ValueError) as error:
-            raise CacheError(f"{path} is not a whole shard ({error}): remove it and {_BUILD}.") from None
+            raise CacheError(f"{path} is not a whole shard ({error}): {remedy}.") from None
         if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
             raise CacheError(
                 f"{path} (schema {self.manifest.get('schema')!r}) is not a shard of this cache, whose schema is "
-                f"{SCHEMA!r}: remove it and {_BUILD}."
+                f"{SCHEMA!r}: {remedy}."
             )
         self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
 

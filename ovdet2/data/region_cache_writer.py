@@ -86,31 +86,36 @@ class CacheWriter:
         sizes = {s["file"]: s["bytes"] for s in complete["shards"]} if complete else {}
         return [index for index in range(len(self.shards)) if not self._is_there(index, sizes)]
 
-    def remove_damaged(self, progress=iter):
+    def remove_damaged(self, only=None, renew=lambda shard: False, progress=iter):
         """Read every byte of the shards that are there and remove those that are not as they were written.
 
         Args:
+            only: numbers of the shards to be concerned with; None: all.
+            renew: (shard's header) -> whether to remove a sound one, too.
             progress: wrapper of a list, such as tqdm.
 
         Returns:
-            list of their numbers.
+            list of the numbers of those removed.
         """
-        complete = self._found_complete()
-        stated = [shard["sha256"] for shard in complete["shards"]] if complete else None
-        damaged = []
-        for index in progress(range(len(self.shards))):
-            path = self._path(index)
-            if not path.is_file():
-                continue
+        removed = []
+
+        def is_good(index):
             shard = self._open(index)
-            sound = shard is not None and shard.is_sound() and (not stated or sha256_file(path) == stated[index])
-            if not sound:
-                damaged.append(index)
-        if damaged:
-            self._write_manifest(None)
-        for index in damaged:
-            self._path(index).unlink(missing_ok=True)
-        return damaged
+            return shard is not None and shard.is_sound() and self._has_stated_hash(index) and not renew(shard.manifest)
+
+        with Claims(self.folder) as claims:
+            for index in progress([i for i in range(len(self.shards)) if only is None or i in only]):
+                if not self._path(index).is_file() or is_good(index) or not claims.take(_claim(index)):
+                    continue
+                try:
+                    # Somebody else may have mended it before the claim was ours.
+                    if self._path(index).is_file() and not is_good(index):
+                        self._write_manifest(None)
+                        self._path(index).unlink()
+                        removed.append(index)
+                finally:
+                    claims.release(_claim(index))
+        return removed
 
     def claimed(self, start=0, only=None):
         """The shards this process is to write, each claimed while it is being written; waits for those of others.
@@ -129,13 +134,12 @@ class CacheWriter:
             while pending:
                 before = len(pending)
                 for index in tuple(pending):
-                    name = Path(shard_name(index)).stem
-                    if not self._is_there(index) and claims.take(name):
+                    if not self._is_there(index) and claims.take(_claim(index)):
                         try:
                             if not self._is_there(index):  # it was not when we looked, before the claim
                                 yield index
                         finally:
-                            claims.release(name)
+                            claims.release(_claim(index))
                     if self._is_there(index):
                         pending.remove(index)
                 if len(pending) == before:
@@ -143,7 +147,7 @@ class CacheWriter:
             claims.sweep()
 
     def write(self, index, regions, facts=None):
-        """Write a shard.
+        """Write a shard, unless somebody else has done so meanwhile.
 
         Args:
             index: its number.
@@ -151,18 +155,25 @@ class CacheWriter:
                 ``self.shards[index]``.
             facts: what else its header and the manifest say of it: how it was computed, images left out.
         """
-        write_shard(self.folder, index, self.recipe, self.shards[index], regions, facts)
+        if not self._is_there(index):
+            write_shard(self.folder, index, self.recipe, self.shards[index], regions, facts)
 
     def finish(self, progress=iter):
-        """Describe every shard in the manifest and mark the cache complete.
+        """Describe every shard in the manifest and mark the cache complete; of several processes one does it.
 
         Returns:
             The manifest; None while shards are missing, which somebody else is to write.
         """
-        complete = self._found_complete()
-        if self.missing():
-            return None
-        return complete or self._write_manifest([self._describe(i) for i in progress(range(len(self.shards)))])
+        with Claims(self.folder) as claims:
+            while True:
+                complete = self._found_complete()
+                if self.missing():
+                    return None
+                if complete:
+                    return complete
+                if claims.take("manifest"):
+                    return self._write_manifest([self._describe(i) for i in progress(range(len(self.shards)))])
+                time.sleep(_POLL_SECONDS)
 
     def _path(self, index):
         return self.folder / shard_name(index)
@@ -174,6 +185,11 @@ class CacheWriter:
         except CacheError:
             return None
         return shard if shard.image_ids == self.shards[index] else None
+
+    def _has_stated_hash(self, index):
+        """Whether a shard's file is the one that a complete manifest describes; true without one."""
+        complete = self._found_complete()
+        return not complete or sha256_file(self._path(index)) == complete["shards"][index]["sha256"]
 
     def _is_there(self, index, sizes=None):
         path = self._path(index)
@@ -222,6 +238,10 @@ class CacheWriter:
             "sha256": sha256_file(path),
             **{key: value for key, value in shard.manifest.items() if key not in own},
         }
+
+
+def _claim(index):
+    return Path(shard_name(index)).stem
 
 
 def _differences(found, wanted):

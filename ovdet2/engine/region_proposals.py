@@ -11,7 +11,6 @@ from ovdet2.data.region_boxes import FoundBoxes
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import DataError, UsageError
-from ovdet2.vlm.fingerprint import require_same_teacher
 from ovdet2.vlm.teacher import state_dict_sha256
 from ovdet2.vlm.templates import clean_name
 
@@ -52,20 +51,17 @@ class ProposalBoxes:
         self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
-    def load(cls, cfg, dataset, teacher):
-        """The trained detector of a configuration.
+    def load(cls, cfg, dataset):
+        """The trained detector of a configuration; the words it was trained with may be of any teacher.
 
         Raises:
-            DataError: its weights cannot be read, its vocabulary is of another teacher, or it was trained with boxes of
-                a class that is novel in ``dataset``: its proposals would know what must not be known.
+            DataError: its weights cannot be read, or it was trained with boxes of a class that is novel in ``dataset``:
+                its proposals would know what must not be known.
         """
         model = Trainer.build_model(cfg).eval()
         if not hasattr(model, "propose"):
             raise UsageError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no RPN that proposes.")
         AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
-        require_same_teacher(
-            model.vocabulary.vocabulary.teacher, "the detector's vocabulary", teacher.fingerprint, "MODEL.TEACHER"
-        )
         if not model.vocabulary.from_checkpoint:
             raise DataError(
                 f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "

@@ -73,13 +73,13 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}."
             )
-        source = pretrained
+        source, preprocess = pretrained, None
         if pretrained == "embedded":
             if architecture not in embedded_models():
                 raise UsageError(f"{architecture} is not embedded; embedded ones: {', '.join(embedded_models())}.")
             source = str(_EMBEDDED / f"{architecture}.safetensors")
         elif Path(pretrained).is_file():
-            pretrained = Path(pretrained).name
+            pretrained, preprocess = Path(pretrained).name, preprocessing_of(architecture)
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise UsageError(
@@ -92,6 +92,7 @@ class Teacher(nn.Module):
                 precision="fp32",
                 require_pretrained=True,
                 force_quick_gelu=needs_quick_gelu(architecture, pretrained),
+                force_preprocess_cfg=preprocess,
             )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             raise DataError(
@@ -196,6 +197,28 @@ def needs_quick_gelu(architecture, pretrained):
     import open_clip
 
     return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
+
+
+def preprocessing_of(architecture):
+    """How images are prepared for an architecture, whose weights come from a file that does not say.
+
+    Returns:
+        dict of "mean", "std", "interpolation": what all its pretrained tags agree in; None where there are no tags, or
+        they differ (a warning says so), for CLIP's own.
+    """
+    import open_clip
+
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    stated = [open_clip.get_pretrained_cfg(architecture, tag) for tag in tags]
+    known = [{key: cfg[key] for key in ("mean", "std", "interpolation") if cfg.get(key)} for cfg in stated]
+    if any(other != known[0] for other in known[1:]):
+        logger.warning(
+            "the pretrained tags of %s differ in mean, deviation or filter of their images; CLIP's own are taken for "
+            "the weight file.",
+            architecture,
+        )
+        return None
+    return known[0] if known and known[0] else None
 
 
 def _interpolation(architecture, preprocess):
