@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def build(folder, ids, per_shard=2, recipe=RECIPE, make=lambda image_id: regions
 
 
 def equal(first, second):
-    return all(torch.equal(getattr(first, name), getattr(second, name)) for name in vars(first))
+    return all(torch.equal(getattr(first, f.name), getattr(second, f.name)) for f in fields(Regions))
 
 
 @given(st.sets(st.integers(0, 10**9), min_size=1, max_size=12), st.integers(1, 5))

@@ -151,8 +151,10 @@ def transform_regions(cached, transforms, image_size, limit):
     Returns:
         :class:`Instances` with ``proposal_boxes`` and ``embeddings``.
     """
-    boxes = transforms.apply_box(cached.boxes_xyxy.double().numpy())
-    boxes = Boxes(torch.from_numpy(boxes).float())
+    # What TransformList.apply_box does, with the corners made once and not once for each transform.
+    corners = cached.boxes_xyxy.double().numpy()[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 2)
+    corners = transforms.apply_coords(corners).reshape(-1, 4, 2)
+    boxes = Boxes(torch.from_numpy(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)).float())
     boxes.clip(image_size)
     kept = torch.nonzero(boxes.nonempty())[:, 0]
     if len(kept) == len(boxes) <= limit:
@@ -170,25 +172,23 @@ def _require_known(record, cached, folder):
         CacheError: names the image, and the box or annotation at fault.
     """
     where = f"the region cache {folder}, image id {record['image_id']}"
-    boxes, size = cached.boxes_xyxy, _limits(record)
-    inside = (boxes[:, :2] < boxes[:, 2:]).all(dim=1) & (boxes >= -1).all(dim=1) & (boxes <= size + 1).all(dim=1)
+    boxes = cached.boxes_xyxy.numpy()
+    limits = np.array([record["width"], record["height"]] * 2, dtype=np.float32) + 1
+    inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1) & (boxes >= -1).all(axis=1) & (boxes <= limits).all(axis=1)
     if not inside.all():  # false for NaN, too
         worst = boxes[~inside][0].tolist()
         raise CacheError(
             f"{where}: region {worst} is no box inside the image of {record['width']}x{record['height']} pixels; "
             "the cache was built from other images, build it anew."
         )
-    taken = set(cached.ann_ids[cached.ann_ids >= 0].tolist())
+    ann_ids = cached.ann_ids.numpy()
+    taken = set(ann_ids[ann_ids >= 0].tolist())
     unknown = taken - {annotation.get("id") for annotation in record.get("annotations", ())}
     if unknown:
         raise CacheError(
             f"{where}: regions were cut around the annotations {sorted(unknown)[:5]}, which the training set does not "
             "hold: a box of a novel class must not be trained on. Build the cache from the base-only annotations."
         )
-
-
-def _limits(record):
-    return torch.tensor([record["width"], record["height"]] * 2, dtype=torch.float32)
 
 
 def require_annotated_size(record, image):

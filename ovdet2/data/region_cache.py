@@ -16,7 +16,7 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ _OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allo
 
 @dataclass(frozen=True)
 class Regions:
-    """The cached regions of one image; what a reader gives are views of a mapped file, to be copied before a change.
+    """The regions of one image.
 
     Attributes:
         boxes_xyxy: Tensor [R, 4] float32, pixels of the original image.
@@ -51,6 +51,27 @@ class Regions:
 
     def __len__(self):
         return len(self.boxes_xyxy)
+
+
+class MappedRegions:
+    """The :class:`Regions` of an image in a mapped file: each tensor is a view, cut out when it is asked for.
+
+    A view is to be copied before it is changed or sent to another process, which would send the whole shard.
+    """
+
+    __slots__ = ("_tensors", "_rows")
+
+    def __init__(self, tensors, rows):
+        self._tensors = tensors
+        self._rows = rows
+
+    def __len__(self):
+        return self._rows.stop - self._rows.start
+
+    boxes_xyxy = property(lambda self: self._tensors["boxes_xyxy"][self._rows])
+    embeddings = property(lambda self: self._tensors["embeddings"][self._rows])
+    ann_ids = property(lambda self: self._tensors["ann_ids"][self._rows])
+    scores = property(lambda self: self._tensors["scores"][self._rows])
 
 
 def shard_name(index):
@@ -140,7 +161,7 @@ class RegionCache:
             yield from self._shard(index).image_ids
 
     def regions(self, image_id):
-        """The :class:`Regions` of an image.
+        """The :class:`MappedRegions` of an image.
 
         Raises:
             CacheError: the cache has no entry for it, or its shard is damaged.
@@ -217,7 +238,6 @@ class Shard:
                 self.tensors = {name: file.get_tensor(name) for name in _TENSORS}  # views of the mapped file
             self.image_ids = self.tensors["image_ids"].tolist()
             self._offsets = self.tensors["offsets"].tolist()
-            self._per_region = [self.tensors[field.name] for field in fields(Regions)]
         except (SafetensorError, OSError, ValueError) as error:
             raise CacheError(f"{path} is not a whole shard ({error}): {remedy}.") from None
         if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
@@ -232,12 +252,11 @@ class Shard:
         return self._offsets[-1]
 
     def regions(self, image_id):
-        """The :class:`Regions` of an image; None without an entry for it."""
+        """The :class:`MappedRegions` of an image; None without an entry for it."""
         row = self._rows.get(image_id)
         if row is None:
             return None
-        rows = slice(self._offsets[row], self._offsets[row + 1])
-        return Regions(*[tensor[rows] for tensor in self._per_region])
+        return MappedRegions(self.tensors, slice(self._offsets[row], self._offsets[row + 1]))
 
     def is_sound(self):
         """Whether header and tensors are, to the last bit, those that were written."""
