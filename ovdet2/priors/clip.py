@@ -5,21 +5,20 @@ Shapes: N images, V views of an image, K words, D embedding dimension, S side of
 
 import torch
 from torch.utils.data import DataLoader
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as T
 
 from ovdet2.data.images import read_image
 from ovdet2.errors import DataError, NumericalError
+from ovdet2.vlm.crops import crop_regions
 
-RESIZE = ("crop", "squash")
+RESIZE = {"crop": "centre_crop", "squash": "warp"}  # name here -> policy of ovdet2.vlm.crops
 
 
 class ClipBackend:
     """score = sigmoid(max over views of cos(image, word) / tau).
 
     The views are the whole image and, with ``tiles`` = n > 1, the n x n cells of an even grid over it (edges at rounded
-    pixels, no overlap; what a cell edge cuts, the whole image holds). Sigmoid ascends, so the maximum may be taken of
-    the cosines.
+    pixels, no overlap; what a cell edge cuts, the whole image holds), resized as the teacher's training resized images.
+    Sigmoid ascends, so the maximum may be taken of the cosines.
     """
 
     kind = "prediction"
@@ -30,8 +29,8 @@ class ClipBackend:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
             vocabulary: :class:`~ovdet2.vocabulary.Vocabulary` of K words, embedded by the same teacher.
             tiles: n, at least 1.
-            resize: "crop" is CLIP's own transform (shorter side to S, square out of the centre), which never sees the
-                ends of a long image; "squash" warps the whole of it to S x S.
+            resize: "crop" takes the middle square, as CLIP's own transform does, and never sees the ends of a long
+                image; "squash" warps the whole of it to S x S.
             temperature: tau; 0.07 in CCKT.
             batch_size: views per forward pass.
             num_workers: processes that decode.
@@ -53,9 +52,8 @@ class ClipBackend:
 
     def lists(self, records, skip):
         """As every backend; raises NumericalError for embeddings that are not finite."""
-        interpolation = self.teacher.clip.visual.preprocess_cfg.get("interpolation", "bicubic")
-        samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, InterpolationMode(interpolation))
-        together = max(1, self.batch_size // (1 + self.tiles**2))
+        samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, self.teacher.interpolation)
+        together = max(1, self.batch_size // len(view_boxes(1, 1, self.tiles)))
         loader = DataLoader(samples, batch_size=together, num_workers=self.num_workers, collate_fn=list)
         for batch in loader:
             for fault in (found for _, found in batch if isinstance(found, str)):
@@ -73,44 +71,28 @@ class ClipBackend:
         Returns:
             Tensor [N, K] float32 in [0, 1], on the CPU.
         """
-        embeddings = self.teacher.encode_image(pixels.flatten(0, 1).to(self.teacher.mean) / 255, self.batch_size)
+        embeddings = self.teacher.encode_image(pixels.flatten(0, 1), self.batch_size)
         if not torch.isfinite(embeddings).all():
             raise NumericalError("the teacher's embeddings are not finite: try another --device.")
         cosine = embeddings @ self.vocabulary.embeddings.to(embeddings).T
         return (cosine.view(*pixels.shape[:2], -1).amax(dim=1) / self.temperature).sigmoid().cpu()
 
 
-def views(image, tiles, resize, side, interpolation=InterpolationMode.BICUBIC):
-    """The views of an image.
-
-    Args:
-        image: array [H, W, 3] uint8.
-        tiles, resize: of :class:`ClipBackend`.
-        side: S.
-        interpolation: of the teacher's transform; always anti-aliased.
-
-    Returns:
-        Tensor [V, 3, S, S] uint8, the whole image first, then the cells by rows.
-    """
-    height, width = image.shape[:2]
-    rows, columns = ([round(i * length / tiles) for i in range(tiles + 1)] for length in (height, width))
-    parts = [image]
+def view_boxes(height, width, tiles):
+    """The whole image, then its n x n cells by rows if n > 1: Tensor [V, 4], XYXY in pixels, at whole ones."""
+    boxes = [(0, 0, width, height)]
     if tiles > 1:
-        parts += [image[rows[i] : rows[i + 1], columns[j] : columns[j + 1]] for i in range(tiles) for j in range(tiles)]
-    return torch.stack([_resized(part, resize, side, interpolation) for part in parts])
-
-
-def _resized(image, resize, side, interpolation):
-    picture = T.to_pil_image(image)  # Pillow resamples, as in CLIP's own transform
-    size = [side, side] if resize == "squash" else [side]
-    return T.pil_to_tensor(T.center_crop(T.resize(picture, size, interpolation), [side, side]))
+        rows, columns = ([round(i * length / tiles) for i in range(tiles + 1)] for length in (height, width))
+        boxes += [(columns[j], rows[i], columns[j + 1], rows[i + 1]) for i in range(tiles) for j in range(tiles)]
+    return torch.tensor(boxes)
 
 
 class _Views(torch.utils.data.Dataset):
     """(image id, views) of a record, or (image id, what is wrong with its file)."""
 
-    def __init__(self, records, *how):
-        self.records, self.how = records, how
+    def __init__(self, records, tiles, resize, side, interpolation):
+        self.records, self.tiles = records, tiles
+        self.how = side, RESIZE[resize], interpolation
 
     def __len__(self):
         return len(self.records)
@@ -118,6 +100,7 @@ class _Views(torch.utils.data.Dataset):
     def __getitem__(self, index):
         record = self.records[index]
         try:
-            return record["image_id"], views(read_image(record["file_name"], "RGB"), *self.how)
+            image = torch.from_numpy(read_image(record["file_name"], "RGB").copy()).permute(2, 0, 1)
         except DataError as error:
             return record["image_id"], str(error)
+        return record["image_id"], crop_regions(image, view_boxes(*image.shape[1:], self.tiles), *self.how)
