@@ -118,11 +118,11 @@ class MllmBackend:
             running = {}  # future -> (image id, number of questions)
             try:
                 for record, prepared, words in self._calls(records, digests, failed, skip):
+                    future = pool.submit(self._ask, digests[record["image_id"]], prepared, words)
+                    running[future] = record["image_id"], len(words)
                     # Few are handed in ahead, so that memory holds few images and an abort waits for few answers.
                     if len(running) >= 2 * self.model.workers:
                         _collect(running, failed, skip, progress)
-                    future = pool.submit(self._ask, digests[record["image_id"]], prepared, words)
-                    running[future] = record["image_id"], len(words)
                 while running:
                     _collect(running, failed, skip, progress)
             except BaseException:
@@ -140,7 +140,7 @@ class MllmBackend:
                 )
 
     def _calls(self, records, digests, failed, skip):
-        """(record, what is sent of its image, words) of each call to make."""
+        """(record, what is sent of its image, words) of each call to make; none for an image in ``failed``."""
         for record in records:
             words = self._open(record, digests[record["image_id"]])
             if not words:
@@ -152,6 +152,8 @@ class MllmBackend:
                 skip(str(error))
                 continue
             for start in range(0, len(words), self.model.words_per_call):
+                if record["image_id"] in failed:  # the caller adds to it between calls
+                    break
                 chunk = words[start : start + self.model.words_per_call]
                 if self.max_queries is not None:
                     chunk = chunk[: self.max_queries - self.asked]
