@@ -5,6 +5,7 @@ Shapes: K words, B of them base, D embedding dimension.
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ovdet2.vlm.templates import clean_name, get_templates, render, set_title, t
 
 SCHEMA = "ovdet2/vocabulary/1"
 PROMPTS_AT_ONCE = 1024
+_SHOWN = 10  # repeated words in a message
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +184,7 @@ class Vocabulary:
             templates: template set name, or a template file.
             base_mask: [K] bool; default: every word is novel.
             category_ids: optional K ids.
-            progress: show a progress bar (21,000 words take minutes on a CPU).
+            progress: show a progress bar.
             synonyms: optional K lists of further names; a name that cleans to one before it is passed over.
 
         Raises:
@@ -191,7 +193,7 @@ class Vocabulary:
         """
         names = tuple(names)
         check_words(names)
-        averaged = tuple((name,) for name in names) if synonyms is None else _averaged_names(names, synonyms)
+        averaged = averaged_names(names, synonyms)
         rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
         word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
         sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
@@ -239,20 +241,40 @@ class Vocabulary:
 
 def check_words(names):
     """Raise :class:`UsageError` for an empty vocabulary, an empty word, or two words that clean to the same text."""
+    repeated = repeated_words(names)
+    if repeated:
+        shown = ", ".join(f"{names[i]!r} twice (words {first} and {i})" for i, first in repeated[:_SHOWN])
+        more = f", and {len(repeated) - _SHOWN} more words" if len(repeated) > _SHOWN else ""
+        raise UsageError(f"the vocabulary holds {shown}{more}: leave out one of each.")
+
+
+def repeated_words(names):
+    """The words that clean to the same text as one before: [(position, position of the first such word)].
+
+    Raises:
+        UsageError: no word, or an empty one.
+    """
     if not names:
         raise UsageError("the vocabulary is empty: give at least one word.")
-    seen = {}
+    seen, repeated = {}, []
     for position, name in enumerate(names):
         cleaned = clean_name(name)
         if not cleaned:
             raise UsageError(f"word {position} of the vocabulary is empty ({name!r}): remove it.")
-        if cleaned in seen:
-            raise UsageError(f"the vocabulary holds {name!r} twice (words {seen[cleaned]} and {position}): remove one.")
-        seen[cleaned] = position
+        first = seen.setdefault(cleaned, position)
+        if first != position:
+            repeated.append((position, first))
+    return repeated
 
 
-def _averaged_names(names, synonyms):
-    """K tuples of the different names of each class, by what they clean to, its own first."""
+def averaged_names(names, synonyms=None):
+    """K tuples of the different names of each class, by what they clean to, its own first.
+
+    Raises:
+        UsageError: an empty synonym, or not one list of synonyms per word.
+    """
+    if synonyms is None:
+        return tuple((name,) for name in names)
     synonyms = tuple(map(tuple, synonyms))
     if len(synonyms) != len(names):
         raise UsageError(f"there are {len(names)} words but {len(synonyms)} lists of synonyms: give one list per word.")
@@ -286,9 +308,15 @@ def parse_words(text):
 
     Raises:
         DataError: the file is missing or not UTF-8.
+        UsageError: the text is an existing file of another suffix.
     """
     text = str(text)
     if "," in text or not text.endswith(".txt"):
+        if "," not in text and os.path.isfile(text):  # isfile: no error for a text too long for a path
+            raise UsageError(
+                f"{text} is a file, not a word: words are read from a .txt file, one per line (by "
+                "tools/build_vocabulary.py also from a .json file). For the word of that name, add a comma."
+            )
         return [word.strip() for word in text.split(",") if word.strip()]
     try:
         lines = Path(text).read_text(encoding="utf-8").splitlines()

@@ -21,8 +21,9 @@ r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO
 
 A word's embedding is that of its name alone, as in Detic's and F-VLM's tables; --synonyms averages those of all its
 names, as ViLD's published LVIS classifier does by its file name. Synonyms written into a word list are averaged unless
---no-synonyms is given. The tool prints words with a prompt and the words nearest to them, and warns of pairs that the
-teacher can hardly tell apart.
+--no-synonyms is given. No two words may be the same text after cleaning ("red_mug", "Red mug"); of a table with such
+rows, --first-of-duplicates keeps the first of each. The tool prints the number of prompts before it embeds them, then
+words with a prompt and the words nearest to them, and warns of pairs that the teacher can hardly tell apart.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from ovdet2.vlm.neighbours import close_pairs, nearest_words
 from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vlm.templates import clean_name, get_templates, render
-from ovdet2.vocabulary import Vocabulary, check_words
+from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
 
 CLOSE = 0.98  # cosine
 
@@ -46,11 +47,12 @@ def main(argv=None):
     """Command line; returns the vocabulary written."""
     args = parse_args(argv)
     words = wanted_words(args)
-    check_words(words.names)
+    if not args.first_of_duplicates:
+        check_words(words.names)
     if args.import_table:
         vocabulary = import_table(args, words)
     else:
-        get_templates(args.templates)  # a wrong name is seen before the teacher is loaded
+        print_prompts(args, words)  # a wrong template set is seen before the teacher is loaded
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
         vocabulary = Vocabulary.build(
             words.names, teacher, args.templates, words.base_mask, words.category_ids, True, words.synonyms
@@ -84,6 +86,9 @@ def parse_args(argv):
     parser.add_argument("--import-table", help=".npy, .pt or .pth file with raw embeddings [K, D]")
     parser.add_argument("--key", help="entry of a .pt file that holds several tensors")
     parser.add_argument("--transpose", action="store_true", help="the imported table is [D, K]")
+    parser.add_argument(
+        "--first-of-duplicates", action="store_true", help="of table rows with the same word, keep the first"
+    )
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument(
         "--pretrained", required=True, help="pretrained tag, 'embedded' or a weight file; stated for --import-table"
@@ -108,6 +113,8 @@ def parse_args(argv):
         parser.error("--synonyms embeds words: say of an imported table in --templates how it was made")
     if not args.import_table and (args.key or args.transpose):
         parser.error("--key and --transpose are for --import-table")
+    if args.first_of_duplicates and (args.dataset or not args.import_table):
+        parser.error("--first-of-duplicates is for --import-table without --dataset, which chooses rows by id")
     return args
 
 
@@ -169,8 +176,27 @@ def import_table(args, words):
                 "set, or spelt otherwise."
             )
         table = table[[row_of[category] for category, _ in wanted]]
+    if args.first_of_duplicates:
+        words, table = first_of_duplicates(words, table)
     teacher = Fingerprint.stated(args.architecture, args.pretrained)
     return Vocabulary.from_table(words.names, table, teacher, args.templates, words.base_mask, words.category_ids)
+
+
+def first_of_duplicates(words, table):
+    """Words and rows without those whose word cleans to the same text as one before; prints how many were dropped."""
+    dropped = [position for position, _ in repeated_words(words.names)]
+    kept = sorted(set(range(len(words.names))) - set(dropped))
+    shown = [repr(words.names[i]) for i in dropped[:5]] + ["..."] * (len(dropped) > 5)
+    print(f"dropped {len(dropped)} rows whose word an earlier row has: {', '.join(shown) or 'none'}")
+    ids = words.category_ids and tuple(words.category_ids[i] for i in kept)
+    return replace(words, names=tuple(words.names[i] for i in kept), category_ids=ids), table[kept]
+
+
+def print_prompts(args, words):
+    """Print how many prompts are going to be embedded."""
+    names = sum(map(len, averaged_names(words.names, words.synonyms)))
+    templates = len(get_templates(args.templates))
+    print(f"embedding {names} names in {templates} templates each: {names * templates} prompts")
 
 
 def print_words(vocabulary, count, templates, neighbours=3):

@@ -106,6 +106,7 @@ def words_of_text(text):
 
     Raises:
         DataError: the file is missing or of another form.
+        UsageError: the text is an existing file of another suffix.
     """
     text = str(text)
     if text.endswith(".json") and "," not in text:
