@@ -11,7 +11,7 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.templates import article, clean_name, get_templates, render, template_set_names, templates_sha256
-from ovdet2.vocabulary import Vocabulary, from_buffers, manifest_bytes, parse_words
+from ovdet2.vocabulary import Vocabulary, check_words, from_buffers, manifest_bytes, parse_words
 from tests import micro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +152,24 @@ def test_parse_words(tmp_path):
     assert len(parse_words("st. bernard, " + "very long word " * 40)) == 2
     with pytest.raises(DataError, match="word list .*missing.txt cannot be read"):
         parse_words(str(tmp_path / "missing.txt"))
+    for name in ("words", "words.lst", "words.json"):
+        (tmp_path / name).write_text("cat\n", encoding="utf-8")
+        with pytest.raises(UsageError, match=f"{name} is a file, not a word: words are read from a .txt file"):
+            parse_words(tmp_path / name)
+    assert parse_words(f"{tmp_path / 'words'},") == [str(tmp_path / "words")]
+    assert parse_words(tmp_path) == [str(tmp_path)] and len(parse_words("long word " * 400)) == 1
+
+
+def test_all_repeated_words_are_named_up_to_ten():
+    names = [f"word {i}" for i in range(12)]
+    with pytest.raises(UsageError) as raised:
+        check_words(["Cat", *names, "cat", "x", "CAT."])
+    assert str(raised.value) == (
+        "the vocabulary holds 'cat' twice (words 0 and 13), 'CAT.' twice (words 0 and 15): leave out one of each."
+    )
+    with pytest.raises(UsageError, match=r"'Word_9' twice \(words 9 and 21\), and 2 more words: leave out") as raised:
+        check_words([*names, *(name.replace("w", "W").replace(" ", "_") for name in names)])
+    assert str(raised.value).count("twice") == 10
 
 
 def test_many_words_permute_and_count():
