@@ -175,6 +175,9 @@ def get_cfg():
     # ["coco_unused"] for the 15 COCO classes that OV-COCO leaves out. Their detections take part in the cut to
     # DETECTIONS_PER_IMAGE and are then dropped; the report names them.
     cfg.TEST.DISTRACTORS = []
+    # Report AP of every decoder layer of OpenVocabularyDeformableDETR, too: with many words, the logits of the layers
+    # before the last cost time.
+    cfg.TEST.DECODER_LAYERS = False
     # Proposals kept per image to report recall (AR@100, AR@300, AR@1000, those up to this number) on base and on novel
     # boxes; 0 switches it off.
     cfg.TEST.PROPOSALS_PER_IMAGE = 300

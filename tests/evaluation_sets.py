@@ -186,25 +186,33 @@ def proposals(boxes, logits=None):
     return result
 
 
-def feed(evaluator, data, detections, image_ids=None, proposals_of=None, split=SPLIT):
+def feed(evaluator, data, detections, image_ids=None, proposals_of=None, split=SPLIT, layers=()):
+    """Give an evaluator the detections of images; ``layers`` are those of decoder layers, lists like ``detections``."""
     for image_id in [image["id"] for image in data["images"]] if image_ids is None else image_ids:
-        output = {"instances": instances([found for found in detections if found["image_id"] == image_id], split)}
+
+        def of_image(records):
+            return instances([found for found in records if found["image_id"] == image_id], split)
+
+        output = {"instances": of_image(detections)}
+        if layers:
+            output["decoder_layers"] = [of_image(records) for records in layers]
         if proposals_of is not None:
             output["proposals"] = proposals_of(image_id)
         evaluator.process([{"image_id": image_id}], [output])
 
 
 def evaluate_in_group(path, folder):
-    """In each process of a group: evaluate every n-th image of the json ``path``, with masks and proposals."""
+    """In each process of a group: evaluate every n-th image of the json ``path``, with masks, proposals and layers."""
     data = json.loads(Path(path).read_text())
     detections = with_masks(*random_set(11))[1]
     rank, processes = comm.get_rank(), comm.get_world_size()
     name = f"test_group_{Path(folder).name}"
     register_dataset(name, path, Path(path).parent, SPLIT, masks=True)
-    evaluator = OpenVocabularyEvaluator(name, folder)
+    evaluator = OpenVocabularyEvaluator(name, folder, decoder_layers=3)
     evaluator.reset()
     share = [image["id"] for image in data["images"]][rank::processes]
     random = np.random.default_rng(11)
     boxes = {image["id"]: xyxy(random.uniform(1, 90, (40, 4))) for image in data["images"]}
-    feed(evaluator, data, detections, share, lambda image_id: proposals(boxes[image_id]))
+    layers = [detections[::4], detections[::2]]
+    feed(evaluator, data, detections, share, lambda image_id: proposals(boxes[image_id]), layers=layers)
     evaluator.evaluate()

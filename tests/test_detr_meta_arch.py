@@ -28,7 +28,7 @@ class StandIn(nn.Module):
         self.embed, self.boxes = nn.Linear(4, LAYERS * QUERIES * 8), nn.Linear(4, LAYERS * QUERIES * 4)
         self.two_stage, self.seen = two_stage, []
 
-    def forward(self, images, image_sizes):
+    def forward(self, images, image_sizes, all_layers):
         self.seen.append((images, image_sizes))
         maps = self.backbone(images)
         means = torch.stack([m[:, :h, :w].mean(dim=(1, 2)) for m, (h, w) in zip(maps, image_sizes)])
@@ -36,7 +36,7 @@ class StandIn(nn.Module):
         hidden = self.embed(means).view(len(images), LAYERS, QUERIES, 8).transpose(0, 1)
         boxes = self.boxes(means).view(len(images), LAYERS, QUERIES, 4).transpose(0, 1).sigmoid()
         logits = nn.functional.normalize(hidden, dim=-1) @ words.T
-        outputs = {"pred_logits": logits if self.training else logits[-1:], "pred_boxes": boxes, "hidden": hidden}
+        outputs = {"pred_logits": logits if all_layers else logits[-1:], "pred_boxes": boxes, "hidden": hidden}
         if self.two_stage:
             valid = torch.ones(len(images), QUERIES, dtype=torch.bool)
             outputs["encoder"] = {"logits": logits[0, :, :, :1], "boxes_cxcywh": boxes[0], "valid": valid}
@@ -126,6 +126,22 @@ class TestInference:
             small.pred_boxes.tensor * torch.tensor([2, 10, 2, 10]), large.pred_boxes.tensor, rtol=1e-4
         )
         assert len(small) == 20 and set(small.pred_classes.tolist()) >= {3, 4}
+
+    @torch.no_grad()
+    def test_every_layer_is_what_a_detector_that_ends_there_finds(self):
+        model, records = detector().eval(), micro.images()
+        plain = model(records)
+        assert all(set(output) == {"instances"} for output in plain)
+        model.every_layer = True
+        found, whole = model(records), model.network.forward
+        model.network.forward = lambda *args, **options: {k: v[:1] for k, v in whole(*args, **options).items()}
+        for output, last, first in zip(found, plain, model(records)):
+            assert len(output["decoder_layers"]) == LAYERS - 1 and first["decoder_layers"] == []
+            pairs = ((output["instances"], last["instances"]), (output["decoder_layers"][0], first["instances"]))
+            for ours, theirs in pairs:
+                assert torch.equal(ours.scores, theirs.scores) and ours.image_size == theirs.image_size
+                assert torch.equal(ours.pred_boxes.tensor, theirs.pred_boxes.tensor)
+            assert not torch.equal(output["decoder_layers"][0].scores, output["instances"].scores)
 
     @torch.no_grad()
     def test_words_change_at_will(self):

@@ -78,6 +78,7 @@ def test_one_two_and_three_processes_write_the_same_files(tmp_path):
         reports.append(report)
     assert reports[0] == reports[1] == reports[2]
     assert reports[0]["segm"]["AP-all"] > 0 and "AR@100-all" in reports[0]["proposals"]
+    assert len(reports[0]["decoder_layers"]) == 3
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,7 @@ class Trainer(DefaultTrainer):
             proposals_per_image=min(cfg.TEST.PROPOSALS_PER_IMAGE, cfg.MODEL.RPN.POST_NMS_TOPK_TEST),
             distractors=distractors(cfg),
             facts=facts,
+            decoder_layers=cfg.MODEL.DETR.DECODER_LAYERS if cfg.TEST.DECODER_LAYERS else 0,
         )
 
     @classmethod

@@ -27,7 +27,7 @@ from ovdet2.files import write_text
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
-_SHOWN_APART = {"schema", "evaluator_type", "classes", "per_class", *TASKS}
+_SHOWN_APART = {"schema", "evaluator_type", "classes", "per_class", "decoder_layers", *TASKS}
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
     "localisation": "right word, IoU of 0.1 to 0.5",
@@ -75,6 +75,7 @@ def write_html(path, report, truth, detections, split, pictures=6):
             error_section(analysis, report),
             confusion_section(analysis["confusion"]),
             proposal_section(report.get("proposals") or {}),
+            decoder_layer_section(report.get("decoder_layers") or []),
             image_section(drawn, analysis["image_quality"], pictures),
         ),
     )
@@ -271,6 +272,20 @@ def proposal_section(recall):
         f"<h2>Proposals</h2>{legend({name: _LINES[name] for name in SUBSETS if name in lines})}"
         f'<figure class="chart">{chart}<figcaption>{note}</figcaption></figure>'
     )
+
+
+def decoder_layer_section(layers):
+    """AP of every decoder layer; nothing for a detector without.
+
+    Args:
+        layers: a dict {"AP50-novel": percent or None, ...} for each, the first layer's first.
+    """
+    if not layers:
+        return ""
+    names = [name for name in layers[0] if name.partition("-")[2] in SUBSETS]
+    rows = [[str(place), *(number(layer[name]) for name in names)] for place, layer in enumerate(layers, start=1)]
+    listed = table(["layer", *(name.replace("-", " ") for name in names)], rows, range(1, len(names) + 1))
+    return f"<h2>Decoder layers</h2><p>Boxes. The last layer's figures are the detector's.</p>{listed}"
 
 
 def image_section(pictures, quality, count):

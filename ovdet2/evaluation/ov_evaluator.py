@@ -14,7 +14,7 @@ import pycocotools.mask as mask_api
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
-from ovdet2.errors import DataError, NumericalError
+from ovdet2.errors import DataError, NumericalError, UsageError
 from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class
 from ovdet2.evaluation.prediction_files import MERGED, PredictionWriter, merge, read_merged
 from ovdet2.evaluation.predictions import read_predictions
@@ -25,6 +25,7 @@ from ovdet2.files import sha256_file, write_json
 
 PROPOSAL_LIMITS = (100, 300, 1000)
 DETECTION_LIMITS = {"ov_coco": 100, "ov_voc": 100, "ov_lvis": 300}
+_LAYER = "decoder_layer_"  # folders, numbered from 1
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,9 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         distractors: names the vocabulary has after the data set's K; no annotation is of their classes K, K + 1, ...
             They take part in the choice of an image's best detections, and are then counted and left out of AP.
         facts: further entries of report.json, such as the vocabulary's fingerprint; JSON-serialisable.
+        decoder_layers: their number, for a detector that gives the detections of every layer; 0: none apart. The
+            predictions of those before the last go to folders of their own, ``decoder_layer_01`` and so on, the figures
+            of all into "decoder_layers" of the report.
 
     After :meth:`evaluate`, the first process has ``evaluation``, an
     :class:`~ovdet2.evaluation.evaluation.Evaluation`; it is None before, and on the others.
@@ -63,6 +67,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         proposals_per_image=300,
         distractors=(),
         facts=None,
+        decoder_layers=0,
     ):
         self._truth, self._split = load_truth(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
@@ -71,16 +76,20 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         self._max_detections = DETECTION_LIMITS[self._metric] if max_detections is None else max_detections
         self._proposal_limits = [limit for limit in PROPOSAL_LIMITS if limit <= proposals_per_image]
         self._distractors, self._facts = tuple(distractors), dict(facts or {})
+        self._layer_folders = [self._output_dir / f"{_LAYER}{number:02d}" for number in range(1, decoder_layers)]
         self._writer = self.evaluation = None
+        self._layer_writers = []
 
     def reset(self):
         """Start a new evaluation, dropping what an unfinished one has written."""
-        if self._writer is not None:
-            self._writer.close()
-        self._writer, self.evaluation = PredictionWriter(self._output_dir, comm.get_rank()), None
+        self._close()
+        rank = comm.get_rank()
+        self._writer, self.evaluation = PredictionWriter(self._output_dir, rank), None
+        self._layer_writers = [PredictionWriter(folder, rank, self._writer.token) for folder in self._layer_folders]
         if comm.is_main_process():
-            for name in (REPORT, "report.html"):  # they would be taken for those of the new predictions
-                (self._output_dir / name).unlink(missing_ok=True)
+            stale = [self._output_dir / name for name in (REPORT, "report.html")]
+            for path in (*stale, *self._layer_files()):  # they would be taken for those of the new predictions
+                path.unlink(missing_ok=True)
         self._started = time.perf_counter()
 
     def process(self, inputs, outputs):
@@ -90,12 +99,14 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             inputs: list of dicts with "image_id".
             outputs: list of dicts with "instances" (pred_boxes XYXY in pixels of the original image, scores,
                 pred_classes contiguous and base first, then distractors; for a data set with masks also, in all or in
-                none of the images with detections, pred_masks [R, H, W] bool) and, in all or in no image, "proposals"
-                (proposal_boxes, objectness_logits).
+                none of the images with detections, pred_masks [R, H, W] bool), in all or in no image "proposals"
+                (proposal_boxes, objectness_logits) and, if asked for, "decoder_layers", a list of the like of
+                "instances" for the layers before the last.
 
         Raises:
             NumericalError: a box or score that is not finite.
             DataError: an image that is not in the data set, a class beyond its vocabulary, masks of another size.
+            UsageError: the model does not give as many decoder layers as were announced.
         """
         for image, output in zip(inputs, outputs):
             image_id = image["image_id"]
@@ -105,6 +116,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             if "proposals" in output and self._proposal_limits:
                 record["covered"] = self._covered(image_id, output["proposals"])
             self._writer.write(record)
+            self._write_layers(image_id, output.get("decoder_layers", ()))
 
     def evaluate(self):
         """Merge, evaluate, print the table and write report.json.
@@ -116,7 +128,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         Raises:
             DataError: on every process, when an image is missing, was predicted twice, or a file is missing.
         """
-        self._writer.close()
+        self._close()
         tokens = comm.gather(self._writer.token)  # also waits until every process has closed its file
         problem = None
         if comm.is_main_process():
@@ -142,20 +154,42 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         Raises:
             DataError: there is none, or it is not of the images of this data set.
         """
-        path = self._output_dir / MERGED
-        if not path.is_file():
-            raise DataError(f"{path} does not exist: evaluate {self._dataset_name} first.")
-        if {record["image_id"] for record in read_merged(path)} != set(self._truth.images):
-            raise DataError(f"{path} is not of the images of {self._dataset_name}: name the data set it is of.")
+        merged = self._output_dir / MERGED
+        if not merged.is_file():
+            raise DataError(f"{merged} does not exist: evaluate {self._dataset_name} first.")
+        for path in (merged, *self._layer_files()):
+            if {record["image_id"] for record in read_merged(path)} != set(self._truth.images):
+                raise DataError(f"{path} is not of the images of {self._dataset_name}: name the data set it is of.")
         self._started = time.perf_counter()
-        return self._measure(path)
+        return self._measure()
+
+    def _close(self):
+        for writer in (self._writer, *self._layer_writers):
+            if writer is not None:
+                writer.close()
+
+    def _write_layers(self, image_id, layers):
+        """Write the detections of the decoder layers before the last, each to its own file."""
+        if self._layer_folders and len(layers) != len(self._layer_folders):
+            raise UsageError(
+                f"TEST.DECODER_LAYERS asks for the detections of {len(self._layer_folders)} decoder layers before the "
+                f"last, and the model gives {len(layers)}: switch it off for detectors without decoder layers."
+            )
+        for writer, instances in zip(self._layer_writers, layers):
+            writer.write({"image_id": image_id, **self._detections(image_id, instances)})
+
+    def _layer_files(self):
+        """The merged predictions of the decoder layers before the last, the first layer's first."""
+        return sorted(self._output_dir.glob(f"{_LAYER}*/{MERGED}"))
 
     def _finish(self, tokens):
         """Merge, measure and write; the first process's part of :meth:`evaluate`."""
-        return self._measure(merge(self._output_dir, tokens, self._truth.images))
+        for folder in (self._output_dir, *self._layer_folders):
+            merge(folder, tokens, self._truth.images)
+        return self._measure()
 
-    def _measure(self, merged):
-        predictions = read_predictions(merged)
+    def _measure(self):
+        predictions = read_predictions(self._output_dir / MERGED)
         report = self._report(predictions)
         write_json(self._output_dir / REPORT, report, indent=1)
         return Evaluation(self._truth, predictions.detections, report)
@@ -222,7 +256,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         return covered
 
     def _report(self, predictions):
-        figures = measure(self._truth, predictions.detections, self._split, self._metric, self._max_detections)
+        figures = self._figures(predictions.detections)
+        layers = [self._figures(read_predictions(path).detections)["bbox"] for path in self._layer_files()]
         facts = {
             "dataset": self._dataset_name,
             "json_sha256": sha256_file(self._json_file),
@@ -238,7 +273,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             **self._facts,
         }
         objects = objects_per_class(self._truth, self._split)
-        return build_report(self._split, self._metric, figures, objects, predictions.recall, facts)
+        return build_report(self._split, self._metric, figures, objects, predictions.recall, facts, layers)
+
+    def _figures(self, detections):
+        return measure(self._truth, detections, self._split, self._metric, self._max_detections)
 
 
 def _array(tensor):

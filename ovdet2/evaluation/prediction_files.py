@@ -24,10 +24,11 @@ class PredictionWriter:
     Args:
         folder: output folder, made when absent.
         rank: number of this process.
+        token: of another writer of this process, whose run this file is of, too; None: a new one.
     """
 
-    def __init__(self, folder, rank):
-        self.token = uuid.uuid4().hex
+    def __init__(self, folder, rank, token=None):
+        self.token = token or uuid.uuid4().hex
         path = _rank_path(folder, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "w", encoding="utf-8")

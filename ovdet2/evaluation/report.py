@@ -60,7 +60,7 @@ def class_means(per_class, split, names):
     )
 
 
-def build_report(split, metric, figures, objects, recall, facts):
+def build_report(split, metric, figures, objects, recall, facts, earlier_layers=()):
     """The content of report.json.
 
     Args:
@@ -70,11 +70,14 @@ def build_report(split, metric, figures, objects, recall, facts):
         objects: {category id: ground-truth objects that are not crowd}.
         recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
         facts: further entries: dataset, images, detections_per_image, seconds, versions, ...
+        earlier_layers: like ``figures["bbox"]``, for each decoder layer before the last; ``figures`` are of the last.
 
     Returns:
         dict for ``json.dumps``; no nan in it. "bbox", "segm" and "proposals" are flat: {"AP50-novel": percent, ...},
-        by the rules of LVIS with "APr", "APc" and "APf" as well; "segm" and "proposals" may be empty. "per_class" rows
-        hold the figures of boxes, and those of masks below "segm".
+        by the rules of LVIS with "APr", "APc" and "APf" as well; "segm" and "proposals" may be empty. "per_class"
+        rows hold the figures of boxes, and those of masks below "segm". "decoder_layers" is a list of dicts like "bbox"
+        with AP50 and AP (where the metric has it) of each layer, the last one's as in "bbox"; empty without
+        ``earlier_layers``.
     """
     names = figure_names(metric, facts["detections_per_image"])
     means = {task: class_means(figures.get(task), split, names) if task in figures else {} for task in TASKS}
@@ -98,6 +101,10 @@ def build_report(split, metric, figures, objects, recall, facts):
         },
         **{task: _finite(of_task) for task, of_task in means.items()},
         "proposals": _finite(recall),
+        "decoder_layers": [
+            _finite(class_means(per_class, split, [name for name in ("AP50", "AP") if name in names]))
+            for per_class in ((*earlier_layers, figures["bbox"]) if earlier_layers else ())
+        ],
         "per_class": _class_rows(split, names, figures, objects),
     }
 
@@ -135,6 +142,8 @@ def format_table(report):
     for task, title in (("bbox", "boxes"), ("segm", "masks"), ("proposals", "proposals")):
         if report[task]:
             lines += ["", *_task_table(report, task, title)]
+    if report.get("decoder_layers"):  # older reports have none
+        lines += ["", *_layer_table(report["decoder_layers"])]
     lines.append("classes: with ground truth / in the split; those without are in no mean")
     return "\n".join(lines)
 
@@ -151,6 +160,15 @@ def _task_table(report, task, title):
         lines.append(
             f"{subset:<20}" + "".join(f"{_shown(value):>9}" for value in values) + f"{classes:>12}{counts['boxes']:>9}"
         )
+    return lines
+
+
+def _layer_table(layers):
+    """Lines of the decoder layers: a row for each, a column for each figure of novel, base and all classes."""
+    names = [name for name in layers[0] if name.partition("-")[2] in ("novel", "base", "all")]
+    lines = [f"{'decoder layer':<20}" + "".join(f"{name:>12}" for name in names)]
+    for number, layer in enumerate(layers, start=1):
+        lines.append(f"{number:<20}" + "".join(f"{_shown(layer[name]):>12}" for name in names))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""From the queries of the last decoder layer to detections, without NMS.
+"""From the queries of a decoder layer to detections, without NMS.
 
 Shapes: B images, N queries, K words, T detections.
 """
@@ -49,18 +49,19 @@ class PostProcessor:
         self.score_threshold = score_threshold
 
     @torch.no_grad()
-    def __call__(self, outputs, sizes):
+    def __call__(self, outputs, sizes, layer=-1):
         """
         Args:
             outputs: dict with "pred_logits" [L, B, N, K] and "pred_boxes" [L, B, N, 4], cxcywh normalised by the image
-                without padding; the last layer counts.
+                without padding.
             sizes: B pairs (height, width) in pixels that the detections are wanted in.
+            layer: the decoder layer that counts.
 
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
             (0 to 1, float32) and ``pred_classes`` (0..K-1).
         """
-        logits, boxes = outputs["pred_logits"][-1].float(), outputs["pred_boxes"][-1].float()
+        logits, boxes = outputs["pred_logits"][layer].float(), outputs["pred_boxes"][layer].float()
         words = logits.shape[2]
         top, places = top_values(logits.flatten(1), self.detections_per_image)  # B x T
         scores, classes, queries = top.sigmoid(), places % words, places // words

@@ -21,25 +21,38 @@ class OpenVocabularyDeformableDETR(nn.Module):
     """Deformable DETR (Zhu et al., ICLR 2021) that scores its queries against words.
 
     At test each image gives {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels of the
-    original image, best first.
+    original image, best first. With ``every_layer`` also "decoder_layers", those of the layers before the last, from
+    the first on.
     """
 
     @configurable
     def __init__(
-        self, *, network, vocabulary, criterion, postprocessor, loss_weights, pixel_mean, pixel_std, input_format
+        self,
+        *,
+        network,
+        vocabulary,
+        criterion,
+        postprocessor,
+        loss_weights,
+        pixel_mean,
+        pixel_std,
+        input_format,
+        every_layer=False,
     ):
         """
         Args:
-            network: module (images [B, 3, H, W], sizes of B images before padding) -> dict of "pred_logits"
-                [L, B, N, K], "pred_boxes" [L, B, N, 4] (cxcywh normalised by the image without padding) and, if it has
-                two stages, "encoder"; see :class:`~ovdet2.modeling.detr.criterion.SetCriterion`. At test the last layer
-                alone may have logits. Its ``backbone`` says by what the sides of a batch must be divisible.
+            network: module (images [B, 3, H, W], sizes of B images before padding, ``all_layers``) -> dict of
+                "pred_logits" [L, B, N, K] (of the last layer alone unless ``all_layers``), "pred_boxes" [L, B, N, 4]
+                (cxcywh normalised by the image without padding) and, if it has two stages, "encoder"; see
+                :class:`~ovdet2.modeling.detr.criterion.SetCriterion`. Its ``backbone`` says by what the sides of a
+                batch must be divisible.
             vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` that the network reads, too.
             criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
-            postprocessor: (outputs, B (height, width)) -> list of :class:`Instances`.
+            postprocessor: (outputs, B (height, width), layer) -> list of :class:`Instances`.
             loss_weights: dict by kind of loss.
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of ``input_format``.
             input_format: "RGB" or "BGR", of the images given.
+            every_layer: at test, give the detections of all decoder layers.
         """
         super().__init__()
         self.network = network
@@ -48,6 +61,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.postprocessor = postprocessor
         self.loss_weights = dict(loss_weights)
         self.input_format = input_format
+        self.every_layer = every_layer
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -66,6 +80,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
+            "every_layer": cfg.TEST.DECODER_LAYERS,
         }
 
     @property
@@ -81,14 +96,14 @@ class OpenVocabularyDeformableDETR(nn.Module):
                 in (its own if absent).
 
         Returns:
-            In training the weighted losses, a dict of scalar Tensors; at test a list of B {"instances"}.
+            In training the weighted losses, a dict of scalar Tensors; at test a list of B dicts, see the class.
 
         Raises:
             UsageError: a closed set of classes is asked for another number of words.
             NumericalError: a matching cost is not finite; it names the image.
         """
         images = self.preprocess(batched_inputs)
-        outputs = self.network(images.tensor, images.image_sizes)
+        outputs = self.network(images.tensor, images.image_sizes, all_layers=self.training or self.every_layer)
         if self.training:
             losses, _ = self.criterion(outputs, Targets.of_records(batched_inputs, self.device))
             return weighted(losses, self.loss_weights)
@@ -102,7 +117,12 @@ class OpenVocabularyDeformableDETR(nn.Module):
             (record.get("height", size[0]), record.get("width", size[1]))
             for record, size in zip(batched_inputs, images.image_sizes)
         ]
-        return [{"instances": found} for found in self.postprocessor(outputs, sizes)]
+        results = [{"instances": found} for found in self.postprocessor(outputs, sizes)]
+        if self.every_layer:
+            layers = [self.postprocessor(outputs, sizes, layer) for layer in range(len(outputs["pred_logits"]) - 1)]
+            for image, result in enumerate(results):
+                result["decoder_layers"] = [of_layer[image] for of_layer in layers]
+        return results
 
     def preprocess(self, batched_inputs):
         """The normalised images, padded with zeros at the right and the bottom, and their sizes: :class:`ImageList`."""
