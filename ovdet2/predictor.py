@@ -94,13 +94,14 @@ class Predictor:
             DataError: an unreadable image file; UsageError: an array of another shape or type.
         """
         single = not isinstance(images, (list, tuple))
-        batch = [self._prepare(image) for image in ([images] if single else images)]
+        batch = [self.prepare(image) for image in ([images] if single else images)]
         if not batch:
             return []
         found = [output["instances"].to("cpu") for output in self.model(batch)]
         return found[0] if single else found
 
-    def _prepare(self, image):
+    def prepare(self, image):
+        """The record that the model takes of an image (see :meth:`predict`): "image", "height" and "width"."""
         rgb = to_rgb_array(image)
         pixels = rgb if self.cfg.INPUT.FORMAT == "RGB" else rgb[:, :, ::-1]
         resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
