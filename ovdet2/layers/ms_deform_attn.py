@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import logging
 import math
+import os
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights,
     tokens = sum(height * width for height, width in spatial_shapes)
     if tokens != value.shape[1]:
         raise UsageError(f"the levels {list(spatial_shapes)} have {tokens} tokens, value has {value.shape[1]}.")
-    kernel = select_kernel(value.device.type) if kernel == "auto" else kernel
+    kernel = select_kernel(value.device.type, value.dtype) if kernel == "auto" else kernel
     if kernel not in KERNELS:
         raise UsageError(f"kernel {kernel!r} of deformable attention: choose auto, {', '.join(KERNELS)}.")
     if not torch.compiler.is_compiling():
@@ -63,18 +64,18 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights,
         return ms_deform_attn_bag(value, sizes, locations, weights).to(dtype)
 
 
-def select_kernel(device_type):
-    """The kernel "auto" stands for on a device type, a key of ``KERNELS``."""
+def select_kernel(device_type, dtype=torch.float32):
+    """The kernel "auto" stands for on a device type and for a dtype, a key of ``KERNELS``."""
     if device_type == "cpu":
         return "bag"
-    if device_type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
         return "triton"
     return "grid_sample"
 
 
-def describe_kernel(device_type):
+def describe_kernel(device_type, dtype=torch.float32):
     """A line for logs, such as "deformable attention on cpu: bag (weighted embedding_bag)"."""
-    kernel = select_kernel(device_type)
+    kernel = select_kernel(device_type, dtype)
     return f"deformable attention on {device_type}: {kernel} ({KERNELS[kernel]})"
 
 
@@ -84,12 +85,12 @@ def _announce(kernel, device_type):
 
 
 def _triton(value, spatial_shapes, locations, weights):
+    if not value.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        raise SetupError(f'the Triton kernel needs a CUDA device, the value is on {value.device}: use kernel "auto".')
     try:
         from ovdet2.layers.ms_deform_attn_triton import ms_deform_attn_triton
     except ImportError as error:
-        raise SetupError(
-            f'the Triton kernel cannot be loaded ({error}): install triton or use "grid_sample".'
-        ) from None
+        raise SetupError(f'the Triton kernel cannot be loaded ({error}): install triton or use "auto".') from None
     sizes = [side for shape in spatial_shapes for side in shape]
     return ms_deform_attn_triton(value, sizes, locations, weights)
 
