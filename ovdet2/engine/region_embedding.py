@@ -43,8 +43,8 @@ class CropRecipe:
 class ShardEmbedder:
     """Embeds the regions of images, shard by shard.
 
-    Peak memory above teacher and proposer: one decoded image (and one waiting per loader process), one batch of crops
-    at S x S x 3 bytes each with the teacher's activations for it, and the float16 embeddings of the shard.
+    Peak memory above teacher and proposer: one decoded image (and two waiting per loader process), one batch of crops
+    at S x S x 3 bytes each with the teacher's activations for it, and the float16 embeddings of the shard, twice.
     """
 
     def __init__(self, teacher, boxes, filters, crops, workers=0):
