@@ -117,12 +117,12 @@ def test_points_and_boxes_are_drawn_where_they_are():
     level, last = (255 * np.array(colormaps[name](at)[:3]) for name, at in (("cool", 0.15), ("viridis", 1.0)))
     first = 255 * np.array(colormaps["viridis"](0.15)[:3])
     body = slice(80, None)  # below the words that say what the colours mean
-    assert np.allclose(lit(left[:, 300:], level) + [300 * 120 / SIDE, 0] * 2, [88.2, 18.2, 91.8, 21.8], atol=0.5)
+    assert np.allclose(lit(left[:, 300:], level) + [300 * 120 / SIDE, 0] * 2, [88.8, 18.8, 91.2, 21.2], atol=0.5)
     edge = 1.0  # half a line
     assert np.allclose(lit(right[body], last) + [0, 15] * 2, [90, 35, 100, 45], atol=edge)
     assert np.allclose(lit(right[body], first) + [0, 15] * 2, [80, 30, 110, 50], atol=edge)
     # The reference is a white cross, the point without weight invisible.
-    assert np.allclose(lit(left[body], (255, 255, 255)) + [0, 15] * 2, [58.2, 38.2, 61.8, 41.8], atol=edge)
+    assert np.allclose(lit(left[body], (255, 255, 255)) + [0, 15] * 2, [58.8, 38.8, 61.2, 41.2], atol=edge)
     assert left[150:170, 150:170].max() == 0
 
 

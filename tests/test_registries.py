@@ -95,8 +95,9 @@ BENCHMARKS = {
 def test_every_registered_training_set_has_a_leak_test():
     import ovdet2.data.datasets  # noqa: F401
 
-    registered = {name for name in DatasetCatalog.list() if name.startswith("ov_") and "train" in name}
-    assert {name for name in registered if not name.startswith("ov_micro")} == set(BENCHMARKS)
+    ours = {name for name in DatasetCatalog.list() if "train" in name and MetadataCatalog.get(name).get("ov_split")}
+    tested = {name for name in ours if not name.startswith(("ov_micro", "test_"))}
+    assert tested == {*BENCHMARKS, "closed_coco_2017_train"}  # the latter's test is that of the closed set
 
 
 @pytest.fixture
@@ -145,6 +146,28 @@ def test_no_novel_annotation_reaches_the_mapper(name, root, monkeypatch):
     json_file.write_text(json.dumps(data))
     with pytest.raises(DataError, match=f"novel classes.* {intruder['id']}"):
         load_records([name], "DATASETS.TRAIN", True, base_only=True)
+
+
+def test_the_closed_set_has_no_novel_class_and_trains_on_all_others(root):
+    whole, _ = coco_world(root)
+    cfg, reached = training_cfg("closed_coco_2017_train", "closed_coco_2017_val"), set()
+    mapper = OpenVocabularyMapper(cfg, True)
+
+    def recording(record):
+        reached.update(annotation["id"] for annotation in record["annotations"])
+        return mapper(record)
+
+    loader = build_train_loader(cfg, recording)
+    for _ in zip(range(len(loader.dataset)), loader):
+        pass
+    assert reached == {annotation["id"] for annotation in whole["annotations"]}
+    for name in ("closed_coco_2017_train", "closed_coco_2017_val"):
+        split = split_of(name)
+        assert split.novel == () and [category_id for category_id, _ in split.base] == sorted(split.category_ids)
+        assert len(split.base) == 80
+    # The open-vocabulary benchmark that shares its images has novel classes among these.
+    with pytest.raises(DataError, match="novel classes"):
+        load_records(["transfer_coco_2017_val"], "DATASETS.TRAIN", False, base_only=True)
 
 
 def test_novel_negatives_of_lvis_are_refused_in_training(root):
@@ -285,8 +308,11 @@ def test_damaged_voc_files_are_named(spoiled, root):
         voc_json(root / "VOC2007", "val")
 
 
-@pytest.mark.parametrize("name", ["transfer_coco_2017_val", "transfer_objects365_v1_val", "transfer_voc_2007_test"])
-def test_a_missing_transfer_target_names_its_remedy(name, root):
+@pytest.mark.parametrize(
+    "name",
+    ["transfer_coco_2017_val", "transfer_objects365_v1_val", "transfer_voc_2007_test", "closed_coco_2017_train"],
+)
+def test_a_missing_data_set_names_its_remedy(name, root):
     with pytest.raises(DataError, match="does not exist. Remedy: "):
         split_of(name)
 

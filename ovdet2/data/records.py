@@ -30,7 +30,7 @@ def load_records(names, key, filter_empty, base_only=False):
     known = DatasetCatalog.list()
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "transfer_"))))
+        ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_"))))
         raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
     try:
         return _joined_records(names, filter_empty, base_only)

@@ -17,7 +17,7 @@ SIDE = 640  # longest side of one of the two pictures, pixels
 _LEVELS = "cool"  # colour maps of matplotlib, first to last
 _LAYERS = "viridis"
 _DIMMED = 0.5
-_LARGEST = 0.015  # radius of the point with the largest weight, as a share of the image's longer side
+_LARGEST = 0.01  # radius of the point with the largest weight, as a share of the image's longer side
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,11 @@ def _draw_points(view, image):
     drawn = _canvas(image)
     largest = _LARGEST * max(image.shape[:2])
     colours = _colours(_LEVELS, view.points.shape[1])
-    share = view.weights / view.weights.max()
-    for level in range(view.points.shape[1]):
-        points, shares = view.points[:, level].reshape(-1, 2), share[:, level].flatten()
-        for point, part in zip(points.tolist(), shares.tolist()):
-            drawn.draw_circle(point, color=(*colours[level], part), radius=largest * part**0.5)
+    share = (view.weights / view.weights.max()).flatten()
+    levels = torch.arange(len(colours))[:, None].expand_as(view.weights).flatten()
+    for place in share.argsort().tolist():  # the strongest on top
+        part, colour = share[place].item(), colours[levels[place]]
+        drawn.draw_circle(view.points.view(-1, 2)[place].tolist(), color=(*colour, part), radius=largest * part**0.5)
     if len(view.reference) == 4:
         drawn.draw_box(view.reference.tolist(), alpha=1, edge_color="w")
     else:

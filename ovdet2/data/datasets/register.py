@@ -191,8 +191,18 @@ def split_by_names(title, base_names, novel_names, categories, source):
 
 def all_novel(title, categories, source):
     """The split of a transfer target: every class of the json, by ascending id, is novel."""
+    return _one_sided(title, categories, source, novel=True)
+
+
+def all_base(title, categories, source):
+    """The split of a closed set: every class of the json, by ascending id, is base."""
+    return _one_sided(title, categories, source, novel=False)
+
+
+def _one_sided(title, categories, source, novel):
     try:
-        return Split(title, (), tuple(sorted((category["id"], category["name"]) for category in categories)))
+        pairs = tuple(sorted((category["id"], category["name"]) for category in categories))
+        return Split(title, () if novel else pairs, pairs if novel else ())
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{source} has a category without id or name, or one twice ({error}): mend it.") from None
 
