@@ -1,6 +1,6 @@
 """COCO 2017 as a closed set, its 80 classes all base: closed_coco_2017_train and closed_coco_2017_val.
 
-For the published figures of a host detector. There is nothing novel to leak; nor is there anything to say of novel words.
+For the published figures of a host detector. There is nothing novel that could leak.
 """
 
 from functools import partial
