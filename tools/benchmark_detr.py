@@ -88,11 +88,14 @@ def their_model(variant):
         with_box_refine=variant != "one_stage",
         two_stage=variant == "two_stage",
     )
-    return DeformableDetrForObjectDetection(config)
+    model = DeformableDetrForObjectDetection(config)
+    for name, parameter in model.model.backbone.named_parameters():  # of which it freezes none for a timm trunk
+        parameter.requires_grad_(any(f"layer{stage}" in name for stage in (2, 3, 4)))
+    return model
 
 
 def our_model(variant, weights):
-    """Ours with imported weights, frozen as theirs: stem and first stage."""
+    """Ours with imported weights, stem and first stage frozen as theirs."""
     transformer = DeformableTransformer(variant, dropout=0.0)
     branches = [ClosedSetBranch(256, CLASSES) for _ in range(transformer.num_branches)]
     trunk = trunk_of(weights)
