@@ -110,12 +110,12 @@ class Claims:
         except FileNotFoundError:
             return True
         owner = self._read(path) or {}
-        if owner.get("machine") == self._owner["machine"] and isinstance(owner.get("pid"), int):
-            if _is_running(owner["pid"]):
-                return False
+        is_here = owner.get("machine") == self._owner["machine"] and isinstance(owner.get("pid"), int)
+        if is_here and not _is_running(owner["pid"]):
             for left in self.folder.glob(f".{path.stem}.*{owner['pid']}-*.tmp"):
                 left.unlink(missing_ok=True)
             return True
+        # One that seems to run may hang, or be another process of that number: its heart must beat, too.
         before, since = self._watched.get(name, (None, 0.0))
         if before != seen:
             self._watched[name] = (seen, time.monotonic())
@@ -159,11 +159,14 @@ def _machine():
 
 
 def _is_running(pid):
-    """Whether a process of this machine exists."""
+    """Whether a process of this machine exists and has not ended, as one has that its parent has yet to take note of."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError, ValueError):
         return False
     except PermissionError:
         return True
-    return pid > 0
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return pid > 0

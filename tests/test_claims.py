@@ -37,6 +37,30 @@ def test_a_dead_process_of_this_machine_is_seen_at_once_and_its_traces_removed(t
         assert sorted(p.name for p in tmp_path.iterdir()) == [other.name, "a.lock"]
 
 
+def test_a_dead_process_is_seen_before_its_parent_takes_note(tmp_path):
+    """A killed child stays in the table of processes until it is waited for."""
+    pid = os.fork()
+    if pid == 0:
+        Claims(tmp_path).take("a")
+        os._exit(0)
+    deadline = time.monotonic() + 30
+    with Claims(tmp_path, stale_seconds=1000) as mine:
+        while not ((tmp_path / "a.lock").is_file() and mine.take("a")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    os.waitpid(pid, 0)
+
+
+def test_a_claim_of_a_process_that_hangs_is_given_up(tmp_path):
+    with Claims(tmp_path) as mine:
+        owner = mine._owner
+    (tmp_path / "a.lock").write_text(json.dumps(owner | {"mark": "whose number is now ours"}))
+    with Claims(tmp_path, stale_seconds=0.1) as mine:
+        assert not mine.take("a")
+        time.sleep(0.15)
+        assert mine.take("a")
+
+
 def test_silence_of_another_machine_is_waited_out(tmp_path):
     lock = tmp_path / "a.lock"
     lock.write_text(json.dumps({"machine": "another", "pid": 1, "mark": "x"}))
