@@ -159,7 +159,7 @@ def _machine():
 
 
 def _is_running(pid):
-    """Whether a process of this machine exists and has not ended, as one has that its parent has yet to take note of."""
+    """Whether a process of this machine runs; one that has ended may exist until its parent takes note."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError, ValueError):
