@@ -23,6 +23,11 @@ SOLVER.MAX_ITER 50 SOLVER.IMS_PER_BATCH 2 SOLVER.REFERENCE_WORLD_SIZE 0 SOLVER.W
 SOLVER.OPTIMIZER AdamW SOLVER.BASE_LR 0.0002 DATALOADER.NUM_WORKERS 0 SEED 0
 INPUT.MIN_SIZE_TRAIN (192,) INPUT.MIN_SIZE_TEST 192 INPUT.MAX_SIZE_TEST 320 MODEL.RPN.POST_NMS_TOPK_TEST 100
 """
+SMALL_DETR = """
+MODEL.DETR.DIM 64 MODEL.DETR.FFN_DIM 128 MODEL.DETR.ENCODER_LAYERS 2 MODEL.DETR.DECODER_LAYERS 2
+MODEL.DETR.NUM_QUERIES 50 MODEL.DETR.DROPOUT 0.0 INPUT.DETR_CROP.RESIZE (160,192) INPUT.DETR_CROP.SIDES (96,160)
+SOLVER.STEPS (19,) SOLVER.MAX_ITER 20 SOLVER.WARMUP_ITERS 0 SOLVER.BASE_LR 0.001 TEST.DECODER_LAYERS True
+"""
 
 
 def program(root, *arguments):
@@ -55,7 +60,7 @@ def root(tmp_path_factory):
 
 
 def train(root, output, config, *overrides):
-    """Fifty steps; returns the losses of metrics.json by name, each a list over the steps."""
+    """Train; returns the losses of metrics.json by name, each a list over the steps."""
     program(root, "train_net.py", "--config-file", f"configs/ovcoco/{config}", *overrides, "OUTPUT_DIR", output)
     steps = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
     names = {name for step in steps for name in step if "loss" in name}
@@ -116,3 +121,20 @@ def test_vild_from_detector_to_cache_to_distillation(config, root, cached, tmp_p
     losses = train(root, tmp_path, config, *cached)
     assert falls(losses["total_loss"]) and falls(losses["loss_distillation"]), losses
     evaluate_and_draw(root, tmp_path, config, *cached)
+
+
+def test_deformable_detr_with_real_text_embeddings(root, tmp_path):
+    """Twenty steps; AP of every decoder layer and the pictures of queries, too."""
+    small = [*shlex.split(SMALL), *shlex.split(SMALL_DETR), "MODEL.VOCABULARY.FILE", root / "v.safetensors"]
+    losses = train(root, tmp_path, "deformable_detr_r50.yaml", *small)
+    assert falls(losses["total_loss"]), losses
+    evaluate_and_draw(root, tmp_path, "deformable_detr_r50.yaml", *small)
+    report = json.loads((tmp_path / "inference" / "ov_coco_val_all" / "report.json").read_text())
+    assert len(report["decoder_layers"]) == 2
+    last = report["decoder_layers"][-1]
+    assert last == {name: report["bbox"][name] for name in last}
+    photograph = sorted((SHARED / "coco_mini" / "val2017").glob("*.jpg"))[0]
+    drawing = ["--config-file", "configs/ovcoco/deformable_detr_r50.yaml", "--input", photograph, "--queries", "2"]
+    drawing += ["--output", tmp_path / "queries", *small, "MODEL.WEIGHTS", tmp_path / "model_final.pth"]
+    program(root, "tools/draw_queries.py", *drawing)
+    assert len(list((tmp_path / "queries").glob(f"{photograph.stem}_query?.png"))) == 2
