@@ -125,7 +125,7 @@ def test_a_second_run_changes_nothing_and_a_flipped_bit_costs_one_shard(world):
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     assert start(root, output, "--verify").wait(timeout=600) == 0
-    assert "1 damaged shards [7]" in Path(f"{output}.log").read_text()
+    assert "1 shards to build anew [7]" in Path(f"{output}.log").read_text()
     assert_same(output, whole)
     after = {p.name: p.stat().st_mtime_ns for p in output.iterdir()}
     assert {name for name in times if times[name] != after[name]} == {"manifest.json", path.name}
