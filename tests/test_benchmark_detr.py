@@ -1,4 +1,4 @@
-"""tools/benchmark_detr.py at a small size: it compares models that say the same."""
+"""tools/benchmark_detr.py at a small size: the models it compares give the same logits and boxes."""
 
 import importlib.util
 from pathlib import Path

@@ -11,13 +11,14 @@ and pass, above what it held with the model built.
 """
 
 import argparse
+import ctypes
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -157,16 +158,22 @@ def measured_peak(args, model, name, size, batch):
 
 
 def peak_memory(model, name, size, batch, variant):
-    """MiB that two passes need beyond what the process holds with the model built (Linux)."""
+    """MiB that two passes need beyond what the process holds with the model built (Linux, glibc)."""
     model = both_models(variant)[model].train(name != "forward")
-    gc.collect()
     images = images_of(size, batch)
-    with open("/proc/self/clear_refs", "w") as handle:
-        handle.write("5")  # the peak starts anew from what is held now
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the other model had is given back, lest the passes live on it unseen
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    before = high_water()
     for _ in range(2):
         run_pass(model, name, images)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return high_water() - before
+
+
+def high_water():
+    """Peak MiB of this process; getrusage would start from that of the process it was started by."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def report(size, batch, name, times, peaks):
