@@ -43,10 +43,10 @@ def test_logits_and_boxes_equal_transformers(variant):
         got = ours(images, sizes)
     if variant == "two_stage":
         # The published code lets tokens compete that cannot propose; here none of them won, or N would differ.
-        valid = got["queries"].encoder_outputs.valid
+        valid = got["encoder"]["valid"]
         best = wanted.enc_outputs_class[..., 0].topk(QUERIES, dim=1).indices
         assert valid.gather(1, best).all()
-        torch.testing.assert_close(got["queries"].references, wanted.init_reference_points, atol=1e-10, rtol=0)
+        torch.testing.assert_close(got["references"][0], wanted.init_reference_points, atol=1e-10, rtol=0)
     assert got["pred_logits"].shape == (1, 2, QUERIES, 7)
     torch.testing.assert_close(got["hidden"].transpose(0, 1), wanted.intermediate_hidden_states, atol=1e-8, rtol=0)
     torch.testing.assert_close(got["pred_logits"][-1], wanted.logits, atol=1e-8, rtol=0)

@@ -1,5 +1,7 @@
 """The wiring of OpenVocabularyDeformableDETR, around a network of two layers: what goes in and what comes out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -28,17 +30,23 @@ class StandIn(nn.Module):
         self.embed, self.boxes = nn.Linear(4, LAYERS * QUERIES * 8), nn.Linear(4, LAYERS * QUERIES * 4)
         self.two_stage, self.seen = two_stage, []
 
-    def forward(self, images, image_sizes, all_layers):
+    @property
+    def transformer(self):
+        return SimpleNamespace(queries=lambda memory: None)
+
+    def encode(self, images, image_sizes):
         self.seen.append((images, image_sizes))
         maps = self.backbone(images)
-        means = torch.stack([m[:, :h, :w].mean(dim=(1, 2)) for m, (h, w) in zip(maps, image_sizes)])
+        return torch.stack([m[:, :h, :w].mean(dim=(1, 2)) for m, (h, w) in zip(maps, image_sizes)])
+
+    def decode(self, means, queries, all_layers, keep_sampling=False):
         words = self.words[0].training_embeddings if self.training else self.words[0].embeddings
-        hidden = self.embed(means).view(len(images), LAYERS, QUERIES, 8).transpose(0, 1)
-        boxes = self.boxes(means).view(len(images), LAYERS, QUERIES, 4).transpose(0, 1).sigmoid()
+        hidden = self.embed(means).view(len(means), LAYERS, QUERIES, 8).transpose(0, 1)
+        boxes = self.boxes(means).view(len(means), LAYERS, QUERIES, 4).transpose(0, 1).sigmoid()
         logits = nn.functional.normalize(hidden, dim=-1) @ words.T
         outputs = {"pred_logits": logits if all_layers else logits[-1:], "pred_boxes": boxes, "hidden": hidden}
         if self.two_stage:
-            valid = torch.ones(len(images), QUERIES, dtype=torch.bool)
+            valid = torch.ones(len(means), QUERIES, dtype=torch.bool)
             outputs["encoder"] = {"logits": logits[0, :, :, :1], "boxes_cxcywh": boxes[0], "valid": valid}
         return outputs
 
@@ -133,8 +141,8 @@ class TestInference:
         plain = model(records)
         assert all(set(output) == {"instances"} for output in plain)
         model.every_layer = True
-        found, whole = model(records), model.network.forward
-        model.network.forward = lambda *args, **options: {k: v[:1] for k, v in whole(*args, **options).items()}
+        found, whole = model(records), model.network.decode
+        model.network.decode = lambda *args, **options: {k: v[:1] for k, v in whole(*args, **options).items()}
         for output, last, first in zip(found, plain, model(records)):
             assert len(output["decoder_layers"]) == LAYERS - 1 and first["decoder_layers"] == []
             pairs = ((output["instances"], last["instances"]), (output["decoder_layers"][0], first["instances"]))

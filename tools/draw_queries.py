@@ -72,8 +72,7 @@ def best_queries(predictor, image, count):
         count: most queries.
     """
     model = predictor.model
-    inputs = model.preprocess([predictor.prepare(image)])
-    outputs = model.network(inputs.tensor, inputs.image_sizes, all_layers=False, keep_sampling=True)
+    inputs, outputs = model.infer([predictor.prepare(image)], keep_sampling=True)
     scores, words = outputs["pred_logits"][-1, 0].float().sigmoid().max(dim=1)
     sizes = inputs.tensor.shape[-2:], inputs.image_sizes[0], image.shape[:2]
     for query in scores.topk(min(count, len(scores))).indices.tolist():

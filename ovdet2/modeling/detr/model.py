@@ -64,28 +64,30 @@ class DeformableDETR(nn.Module):
         pairs = list(zip(branches, hidden))
         return torch.stack([branch(states) for branch, states in (pairs if all_layers else pairs[-1:])])
 
-    def forward(self, images, image_sizes, all_layers=None, keep_sampling=False):
+    def encode(self, images, image_sizes):
+        """The :class:`~ovdet2.modeling.detr.memory.Memory` of images, as of :meth:`features`."""
+        return self.transformer.encode(*self.features(images, image_sizes))
+
+    def decode(self, memory, queries, attention_mask=None, all_layers=None, keep_sampling=False):
         """
         Args:
-            images, image_sizes: as of :meth:`features`.
+            memory: of :meth:`encode`.
+            queries: :class:`~ovdet2.modeling.detr.memory.Queries`, of any number.
+            attention_mask, keep_sampling: of :meth:`DeformableTransformer.decode`.
             all_layers: whether to return the logits of every layer; None: in training.
-            keep_sampling: of :meth:`DeformableTransformer.decode`.
 
         Returns:
             dict: "pred_logits" Tensor [Ld or 1, B, N, K]; "pred_boxes" Tensor [Ld, B, N, 4], cxcywh in (0, 1) of the
-            image without its padding; "queries" and "memory"; with two stages "encoder", a dict of the fields of
+            image without its padding; with two stages "encoder", a dict of the fields of
             :class:`~ovdet2.modeling.detr.memory.EncoderOutputs`; and all of :meth:`DeformableTransformer.decode`.
         """
-        memory = self.transformer.encode(*self.features(images, image_sizes))
-        queries = self.transformer.queries(memory)
-        decoded = self.transformer.decode(memory, queries, keep_sampling=keep_sampling)
+        decoded = self.transformer.decode(memory, queries, attention_mask, keep_sampling)
         logits = self.classify(decoded["hidden"], self.training if all_layers is None else all_layers)
         encoder = {} if queries.encoder_outputs is None else {"encoder": queries.encoder_outputs._asdict()}
-        return {
-            "pred_logits": logits,
-            "pred_boxes": decoded.pop("boxes_cxcywh"),
-            "queries": queries,
-            "memory": memory,
-            **encoder,
-            **decoded,
-        }
+        return {"pred_logits": logits, "pred_boxes": decoded.pop("boxes_cxcywh"), **encoder, **decoded}
+
+    def forward(self, images, image_sizes, all_layers=None, keep_sampling=False):
+        """:meth:`encode`, the transformer's queries, :meth:`decode`: the published model."""
+        memory = self.encode(images, image_sizes)
+        queries = self.transformer.queries(memory)
+        return self.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)

@@ -41,10 +41,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
     ):
         """
         Args:
-            network: module (images [B, 3, H, W], sizes of B images before padding, ``all_layers``) -> dict of
-                "pred_logits" [L, B, N, K] (of the last layer alone unless ``all_layers``), "pred_boxes" [L, B, N, 4]
-                (cxcywh normalised by the image without padding) and, if it has two stages, "encoder"; see
-                :class:`~ovdet2.modeling.detr.criterion.SetCriterion`. Its ``backbone`` says by what the sides of a
+            network: :class:`~ovdet2.modeling.detr.model.DeformableDETR`, whose ``backbone`` says by what the sides of a
                 batch must be divisible.
             vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` that the network reads, too.
             criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
@@ -102,11 +99,9 @@ class OpenVocabularyDeformableDETR(nn.Module):
             UsageError: a closed set of classes is asked for another number of words.
             NumericalError: a matching cost is not finite; it names the image.
         """
-        images = self.preprocess(batched_inputs)
-        outputs = self.network(images.tensor, images.image_sizes, all_layers=self.training or self.every_layer)
         if self.training:
-            losses, _ = self.criterion(outputs, Targets.of_records(batched_inputs, self.device))
-            return weighted(losses, self.loss_weights)
+            return weighted(self.losses(batched_inputs), self.loss_weights)
+        images, outputs = self.infer(batched_inputs, all_layers=self.every_layer)
         words = outputs["pred_logits"].shape[-1]
         if words != len(self.vocabulary.vocabulary):
             raise UsageError(
@@ -123,6 +118,29 @@ class OpenVocabularyDeformableDETR(nn.Module):
             for image, result in enumerate(results):
                 result["decoder_layers"] = [of_layer[image] for of_layer in layers]
         return results
+
+    def losses(self, batched_inputs):
+        """Unweighted losses of a training batch, a dict of scalar Tensors."""
+        _, memory, queries = self.encode(batched_inputs)
+        targets = Targets.of_records(batched_inputs, self.device)
+        outputs = self.network.decode(memory, queries, all_layers=True)
+        losses, _ = self.criterion(outputs, targets)
+        return losses
+
+    def infer(self, batched_inputs, all_layers=False, keep_sampling=False):
+        """What the network says of images at test.
+
+        Returns:
+            (:class:`ImageList`, outputs as of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`).
+        """
+        images, memory, queries = self.encode(batched_inputs)
+        return images, self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
+
+    def encode(self, batched_inputs):
+        """(the padded :class:`ImageList`, the :class:`Memory`, the :class:`Queries` that the decoder starts from)."""
+        images = self.preprocess(batched_inputs)
+        memory = self.network.encode(images.tensor, images.image_sizes)
+        return images, memory, self.network.transformer.queries(memory)
 
     def preprocess(self, batched_inputs):
         """The normalised images, padded with zeros at the right and the bottom, and their sizes: :class:`ImageList`."""
