@@ -1,0 +1,76 @@
+"""Contrastive learning over a batch, also one that is spread over processes.
+
+Shapes: M pairs, D embedding dimension.
+"""
+
+import torch
+import torch.distributed as dist
+from detectron2.utils import comm
+from torch.nn import functional as F
+
+
+def symmetric_info_nce(logits, ignored=None):
+    """Cross-entropy of M pairs in both directions, averaged (InfoNCE; CLIP, Radford et al., 2021, Fig. 3).
+
+    Args:
+        logits: Tensor [M, M], scaled similarities of one side (rows) and the other; pairs are on the diagonal.
+        ignored: Tensor [M, M] bool, no negatives although they are not pairs, such as two of one meaning; the diagonal
+            stays in any case. None: every other row and column is a negative.
+
+    Returns:
+        Scalar Tensor, float32 (float64 if ``logits`` is); 0 with one pair or none.
+
+    Raises:
+        ValueError: the logits are not square.
+    """
+    if logits.dim() != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"the logits of pairs are square, not {list(logits.shape)}")
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    if not len(logits):
+        return logits.sum()
+    if ignored is not None:
+        own = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(ignored & ~own, -torch.inf)
+    pairs = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+
+
+def gather_rows(rows):
+    """The rows of all processes, with gradients; a collective call.
+
+    A loss over them, computed alike in every process, has the gradients of one process that holds the whole batch once
+    they are averaged over the processes, as DistributedDataParallel does.
+
+    Args:
+        rows: Tensor [M, ...] of this process; M may differ between processes.
+
+    Returns:
+        (Tensor [sum of M, ...], index of the first own row). With one process, the rows themselves and 0.
+    """
+    if comm.get_world_size() == 1:
+        return rows, 0
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(comm.get_world_size())]
+    dist.all_gather(counts, count)
+    counts = [int(number) for number in counts]
+    return _Gather.apply(rows, counts), sum(counts[: comm.get_rank()])
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of unequal numbers of rows; every process' gradient flows back to the rows' owner."""
+
+    @staticmethod
+    def forward(ctx, rows, counts):
+        ctx.counts = counts
+        padded = rows.new_zeros((max(counts), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient.split(ctx.counts)[comm.get_rank()], None
