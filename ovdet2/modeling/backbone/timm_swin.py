@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ovdet2.errors import DataError, UsageError
+from ovdet2.weights import read_weights
 
 _STAGES = ("res2", "res3", "res4", "res5")
 _PATCH = 4
@@ -87,8 +88,6 @@ def load_swin(trunk, path):
     Raises:
         DataError: the file cannot be read, or lacks weights of the trunk.
     """
-    from ovdet2.engine.weights import read_weights  # the engine imports the models
-
     weights = checkpoint_filter_fn(read_weights(path)["model"], trunk)
     try:
         missing = trunk.load_state_dict(weights, strict=False).missing_keys
