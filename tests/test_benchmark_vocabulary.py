@@ -1,0 +1,35 @@
+"""tools/benchmark_vocabulary.py at a small size: every vocabulary is asked for and timed."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from ovdet2.errors import UsageError
+from ovdet2.layers import VocabularyBuffer
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark_vocabulary.py"
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("benchmark_vocabulary", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_every_number_of_words_is_timed(capsys, monkeypatch):
+    tool, asked, plain_set = load_tool(), [], VocabularyBuffer.set
+    monkeypatch.setattr(
+        VocabularyBuffer, "set", lambda self, words: (asked.append(len(words)), plain_set(self, words))[1]
+    )
+    options = ["--config-file", "configs/ovshapes/detr_text_r18.yaml", "--size", "64x96", "--turns", "2"]
+    ratios = tool.main([*options, "--words", "40", "3", "--dim", "8", "--device", "cpu"])
+    assert list(ratios) == [3, 40] and ratios[3] == 1 and ratios[40] > 0
+    assert asked == [40, 3, 3, 40, 40, 3]  # the order turns around
+    assert capsys.readouterr().out.count(" words: ") == 2
+
+
+def test_no_words():
+    with pytest.raises(UsageError, match="--words"):
+        load_tool().main(["--words", "0"])
