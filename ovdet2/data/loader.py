@@ -266,6 +266,8 @@ class TestLoader:
 
     def __iter__(self):
         for ((record, faults),) in self._loader:
+            if isinstance(record, CacheError):
+                raise record
             if record is None:
                 raise DataError(f"{faults[0][1]} An evaluation image cannot be skipped: the metric would change.")
             yield [record]

@@ -11,7 +11,9 @@ from detectron2.data import transforms as T
 from detectron2.data.dataset_mapper import DatasetMapper
 from detectron2.structures import Boxes, Instances
 
+from ovdet2.data.datasets import split_of
 from ovdet2.data.detr_augmentation import detr_crop
+from ovdet2.data.image_words import AnnotatedWords, open_prior_words
 from ovdet2.data.images import read_image
 from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import CacheError, DataError, UsageError
@@ -25,31 +27,40 @@ class OpenVocabularyMapper(DatasetMapper):
 
     A record is read, augmented, and returned with "image", a (3, H, W) uint8 tensor in INPUT.FORMAT, and in training
     with "instances" (boxes in pixels of the augmented image). With a region cache it also gets "regions",
-    :class:`Instances` with ``proposal_boxes`` in the same pixels and the teacher's ``embeddings`` [R, D] float16. The
-    augmentations draw from numpy's global generator, which the loader seeds for each sample.
+    :class:`Instances` with ``proposal_boxes`` in the same pixels and the teacher's ``embeddings`` [R, D] float16. With a
+    cache of annotated boxes the instances get ``gt_embeddings`` [M, D] float16 and ``gt_embedded`` [M] bool, whether
+    there is one; with words of images the record gets "prior_words", indices into the vocabulary. The augmentations draw from numpy's global generator, which the loader seeds for each sample.
     """
 
     @configurable
-    def __init__(self, is_train, *, region_cache=None, regions_per_image=300, **kwargs):
+    def __init__(
+        self, is_train, *, region_cache=None, regions_per_image=300, annotation_cache=None, image_words=None, **kwargs
+    ):
         """
         Args:
             is_train: whether annotations and cached regions are attached.
             region_cache: :class:`~ovdet2.data.region_cache.RegionCache` of the training set, or None.
             regions_per_image: cached regions kept per image, drawn at random where there are more.
+            annotation_cache: the same with the annotated boxes of the training set, or None.
+            image_words: function of the mapped record that gives its words, or None.
             kwargs: of :class:`DatasetMapper`.
         """
         super().__init__(is_train, **kwargs)
+        self.annotation_cache, self.image_words = annotation_cache, image_words
         self.region_cache = region_cache
         self.regions_per_image = regions_per_image
 
     @classmethod
     def from_config(cls, cfg, is_train=True):
-        """Detectron2's arguments, and the region cache if the training distils.
+        """Detectron2's arguments, the region caches if the training distils, and the words that CCKT wants.
+
+        The priors of the test are opened for training, too: a file that does not fit is to be known before the hours.
 
         Raises:
             UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
                 MODEL.MASK_ON for a training set without masks.
-            CacheError: the region cache is incomplete, or of another teacher or data set.
+            CacheError: a region cache is incomplete, or of another teacher or data set; or see
+                :func:`~ovdet2.data.image_words.open_prior_words`.
         """
         if cfg.MODEL.LOAD_PROPOSALS:
             raise UsageError("MODEL.LOAD_PROPOSALS reads pickled files, which ovdet2 does not open: set it to False.")
@@ -63,9 +74,17 @@ class OpenVocabularyMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.DETR_CROP.ENABLED:
             arguments["augmentations"].insert(0, detr_crop(cfg.INPUT.DETR_CROP.RESIZE, cfg.INPUT.DETR_CROP.SIDES))
+        cckt, words = cfg.MODEL.CCKT, None
+        if cckt.ENABLED and cckt.PRIORS:
+            words = open_prior_words(cfg)
+            if is_train:
+                words = AnnotatedWords(_num_base(cfg), cckt.PRIOR_DROPOUT, cckt.PRIOR_DISTRACTORS)
+        contrasts = is_train and cckt.ENABLED and cckt.CONTRAST != "none"
         return arguments | {
             "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
             "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,
+            "annotation_cache": open_annotation_cache(cfg) if contrasts else None,
+            "image_words": words,
         }
 
     def __call__(self, record):
@@ -80,7 +99,7 @@ class OpenVocabularyMapper(DatasetMapper):
         Raises:
             DataError: the image cannot be read, its size is not the one of the record, or its masks are not in
                 INPUT.MASK_FORMAT.
-            CacheError: the region cache has no entry for the image, or one that may not be trained on.
+            CacheError: a region cache or the prior has no entry for the image, or one that may not be trained on.
         """
         record = copy.deepcopy(record)
         image = read_image(record["file_name"], self.image_format)
@@ -91,20 +110,73 @@ class OpenVocabularyMapper(DatasetMapper):
         record["image"] = torch.as_tensor(np.ascontiguousarray(image.transpose(2, 0, 1)))
         if not self.is_train:
             record.pop("annotations", None)
-            return record
+            return self._with_words(record)
         if self.region_cache is not None:
             cached = self.region_cache.regions(record["image_id"])
             _require_known(record, cached, self.region_cache.folder)
             record["regions"] = transform_regions(cached, transforms, image.shape[:2], self.regions_per_image)
         if "annotations" in record:
             try:
-                self._transform_annotations(record, transforms, image.shape[:2])
+                self._attach_instances(record, transforms, image.shape[:2])
             except ValueError as error:
                 raise DataError(
                     f"{record['file_name']} (image id {record.get('image_id')}): {error} For run-length codes set "
                     "INPUT.MASK_FORMAT to bitmask."
                 ) from None
+            return self._with_words(record)
         return record
+
+    def _with_words(self, record):
+        if self.image_words is not None:
+            record["prior_words"] = self.image_words(record)
+        return record
+
+    def _attach_instances(self, record, transforms, image_size):
+        """Annotations become "instances", with the teacher's embeddings if there is a cache of them."""
+        if self.annotation_cache is None:
+            return self._transform_annotations(record, transforms, image_size)
+        annotations, image_id = record["annotations"], record["image_id"]
+        _require_known(record, self.annotation_cache.regions(image_id), self.annotation_cache.folder)
+        classes = torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.int64)
+        ids = torch.tensor([annotation.get("id", -1) for annotation in annotations], dtype=torch.int64)
+        # Detectron2 leaves out crowds and what was cropped away, and keeps of an annotation its class alone: let that
+        # be its place.
+        for place, annotation in enumerate(annotations):
+            annotation["category_id"] = place
+        self._transform_annotations(record, transforms, image_size)
+        instances = record["instances"]
+        kept = instances.gt_classes
+        instances.gt_classes = classes[kept]
+        instances.gt_embeddings, instances.gt_embedded = self.annotation_cache.of_annotations(image_id, ids[kept])
+
+
+def _num_base(cfg):
+    """Base classes of the training set.
+
+    Raises:
+        UsageError: it has no split.
+    """
+    split = split_of(cfg.DATASETS.TRAIN[0])
+    if split is None:
+        raise UsageError(
+            f"the data set {cfg.DATASETS.TRAIN[0]!r} has no base/novel split: register it with register_ov_dataset."
+        )
+    return len(split.base)
+
+
+def open_annotation_cache(cfg):
+    """The cache of MODEL.CCKT.REGION_CACHE, checked as :func:`open_region_cache` does, and that it is of annotations.
+
+    Raises:
+        UsageError, CacheError: see :func:`open_region_cache`; or it holds other boxes than the annotated ones.
+    """
+    cache = _checked_cache(cfg, cfg.MODEL.CCKT.REGION_CACHE, "MODEL.CCKT.CONTRAST", "MODEL.CCKT.REGION_CACHE")
+    if cache.manifest["recipe"]["boxes"]["source"] != "annotations":
+        raise CacheError(
+            f"the region cache {cache.folder} holds {cache.manifest['recipe']['boxes']['source']}, MODEL.CCKT.CONTRAST "
+            "needs annotated boxes: build one with tools/build_region_cache.py --boxes annotations."
+        )
+    return cache
 
 
 def open_region_cache(cfg):
@@ -114,11 +186,16 @@ def open_region_cache(cfg):
         UsageError: no cache is named, or several training sets, whose image ids one cache cannot tell apart.
         CacheError: see :class:`RegionCache`; or it is of another teacher or data set.
     """
-    folder, names = cfg.MODEL.DISTILLATION.REGION_CACHE, cfg.DATASETS.TRAIN
+    key = "MODEL.DISTILLATION.REGION_CACHE"
+    return _checked_cache(cfg, cfg.MODEL.DISTILLATION.REGION_CACHE, "MODEL.DISTILLATION.WEIGHT", key)
+
+
+def _checked_cache(cfg, folder, asked_by, key):
+    names = cfg.DATASETS.TRAIN
     if not folder:
         raise UsageError(
-            "MODEL.DISTILLATION.WEIGHT is above 0 but MODEL.DISTILLATION.REGION_CACHE is empty: name the folder of a "
-            "cache made by tools/build_region_cache.py."
+            f"{asked_by} asks for a region cache, but {key} is empty: name the folder of one made by "
+            "tools/build_region_cache.py."
         )
     if len(names) != 1:
         raise UsageError(

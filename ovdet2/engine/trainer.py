@@ -12,6 +12,8 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from ovdet2.data.datasets.register import METRICS, split_of
+from ovdet2.data.datasets.splits import distractors
+from ovdet2.data.image_words import prior_facts
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
@@ -20,7 +22,6 @@ from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_prec
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
-from ovdet2.modeling.build import distractors
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +247,7 @@ class Trainer(DefaultTrainer):
         """
         if evaluators is None:
             _require_words(cfg, model)
-            facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights)
+            facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights) | prior_facts(cfg)
             evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
@@ -338,12 +339,12 @@ def _distribute(model):
 
 
 def _require_cached_teacher(data_loader, model):
-    """The region cache and the vocabulary are of one embedding space, by the hash of the weights.
+    """The region caches and the vocabulary are of one embedding space, by the hash of the weights.
 
     Raises:
         CacheError: names both teachers.
     """
     mapper = getattr(getattr(data_loader, "dataset", None), "mapper", None)
-    cache = getattr(mapper, "region_cache", None)
-    if cache is not None:
-        cache.require_teacher(model.vocabulary.vocabulary.teacher, "the vocabulary")
+    for cache in (getattr(mapper, name, None) for name in ("region_cache", "annotation_cache")):
+        if cache is not None:
+            cache.require_teacher(model.vocabulary.vocabulary.teacher, "the vocabulary")

@@ -4,7 +4,7 @@ import functools
 import logging
 
 from ovdet2.data.datasets import split_of
-from ovdet2.data.datasets.splits import OV_COCO_UNUSED
+from ovdet2.data.datasets.splits import distractors
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import ClosedSetClassifier, TextClassifier
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
@@ -40,14 +40,6 @@ def dataset_split(cfg):
             raise UsageError(f"the data set {name!r} has no base/novel split: register it with register_ov_dataset.")
         return split
     raise UsageError("DATASETS.TEST and DATASETS.TRAIN are empty: there are no class names to build a vocabulary from.")
-
-
-def distractors(cfg):
-    """The words of TEST.DISTRACTORS, a tuple; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
-    words = []
-    for word in cfg.TEST.DISTRACTORS:
-        words.extend([name for _, name in OV_COCO_UNUSED] if word == "coco_unused" else [word])
-    return tuple(words)
 
 
 def build_vocabulary(cfg):

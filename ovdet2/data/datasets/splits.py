@@ -94,3 +94,11 @@ OV_COCO_UNUSED = (
     (88, "teddy bear"),
     (89, "hair drier"),
 )
+
+
+def distractors(cfg):
+    """The words of TEST.DISTRACTORS, a tuple; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
+    words = []
+    for word in cfg.TEST.DISTRACTORS:
+        words.extend([name for _, name in OV_COCO_UNUSED] if word == "coco_unused" else [word])
+    return tuple(words)

@@ -59,9 +59,11 @@ class Queries:
         references: Tensor [B, N, 2] of centres or [B, N, 4] of (cx, cy, w, h), in (0, 1) of the image without its
             padding.
         encoder_outputs: :class:`EncoderOutputs`, or None with one stage.
+        words: Tensor [B, N] int64, the vocabulary's word that each query carries as a prior, -1 for none; or None.
     """
 
     content: torch.Tensor
     position: torch.Tensor | None
     references: torch.Tensor
     encoder_outputs: EncoderOutputs | None = None
+    words: torch.Tensor | None = None

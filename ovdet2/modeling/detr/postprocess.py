@@ -59,7 +59,7 @@ class PostProcessor:
 
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
-            (0 to 1, float32) and ``pred_classes`` (0..K-1).
+            (0 to 1, float32), ``pred_classes`` (0..K-1) and ``queries`` (0..N-1) that they were read from.
         """
         logits, boxes = outputs["pred_logits"][layer].float(), outputs["pred_boxes"][layer].float()
         words = logits.shape[2]
@@ -73,7 +73,11 @@ class PostProcessor:
             pixels.clip((height, width))
             results.append(
                 Instances(
-                    (height, width), pred_boxes=pixels, scores=scores[image, kept], pred_classes=classes[image, kept]
+                    (height, width),
+                    pred_boxes=pixels,
+                    scores=scores[image, kept],
+                    pred_classes=classes[image, kept],
+                    queries=queries[image, kept],
                 )
             )
         return results

@@ -15,14 +15,14 @@ from ovdet2.modeling.detr.boxes import xyxy_to_cxcywh
 class Targets:
     """The objects of a batch, those of the first image first.
 
-    Further rows of an object (an embedding, say) are kept beside it in the same order.
-
     Args:
         labels: Tensor [M] int64, 0..K-1.
         boxes_cxcywh: Tensor [M, 4] float32, normalised by the size of the image without its padding.
         counts: tuple of B ints, the objects of each image.
         names: tuple of B strings, what messages call the images.
         label_limit: 1 + the highest label, 0 without objects; known to the host without asking the device.
+        embeddings: Tensor [M, D] float16, the teacher's of the objects' crops, unit rows where ``embedded``; or None.
+        embedded: Tensor [M] bool, or None.
     """
 
     labels: torch.Tensor
@@ -30,13 +30,16 @@ class Targets:
     counts: tuple
     names: tuple
     label_limit: int
+    embeddings: torch.Tensor | None = None
+    embedded: torch.Tensor | None = None
 
     @classmethod
     def of_records(cls, records, device):
         """
         Args:
             records: B records as of the mapper: "instances" with ``gt_boxes`` (pixels of the augmented image) and
-                ``gt_classes``, on the CPU. The mapper has left out crowds and boxes that were cropped away.
+                ``gt_classes``, on the CPU, in all or in none of them also ``gt_embeddings`` and ``gt_embedded``. The
+                mapper has left out crowds and boxes that were cropped away.
             device: where the tensors are wanted.
         """
         labels, boxes = [], []
@@ -52,6 +55,7 @@ class Targets:
             tuple(len(found) for found in labels),
             tuple(image_name(record) for record in records),
             highest + 1,
+            *(_joined(records, name, device) for name in ("gt_embeddings", "gt_embedded")),
         )
 
     def without_labels(self):
@@ -82,6 +86,13 @@ class Matches:
 
     def __len__(self):
         return len(self.query)
+
+
+def _joined(records, name, device):
+    """A field of all instances, or None where they do not have it."""
+    if not all(record["instances"].has(name) for record in records):
+        return None
+    return torch.cat([record["instances"].get(name) for record in records]).to(device, non_blocking=True)
 
 
 def image_name(record):

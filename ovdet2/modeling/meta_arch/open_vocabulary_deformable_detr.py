@@ -12,7 +12,7 @@ from torch import nn
 from ovdet2.errors import UsageError
 from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling.build import build_vocabulary
-from ovdet2.modeling.detr.criterion import weighted
+from ovdet2.modeling.detr.criterion import mean_box_count, weighted
 from ovdet2.modeling.detr.targets import Targets
 
 
@@ -22,7 +22,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     At test each image gives {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels of the
     original image, best first. With ``every_layer`` also "decoder_layers", those of the layers before the last, from
-    the first on.
+    the first on. With semantic priors the instances have ``prior_words``, the word that the query of each detection
+    carried (an index into the vocabulary, -1 for none).
     """
 
     @configurable
@@ -38,6 +39,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         pixel_std,
         input_format,
         every_layer=False,
+        cckt=None,
     ):
         """
         Args:
@@ -50,6 +52,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of ``input_format``.
             input_format: "RGB" or "BGR", of the images given.
             every_layer: at test, give the detections of all decoder layers.
+            cckt: :class:`~ovdet2.modeling.detr.cckt.CCKT`, or None.
         """
         super().__init__()
         self.network = network
@@ -59,6 +62,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.loss_weights = dict(loss_weights)
         self.input_format = input_format
         self.every_layer = every_layer
+        self.cckt = cckt
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -66,18 +70,22 @@ class OpenVocabularyDeformableDETR(nn.Module):
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
         from ovdet2.modeling.detr.build import build_criterion, build_detr, build_postprocessor, loss_weights
+        from ovdet2.modeling.detr.build_cckt import build_cckt
 
         vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        network = build_detr(cfg, build_backbone(cfg), vocabulary)
+        cckt, extra_costs = build_cckt(cfg, network, vocabulary)
         return {
-            "network": build_detr(cfg, build_backbone(cfg), vocabulary),
+            "network": network,
             "vocabulary": vocabulary,
-            "criterion": build_criterion(cfg),
+            "criterion": build_criterion(cfg, extra_costs),
             "postprocessor": build_postprocessor(cfg),
             "loss_weights": loss_weights(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "every_layer": cfg.TEST.DECODER_LAYERS,
+            "cckt": cckt,
         }
 
     @property
@@ -90,13 +98,14 @@ class OpenVocabularyDeformableDETR(nn.Module):
         Args:
             batched_inputs: B records with "image", Tensor [3, H, W] uint8 or float, 0 to 255; in training "instances"
                 with ``gt_boxes`` and ``gt_classes``; at test "height" and "width" of the image that boxes are wanted
-                in (its own if absent).
+                in (its own if absent); with CCKT what its parts need.
 
         Returns:
             In training the weighted losses, a dict of scalar Tensors; at test a list of B dicts, see the class.
 
         Raises:
-            UsageError: a closed set of classes is asked for another number of words.
+            UsageError: a closed set of classes is asked for another number of words, or see
+                :class:`~ovdet2.modeling.detr.cckt.CCKT`.
             NumericalError: a matching cost is not finite; it names the image.
         """
         if self.training:
@@ -113,6 +122,9 @@ class OpenVocabularyDeformableDETR(nn.Module):
             for record, size in zip(batched_inputs, images.image_sizes)
         ]
         results = [{"instances": found} for found in self.postprocessor(outputs, sizes)]
+        if outputs.get("words") is not None:
+            for result, carried in zip(results, outputs["words"]):
+                result["instances"].prior_words = carried[result["instances"].queries]
         if self.every_layer:
             layers = [self.postprocessor(outputs, sizes, layer) for layer in range(len(outputs["pred_logits"]) - 1)]
             for image, result in enumerate(results):
@@ -124,23 +136,31 @@ class OpenVocabularyDeformableDETR(nn.Module):
         _, memory, queries = self.encode(batched_inputs)
         targets = Targets.of_records(batched_inputs, self.device)
         outputs = self.network.decode(memory, queries, all_layers=True)
-        losses, _ = self.criterion(outputs, targets)
-        return losses
+        if self.cckt is None:
+            return self.criterion(outputs, targets)[0]
+        # Before the criterion, which may stop this process alone: a count over all processes would wait for it.
+        num_boxes = mean_box_count(len(targets), self.device)
+        outputs = self.cckt.training_outputs(outputs)
+        losses, matches = self.criterion(outputs, targets)
+        return losses | self.cckt.losses(outputs, targets, matches, num_boxes)
 
     def infer(self, batched_inputs, all_layers=False, keep_sampling=False):
         """What the network says of images at test.
 
         Returns:
-            (:class:`ImageList`, outputs as of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`).
+            (:class:`ImageList`, outputs as of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`, with CCKT
+            those of :meth:`~ovdet2.modeling.detr.cckt.CCKT.scored`).
         """
         images, memory, queries = self.encode(batched_inputs)
-        return images, self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
+        outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
+        return images, outputs if self.cckt is None else self.cckt.scored(outputs, queries)
 
     def encode(self, batched_inputs):
         """(the padded :class:`ImageList`, the :class:`Memory`, the :class:`Queries` that the decoder starts from)."""
         images = self.preprocess(batched_inputs)
         memory = self.network.encode(images.tensor, images.image_sizes)
-        return images, memory, self.network.transformer.queries(memory)
+        queries = self.network.transformer.queries(memory)
+        return images, memory, queries if self.cckt is None else self.cckt.add_priors(queries, batched_inputs)
 
     def preprocess(self, batched_inputs):
         """The normalised images, padded with zeros at the right and the bottom, and their sizes: :class:`ImageList`."""
