@@ -109,7 +109,8 @@ def get_cfg():
     # Detections below it are left out; 0 keeps the best TEST.DETECTIONS_PER_IMAGE whatever their scores.
     cfg.MODEL.DETR.SCORE_THRESH_TEST = 0.0
 
-    # CCKT-Det on OpenVocabularyDeformableDETR: semantic priors, regional contrastive distillation, scores by similarity.
+    # CCKT-Det on OpenVocabularyDeformableDETR: semantic priors, contrastive distillation of regions, scores by
+    # similarity.
     cfg.MODEL.CCKT = CN()
     # Off: the plain detector.
     cfg.MODEL.CCKT.ENABLED = False

@@ -105,8 +105,10 @@ class TestPriors:
     def test_batch_equals_singles(self):
         module, both = priors().eval(), records([2, 4, 0], [1])
         whole = module(queries(), both).content
-        parts = [module(Queries(*(part[i : i + 1] for part in (queries().content, *[queries().position] * 2))), both[i : i + 1])
-                 for i in range(2)]  # fmt: skip
+        alone = [
+            Queries(*(part[i : i + 1] for part in (queries().content, *[queries().position] * 2))) for i in range(2)
+        ]
+        parts = [module(alone[i], both[i : i + 1]) for i in range(2)]
         assert torch.allclose(whole, torch.cat([part.content for part in parts]), atol=1e-6)
 
     def test_no_word_at_all_has_a_gradient_of_zero(self):
@@ -119,8 +121,8 @@ class TestPriors:
         words, order = micro.vocabulary(), [3, 0, 4, 1, 2]
         moved = micro.vocabulary()
         moved = type(words)(
-            tuple(words.names[i] for i in order), torch.ones(5, dtype=torch.bool), words.embeddings[order], words.teacher,
-            words.templates, tuple(range(5)),
+            tuple(words.names[i] for i in order), torch.ones(5, dtype=torch.bool), words.embeddings[order],
+            words.teacher, words.templates, tuple(range(5)),
         )  # fmt: skip
         first = priors().eval()(queries(1), records([4, 1]))
         second = priors(words=moved).eval()(queries(1), records([order.index(4), order.index(1)]))

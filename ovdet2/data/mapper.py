@@ -27,9 +27,10 @@ class OpenVocabularyMapper(DatasetMapper):
 
     A record is read, augmented, and returned with "image", a (3, H, W) uint8 tensor in INPUT.FORMAT, and in training
     with "instances" (boxes in pixels of the augmented image). With a region cache it also gets "regions",
-    :class:`Instances` with ``proposal_boxes`` in the same pixels and the teacher's ``embeddings`` [R, D] float16. With a
-    cache of annotated boxes the instances get ``gt_embeddings`` [M, D] float16 and ``gt_embedded`` [M] bool, whether
-    there is one; with words of images the record gets "prior_words", indices into the vocabulary. The augmentations draw from numpy's global generator, which the loader seeds for each sample.
+    :class:`Instances` with ``proposal_boxes`` in the same pixels and the teacher's ``embeddings`` [R, D] float16. With
+    a cache of annotated boxes the instances get ``gt_embeddings`` [M, D] float16, zero where there is none, and
+    ``gt_embedded`` [M] bool; with words of images the record gets "prior_words", indices into the vocabulary. The
+    augmentations draw from numpy's global generator, which the loader seeds for each sample.
     """
 
     @configurable

@@ -20,8 +20,8 @@ def assign_words(counts, num_queries, assignment="blocks"):
 
     With K words, "blocks" gives floor(N / K) consecutive queries to each word, and one more to the first N mod K words,
     from the queries at the end: the published code's rule, for learned queries, which have no order. "interleave" gives
-    query i the word i mod K, for queries in order of objectness: blocks would leave the worst proposals to the last word.
-    Of more than N words the first N are carried.
+    query i the word i mod K, for queries in order of objectness: blocks would leave the worst proposals to the last
+    word. Of more than N words the first N are carried.
 
     Args:
         counts: Tensor [B] int64, words of each image; 0: its queries carry none.
