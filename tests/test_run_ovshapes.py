@@ -29,6 +29,10 @@ def runs(monkeypatch, tmp_path):
         if "build_region_cache" in command[0]:
             (folder / "manifest.json").write_text(json.dumps({"shards": [{"sha256": "1" * 64}]}))
             return
+        if "build_concept_priors" in command[0]:
+            folder.rmdir()
+            folder.write_text("priors")
+            return
         (folder / "model_final.pth").write_text(asked[-1])
         seed = int(command[command.index("SEED") + 1])
         report = folder / "inference" / run_ovshapes.DATASET / "report.json"
@@ -55,6 +59,23 @@ def test_what_a_row_needs_runs_first_and_nothing_twice(runs, tmp_path):
     before = len(runs.asked)
     run_ovshapes.run_row("vild_ensemble", 1, tmp_path)
     assert len(runs.asked) == before
+
+
+def test_rows_of_one_training_share_what_they_read(runs, tmp_path):
+    """The row scored otherwise takes the weights and the priors, and reads no cache."""
+    run_ovshapes.run_row("cckt_full_class", 1, tmp_path)
+    run_ovshapes.run_row("cckt_contrast", 1, tmp_path)
+    kinds = [command.split()[0] for command in runs.asked]
+    assert kinds == ["tools/build_region_cache.py", "tools/build_concept_priors.py", *["train_net.py"] * 3]
+    cache = f"MODEL.CCKT.REGION_CACHE {tmp_path / 'annotation_cache'}"
+    priors = f"MODEL.CCKT.PRIOR_FILE {tmp_path / 'priors' / 'clip.safetensors'}"
+    assert [cache in command for command in runs.asked[2:]] == [True, False, True]
+    assert [priors in command for command in runs.asked[2:]] == [True, True, False]
+    weights = tmp_path / "cckt_full" / "seed1" / "model_final.pth"
+    assert (
+        f"--eval-only SEED 1 OUTPUT_DIR {tmp_path / 'cckt_full_class' / 'seed1'} MODEL.WEIGHTS {weights}"
+        in runs.asked[3]
+    )
 
 
 def test_interrupted_row_goes_on_and_keeps_its_time(runs, tmp_path):

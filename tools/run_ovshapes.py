@@ -30,7 +30,14 @@ DATASET = "ov_shapes_val_all"
 TEACHER = "ovshapes-resnet"
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 TEACHER_WEIGHTS = ASSETS / "open_clip" / f"{TEACHER}.safetensors"
+TRAINING_SET = "ov_shapes_train_base"
 REGIONS, REGION_NMS = 10, 0.5
+# What rows read from disk, by the configuration key that names it: what it is, and where it is made.
+ARTEFACTS = {
+    "MODEL.DISTILLATION.REGION_CACHE": ("region cache", "region_cache"),
+    "MODEL.CCKT.REGION_CACHE": ("cache of annotated boxes", "annotation_cache"),
+    "MODEL.CCKT.PRIOR_FILE": ("concept prior", "priors/clip.safetensors"),
+}
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -61,6 +68,14 @@ ROWS = {
         "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml", "vild_text"
     ),
     "vild_text_clip": Row("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml", "vild_text"),
+    "detr_closed_set": Row("Deformable DETR, closed-set head (sanity)", "ovshapes/detr_closed_set_r18.yaml"),
+    "detr_text": Row("Deformable DETR, text head", "ovshapes/detr_text_r18.yaml"),
+    "cckt_priors": Row("CCKT-Det: priors", "ovshapes/cckt_priors_r18.yaml"),
+    "cckt_contrast": Row("CCKT-Det: contrast, similarity", "ovshapes/cckt_contrast_r18.yaml"),
+    "cckt_full": Row("CCKT-Det: priors, contrast, similarity", "ovshapes/cckt_full_r18.yaml"),
+    "cckt_full_class": Row(
+        "CCKT-Det: priors, contrast, class branch", "ovshapes/cckt_full_class_r18.yaml", "cckt_full"
+    ),
 }
 COLUMNS = {
     "novel AP50": ("bbox", "AP50-novel"),
@@ -117,8 +132,8 @@ def run_row(name, seed, output):
     if name == "teacher":
         folder = output / name / "seed0"  # nothing in it is random
     trained = run_row(row.weights_of, seed, output) if row.weights_of else None
-    cache = build_cache(output) if distils(row) else None
-    made_of = ingredients(row, seed, trained, cache)
+    artefacts = {key: build_artefact(key, output) for key in artefacts_of(row)}
+    made_of = ingredients(row, seed, trained, artefacts)
     state = read_json(folder / "row.json") if (folder / "row.json").is_file() else {"minutes": 0.0}
     different = [key for key, value in made_of.items() if state.get("made_of", made_of).get(key) != value]
     if different:
@@ -129,34 +144,52 @@ def run_row(name, seed, output):
         return folder
     print(f"== {name}, seed {seed}", flush=True)
     with timed(folder / "row.json", state, made_of):
-        run(command_of(name, seed, folder, trained, cache))
+        run(command_of(name, seed, folder, trained, artefacts))
     return folder
 
 
-def distils(row):
-    """Whether a row reads the region cache, which is built when one first needs it."""
-    return bool(row.config) and load_config(row.config, []).MODEL.DISTILLATION.WEIGHT > 0
+def artefacts_of(row):
+    """The keys of :data:`ARTEFACTS` that a row reads."""
+    if not row.config:
+        return []
+    model = load_config(row.config, []).MODEL
+    needed = {
+        "MODEL.DISTILLATION.REGION_CACHE": model.DISTILLATION.WEIGHT > 0,
+        "MODEL.CCKT.REGION_CACHE": model.CCKT.ENABLED and model.CCKT.CONTRAST != "none" and not row.weights_of,
+        "MODEL.CCKT.PRIOR_FILE": model.CCKT.ENABLED and model.CCKT.PRIORS,
+    }
+    return [key for key, wanted in needed.items() if wanted]
 
 
-def build_cache(output):
-    """The region cache of every distilling row and seed: proposals of ViLD-text trained with seed 0.
+def build_artefact(key, output):
+    """The path of what a configuration key names, made once for all rows and seeds.
 
-    The paper proposes 300 regions per image; here the 10 best after a stricter NMS, which are embedded in minutes. A
-    complete cache is left as it is; one of another detector is refused.
+    The region cache is of the proposals of ViLD-text trained with seed 0. The paper proposes 300 regions per image;
+    here the 10 best after a stricter NMS, which are embedded in minutes. A complete artefact is left as it is; one of
+    another detector or teacher is refused.
     """
-    folder, times = output / "region_cache", output / "region_cache.json"
-    weights = run_row("vild_text", 0, output) / "model_final.pth"
-    made_of = {"detector": sha256_file(weights), "teacher": sha256_file(TEACHER_WEIGHTS)}
+    path, made_of = output / ARTEFACTS[key][1], {"teacher": sha256_file(TEACHER_WEIGHTS)}
+    if key == "MODEL.CCKT.PRIOR_FILE":
+        teacher = ["--architecture", TEACHER, "--pretrained", "embedded", "--tiles", "3"]
+        command = ["tools/build_concept_priors.py", "--backend", "clip", *teacher, "--dataset", DATASET]
+        command += ["--output", str(path)]
+    else:
+        command = ["tools/build_region_cache.py", "--dataset", TRAINING_SET, "--output", str(path), "--config-file"]
+        if key == "MODEL.CCKT.REGION_CACHE":
+            command += [f"configs/{ROWS['detr_text'].config}", "--boxes", "annotations"]
+        else:
+            weights = run_row("vild_text", 0, output) / "model_final.pth"
+            made_of["detector"] = sha256_file(weights)
+            command += [f"configs/{ROWS['vild_text'].config}", "--top", str(REGIONS), "--nms", str(REGION_NMS)]
+            command += ["MODEL.WEIGHTS", str(weights)]
+    times = path.with_suffix(".json")
     state = read_json(times) if times.is_file() else {"minutes": 0.0}
     if state.get("made_of", made_of) != made_of:
-        raise DataError(f"{folder} was made with another detector or teacher: remove it and {times}.")
-    if state.get("done") and (folder / "manifest.json").is_file():
-        return folder
-    choice = ["--top", str(REGIONS), "--nms", str(REGION_NMS), "MODEL.WEIGHTS", str(weights)]
-    config = ["--config-file", f"configs/{ROWS['vild_text'].config}", "--dataset", "ov_shapes_train_base"]
-    with timed(times, state, made_of):
-        run(["tools/build_region_cache.py", *config, "--output", str(folder), *choice])
-    return folder
+        raise DataError(f"{path} was made with another {' or '.join(sorted(made_of))}: remove it and {times}.")
+    if not (state.get("done") and (path.is_file() or (path / "manifest.json").is_file())):
+        with timed(times, state, made_of):
+            run(command)
+    return path
 
 
 @contextlib.contextmanager
@@ -171,8 +204,8 @@ def timed(path, state, made_of):
         write_json(path, state | {"made_of": made_of, "minutes": round(minutes, 2)})
 
 
-def ingredients(row, seed, trained, cache):
-    """Hashes of what decides a row's result: configuration, trunk, data set, teacher, trained weights, regions."""
+def ingredients(row, seed, trained, artefacts):
+    """Hashes of what decides a row's result: configuration, trunk, data set, teacher, trained weights, artefacts."""
     cfg = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]) if row.config else None
     trunk = cfg.MODEL.WEIGHTS.removeprefix("ovdet2://") if cfg else ""
     return {
@@ -181,17 +214,19 @@ def ingredients(row, seed, trained, cache):
         "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
         "teacher": sha256_file(TEACHER_WEIGHTS),
         "weights": sha256_file(trained / "model_final.pth") if trained else "",
-        "region cache": cache_hash(cache) if cache else "",
+        **{ARTEFACTS[key][0]: content_hash(path) for key, path in artefacts.items()},
     }
 
 
-def cache_hash(cache):
-    """Hash of the contents of a region cache, whatever command line made it."""
-    shards = [shard["sha256"] for shard in read_json(cache / "manifest.json")["shards"]]
+def content_hash(path):
+    """Hash of the contents of a region cache, whatever command line made it, or of a file."""
+    if path.is_file():
+        return sha256_file(path)
+    shards = [shard["sha256"] for shard in read_json(path / "manifest.json")["shards"]]
     return hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
-def command_of(name, seed, folder, trained, cache):
+def command_of(name, seed, folder, trained, artefacts):
     """The command that makes a row: what a user would type."""
     row = ROWS[name]
     if name == "teacher":
@@ -206,12 +241,11 @@ def command_of(name, seed, folder, trained, cache):
             "--output",
             str(folder),
         ]
-    command = ["train_net.py", "--config-file", f"configs/{row.config}"]
-    if not row.weights_of:
-        distilled = ["MODEL.DISTILLATION.REGION_CACHE", str(cache)] if cache else []
-        return [*command, "--resume", "SEED", str(seed), "OUTPUT_DIR", str(folder), *distilled]
-    weights = trained / "model_final.pth"
-    return [*command, "--eval-only", "SEED", str(seed), "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", str(weights)]
+    command = ["train_net.py", "--config-file", f"configs/{row.config}", "--eval-only" if trained else "--resume"]
+    command += ["SEED", str(seed), "OUTPUT_DIR", str(folder)]
+    if trained:
+        command += ["MODEL.WEIGHTS", str(trained / "model_final.pth")]
+    return command + [part for key, path in artefacts.items() for part in (key, str(path))]
 
 
 def run(command):
@@ -244,11 +278,12 @@ def make_table(names, seeds, output):
         cells = [mean_and_spread([report[task].get(key) for report in reports]) for task, key in COLUMNS.values()]
         minutes = mean_and_spread([read_json(folder / "row.json")["minutes"] for folder in folders])
         lines.append(f"| {ROWS[name].title} | " + " | ".join([*cells, minutes]) + f" | {len(folders)} |")
-    times = output / "region_cache.json"
-    if times.is_file() and any(distils(ROWS[name]) for name in names):
-        lines.append(
-            f"\nThe region cache, made once for all rows and seeds, took {read_json(times)['minutes']:.1f} minutes."
-        )
+    used = {key for name in names for key in artefacts_of(ROWS[name])}
+    for key, (title, path) in ARTEFACTS.items():
+        times = (output / path).with_suffix(".json")
+        if key in used and times.is_file():
+            minutes = read_json(times)["minutes"]
+            lines.append(f"\nThe {title}, made once for all rows and seeds, took {minutes:.1f} minutes.")
     return "\n".join(lines)
 
 
