@@ -152,6 +152,32 @@ def get_cfg():
     # Score of a detection: "similarity" (the paper), the "class" branch, or the "product" of their probabilities.
     cfg.MODEL.CCKT.SCORE = "similarity"
 
+    # CLIP-DETR: losses of training that change nothing at test.
+    cfg.MODEL.CLIP_DETR = CN()
+    # Weight of AlignNet's loss; 0: off.
+    cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = 0.0
+    # What the detector's loss weights are multiplied by for the dynamic queries; 0: there are none.
+    cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
+    # Attributes of an object: "label", "label+scale" (width and height, too) or "label+box".
+    cfg.MODEL.CLIP_DETR.ATTRIBUTES = "label+scale"
+    # Vocabulary file, of any teacher, that has the base words and is used for the attributes alone; empty: the
+    # detector's own embeddings are.
+    cfg.MODEL.CLIP_DETR.LABEL_TABLE = ""
+    # Bins per side in which AlignNet pools an object on each level.
+    cfg.MODEL.CLIP_DETR.ROI_SIZE = 7
+    # AlignNet: objects of one label and nearly one size are no negatives of each other.
+    cfg.MODEL.CLIP_DETR.IGNORE_NEAR_DUPLICATES = False
+    # AlignNet: over the objects of all processes.
+    cfg.MODEL.CLIP_DETR.GATHER = False
+    # Share of noise in the content of dynamic queries, one number for each set.
+    cfg.MODEL.CLIP_DETR.BETAS = [0.1, 0.3, 0.5, 0.7, 0.9]
+    # Most that dynamic queries are shifted, in half sides of their object, and stretched, in sides.
+    cfg.MODEL.CLIP_DETR.RHO = 1.0
+    # "signed": either way; "literal": to the right, down and larger alone, as the paper writes it.
+    cfg.MODEL.CLIP_DETR.SHIFT = "signed"
+    # Objects of an image that have dynamic queries, drawn at random where there are more.
+    cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
+
     # MODEL.BACKBONE.NAME "build_clip_resnet_backbone" is the teacher's image tower, with MODEL.RESNETS.OUT_FEATURES and
     # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_timm_swin_backbone" is the following one.
     cfg.MODEL.SWIN = CN()

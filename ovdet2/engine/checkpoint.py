@@ -94,7 +94,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
 
         Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
-        the step counts of batch normalisation, which matter to training alone and which converted files lack.
+        what matters to training alone: the parts that a model names as ``training_only``, and the step counts of batch
+        normalisation, which converted files lack.
 
         Args:
             path: as for :meth:`load`.
@@ -109,15 +110,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if not path:
             raise UsageError("there are no trained weights to evaluate: set MODEL.WEIGHTS to a checkpoint.")
         loaded = self.load(path, checkpointables=[])
+        unused = self._training_only()
         misshaped = [
             f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
             for name, saved, wanted in self._incompatible.incorrect_shapes
+            if not name.startswith(unused)
         ]
         reported = {name for name, _, _ in self._incompatible.incorrect_shapes}
         missing = [
             f"{name} (missing)"
             for name in self._incompatible.missing_keys
-            if name not in reported and not name.endswith(".num_batches_tracked")
+            if name not in reported and not name.endswith(".num_batches_tracked") and not name.startswith(unused)
         ]
         faults = misshaped + missing
         if faults:
@@ -190,6 +193,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load the weights except those of modules that take the vocabulary of this run.
 
         A sub-module with ``adopt_saved_vocabulary(saved)`` is handed its own entries, prefix removed, and decides.
+        What the checkpoint has of a training-only part that the model lacks is left out without a warning.
         """
         adopting = [
             (f"{name}.", module)
@@ -197,6 +201,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
             if name and hasattr(module, "adopt_saved_vocabulary")
         ]
         weights = checkpoint["model"]
+        lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1]) is None)
+        for name in [name for name in weights if name.startswith(lacking)]:
+            del weights[name]
         for prefix, module in adopting:
             saved = {name[len(prefix) :]: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
             if saved:
@@ -207,6 +214,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
         self._incompatible = incompatible
         return incompatible
+
+    def _training_only(self):
+        """Prefixes of the entries of parts that only training uses."""
+        return tuple(f"{name}." for name in getattr(self.model, "training_only", ()))
 
     def _newest_first(self):
         """The pointed-to checkpoint, then the periodic ones by the time they were written."""

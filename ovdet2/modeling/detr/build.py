@@ -68,13 +68,7 @@ def build_postprocessor(cfg):
 def loss_weights(cfg):
     """Weights by kind of loss, as :func:`~ovdet2.modeling.detr.criterion.weighted` takes them."""
     detr = cfg.MODEL.DETR
-    return {
-        "loss_class": detr.CLASS_WEIGHT,
-        "loss_similarity": detr.CLASS_WEIGHT,
-        "loss_l1": detr.L1_WEIGHT,
-        "loss_giou": detr.GIOU_WEIGHT,
-        "loss_contrast": cfg.MODEL.CCKT.CONTRAST_WEIGHT,
-    }
+    return {"loss_class": detr.CLASS_WEIGHT, "loss_l1": detr.L1_WEIGHT, "loss_giou": detr.GIOU_WEIGHT}
 
 
 def _class_branch(cfg, vocabulary) -> nn.Module:

@@ -40,3 +40,8 @@ def build_cckt(cfg, network, vocabulary):
     if settings.CLASS_LOSS_ON == "similarity":
         network.class_branches.requires_grad_(False)
     return cckt, [(settings.SIMILARITY_COST, cckt.similarity_cost)] if cckt.heads else []
+
+
+def cckt_weights(cfg):
+    """Weights by kind of loss: the focal loss on similarities has that of the class loss."""
+    return {"loss_similarity": cfg.MODEL.DETR.CLASS_WEIGHT, "loss_contrast": cfg.MODEL.CCKT.CONTRAST_WEIGHT}

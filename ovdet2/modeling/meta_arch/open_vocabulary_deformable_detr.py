@@ -26,6 +26,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
     carried (an index into the vocabulary, -1 for none).
     """
 
+    training_only = ("clip_detr",)  # parts that a checkpoint may have and the model not, or the other way round
+
     @configurable
     def __init__(
         self,
@@ -40,6 +42,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         input_format,
         every_layer=False,
         cckt=None,
+        clip_detr=None,
     ):
         """
         Args:
@@ -53,6 +56,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             input_format: "RGB" or "BGR", of the images given.
             every_layer: at test, give the detections of all decoder layers.
             cckt: :class:`~ovdet2.modeling.detr.cckt.CCKT`, or None.
+            clip_detr: :class:`~ovdet2.modeling.detr.clip_detr.CLIPDETR`, which takes part in training alone, or None.
         """
         super().__init__()
         self.network = network
@@ -63,6 +67,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.input_format = input_format
         self.every_layer = every_layer
         self.cckt = cckt
+        self.clip_detr = clip_detr
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -70,7 +75,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
         from ovdet2.modeling.detr.build import build_criterion, build_detr, build_postprocessor, loss_weights
-        from ovdet2.modeling.detr.build_cckt import build_cckt
+        from ovdet2.modeling.detr.build_cckt import build_cckt, cckt_weights
+        from ovdet2.modeling.detr.build_clip_detr import build_clip_detr, clip_detr_weights
 
         vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         network = build_detr(cfg, build_backbone(cfg), vocabulary)
@@ -80,12 +86,13 @@ class OpenVocabularyDeformableDETR(nn.Module):
             "vocabulary": vocabulary,
             "criterion": build_criterion(cfg, extra_costs),
             "postprocessor": build_postprocessor(cfg),
-            "loss_weights": loss_weights(cfg),
+            "loss_weights": loss_weights(cfg) | cckt_weights(cfg) | clip_detr_weights(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "input_format": cfg.INPUT.FORMAT,
             "every_layer": cfg.TEST.DECODER_LAYERS,
             "cckt": cckt,
+            "clip_detr": build_clip_detr(cfg, vocabulary),
         }
 
     @property
@@ -135,14 +142,17 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """Unweighted losses of a training batch, a dict of scalar Tensors."""
         _, memory, queries = self.encode(batched_inputs)
         targets = Targets.of_records(batched_inputs, self.device)
-        outputs = self.network.decode(memory, queries, all_layers=True)
+        if self.clip_detr is None:
+            outputs, added = self.network.decode(memory, queries, all_layers=True), {}
+        else:
+            outputs, added = self.clip_detr(self.network, memory, queries, targets, self.criterion)
         if self.cckt is None:
-            return self.criterion(outputs, targets)[0]
+            return self.criterion(outputs, targets)[0] | added
         # Before the criterion, which may stop this process alone: a count over all processes would wait for it.
         num_boxes = mean_box_count(len(targets), self.device)
         outputs = self.cckt.training_outputs(outputs)
         losses, matches = self.criterion(outputs, targets)
-        return losses | self.cckt.losses(outputs, targets, matches, num_boxes)
+        return losses | self.cckt.losses(outputs, targets, matches, num_boxes) | added
 
     def infer(self, batched_inputs, all_layers=False, keep_sampling=False):
         """What the network says of images at test.
