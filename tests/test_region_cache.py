@@ -259,6 +259,8 @@ def test_by_annotation(tmp_path_factory, wanted):
         assert torch.equal(row, made.embeddings[[9, 3, -1, 7].index(ann_id)] if there else torch.zeros(4).half())
     assert cache.missing == 2
     assert cache.of_annotations(5, [])[0].shape == (0, 4)
+    embeddings, found = build(folder / "none", [5], make=lambda _: regions(0)).of_annotations(5, [7])
+    assert embeddings.tolist() == [[0, 0, 0, 0]] and found.tolist() == [False]
 
 
 def read_in_worker(cache, image_id, queue):

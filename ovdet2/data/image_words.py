@@ -194,7 +194,7 @@ def open_prior_words(cfg):
 def prior_facts(cfg):
     """What a report says of the priors of its detector; {} where there are none."""
     settings = cfg.MODEL.CCKT
-    if not (settings.ENABLED and settings.PRIORS):
+    if not (settings.ENABLED and settings.PRIORS and settings.PRIOR_FILE):  # without one the loader says so
         return {}
     manifest = ConceptPriors(settings.PRIOR_FILE).manifest
     chosen = {"threshold": settings.PRIOR_THRESHOLD, "top": settings.PRIOR_TOP, "fill": settings.PRIOR_FILL}

@@ -117,13 +117,7 @@ class OpenVocabularyMapper(DatasetMapper):
             _require_known(record, cached, self.region_cache.folder)
             record["regions"] = transform_regions(cached, transforms, image.shape[:2], self.regions_per_image)
         if "annotations" in record:
-            try:
-                self._attach_instances(record, transforms, image.shape[:2])
-            except ValueError as error:
-                raise DataError(
-                    f"{record['file_name']} (image id {record.get('image_id')}): {error} For run-length codes set "
-                    "INPUT.MASK_FORMAT to bitmask."
-                ) from None
+            self._attach_instances(record, transforms, image.shape[:2])
             return self._with_words(record)
         return record
 
@@ -134,21 +128,27 @@ class OpenVocabularyMapper(DatasetMapper):
 
     def _attach_instances(self, record, transforms, image_size):
         """Annotations become "instances", with the teacher's embeddings if there is a cache of them."""
-        if self.annotation_cache is None:
-            return self._transform_annotations(record, transforms, image_size)
-        annotations, image_id = record["annotations"], record["image_id"]
-        _require_known(record, self.annotation_cache.regions(image_id), self.annotation_cache.folder)
-        classes = torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.int64)
-        ids = torch.tensor([annotation.get("id", -1) for annotation in annotations], dtype=torch.int64)
-        # Detectron2 leaves out crowds and what was cropped away, and keeps of an annotation its class alone: let that
-        # be its place.
-        for place, annotation in enumerate(annotations):
-            annotation["category_id"] = place
-        self._transform_annotations(record, transforms, image_size)
-        instances = record["instances"]
-        kept = instances.gt_classes
-        instances.gt_classes = classes[kept]
-        instances.gt_embeddings, instances.gt_embedded = self.annotation_cache.of_annotations(image_id, ids[kept])
+        annotations, cache = record["annotations"], self.annotation_cache
+        if cache is not None:
+            _require_known(record, cache.regions(record["image_id"]), cache.folder)
+            classes = torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.int64)
+            ids = torch.tensor([annotation.get("id", -1) for annotation in annotations], dtype=torch.int64)
+            # Detectron2 leaves out crowds and what was cropped away, and keeps of an annotation its class alone: let
+            # that be its place.
+            for place, annotation in enumerate(annotations):
+                annotation["category_id"] = place
+        try:
+            self._transform_annotations(record, transforms, image_size)
+        except ValueError as error:
+            raise DataError(
+                f"{record['file_name']} (image id {record.get('image_id')}): {error} For run-length codes set "
+                "INPUT.MASK_FORMAT to bitmask."
+            ) from None
+        if cache is not None:
+            instances = record["instances"]
+            kept = instances.gt_classes
+            instances.gt_classes = classes[kept]
+            instances.gt_embeddings, instances.gt_embedded = cache.of_annotations(record["image_id"], ids[kept])
 
 
 def _num_base(cfg):

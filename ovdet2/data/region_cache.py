@@ -194,7 +194,8 @@ class RegionCache:
         matches = wanted[:, None] == cached.ann_ids
         found = matches.any(dim=1) & (wanted >= 0)
         embeddings = cached.embeddings.new_zeros((len(wanted), cached.embeddings.shape[1]))
-        embeddings[found] = cached.embeddings[matches[found].int().argmax(dim=1)]
+        if len(cached):  # argmax wants a column
+            embeddings[found] = cached.embeddings[matches[found].int().argmax(dim=1)]
         self.missing += int((~found).sum())
         return embeddings, found
 

@@ -246,7 +246,8 @@ class CCKT(nn.Module):
         if self.contrast == "batch":
             embeddings, objects = embeddings.flatten(0, 1)[None], [part[None] for part in objects]
         else:
-            objects = [targets.padded(part) for part in objects]
+            with torch.autocast(embeddings.device.type, enabled=False):
+                objects = [targets.padded(part) for part in objects]
         return pair_contrast(embeddings, *objects, self.temperature)
 
     def _contrast_counts(self):

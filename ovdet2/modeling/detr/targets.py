@@ -92,7 +92,9 @@ def _joined(records, name, device):
     """A field of all instances, or None where they do not have it."""
     if not all(record["instances"].has(name) for record in records):
         return None
-    return torch.cat([record["instances"].get(name) for record in records]).to(device, non_blocking=True)
+    with torch.autocast("cpu", enabled=False):  # which cannot join float16 rows, even to leave them as they are
+        joined = torch.cat([record["instances"].get(name) for record in records])
+    return joined.to(device, non_blocking=True)
 
 
 def image_name(record):
