@@ -1,0 +1,47 @@
+"""The configurations of CCKT-Det: each builds, detects, and has the parts that its row of the table says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ovdet2.config import load_config
+from tests.cckt_cases import records
+from tests.test_detr_configs import NARROW, built, rates
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*cckt*.yaml"))
+TABLE_4 = {  # priors, contrast, score
+    "cckt_priors_r18": (True, "none", "class"),
+    "cckt_full_class_r18": (True, "instance", "class"),
+    "cckt_contrast_r18": (False, "instance", "similarity"),
+    "cckt_full_r18": (True, "instance", "similarity"),
+}
+
+
+def test_all_of_them_were_found():
+    assert len(NAMES) == 9 and "ovlvis/cckt_r50.yaml" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_narrowed_it_builds_and_detects(name):
+    cfg, model = built(name, *NARROW)
+    assert model.cckt.priors is None or model.cckt.priors.assignment == (
+        "interleave" if name.startswith("ovshapes") else "blocks"
+    )
+    found = rates(cfg, model)
+    assert all(found[f"cckt.{key}"][0] == cfg.SOLVER.BASE_LR for key, _ in model.cckt.named_parameters())
+    with torch.no_grad():
+        outputs = model.eval()(records())
+    assert all(0 < len(output["instances"]) <= cfg.TEST.DETECTIONS_PER_IMAGE for output in outputs)
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_rows_of_table_4_differ_in_nothing_else(name):
+    cfg = load_config(f"ovshapes/{name}.yaml")
+    plain = load_config("ovshapes/detr_text_r18.yaml")
+    assert (cfg.MODEL.CCKT.PRIORS, cfg.MODEL.CCKT.CONTRAST, cfg.MODEL.CCKT.SCORE) == TABLE_4[name]
+    assert bool(cfg.MODEL.CCKT.PRIOR_FILE) == cfg.MODEL.CCKT.PRIORS
+    assert bool(cfg.MODEL.CCKT.REGION_CACHE) == (cfg.MODEL.CCKT.CONTRAST != "none")
+    cfg.MODEL.CCKT, cfg.OUTPUT_DIR = plain.MODEL.CCKT, plain.OUTPUT_DIR
+    assert cfg.dump() == plain.dump()
