@@ -2,6 +2,9 @@
 
     python demo/demo.py --config-file configs/ovshapes/vild_text_r18.yaml --input a.jpg dir/ "*.png" \
         --vocabulary "striped moon, red star" --output out/ MODEL.WEIGHTS output/model_final.pth
+
+A detector with semantic priors (CCKT-Det) is told the words of each image: those that its teacher sees, or --present.
+Each detection then names the word that its query carried, in the picture after "<-".
 """
 
 import argparse
@@ -19,6 +22,7 @@ from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import atomic_path, write_json
 from ovdet2.predictor import to_rgb_array
+from ovdet2.vocabulary import parse_words
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -28,6 +32,8 @@ def main(argv=None):
     args = parse_args(argv)
     setup_logger(name="ovdet2")
     predictor = Predictor(load_config(args.config_file, args.overrides))
+    if args.present is not None and not predictor.has_priors:
+        raise UsageError("--present is for detectors with semantic priors: leave it out.")
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     print(
@@ -42,12 +48,16 @@ def main(argv=None):
             except DataError as error:
                 tqdm.write(f"skipped: {error}")
                 continue
-            instances = best_per_object(predictor.predict(image), args.confidence_threshold, args.overlap)
+            present = None
+            if predictor.has_priors:
+                present = predictor.present(image) if args.present is None else parse_words(args.present)
+            found = predictor.predict(image, present)
+            instances = best_per_object(found, args.confidence_threshold, args.overlap)
             picture = output / f"{path.stem}.png"
             if picture in records:  # a/1.jpg and b/1.png would overwrite each other
                 picture = output / f"{path.parent.name}_{path.stem}_{len(records)}.png"
             save_picture(picture, draw(image, instances, predictor.names))
-            records[picture] = to_record(path, instances, predictor.names)
+            records[picture] = to_record(path, instances, predictor.names, present)
     finally:
         if records:  # an interruption keeps what was found
             write_json(output / "detections.json", list(records.values()), indent=1)
@@ -67,6 +77,7 @@ def parse_args(argv):
     parser.add_argument(
         "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the data set\'s names'
     )
+    parser.add_argument("--present", help="words that exist in the images, for a detector with semantic priors")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
     parser.add_argument(
         "--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn"
@@ -103,12 +114,20 @@ def best_per_object(instances, threshold, overlap):
 
 
 def draw(image, instances, names):
-    """The image [H, W, 3] uint8 RGB with boxes, words and scores drawn by Detectron2's Visualizer."""
+    """The image [H, W, 3] uint8 RGB with boxes, words, scores and prior words drawn by Detectron2's Visualizer."""
     # A private Metadata object: the catalogue's entries can be written once only, vocabularies change.
     metadata = Metadata(name="demo", thing_classes=list(names))
     scale = max(1.0, 640 / max(image.shape[:2]))  # small images would leave no room for the labels
     visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
-    return visualizer.draw_instance_predictions(instances).get_image()
+    if not instances.has("prior_words"):
+        return visualizer.draw_instance_predictions(instances).get_image()
+    labels = [
+        f"{names[word]} {score:.0%} <- {names[prior] if prior >= 0 else 'no prior'}"
+        for word, score, prior in zip(
+            instances.pred_classes.tolist(), instances.scores.tolist(), instances.prior_words.tolist()
+        )
+    ]
+    return visualizer.overlay_instances(boxes=instances.pred_boxes, labels=labels).get_image()
 
 
 def save_picture(path, pixels):
@@ -117,15 +136,20 @@ def save_picture(path, pixels):
         Image.fromarray(pixels).save(temporary, format="PNG")
 
 
-def to_record(path, instances, names):
-    """JSON-serialisable detections of one image; boxes XYXY in pixels."""
+def to_record(path, instances, names, present=None):
+    """JSON-serialisable detections of one image; boxes XYXY in pixels. With semantic priors also the words ``present``
+    and the "prior" of each detection."""
     detections = [
         {"word": names[word], "score": round(score, 4), "box_xyxy": [round(v, 1) for v in box]}
         for box, score, word in zip(
             instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()
         )
     ]
-    return {"image": str(path), "detections": detections}
+    if present is None:
+        return {"image": str(path), "detections": detections}
+    for detection, prior in zip(detections, instances.prior_words.tolist()):
+        detection["prior"] = names[prior] if prior >= 0 else None
+    return {"image": str(path), "present": present, "detections": detections}
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
+from ovdet2.priors.online import OnlinePriors, said_words
 from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
 from ovdet2.weights import read_weights
@@ -48,6 +49,7 @@ class Predictor:
         self.cfg = cfg
         self.model = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
+        self._online_priors = None
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
@@ -79,34 +81,71 @@ class Predictor:
             )
         self.model.vocabulary.set(words)
 
+    @property
+    def has_priors(self):
+        """Whether the detector starts from words that exist in the image (CCKT-Det's semantic priors)."""
+        cckt = getattr(self.model, "cckt", None)
+        return cckt is not None and cckt.priors is not None
+
+    def present(self, image):
+        """The words that the teacher sees in an image, as a detector with semantic priors is told them: a list, best
+        first, chosen by MODEL.CCKT.PRIOR_* with PRIOR_TILES; a PRIOR_FILE, which is of a data set, is not asked.
+
+        Raises:
+            DataError: an unreadable image file, or a vocabulary of another teacher than MODEL.TEACHER.
+        """
+        vocabulary = self.model.vocabulary.vocabulary
+        if self._online_priors is None or self._online_priors.clip.vocabulary is not vocabulary:
+            chosen = self.cfg.MODEL.CCKT
+            self._online_priors = OnlinePriors(
+                build_teacher(self.cfg),
+                vocabulary,
+                chosen.PRIOR_THRESHOLD,
+                chosen.PRIOR_TOP,
+                chosen.PRIOR_FILL,
+                chosen.PRIOR_TILES,
+                max(self.cfg.SEED, 0),
+            )
+        return [self.names[word] for word in self._online_priors(to_rgb_array(image)).tolist()]
+
     @torch.no_grad()
-    def predict(self, images):
+    def predict(self, images, present=None):
         """Detect in one image or a batch.
 
         Args:
             images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
+            present: for a detector with semantic priors, a list of words that exist in the images; None: those of
+                :meth:`present`, of each image.
 
         Returns:
             :class:`~detectron2.structures.Instances` on the CPU, best first, with ``pred_boxes`` (XYXY pixels of the
-            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`); a list for a list.
+            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`), with semantic priors
+            also ``prior_words`` (the like, -1 for none), of the query that found it; a list for a list.
 
         Raises:
-            DataError: an unreadable image file; UsageError: an array of another shape or type.
+            DataError: an unreadable image file; UsageError: an array of another shape or type, a word of ``present``
+                that is not in the vocabulary, or ``present`` for a detector without priors.
         """
         single = not isinstance(images, (list, tuple))
-        batch = [self.prepare(image) for image in ([images] if single else images)]
+        batch = [self.prepare(image, present) for image in ([images] if single else images)]
         if not batch:
             return []
         found = [output["instances"].to("cpu") for output in self.model(batch)]
         return found[0] if single else found
 
-    def prepare(self, image):
-        """The record that the model takes of an image (see :meth:`predict`): "image", "height" and "width"."""
+    def prepare(self, image, present=None):
+        """The record that the model takes of an image (see :meth:`predict`): "image", "height", "width", and with
+        semantic priors "prior_words"."""
+        if present is not None and not self.has_priors:
+            raise UsageError("this detector is not told what exists in an image: leave out the words present in it.")
         rgb = to_rgb_array(image)
         pixels = rgb if self.cfg.INPUT.FORMAT == "RGB" else rgb[:, :, ::-1]
         resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        return {"image": tensor, "height": rgb.shape[0], "width": rgb.shape[1]}
+        record = {"image": tensor, "height": rgb.shape[0], "width": rgb.shape[1]}
+        if self.has_priors:
+            record["prior_words"] = said_words(self.present(rgb) if present is None else present, self.names)
+        return record
 
 
 def to_rgb_array(image):

@@ -1,0 +1,76 @@
+"""The words of an image that no prior file knows: what the teacher sees, at once, or what the user says.
+
+Shapes: K words of the vocabulary.
+"""
+
+import zlib
+
+import numpy as np
+import torch
+
+from ovdet2.data.concept_prior import best, columns_of
+from ovdet2.data.image_words import WordOrder, ordered_words
+from ovdet2.errors import UsageError
+from ovdet2.priors.clip import RESIZE, ClipBackend, view_boxes
+from ovdet2.vlm.crops import crop_regions
+from ovdet2.vlm.fingerprint import require_same_teacher
+
+
+class OnlinePriors:
+    """Looks at an image with CLIP, as ``tools/build_concept_priors.py --backend clip`` does for a data set."""
+
+    def __init__(self, teacher, vocabulary, threshold=0.7, top=6, fill="none", tiles=1, seed=0):
+        """
+        Args:
+            teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+            vocabulary: :class:`~ovdet2.vocabulary.Vocabulary` of K words, embedded by the same teacher.
+            threshold, top, fill, seed: of :class:`~ovdet2.data.image_words.PriorWords`.
+            tiles: n; the teacher looks at the whole image and at n x n cells, the best counts.
+
+        Raises:
+            DataError: the vocabulary is of another teacher.
+        """
+        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.teacher, "the vocabulary")
+        self.clip = ClipBackend(teacher, vocabulary, tiles)
+        self.threshold, self.top, self.fill = threshold, top, fill
+        self.order = WordOrder(vocabulary.names, seed)
+
+    def __call__(self, image):
+        """
+        Args:
+            image: array [H, W, 3] uint8 RGB.
+
+        Returns:
+            Tensor [at most K] int64, best first. The same pixels give the same words.
+        """
+        image = np.array(image)  # its own, which torch may share
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        teacher, boxes = self.clip.teacher, view_boxes(*image.shape[:2], self.clip.tiles)
+        views = crop_regions(pixels, boxes, teacher.image_size, RESIZE[self.clip.resize], teacher.interpolation)
+        [score] = self.clip.score(views[None])
+        index, score = best(torch.arange(len(score)), score, len(score))
+        kept = score >= self.threshold
+        return ordered_words(index[kept].long(), score[kept], self.order.keys(zlib.crc32(image)), self.top, self.fill)
+
+
+def said_words(words, names):
+    """The indices of words that somebody says are in an image.
+
+    Args:
+        words: list of words, best first.
+        names: K words of the vocabulary.
+
+    Returns:
+        Tensor [len(words)] int64.
+
+    Raises:
+        UsageError: a word is not in the vocabulary, or twice.
+    """
+    index = columns_of(words, names) if words else torch.zeros(0, dtype=torch.int64)
+    unknown = [word for word, position in zip(words, index.tolist()) if position < 0]
+    if unknown or len(index.unique()) < len(index):
+        raise UsageError(
+            f"the words {', '.join(words)} are to be of the vocabulary, each once; it does not have "
+            f"{', '.join(unknown) or 'one of them twice'}: leave those out, or add them to the vocabulary."
+        )
+    return index
