@@ -232,7 +232,7 @@ def get_cfg():
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
     # Data sets of your own, each {name, json, images, base: [class names], novel: [...], base_only: True for training,
-    # masks, metric}; paths are below the data folder or absolute. See datasets/README.md.
+    # masks, metric, pseudo_labels}; paths are below the data folder or absolute. See datasets/README.md.
     cfg.DATASETS.OWN = []
 
     # Unreadable training images tolerated (each logged once) by one training process before the run stops.

@@ -22,6 +22,7 @@ from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_prec
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
+from ovdet2.vlm.templates import clean_name
 
 logger = logging.getLogger(__name__)
 
@@ -276,13 +277,19 @@ def _require_words(cfg, model):
 
 
 def _facts_of(model, weights):
-    """What a report says of the detector: its weights and, if it has words, their fingerprint."""
+    """What a report says of the detector: its weights and, if it has words, their fingerprint, and the novel ones among
+    them that it was trained on, as with pseudo labels."""
     vocabulary = _vocabulary_of(model)
     facts = {"weights": weights}
     if vocabulary is not None:
         stated = vocabulary.vocabulary.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
         facts["vocabulary"] = {"words": len(vocabulary.vocabulary), **{key: stated[key] for key in kept}}
+        pairs = zip(vocabulary.vocabulary.names, vocabulary.vocabulary.base_mask.tolist())
+        trained = [n for n, base in pairs if not base and clean_name(n) in vocabulary.trained_base_names]
+        if trained and vocabulary.from_checkpoint:
+            logger.warning("%d novel words were trained on (%s, ...): they are not novel.", len(trained), trained[0])
+            facts["novel_words_trained_on"] = trained
     return facts
 
 

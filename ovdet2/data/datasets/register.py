@@ -11,6 +11,7 @@ from ovdet2.errors import DataError, UsageError
 
 METRICS = ("ov_coco", "ov_lvis", "ov_voc")
 _OWN = ("name", "json", "images", "base")
+_OPTIONS = ("base_only", "masks", "metric", "pseudo_labels")
 _OWN_ENTRIES = {}  # name -> entry of DATASETS.OWN that it was registered from
 _SPLITS = {}  # (data set, json path, time of its last change, size) -> Split, where the json defines it
 
@@ -44,22 +45,22 @@ def register_own(cfg):
     Args:
         cfg: configuration. DATASETS.OWN is a list of dicts with "name", "json", "images" and "base" (class names), and
             optionally "novel" (class names), "base_only", "masks" (bool) and "metric": the arguments of
-            :func:`register_ov_dataset`.
+            :func:`register_ov_dataset`; "pseudo_labels" likewise.
 
     Raises:
         UsageError: an entry of another form, or another data set of that name.
     """
     for entry in cfg.DATASETS.OWN:
-        unknown = set(entry) - {*_OWN, "novel", "base_only", "masks", "metric"} if isinstance(entry, dict) else {entry}
+        unknown = set(entry) - {*_OWN, "novel", *_OPTIONS} if isinstance(entry, dict) else {entry}
         lacking = set(_OWN) - set(entry) if isinstance(entry, dict) else ()
         if unknown or lacking:
             raise UsageError(
                 f"an entry of DATASETS.OWN has {sorted(map(str, unknown))} that is not known and lacks "
-                f"{sorted(lacking)}: it is {{name, json, images, base}} with novel, base_only, masks, metric if needed."
+                f"{sorted(lacking)}: it is {{name, json, images, base}} with novel, {', '.join(_OPTIONS)} if needed."
             )
         if _OWN_ENTRIES.get(entry["name"]) == entry:
             continue
-        options = {key: entry[key] for key in ("base_only", "masks", "metric") if key in entry}
+        options = {key: entry[key] for key in _OPTIONS if key in entry}
         register_ov_dataset(
             entry["name"], entry["json"], entry["images"], entry["base"], entry.get("novel", ()), **options
         )
@@ -76,6 +77,7 @@ def register_dataset(
     prepare=None,
     base_only=False,
     masks=False,
+    pseudo_labels=False,
     remedy="see datasets/README.md",
 ):
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
@@ -96,6 +98,8 @@ def register_dataset(
             is out of date. Several processes may call it at once, so it does its own locking.
         base_only: refuse labels of novel classes; give True for training data.
         masks: load segmentations as well.
+        pseudo_labels: the json may hold annotations that a detector made (tools/build_pseudo_labels.py), by the names
+            of novel classes; without, such a json is refused.
         remedy: what to do when the data set is missing, such as the command that makes it.
 
     Raises:
@@ -121,6 +125,7 @@ def register_dataset(
         json_path, image_path = prepared_files()
         stamp = _stamp(name, json_path)
         data = read_coco_json(json_path)
+        _require_said(name, data, json_path, pseudo_labels)
         found = split(data["categories"], json_path) if callable(split) else split
         records = records_of(data, json_path, image_path, found, base_only, masks, federated=metric == "ov_lvis")
         # Written past Metadata's write-once rule: the data root may differ from one load to the next.
@@ -205,6 +210,22 @@ def _one_sided(title, categories, source, novel):
         return Split(title, () if novel else pairs, pairs if novel else ())
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{source} has a category without id or name, or one twice ({error}): mend it.") from None
+
+
+def _require_said(name, data, json_path, pseudo_labels):
+    """Annotations that a detector made with the names of novel classes are never trained on by mistake.
+
+    Raises:
+        DataError: the json holds such annotations, and the data set does not say so.
+    """
+    info = data.get("info")
+    made = info.get("pseudo_labels") if isinstance(info, dict) else None
+    if made and not pseudo_labels:
+        raise DataError(
+            f"{json_path} holds {made.get('annotations')} pseudo labels, made with the names of novel classes "
+            f"({first_few(made.get('words', []))}): what is trained on them has seen those names. If that is meant, "
+            f"register {name} with pseudo_labels: True."
+        )
 
 
 def _class_metadata(split):
