@@ -138,3 +138,35 @@ def test_deformable_detr_with_real_text_embeddings(root, tmp_path):
     drawing += ["--output", tmp_path / "queries", *small, "MODEL.WEIGHTS", tmp_path / "model_final.pth"]
     program(root, "tools/draw_queries.py", *drawing)
     assert len(list((tmp_path / "queries").glob(f"{photograph.stem}_query?.png"))) == 2
+
+
+def test_cckt_from_crops_and_priors_to_named_queries(root, tmp_path):
+    """Thirty steps. ViT-B/32 by its architecture, its weights at random: its files are real, their meaning is not."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    weights = tmp_path / "ViT-B-32-random-weights.safetensors"
+    save_file({k: v.contiguous() for k, v in open_clip.create_model("ViT-B-32").state_dict().items()}, str(weights))
+    teacher = ["--architecture", "ViT-B-32", "--pretrained", weights]
+    config = ["--config-file", "configs/ovcoco/cckt_r50.yaml"]
+    cache = ["--dataset", "ov_coco_train_base", "--boxes", "annotations", "--output", tmp_path / "cache", *teacher]
+    program(root, "tools/build_region_cache.py", *config, *cache, "--scales", "1.0", "--workers", "0")
+    made = ["--backend", "clip", "--dataset", "ov_coco_val_all", "--output", tmp_path / "p.safetensors", *teacher]
+    printed = program(root, "tools/build_concept_priors.py", *made, "--templates", "single", "--num-workers", "0")
+    assert "38 images" in printed and "ViT-B-32-random-weights" in printed
+    small = [
+        *shlex.split(SMALL), *shlex.split(SMALL_DETR), "SOLVER.STEPS", "(29,)", "SOLVER.MAX_ITER", "30",
+        "MODEL.TEACHER.ARCHITECTURE", "ViT-B-32", "MODEL.TEACHER.PRETRAINED", weights,
+        "MODEL.VOCABULARY.TEMPLATES", "single", "MODEL.CCKT.REGION_CACHE", tmp_path / "cache",
+        "MODEL.CCKT.PRIOR_FILE", tmp_path / "p.safetensors",
+    ]  # fmt: skip
+    losses = train(root, tmp_path, "cckt_r50.yaml", *small)
+    assert falls(losses["total_loss"]) and "loss_contrast_0" in losses, losses
+    evaluate_and_draw(root, tmp_path, "cckt_r50.yaml", *small)
+    report = json.loads((tmp_path / "inference" / "ov_coco_val_all" / "report.json").read_text())
+    assert report["concept_prior"]["kind"] == "prediction" and report["concept_prior"]["top"] == 6
+    drawn = json.loads((tmp_path / "drawn" / "detections.json").read_text())
+    assert all(len(image["present"]) == 6 for image in drawn)
+    assert {d["prior"] for image in drawn for d in image["detections"]} <= {w for i in drawn for w in i["present"]}
