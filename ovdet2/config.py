@@ -80,6 +80,8 @@ def get_cfg():
     cfg.MODEL.DETR.HEADS = 8
     # Points that a head looks at on each level.
     cfg.MODEL.DETR.POINTS = 4
+    # Kernel of deformable attention: "auto" (by device, said in the log), "bag", "grid_sample" or "triton".
+    cfg.MODEL.DETR.ATTENTION_KERNEL = "auto"
     # Width of the feed-forward blocks.
     cfg.MODEL.DETR.FFN_DIM = 1024
     # In attention and in the feed-forward blocks.

@@ -44,6 +44,7 @@ class Predictor:
         weights = str(weights or cfg.MODEL.WEIGHTS)
         if not weights:
             raise UsageError("a Predictor needs a trained detector: give weights=... or MODEL.WEIGHTS.")
+        cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         if not torch.cuda.is_available():
             cfg.MODEL.DEVICE = "cpu"
         self.cfg = cfg

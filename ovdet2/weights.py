@@ -1,5 +1,6 @@
 """Reading weight files (torch, safetensors, the pickles of Detectron2's zoo) without running code from them."""
 
+import argparse
 import pickle
 import zipfile
 from pathlib import Path
@@ -53,7 +54,9 @@ def verify_archive(path):
 
 def _read_torch(path):
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        # Published checkpoints hold the options of their training, a class without behaviour.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if path.stat().st_size == 0 or not (zipfile.is_zipfile(path) or _starts_like_a_pickle(path)):
             raise DamagedFile(f"{path} is no torch file or is truncated: {_REMEDY}") from None

@@ -1,6 +1,7 @@
 """Trunks: strides and sizes, parity with the libraries they come from, and what freezing means."""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -172,7 +173,24 @@ class TestTimmSwin:
         save_file(given.state_dict(), str(tmp_path / "swin.safetensors"))
         trunk = tiny_swin()
         load_swin(trunk, tmp_path / "swin.safetensors")
-        assert all(torch.equal(value, given.state_dict()[name]) for name, value in trunk.state_dict().items())
+        for name, value in trunk.state_dict().items():
+            assert torch.equal(value, given.state_dict()[name]) or name.startswith("head.")
+
+    def test_weights_of_another_number_of_classes(self, tmp_path):
+        """As ImageNet-22k's, in a file of Microsoft's repository: other names of head and downsampling, and buffers."""
+        given = tiny_swin(num_classes=30)
+        names = {}
+        for name in given.state_dict():
+            stage = re.match(r"layers\.(\d)\.downsample(.*)", name)
+            names[name] = (
+                f"layers.{int(stage[1]) - 1}.downsample{stage[2]}" if stage else name.replace("head.fc", "head")
+            )
+        weights = {names[name]: value for name, value in given.state_dict().items()}
+        torch.save({"model": weights | {"layers.0.blocks.1.attn_mask": torch.zeros(1)}}, tmp_path / "swin.pth")
+        trunk = tiny_swin()
+        load_swin(trunk, tmp_path / "swin.pth")
+        for name, value in trunk.state_dict().items():
+            assert name.startswith("head.") or torch.equal(value, given.state_dict()[name]), name
 
     @pytest.mark.parametrize("changes, words", [
         ({"depths": (2, 2, 4, 2)}, "lacks.*layers.2.blocks.2.*ARCHITECTURE"), ({"embed_dim": 24}, "not of the Swin"),

@@ -265,12 +265,18 @@ def test_update_of_points_and_boxes():
 
 def test_autocast_keeps_boxes_and_logits_in_float32():
     transformer = small_transformer("plus_plus").train()
+    for head in transformer.decoder.box_heads:
+        torch.nn.init.normal_(head.layers[-1].weight)
     branch = TextBranch(SIZES["dim"], VocabularyBuffer(micro.vocabulary()))
     maps, masks = features()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded = run(transformer, [level.float() for level in maps], masks)
         logits = branch(decoded["hidden"][-1])
-    assert decoded["boxes_cxcywh"].dtype == logits.dtype == torch.float32
+    boxes = decoded["boxes_cxcywh"]
+    assert boxes.dtype == logits.dtype == torch.float32
+    # Computed in it, too, and not cast to it.
+    changes = boxes[0].logit() - decoded["references"][0].logit()
+    assert (changes.bfloat16().float() - changes).abs().max() > 1e-4
     (decoded["boxes_cxcywh"].sum() + logits.sum()).backward()
     assert all(p.grad.isfinite().all() for p in transformer.parameters() if p.grad is not None)
 

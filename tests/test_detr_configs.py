@@ -36,12 +36,13 @@ def rates(cfg, model):
 
 
 def test_all_of_them_were_found():
-    assert len(NAMES) == 9 and "ovlvis/deformable_detr_r50.yaml" in NAMES
+    assert len(NAMES) == 10 and "ovlvis/deformable_detr_r50.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_narrowed_it_builds_and_detects_with_its_rates(name):
-    cfg, model = built(name, *NARROW)
+    embedded = ["MODEL.TEACHER.ARCHITECTURE", "ovshapes-resnet", "MODEL.TEACHER.PRETRAINED", "embedded"]
+    cfg, model = built(name, *NARROW, *(embedded if "clip" in name else ()))
     found = rates(cfg, model)
     for parameter, (rate, decay) in found.items():
         slow = any(part in parameter for part in ("backbone", "sampling_offsets", "query_maker.reference"))

@@ -62,7 +62,6 @@ def detector(two_stage=False, words=None, auxiliary=True):
         loss_weights=WEIGHTS,
         pixel_mean=[100.0, 110.0, 120.0],
         pixel_std=[50.0, 60.0, 70.0],
-        input_format="RGB",
     )
 
 

@@ -1,5 +1,6 @@
 """Import of published Deformable DETR weights, on randomly initialised ones of both dialects."""
 
+import argparse
 import importlib.util
 import re
 from pathlib import Path
@@ -159,7 +160,9 @@ def test_the_tool_writes_what_the_checkpointer_loads(tmp_path, capsys, kind):
     weights = {name: value.float() for name, value in published("refine").state_dict().items()}
     source, output = tmp_path / f"source.{kind}", tmp_path / "out.safetensors"
     if kind == "pth":
-        torch.save({"model": as_official(weights), "epoch": 49}, source)
+        options = argparse.Namespace(lr=2e-4, dataset_file="coco")
+        counted = {"transformer.total_ops": torch.zeros(1)}
+        torch.save({"model": as_official(weights) | counted, "epoch": 49, "args": options}, source)
     else:
         save_file({name: value.clone() for name, value in weights.items()}, source)
     manifest = tool.main([str(source), "--output", str(output)])

@@ -195,22 +195,24 @@ def their_layer(ours):
 
     dim = ours.output_proj.out_features
     config = DeformableDetrConfig(d_model=dim, num_feature_levels=ours.levels)
-    layer = DeformableDetrMultiscaleDeformableAttention(config, num_heads=ours.heads, n_points=ours.points).double()
+    layer = DeformableDetrMultiscaleDeformableAttention(config, num_heads=ours.heads, n_points=ours.points)
+    layer.to(ours.output_proj.weight.dtype)
     layer.load_state_dict(ours.state_dict())
     return layer
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_layer_equals_transformers(coordinates, padded):
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 5e-5)])
+def test_layer_equals_transformers(coordinates, padded, dtype, atol):
     torch.manual_seed(0)
-    ours = MultiScaleDeformableAttention(16, heads=4, points=3).double()
+    ours = MultiScaleDeformableAttention(16, heads=4, points=3).to(dtype)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    tokens = torch.randn(2, sum(h * w for h, w in SHAPES), 16, dtype=torch.float64)
-    queries = torch.randn(2, 5, 16, dtype=torch.float64)
-    references = torch.rand(2, 5, 4, coordinates, dtype=torch.float64)
+    tokens = torch.randn(2, sum(h * w for h, w in SHAPES), 16, dtype=dtype)
+    queries = torch.randn(2, 5, 16, dtype=dtype)
+    references = torch.rand(2, 5, 4, coordinates, dtype=dtype)
     mask = torch.rand(tokens.shape[:2]) < 0.3 if padded else torch.zeros(tokens.shape[:2], dtype=torch.bool)
     wanted, _ = their_layer(ours)(
         queries,
@@ -221,7 +223,7 @@ def test_layer_equals_transformers(coordinates, padded):
         spatial_shapes_list=SHAPES,
     )
     got = ours(queries, references, tokens, SHAPES, mask)
-    torch.testing.assert_close(got, wanted, atol=1e-10, rtol=0)
+    torch.testing.assert_close(got, wanted, atol=atol, rtol=0)
     changed = tokens + 100 * mask[..., None]
     assert torch.equal(ours(queries, references, changed, SHAPES, mask), got)
 
@@ -279,6 +281,8 @@ def test_triton_arithmetic_in_its_interpreter():
         "compare_triton('cpu', torch.float32, 5e-5, shapes=[(1, 1)], queries=20, heads=3, channels=4, points=1)\n"
         "compare_triton('cpu', torch.float32, 5e-5, queries=0)\n"
         "v, x, w = example(dtype=torch.float32)\n"
+        "x[0, 2, 0, 0, 0] = math.inf\n"
+        "torch.testing.assert_close(ms_deform_attn(v, SHAPES, x, w, 'triton'), ms_deform_attn(v, SHAPES, x, w))\n"
         "x[0, 2, 0, 0, 0] = math.nan\n"
         "assert ms_deform_attn(v, SHAPES, x, w, 'triton')[1].isfinite().all()\n"
     )

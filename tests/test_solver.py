@@ -143,6 +143,8 @@ class TestMixedPrecision:
             root / "out", [*options, "SOLVER.AMP.DTYPE", name, "MODEL.DEVICE", "cuda", "DATASETS.TEST", "()"]
         )
         assert mixed_precision(cfg)[0] == getattr(torch, name) and (mixed_precision(cfg)[1] is None) == ("b" in name)
+        trained, _ = train(root / "trained", *options, "SOLVER.AMP.DTYPE", name, "MODEL.DEVICE", "cuda")
+        assert torch.isfinite(weights(trained)).all()
 
 
 def two_processes_in_bfloat16(folder):

@@ -1,9 +1,12 @@
 r"""Import a published Deformable DETR for MODEL.WEIGHTS: the official checkpoints and those of ``transformers``.
 
+    # the classes of a registered data set, in its order: here for the published figure on COCO
+    python tools/import_deformable_detr.py r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \
+        --dataset closed_coco_2017_val --output r50.safetensors
+    python train_net.py --config-file configs/coco/deformable_detr_r50_refine.yaml --eval-only \
+        MODEL.WEIGHTS r50.safetensors
     # all 91 rows of the class layers, one per COCO id
-    python tools/import_deformable_detr.py r50_deformable_detr.pth --output r50.safetensors
-    # the classes of a registered data set, in its order, base first
-    python tools/import_deformable_detr.py model.safetensors --dataset ov_coco_val_all --output r50_65.safetensors
+    python tools/import_deformable_detr.py model.safetensors --output r50_91.safetensors
     # for a text branch: everything but the class layers
     python tools/import_deformable_detr.py model.safetensors --without-classes --output r50_text.safetensors
 
@@ -25,7 +28,7 @@ SCHEMA = "ovdet2/imported-detr/1"
 def main(argv=None):
     """Command line; returns the manifest written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help=".pth (tensors alone) or .safetensors")
+    parser.add_argument("weights", help=".pth or .safetensors")
     parser.add_argument("--output", required=True, help=".safetensors")
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument("--dataset", help="registered data set, whose category ids say which rows to keep")

@@ -4,7 +4,7 @@ import torch
 from detectron2.engine import HookBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ovdet2.errors import DataError
+from ovdet2.errors import DataError, UsageError
 
 
 class WeightAverage:
@@ -20,7 +20,12 @@ class WeightAverage:
         Args:
             trained: module, without a DistributedDataParallel wrapper.
             decay: share of the average that a step keeps, 0 to 1.
+
+        Raises:
+            UsageError: another decay.
         """
+        if not 0 <= decay <= 1:
+            raise UsageError(f"SOLVER.EMA.DECAY is {decay}: choose a share from 0 to 1, such as 0.9997.")
         self._trained = trained
         self._average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.model = self._average.module.requires_grad_(False)

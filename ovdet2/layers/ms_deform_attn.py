@@ -18,6 +18,8 @@ from ovdet2.layers.ms_deform_attn_bag import ms_deform_attn_bag
 
 logger = logging.getLogger(__name__)
 
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
 KERNELS = {
     "bag": "weighted embedding_bag",
     "grid_sample": "grid_sample per level",
@@ -41,7 +43,7 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights,
         Tensor [B, Q, H * c] of the value's dtype.
 
     Raises:
-        UsageError: unknown kernel, or S is not the sum of the level sizes.
+        UsageError: unknown kernel, S is not the sum of the level sizes, or float64 values for Triton.
         SetupError: the Triton kernel is asked for where it cannot run.
     """
     tokens = sum(height * width for height, width in spatial_shapes)
@@ -68,7 +70,7 @@ def select_kernel(device_type, dtype=torch.float32):
     """The kernel "auto" stands for on a device type and for a dtype, a key of ``KERNELS``."""
     if device_type == "cpu":
         return "bag"
-    if device_type == "cuda" and dtype != torch.float64 and importlib.util.find_spec("triton") is not None:
+    if device_type == "cuda" and dtype != torch.float64 and _TRITON_IS_INSTALLED:
         return "triton"
     return "grid_sample"
 
@@ -87,6 +89,8 @@ def _announce(kernel, device_type):
 def _triton(value, spatial_shapes, locations, weights):
     if not value.is_cuda and not os.environ.get("TRITON_INTERPRET"):
         raise SetupError(f'the Triton kernel needs a CUDA device, the value is on {value.device}: use kernel "auto".')
+    if value.dtype == torch.float64:
+        raise UsageError('the Triton kernel computes in float32: for float64 use kernel "auto" or "grid_sample".')
     try:
         from ovdet2.layers.ms_deform_attn_triton import ms_deform_attn_triton
     except ImportError as error:

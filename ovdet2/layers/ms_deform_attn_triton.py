@@ -18,11 +18,17 @@ _ROWS = 32  # (query, head) rows per program: tiles of 32 x 32 for the usual 32 
 
 
 @triton.jit
+def _clamped(position, size):
+    """A position in pixels, brought to where nothing of the map is in reach any more: infinity minus itself is none."""
+    return tl.minimum(tl.maximum(position, -2.0), size + 1.0)
+
+
+@triton.jit
 def _corner(left, top, dx, dy, height, width, start, base, row_stride):
     """(whether a corner lies in the map, offset of its values) for a block of points."""
     column, row = left + dx, top + dy
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    # Coordinates that are not numbers or beyond every integer are inside no map, and are not converted.
+    # Coordinates that are not numbers are inside no map, and are not converted.
     token = tl.where(inside, row, 0.0).to(tl.int32) * width + tl.where(inside, column, 0.0).to(tl.int32)
     return inside, base + (start + token).to(tl.int64) * row_stride
 
@@ -38,7 +44,11 @@ def _rows(num_rows, tokens, queries, H: tl.constexpr, C: tl.constexpr, ROWS: tl.
     return rows.to(tl.int64), live, channels, tile, (image * tokens * H + rows % H) * C
 
 
-@triton.jit
+# Every batch has other sizes: no kernel of its own for those that 16 divides.
+_SIZES = ["num_rows", "tokens", "queries"]
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _forward(
     value,
     levels,
@@ -62,8 +72,8 @@ def _forward(
         start = tl.load(levels + 3 * level + 2)
         for point in tl.static_range(P):
             at = rows * (L * P) + level * P + point
-            x = tl.load(locations + 2 * at, mask=live, other=0.0) * width - 0.5
-            y = tl.load(locations + 2 * at + 1, mask=live, other=0.0) * height - 0.5
+            x = _clamped(tl.load(locations + 2 * at, mask=live, other=0.0) * width - 0.5, width)
+            y = _clamped(tl.load(locations + 2 * at + 1, mask=live, other=0.0) * height - 0.5, height)
             weight = tl.load(weights + at, mask=live, other=0.0)
             left, top = tl.floor(x), tl.floor(y)
             fx, fy = x - left, y - top
@@ -77,7 +87,7 @@ def _forward(
     tl.store(output + rows[:, None] * C + channels[None, :], total.to(output.dtype.element_ty), mask=tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _backward(
     grad,
     value,
@@ -104,8 +114,8 @@ def _backward(
         start = tl.load(levels + 3 * level + 2)
         for point in tl.static_range(P):
             at = rows * (L * P) + level * P + point
-            x = tl.load(locations + 2 * at, mask=live, other=0.0) * width - 0.5
-            y = tl.load(locations + 2 * at + 1, mask=live, other=0.0) * height - 0.5
+            x = _clamped(tl.load(locations + 2 * at, mask=live, other=0.0) * width - 0.5, width)
+            y = _clamped(tl.load(locations + 2 * at + 1, mask=live, other=0.0) * height - 0.5, height)
             weight = tl.load(weights + at, mask=live, other=0.0)
             left, top = tl.floor(x), tl.floor(y)
             fx, fy = x - left, y - top
@@ -197,7 +207,9 @@ def _launch(kernel, tensors, value, locations):
     _, tokens, _, c = value.shape
     rows = b * q * h
     sizes = {"H": h, "C": c, "L": num_levels, "P": p, "ROWS": _ROWS, "CHANNELS": triton.next_power_of_2(c)}
-    kernel[(triton.cdiv(rows, _ROWS),)](*tensors, rows, tokens, q, **sizes)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(value):
+        kernel[(triton.cdiv(rows, _ROWS),)](*tensors, rows, tokens, q, **sizes)
 
 
 @functools.lru_cache(maxsize=1024)

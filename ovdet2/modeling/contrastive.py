@@ -40,7 +40,8 @@ def gather_rows(rows):
     """The rows of all processes, with gradients; a collective call.
 
     A loss over them, computed alike in every process, has the gradients of one process that holds the whole batch once
-    they are averaged over the processes, as DistributedDataParallel does.
+    they are averaged over the processes, as DistributedDataParallel does. Every process must get here in every step,
+    before anything that may stop it alone, and with rows that need a gradient, be there none of them.
 
     Args:
         rows: Tensor [M, ...] of this process; M may differ between processes.

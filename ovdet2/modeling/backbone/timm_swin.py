@@ -89,6 +89,7 @@ def load_swin(trunk, path):
         DataError: the file cannot be read, or lacks weights of the trunk.
     """
     weights = checkpoint_filter_fn(read_weights(path)["model"], trunk)
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}  # of any classes
     try:
         missing = trunk.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:

@@ -52,8 +52,9 @@ class AlignNet(nn.Module):
                 rows, _ = gather_rows(torch.cat(parts, dim=1))
                 parts = rows.split([part.shape[1] for part in parts], dim=1)
             encoded, attributes, labels, sides = parts
-            scale = self.log_scale.clamp(max=_MAX_LOG_SCALE).exp()
-            logits = scale * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
+            with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
+                self.log_scale.clamp_(max=_MAX_LOG_SCALE)
+            logits = self.log_scale.exp() * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
             ignored = near_duplicates(labels[:, 0], sides) if self.ignore_near_duplicates else None
             return symmetric_info_nce(logits, ignored)
 

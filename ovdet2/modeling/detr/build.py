@@ -3,6 +3,7 @@
 from torch import nn
 
 from ovdet2.errors import UsageError
+from ovdet2.layers.ms_deform_attn import KERNELS, MultiScaleDeformableAttention
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.heads import ClosedSetBranch, TextBranch
 from ovdet2.modeling.detr.matcher import HungarianMatcher
@@ -10,6 +11,8 @@ from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.transformer import DeformableTransformer
+
+_GROUPS = 32  # of the neck's group norm
 
 
 def build_detr(cfg, backbone, vocabulary):
@@ -21,7 +24,8 @@ def build_detr(cfg, backbone, vocabulary):
         vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`.
 
     Raises:
-        UsageError: a map that the backbone does not have, or see :func:`_class_branch`.
+        UsageError: maps that the backbone does not have, or has and are not used; sizes that do not fit; an unknown
+            kernel; or see :func:`_class_branch`.
     """
     detr, shapes = cfg.MODEL.DETR, backbone.output_shape()
     missing = [name for name in detr.IN_FEATURES if name not in shapes]
@@ -29,6 +33,22 @@ def build_detr(cfg, backbone, vocabulary):
         raise UsageError(
             f"MODEL.DETR.IN_FEATURES is {list(detr.IN_FEATURES)}: name one to {detr.LEVELS} (MODEL.DETR.LEVELS) of the "
             f"backbone's maps {', '.join(shapes)}."
+        )
+    surplus = [name for name in shapes if name not in detr.IN_FEATURES]
+    if surplus:
+        raise UsageError(
+            f"the backbone gives {', '.join(surplus)}, which MODEL.DETR.IN_FEATURES {list(detr.IN_FEATURES)} does not "
+            "use: their weights would have no gradient, which several processes wait for. Leave them out of its "
+            "OUT_FEATURES."
+        )
+    if detr.DIM % _GROUPS or detr.DECODER_LAYERS < 1:
+        raise UsageError(
+            f"MODEL.DETR has DIM {detr.DIM} and DECODER_LAYERS {detr.DECODER_LAYERS}: choose a multiple of {_GROUPS} "
+            "channels, for the group norm of the neck, and at least one layer."
+        )
+    if detr.ATTENTION_KERNEL not in ("auto", *KERNELS):
+        raise UsageError(
+            f"MODEL.DETR.ATTENTION_KERNEL is {detr.ATTENTION_KERNEL!r}: choose auto, {', '.join(KERNELS)}."
         )
     transformer = DeformableTransformer(
         detr.VARIANT,
@@ -42,9 +62,32 @@ def build_detr(cfg, backbone, vocabulary):
         decoder_layers=detr.DECODER_LAYERS,
         num_queries=detr.NUM_QUERIES,
     )
-    neck = MultiScaleNeck([shapes[name].channels for name in detr.IN_FEATURES], detr.DIM, detr.LEVELS)
+    for module in transformer.modules():
+        if isinstance(module, MultiScaleDeformableAttention):
+            module.kernel = detr.ATTENTION_KERNEL
+    neck = MultiScaleNeck([shapes[name].channels for name in detr.IN_FEATURES], detr.DIM, detr.LEVELS, _GROUPS)
     branches = [_class_branch(cfg, vocabulary) for _ in range(transformer.num_branches)]
     return DeformableDETR(backbone, neck, transformer, branches, detr.IN_FEATURES)
+
+
+def refuse_unused(cfg):
+    """Settings of the two-stage detectors would change nothing here, in silence.
+
+    Raises:
+        UsageError: one of them is not at its default.
+    """
+    ovd = cfg.MODEL.OVD
+    unused = {
+        "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
+        "MODEL.DISTILLATION.WEIGHT": cfg.MODEL.DISTILLATION.WEIGHT > 0,
+        "MODEL.OVD.SECOND_BRANCH": ovd.SECOND_BRANCH != "none",
+        "MODEL.OVD.CLS_LOSS": ovd.CLS_LOSS != "softmax",
+        "MODEL.OVD.CLS_LOSS_WEIGHT": ovd.CLS_LOSS_WEIGHT != 1,
+        "MODEL.OVD.FEDERATED_WORDS": ovd.FEDERATED_WORDS > 0,
+    }
+    names = [name for name, changed in unused.items() if changed]
+    if names:
+        raise UsageError(f"OpenVocabularyDeformableDETR has no {', '.join(names)}: leave them at their defaults.")
 
 
 def build_criterion(cfg, extra_costs=()):

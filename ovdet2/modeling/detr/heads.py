@@ -37,8 +37,8 @@ class BoxHead(nn.Module):
         nn.init.constant_(self.layers[-1].bias[2:], size_bias)
 
     def forward(self, hidden):
-        """Tensor [..., C] -> [..., 4]."""
-        return self.layers[2](self.layers[1](self.layers[0](hidden).relu()).relu())
+        """Tensor [..., C] -> [..., 4], float32 at least."""
+        return in_full_precision(self.layers[2], self.layers[1](self.layers[0](hidden).relu()).relu())
 
 
 class ClosedSetBranch(nn.Linear):
@@ -55,7 +55,7 @@ class ClosedSetBranch(nn.Linear):
 
     def forward(self, hidden):
         """Tensor [B, N, C] -> logits [B, N, K], float32 at least."""
-        return _float(super().forward(hidden))
+        return in_full_precision(super().forward, hidden)
 
 
 class TextBranch(nn.Module):
@@ -90,11 +90,14 @@ class TextBranch(nn.Module):
         """Tensor [B, N, C] -> logits [B, N, base words] in training, [B, N, K] at test; float32."""
         words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
         embeddings = self.embed(hidden)
+        with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
+            self.log_scale.clamp_(max=_MAX_LOG_SCALE)
         with torch.autocast(hidden.device.type, enabled=False):  # half precision cannot resolve cosines times 100
-            scale = self.log_scale.float().clamp(max=_MAX_LOG_SCALE).exp()
+            scale = self.log_scale.float().exp()
             return scale * (embeddings @ words.T.to(embeddings.dtype)) + self.bias.float()
 
 
-def _float(tensor):
-    """At least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def in_full_precision(layer, hidden):
+    """``layer(hidden)`` in float32 at least, under autocast too: in bfloat16 a logit of 3 is known to 0.016."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return layer(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

@@ -24,6 +24,7 @@ _QUERIES = "transformer.query_maker."
 # The first rule that matches a whole name gives the new one. None: not a weight, or a copy of another one.
 _RULES = [
     (rf"{_TRUNK}(?:fc\..*|.*num_batches_tracked)", None),
+    (r"(?:.*\.)?total_(?:ops|params)", None),  # left behind by a counter of operations
     (rf"{_TRUNK}conv1\.(.*)", r"backbone.stem.conv1.\1"),
     (rf"{_TRUNK}bn1\.(.*)", r"backbone.stem.conv1.norm.\1"),
     (rf"{_TRUNK}layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.\4"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.encoder import cell_centres
-from ovdet2.modeling.detr.heads import BoxHead
+from ovdet2.modeling.detr.heads import BoxHead, in_full_precision
 from ovdet2.modeling.detr.memory import EncoderOutputs, Queries
 from ovdet2.modeling.detr.position_encoding import box_position
 
@@ -34,7 +34,7 @@ class LearnedQueries(nn.Module):
     def forward(self, memory):
         """The same :class:`Queries` for every image, with 2-d references."""
         batch = len(memory.tokens)
-        references = self.reference(self.position).to(memory.valid_ratios.dtype).sigmoid()
+        references = in_full_precision(self.reference, self.position).to(memory.valid_ratios.dtype).sigmoid()
         return Queries(*(part.expand(batch, -1, -1) for part in (self.content, self.position, references)))
 
     def encode_position(self, references):
@@ -101,7 +101,8 @@ class ProposalQueries(nn.Module):
         logits = self.box_head(tokens).to(proposals.dtype) + proposals
         boxes = logits.sigmoid()
         whole = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
-        return EncoderOutputs(self.objectness(tokens), torch.where(valid[..., None], boxes, whole), valid)
+        objectness = in_full_precision(self.objectness, tokens)
+        return EncoderOutputs(objectness, torch.where(valid[..., None], boxes, whole), valid)
 
     def encode_position(self, references):
         """Positions of boxes: Tensor [B, N, 4] -> [B, N, C].

@@ -39,7 +39,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
         loss_weights,
         pixel_mean,
         pixel_std,
-        input_format,
         every_layer=False,
         cckt=None,
         clip_detr=None,
@@ -52,8 +51,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
             postprocessor: (outputs, B (height, width), layer) -> list of :class:`Instances`.
             loss_weights: dict by kind of loss.
-            pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of ``input_format``.
-            input_format: "RGB" or "BGR", of the images given.
+            pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of INPUT.FORMAT.
             every_layer: at test, give the detections of all decoder layers.
             cckt: :class:`~ovdet2.modeling.detr.cckt.CCKT`, or None.
             clip_detr: :class:`~ovdet2.modeling.detr.clip_detr.CLIPDETR`, which takes part in training alone, or None.
@@ -64,7 +62,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.criterion = criterion
         self.postprocessor = postprocessor
         self.loss_weights = dict(loss_weights)
-        self.input_format = input_format
         self.every_layer = every_layer
         self.cckt = cckt
         self.clip_detr = clip_detr
@@ -74,10 +71,17 @@ class OpenVocabularyDeformableDETR(nn.Module):
     @classmethod
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
-        from ovdet2.modeling.detr.build import build_criterion, build_detr, build_postprocessor, loss_weights
+        from ovdet2.modeling.detr.build import (
+            build_criterion,
+            build_detr,
+            build_postprocessor,
+            loss_weights,
+            refuse_unused,
+        )
         from ovdet2.modeling.detr.build_cckt import build_cckt, cckt_weights
         from ovdet2.modeling.detr.build_clip_detr import build_clip_detr, clip_detr_weights
 
+        refuse_unused(cfg)
         vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         network = build_detr(cfg, build_backbone(cfg), vocabulary)
         cckt, extra_costs = build_cckt(cfg, network, vocabulary)
@@ -89,7 +93,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
             "loss_weights": loss_weights(cfg) | cckt_weights(cfg) | clip_detr_weights(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "input_format": cfg.INPUT.FORMAT,
             "every_layer": cfg.TEST.DECODER_LAYERS,
             "cckt": cckt,
             "clip_detr": build_clip_detr(cfg, vocabulary),
@@ -118,12 +121,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
         if self.training:
             return weighted(self.losses(batched_inputs), self.loss_weights)
         images, outputs = self.infer(batched_inputs, all_layers=self.every_layer)
-        words = outputs["pred_logits"].shape[-1]
-        if words != len(self.vocabulary.vocabulary):
-            raise UsageError(
-                f"a closed-set head of {words} classes cannot take {len(self.vocabulary.vocabulary)} words: use "
-                'MODEL.OVD.CLASSIFIER "text".'
-            )
         sizes = [
             (record.get("height", size[0]), record.get("width", size[1]))
             for record, size in zip(batched_inputs, images.image_sizes)
@@ -163,6 +160,12 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """
         images, memory, queries = self.encode(batched_inputs)
         outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
+        words = outputs["pred_logits"].shape[-1]
+        if words != len(self.vocabulary.vocabulary):
+            raise UsageError(
+                f"a closed-set head of {words} classes cannot take {len(self.vocabulary.vocabulary)} words: use "
+                'MODEL.OVD.CLASSIFIER "text".'
+            )
         return images, outputs if self.cckt is None else self.cckt.scored(outputs, queries)
 
     def encode(self, batched_inputs):
