@@ -181,7 +181,7 @@ class TestSweeps:
         assert table.count("ground truth") == 1 and table.count("control") == 1
         assert Image.open(data / "sweep" / "curve.png").size[0] > 100
         monkeypatch.setattr(sweep, "evaluated", None)
-        assert sweep.main(arguments) == rows
+        assert sweep.as_markdown(sweep.main(arguments)) == table
 
     def test_nothing_to_vary(self):
         with pytest.raises(UsageError, match="no semantic priors"):
