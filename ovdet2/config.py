@@ -216,6 +216,16 @@ def get_cfg():
     # Least and most pixels of each side of the crop.
     cfg.INPUT.DETR_CROP.SIDES = (384, 600)
 
+    # Large scale jitter in place of the ordinary resize: the image is made to fit into a square of a random size, and
+    # cut to SIDE where it is larger.
+    cfg.INPUT.LSJ = CN()
+    # Not together with another crop.
+    cfg.INPUT.LSJ.ENABLED = False
+    # Least and most size of that square, as multiples of SIDE.
+    cfg.INPUT.LSJ.SCALES = (0.1, 2.0)
+    # Pixels.
+    cfg.INPUT.LSJ.SIDE = 1024
+
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" (the norm of all gradients) beside Detectron2's two.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -301,6 +311,20 @@ def load_config(name, overrides=()):
         from ovdet2.data.datasets.register import register_own  # needs torch, which most errors above do not
 
         register_own(cfg)
+    return cfg
+
+
+def without_training_parts(cfg):
+    """A copy of a configuration for evaluation and prediction.
+
+    Parts of a detector that training alone uses are not built, so that their files are not needed.
+    """
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
+    if frozen:
+        cfg.freeze()
     return cfg
 
 

@@ -97,7 +97,8 @@ def test_every_registered_training_set_has_a_leak_test():
 
     ours = {name for name in DatasetCatalog.list() if "train" in name and MetadataCatalog.get(name).get("ov_split")}
     tested = {name for name in ours if not name.startswith(("ov_micro", "test_"))}
-    assert tested == {*BENCHMARKS, "closed_coco_2017_train"}  # the latter's test is that of the closed set
+    closed = {"closed_coco_2017_train", "closed_lvis_v1_train"}  # whose tests are those of the closed sets
+    assert tested == {*BENCHMARKS, *closed}
 
 
 @pytest.fixture
@@ -168,6 +169,15 @@ def test_the_closed_set_has_no_novel_class_and_trains_on_all_others(root):
     # The open-vocabulary benchmark that shares its images has novel classes among these.
     with pytest.raises(DataError, match="novel classes"):
         load_records(["transfer_coco_2017_val"], "DATASETS.TRAIN", False, base_only=True)
+
+
+def test_the_closed_set_of_lvis_has_rare_classes_among_its_base(root):
+    whole, _ = lvis_world(root)
+    records = load_records(["closed_lvis_v1_train"], "DATASETS.TRAIN", False, base_only=True)
+    assert sum(len(record["annotations"]) for record in records) == len(whole["annotations"])
+    split = split_of("closed_lvis_v1_val")
+    assert split.novel == () and split.category_ids == tuple(category["id"] for category in whole["categories"])
+    assert {kind: len(ids) for kind, ids in split.groups.items()} == {"r": 3, "c": 3, "f": 3}
 
 
 def test_novel_negatives_of_lvis_are_refused_in_training(root):

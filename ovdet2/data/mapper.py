@@ -15,6 +15,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.data.detr_augmentation import detr_crop
 from ovdet2.data.image_words import AnnotatedWords, open_prior_words
 from ovdet2.data.images import read_image
+from ovdet2.data.large_scale_jitter import large_scale_jitter
 from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -59,7 +60,7 @@ class OpenVocabularyMapper(DatasetMapper):
 
         Raises:
             UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
-                MODEL.MASK_ON for a training set without masks.
+                MODEL.MASK_ON for a training set without masks; or INPUT.LSJ together with another crop.
             CacheError: a region cache is incomplete, or of another teacher or data set; or see
                 :func:`~ovdet2.data.image_words.open_prior_words`.
         """
@@ -75,6 +76,10 @@ class OpenVocabularyMapper(DatasetMapper):
         arguments = super().from_config(cfg, is_train)
         if is_train and cfg.INPUT.DETR_CROP.ENABLED:
             arguments["augmentations"].insert(0, detr_crop(cfg.INPUT.DETR_CROP.RESIZE, cfg.INPUT.DETR_CROP.SIDES))
+        if is_train and cfg.INPUT.LSJ.ENABLED:
+            if cfg.INPUT.DETR_CROP.ENABLED or cfg.INPUT.CROP.ENABLED:
+                raise UsageError("INPUT.LSJ crops by itself: switch INPUT.DETR_CROP and INPUT.CROP off.")
+            arguments["augmentations"][:1] = large_scale_jitter(cfg.INPUT.LSJ.SCALES, cfg.INPUT.LSJ.SIDE)
         cckt, words = cfg.MODEL.CCKT, None
         if cckt.ENABLED and cckt.PRIORS:
             words = open_prior_words(cfg)

@@ -52,6 +52,16 @@ def frequency_split(categories, source="the annotation json"):
         raise DataError(f"{source}: {error}") from None
 
 
+def closed_set_split(categories, source="the annotation json"):
+    """The split of a closed set: every class is base, by ascending id, with the groups "r", "c" and "f".
+
+    Args and errors are those of :func:`frequency_split`.
+    """
+    split = frequency_split(categories, source)
+    base = tuple(sorted((*split.base, *split.novel)))
+    return Split(f"LVIS, {len(base)} classes, closed set", base, (), split.groups)
+
+
 def filter_lvis_json(data, split, source="the annotation json"):
     """Take the novel classes out of what a detector is trained on, and keep the rest as it is.
 

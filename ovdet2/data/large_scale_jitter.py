@@ -1,0 +1,28 @@
+"""Large scale jitter (LSJ; Ghiasi et al., CVPR 2021): a resize over a wide range of scales and a crop to a square."""
+
+from detectron2.data import transforms as T
+
+from ovdet2.errors import UsageError
+
+
+def large_scale_jitter(scales, side):
+    """The augmentations that take the place of the ordinary resize; boxes, masks and cached regions go along.
+
+    An image smaller than the square stays so: the detector pads its batch, and knows what is padding.
+
+    Args:
+        scales: (least, most) sizes that the image is made to fit into, as multiples of the square.
+        side: of the square, pixels.
+
+    Returns:
+        list of Detectron2 augmentations, which draw from numpy's global generator.
+
+    Raises:
+        UsageError: scales in the wrong order, or no side.
+    """
+    if len(scales) != 2 or not 0 < scales[0] <= scales[1] or side < 1:
+        raise UsageError(
+            f"INPUT.LSJ has SCALES {tuple(scales)} and SIDE {side}: give the least and the most multiple of the "
+            "square, and its side in pixels."
+        )
+    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side), pad=False)]
