@@ -15,7 +15,7 @@ import argparse
 
 import torch
 
-from ovdet2.config import load_config
+from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import exit_on_error
 
 
@@ -49,7 +49,7 @@ def main(args):
 
     cfg = setup(args)
     if args.eval_only:
-        model = Trainer.build_model(cfg)
+        model = Trainer.build_model(without_training_parts(cfg))
         checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
         results = Trainer.test(cfg, model, weights=checkpointer.loaded)

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from PIL import Image, ImageOps
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
-from ovdet2.config import load_config
+from ovdet2.config import load_config, without_training_parts
 from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
@@ -40,7 +40,7 @@ class Predictor:
             UsageError: no weights are given.
             DataError: the weights cannot be read, are not those of this model, or are of another embedding space.
         """
-        cfg = load_config(config, overrides) if isinstance(config, (str, Path)) else config.clone()
+        cfg = without_training_parts(load_config(config, overrides) if isinstance(config, (str, Path)) else config)
         weights = str(weights or cfg.MODEL.WEIGHTS)
         if not weights:
             raise UsageError("a Predictor needs a trained detector: give weights=... or MODEL.WEIGHTS.")

@@ -7,10 +7,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ovdet2.config import without_training_parts
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError, UsageError
+from ovdet2.predictor import Predictor
 from tests import micro
-from tests.test_detr_build import model_of
+from tests.test_detr_build import model_of, small_cfg
 
 GOLDEN = Path(__file__).parent / "golden" / "clip_detr.safetensors"
 TINY = [
@@ -126,6 +128,16 @@ def test_a_label_table_of_another_teacher(tmp_path):
     with pytest.raises(DataError, match="lacks 1 of the 3 base words, such as striped ring"):
         detector(*PARTS["both"], *named)
     detector(*named)  # switched off, nothing is read
+
+
+def test_prediction_builds_no_part_and_needs_no_table(tmp_path):
+    AtomicCheckpointer(detector(*PARTS["both"]), str(tmp_path)).save("model")
+    cfg = small_cfg(*TINY, *PARTS["both"], "MODEL.CLIP_DETR.LABEL_TABLE", "nowhere.safetensors")
+    predictor = Predictor(cfg, str(tmp_path / "model.pth"))
+    assert predictor.model.clip_detr is None and predictor.names == micro.NAMES
+    assert cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT == 0.5 and not without_training_parts(cfg).is_frozen()
+    cfg.freeze()
+    assert without_training_parts(cfg).is_frozen()
 
 
 @pytest.mark.parametrize("overrides, words", [

@@ -170,3 +170,20 @@ def test_cckt_from_crops_and_priors_to_named_queries(root, tmp_path):
     drawn = json.loads((tmp_path / "drawn" / "detections.json").read_text())
     assert all(len(image["present"]) == 6 for image in drawn)
     assert {d["prior"] for image in drawn for d in image["detections"]} <= {w for i in drawn for w in i["present"]}
+
+
+@pytest.mark.parametrize("parts", [("1.0", "0.0"), ("0.0", "1.0"), ("1.0", "1.0")], ids=["align", "dynql", "both"])
+@pytest.mark.parametrize("host", ["open_vocabulary", "closed_set"])
+def test_clip_detr(host, parts, root, tmp_path):
+    """Twenty steps of each combination, on a host with learned positions and on the two-stage one."""
+    small = [*shlex.split(SMALL), *shlex.split(SMALL_DETR)]
+    small += ["MODEL.CLIP_DETR.ALIGN_WEIGHT", parts[0], "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", parts[1]]
+    if host == "open_vocabulary":
+        table = root / "v.safetensors"
+        small += ["MODEL.VOCABULARY.FILE", table, "MODEL.CLIP_DETR.LABEL_TABLE", table]
+        losses = train(root, tmp_path, "clip_detr_r50.yaml", *small)
+    else:
+        small += ["MODEL.CLIP_DETR.LABEL_TABLE", ""]
+        losses = train(root, tmp_path, "../coco/clip_detr_r50_12ep.yaml", *small)
+    assert ("loss_align" in losses, "loss_class_dynamic" in losses) == (parts[0] != "0.0", parts[1] != "0.0")
+    assert falls(losses["total_loss"]), losses

@@ -86,8 +86,7 @@ def label_table(path, base):
     if missing:
         raise DataError(
             f"the label table {path} lacks {len(missing)} of the {len(base)} base words, such as "
-            f"{', '.join(missing[:5])}: build it with tools/build_vocabulary.py --dataset of the training set. To "
-            "evaluate alone, no table is needed: set MODEL.CLIP_DETR.ALIGN_WEIGHT and DYNAMIC_WEIGHT to 0."
+            f"{', '.join(missing[:5])}: build it with tools/build_vocabulary.py --dataset of the test set."
         )
     chosen = [rows[clean_name(name)] for name in base.names]
     logger.info("CLIP-DETR: attributes of objects are looked up in %s, of %s.", path, table.teacher)
