@@ -1,0 +1,99 @@
+"""Where the encoder of a DETR finds something: discriminative scores (CLIP-DETR, appendix A.1; Co-DETR draws the same).
+
+Shapes: L levels, h x w map, H x W image.
+"""
+
+import numpy as np
+import torch
+from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
+from torch.nn import functional as F
+
+SIDE = 480  # longest side of each picture, pixels
+_MAP = colormaps["turbo"]
+_OPACITY = 0.6
+
+
+def discriminative_scores(memory, image):
+    """The l2 norm of the encoder's features at every place of an image.
+
+    Args:
+        memory: :class:`~ovdet2.modeling.detr.memory.Memory`.
+        image: position in the batch.
+
+    Returns:
+        list of L Tensor [h, w], the parts of the maps that are no padding; float32.
+    """
+    maps = []
+    for features, ratios in zip(memory.levels(), memory.valid_ratios[image].tolist()):
+        columns, rows = (round(part * size) for part, size in zip(ratios, features.shape[:1:-1]))
+        maps.append(features[image, :, :rows, :columns].float().norm(dim=0))
+    return maps
+
+
+def joint_scores(maps, size):
+    """Scores of all levels over the image: each scaled to 0..1 and resized bilinearly; then their mean, scaled again.
+
+    Args:
+        maps: of :func:`discriminative_scores`.
+        size: (height, width) wanted.
+
+    Returns:
+        (Tensor [H, W], Tensor [L, H, W]): the mean and the levels, each 0 to 1, 0 everywhere where a map is constant.
+    """
+    levels = torch.stack(
+        [F.interpolate(_scaled(of_level)[None, None], size=size, mode="bilinear")[0, 0] for of_level in maps]
+    )
+    return _scaled(levels.mean(dim=0)), levels
+
+
+def draw_scores(image, scores, threshold=0.5, text=""):
+    """An image in grey with its scores in colours above it.
+
+    Args:
+        image: array [H, W, 3] uint8 RGB.
+        scores: Tensor [H, W], 0 to 1.
+        threshold: places below it are left grey (the paper's figure omits those below 0.5).
+        text: written on the picture.
+
+    Returns:
+        array [h, w, 3] uint8 RGB, its longer side :data:`SIDE`.
+    """
+    values = scores.cpu().numpy()
+    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2)
+    coloured = (1 - _OPACITY) * grey + _OPACITY * 255 * _MAP(values)[..., :3]
+    return _finish(np.where(values[..., None] >= threshold, coloured, grey), text)
+
+
+def draw_detections(image, instances, names, text=""):
+    """An image with boxes, words and scores.
+
+    Args:
+        image: array [H, W, 3] uint8 RGB.
+        instances: :class:`Instances` on the CPU, in pixels of the image.
+        names: words that ``pred_classes`` index.
+        text: written on the picture.
+
+    Returns:
+        array [h, w, 3] uint8 RGB, its longer side :data:`SIDE`.
+    """
+    labels = [f"{names[word]} {score:.2f}" for word, score in zip(instances.pred_classes, instances.scores)]
+    drawn = Visualizer(image, scale=SIDE / max(image.shape[:2]))
+    drawn.overlay_instances(boxes=instances.pred_boxes, labels=[label.replace("$", r"\$") for label in labels])
+    return _titled(drawn, text)
+
+
+def _scaled(values):
+    low, high = values.min(), values.max()
+    return (values - low) / (high - low) if high > low else torch.zeros_like(values)
+
+
+def _finish(pixels, text):
+    return _titled(Visualizer(pixels, scale=SIDE / max(pixels.shape[:2])), text)
+
+
+def _titled(drawn, text):
+    if text:
+        options = {"font_size": 10 / drawn.output.scale, "horizontal_alignment": "left"}
+        drawn.draw_text(text, (4 / drawn.output.scale,) * 2, color="w", **options)
+    return drawn.get_output().get_image()

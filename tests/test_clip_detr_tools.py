@@ -1,0 +1,79 @@
+"""The programs that run CLIP-DETR's ablations and measure its cost, at a small size."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import ablate_clip_detr  # noqa: E402
+import benchmark_clip_detr  # noqa: E402
+
+from ovdet2.config import load_config  # noqa: E402
+from ovdet2.errors import UsageError  # noqa: E402
+
+CONFIG = "configs/ovshapes/clip_detr_both_closed_r18.yaml"
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Commands of train_net.py, which is not run: it is as if it had reached an AP of 10 times its seed."""
+    run = []
+
+    def stand_in(command):
+        options = dict(zip(command[-4::2], command[-3::2]))
+        report = Path(options["OUTPUT_DIR"]) / "inference" / "ov_shapes_val_all" / "report.json"
+        report.parent.mkdir(parents=True)
+        report.write_text(json.dumps({"bbox": {"AP-base": 10.0 * int(options["SEED"])}}))
+        run.append(command)
+
+    monkeypatch.setattr(ablate_clip_detr, "run", stand_in)
+    return run
+
+
+def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
+    options = ["--config-file", CONFIG, "--output", str(tmp_path), "--figure", "AP-base", "--seeds", "1", "2"]
+    rows = ["--rows", "+ AlignNet", "rho 0.1", "mixed x 2", "CLIP-DETR"]
+    found = ablate_clip_detr.main([*options, *rows, "--", "--num-gpus", "2"])
+    assert found == dict.fromkeys(rows[1:], 15.0) and "| rho 0.1 | 15.0 |" in capsys.readouterr().out
+    assert len(commands) == 8 and len({command[-1] for command in commands}) == 8
+    for command in commands:
+        assert command[command.index("--num-gpus") + 1] == "2"
+        load_config(CONFIG, command[command.index("--num-gpus") + 2 :])  # the keys exist, the values fit
+    keys = commands[4][commands[4].index("--num-gpus") + 2 :]
+    clip = load_config(CONFIG, keys).MODEL.CLIP_DETR
+    assert clip.BETAS == [0.1, 0.3, 0.5, 0.7, 0.9] * 2 and clip.ALIGN_WEIGHT == 1
+    assert load_config(CONFIG, commands[0][-6:]).MODEL.CLIP_DETR.DYNAMIC_WEIGHT == 0
+    ablate_clip_detr.main([*options, *rows])
+    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate"])
+    assert len(commands) == 8 and tabulated["mixed x 2"] == 15.0 and tabulated["0.9 x 1"] is None
+
+
+def test_every_row_of_the_paper_is_a_configuration():
+    found = {}
+    for table, rows in ablate_clip_detr.TABLES.items():
+        for name, keys in rows.items():
+            overrides = [part for key, value in keys.items() for part in (f"MODEL.CLIP_DETR.{key}", str(value))]
+            found[table, name] = load_config(CONFIG, overrides).MODEL.CLIP_DETR
+    assert len(found) == 21 and found[4, "baseline"].ALIGN_WEIGHT == found[4, "baseline"].DYNAMIC_WEIGHT == 0
+    assert {clip.RHO for (table, _), clip in found.items() if table == 8} == {0.1, 0.4, 0.8, 1.0, 1.5}
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--tables", "5", "--rows", "rho 0.1"], "rho 0.1: no row of tables"),
+    (["--config-file", "configs/ovshapes/clip_detr_align_closed_r18.yaml"], "lacks a part"),
+])  # fmt: skip
+def test_what_cannot_be_run(options, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        ablate_clip_detr.main(["--config-file", CONFIG, "--output", str(tmp_path), *options])
+
+
+@pytest.mark.slow
+def test_every_combination_is_measured(capsys):
+    options = ["--size", "64x64", "--batch", "1", "--objects", "2", "--turns", "1", "--device", "cpu"]
+    found = benchmark_clip_detr.main([*options, "MODEL.DETR.DIM", "32"])
+    assert set(found) == set(benchmark_clip_detr.PARTS) and found["detector alone"][0] == 1
+    assert all(ratio > 0 and peak > 0 for ratio, peak in found.values())
+    assert capsys.readouterr().out.count("| both |") == 1

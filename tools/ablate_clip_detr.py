@@ -1,0 +1,125 @@
+r"""Run the ablations of CLIP-DETR's Tables 4 to 8 on any of its configurations, and tabulate them.
+
+    python tools/ablate_clip_detr.py --tables 4 5 6 7 8 --config-file configs/coco/clip_detr_r50_12ep.yaml \
+        --output output/coco/ablations -- --num-gpus 8
+    python tools/ablate_clip_detr.py --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml --figure AP-base \
+        --rows CLIP-DETR label label+box "rho 0.1" "0.5 x 5" --output output/ovshapes/ablations
+    python tools/ablate_clip_detr.py ... --tabulate
+
+The configuration must have both parts; a row is that configuration with some keys changed. What follows "--" goes to
+train_net.py. A row that has its report is not run again; several tables share the row of the whole method.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from ovdet2.config import load_config
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.files import read_json
+
+ROOT = Path(__file__).resolve().parents[1]
+_KEY = "MODEL.CLIP_DETR."
+WHOLE = "CLIP-DETR"
+
+
+def _betas(*values):
+    return {"BETAS": list(values)}
+
+
+# Row: keys of MODEL.CLIP_DETR that differ from the configuration's; the last table is that of the appendix.
+TABLES = {
+    4: {
+        "baseline": {"ALIGN_WEIGHT": 0.0, "DYNAMIC_WEIGHT": 0.0},
+        "+ AlignNet": {"DYNAMIC_WEIGHT": 0.0},
+        "+ DynQL": {"ALIGN_WEIGHT": 0.0},
+        WHOLE: {},
+    },
+    5: {"label": {"ATTRIBUTES": "label"}, "label+box": {"ATTRIBUTES": "label+box"}, WHOLE: {}},
+    6: {"0.3 x 5": _betas(*[0.3] * 5), "0.5 x 5": _betas(*[0.5] * 5), "0.9 x 5": _betas(*[0.9] * 5), WHOLE: {}},
+    7: {
+        "0.3 x 1": _betas(0.3),
+        "0.5 x 1": _betas(0.5),
+        "0.9 x 1": _betas(0.9),
+        WHOLE: {},
+        "mixed x 2": _betas(*[0.1, 0.3, 0.5, 0.7, 0.9] * 2),
+    },
+    8: {**{f"rho {rho}": {"RHO": rho} for rho in (0.1, 0.4, 0.8, 1.5)}, WHOLE: {}},
+}
+
+
+def main(argv=None):
+    """Command line; returns {row: figure in percent, or None where there is no report}."""
+    args = parse_args(argv)
+    rows = {name: keys for number in args.tables for name, keys in TABLES[number].items()}
+    unknown = [name for name in args.rows or () if name not in rows]
+    if unknown:
+        raise UsageError(f"{', '.join(unknown)}: no row of tables {args.tables}, which have {', '.join(rows)}.")
+    clip = load_config(args.config_file).MODEL.CLIP_DETR
+    if not clip.ALIGN_WEIGHT or not clip.DYNAMIC_WEIGHT:
+        raise UsageError(f"{args.config_file} lacks a part of CLIP-DETR: give one with both weights above 0.")
+    figures = {}
+    for name in args.rows or rows:
+        for seed in args.seeds:
+            if report_of(args, name, seed) is None and not args.tabulate:
+                run(command_of(args, name, rows[name], seed))
+        found = [report_of(args, name, seed) for seed in args.seeds]
+        found = [report["bbox"][args.figure] for report in found if report is not None]
+        figures[name] = sum(found) / len(found) if found else None
+    print(f"| row | {args.figure}, mean over seeds {' '.join(map(str, args.seeds))} |\n|---|---:|")
+    for name, figure in figures.items():
+        print(f"| {name} | {'-' if figure is None else f'{figure:.1f}'} |")
+    return figures
+
+
+def parse_args(argv):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config-file", required=True, help="yaml of the whole method")
+    parser.add_argument("--tables", nargs="+", type=int, choices=TABLES, default=list(TABLES))
+    parser.add_argument("--rows", nargs="+", help="of these tables; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--figure", default="AP-all", help='of the report\'s "bbox", such as AP50-novel')
+    parser.add_argument("--output", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--tabulate", action="store_true", help="run nothing")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.passed_on, args.output = argv[cut + 1 :], args.output.resolve()
+    return args
+
+
+def folder_of(args, name, seed):
+    """Where a row's run is."""
+    return args.output / name.replace(" ", "_").replace("+", "plus") / f"seed{seed}"
+
+
+def report_of(args, name, seed):
+    """The report of a row's only test set, or None."""
+    [path, *_] = [*folder_of(args, name, seed).glob("inference/*/report.json"), None]
+    return path and read_json(path)
+
+
+def command_of(args, name, keys, seed):
+    """The command that trains and evaluates a row."""
+    overrides = [part for key, value in keys.items() for part in (_KEY + key, str(value))]
+    command = [sys.executable, "train_net.py", "--config-file", args.config_file, "--resume", *args.passed_on]
+    return [*command, *overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder_of(args, name, seed))]
+
+
+def run(command):
+    """Run a command in the project's folder.
+
+    Raises:
+        SystemExit: it failed; with its exit code.
+    """
+    print(" ".join(command), flush=True)
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
