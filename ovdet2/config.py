@@ -322,7 +322,7 @@ def without_training_parts(cfg):
     cfg = cfg.clone()
     frozen = cfg.is_frozen()
     cfg.defrost()
-    cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
+    cfg.merge_from_list(["MODEL.CLIP_DETR.ALIGN_WEIGHT", 0.0, "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", 0.0])
     if frozen:
         cfg.freeze()
     return cfg

@@ -154,6 +154,23 @@ def test_rows_3_and_5_share_weights(tmp_path):
     AtomicCheckpointer(other).load_all(str(tmp_path / "model.pth"))
 
 
+def test_clip_detr_on_it_leaves_its_losses():
+    """Dynamic queries carry no word, have no embedding and take no part in the contrast."""
+    plain = model("MODEL.DETR.VARIANT", "plus_plus")
+    parts = ["MODEL.CLIP_DETR.ALIGN_WEIGHT", "1.0", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", "1.0"]
+    both = model("MODEL.DETR.VARIANT", "plus_plus", *parts)
+    assert both.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
+    batch = records(words=((2, 1), (0,)))
+    with torch.no_grad():
+        alone = plain(batch)
+    losses = both(batch)
+    assert "loss_contrast" in alone and {"loss_align", "loss_class_dynamic"} <= set(losses) - set(alone)
+    for name, value in alone.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    sum(losses.values()).backward()
+    assert [name for name, p in both.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_words_of_another_vocabulary():
     with pytest.raises(UsageError, match="prior words .* of 0.jpg"):
         model()(records(words=((4, 1), (0,))))  # word 4 is novel
