@@ -36,8 +36,9 @@ def get_cfg():
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
 
     cfg.MODEL.OVD = CN()
-    # "text": cosine to the vocabulary and a learned background; "closed_set": a linear layer over fixed classes
-    # (sanity row).
+    # "text": cosine to the vocabulary and a learned background; "text_background": the background is the embedding of
+    # the word "background", and the temperature has a learned factor (F-VLM); "closed_set": a linear layer over fixed
+    # classes (sanity row).
     cfg.MODEL.OVD.CLASSIFIER = "text"
     # tau of the softmax over cosines, in training and at test.
     cfg.MODEL.OVD.TEMPERATURE = 0.01
@@ -49,10 +50,13 @@ def get_cfg():
     cfg.MODEL.OVD.FEDERATED_WORDS = 0
     # The power of the number of images that the draw goes by.
     cfg.MODEL.OVD.FEDERATED_POWER = 0.5
+    # Weight of a background region in the softmax cross-entropy.
+    cfg.MODEL.OVD.BACKGROUND_WEIGHT = 1.0
     # Weight of the classifier's loss; 0 leaves naming to distillation alone (ViLD-image).
     cfg.MODEL.OVD.CLS_LOSS_WEIGHT = 1.0
     # Test-time second opinion on every proposal: "none"; "image", the distilled embedding against the words without
-    # background (ViLD-image, ViLD-ensemble); "crops", the teacher on cropped proposals, a slow reference.
+    # background (ViLD-image, ViLD-ensemble); "crops", the teacher on cropped proposals, a slow reference; "map", CLIP's
+    # embedding of the proposal, pooled from the last map of the frozen trunk (F-VLM, FrozenVLMRCNN alone).
     cfg.MODEL.OVD.SECOND_BRANCH = "none"
     # What it is for: "fuse" (with the detector's scores by FUSION_*), "only" (replaces them), "only_objectness" (the
     # same, times objectness and square-rooted).
@@ -61,6 +65,10 @@ def get_cfg():
     cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
     # The same on novel classes.
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
+    # Divide the fused scores of a region by their sum, the detector's background included.
+    cfg.MODEL.OVD.FUSION_RENORMALIZE = False
+    # tau of the second branch "map", whose softmax is over the words and the background.
+    cfg.MODEL.OVD.VLM_TEMPERATURE = 0.01
 
     # OpenVocabularyDeformableDETR. MODEL.OVD.CLASSIFIER is its class branch; with "text" MODEL.OVD.TEMPERATURE is where
     # a learned one starts (0.01 at least). The losses are focal, over the base words.
@@ -181,7 +189,8 @@ def get_cfg():
     cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
 
     # MODEL.BACKBONE.NAME "build_clip_resnet_backbone" is the teacher's image tower, with MODEL.RESNETS.OUT_FEATURES and
-    # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_timm_swin_backbone" is the following one.
+    # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_clip_fpn_backbone" is the FPN of MODEL.FPN on it, or on a ViT
+    # (FREEZE_AT 0 or 5); "build_timm_swin_backbone" is the following one.
     cfg.MODEL.SWIN = CN()
     # timm name of a Swin Transformer.
     cfg.MODEL.SWIN.ARCHITECTURE = "swin_base_patch4_window7_224"

@@ -13,7 +13,7 @@ from ovdet2.config import load_config, without_training_parts
 from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
-from ovdet2.modeling.build import build_teacher
+from ovdet2.modeling.build import background_of, build_teacher
 from ovdet2.priors.online import OnlinePriors, said_words
 from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
@@ -72,15 +72,12 @@ class Predictor:
             DataError: a Vocabulary of another teacher.
         """
         if not isinstance(words, Vocabulary):
+            templates = templates or self.cfg.MODEL.VOCABULARY.TEMPLATES
             names = parse_words(words) if isinstance(words, str) else list(words)
             trained = self.model.vocabulary.trained_base_names
-            words = Vocabulary.build(
-                names,
-                build_teacher(self.cfg),
-                templates or self.cfg.MODEL.VOCABULARY.TEMPLATES,
-                [clean_name(name) in trained for name in names],
-            )
-        self.model.vocabulary.set(words)
+            base = [clean_name(name) in trained for name in names]
+            words = Vocabulary.build(names, build_teacher(self.cfg), templates, base)
+        self.model.vocabulary.set(words, background_of(self.cfg, words, templates))
 
     @property
     def has_priors(self):

@@ -3,17 +3,21 @@
 import copy
 import re
 
+import open_clip
 import pytest
 import timm
 import torch
 from detectron2.modeling import build_backbone
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 
 from ovdet2.config import get_cfg
 from ovdet2.errors import DataError, UsageError
-from ovdet2.modeling.backbone import CLIPResNet, TimmSwin
+from ovdet2.modeling.backbone import CLIPPyramid, CLIPResNet, CLIPViT, TimmSwin
+from ovdet2.modeling.backbone.clip_vit import read_blocks
 from ovdet2.modeling.backbone.timm_swin import load_swin, swin_trunk
+from ovdet2.vlm.dense import attention_free_block, dense_map, embed_patch_tokens, pool_regions
 from ovdet2.vlm.teacher import Teacher
 
 ALL = ("res2", "res3", "res4", "res5")
@@ -32,6 +36,25 @@ def tiny_clip():
     for module in visual.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return visual.eval()
+
+
+def tiny_vit(patch):
+    """A CLIP ViT of five blocks whose native grid is 3x5, of random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    visual = VisionTransformer((3 * patch, 5 * patch), patch, width=32, layers=5, heads=2, mlp_ratio=2.0, output_dim=8)
+    return visual.eval()
+
+
+def open_clip_tower(name):
+    """An image tower of random weights, whose norms and statistics are not those of the start."""
+    torch.manual_seed(0)
+    visual = open_clip.create_model(name).visual
+    for module in visual.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.0)
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     return visual.eval()
@@ -111,6 +134,34 @@ class TestCLIPResNet:
         assert not any(p.requires_grad for p in trunk.parameters()) and trunk.visual.attnpool is None
         assert torch.equal(trunk.visual.conv1.weight, teacher.clip.visual.conv1.weight)
 
+    def test_with_its_pool_it_is_clip_at_224(self):
+        """Random weights: the last map and the attention pool are encode_image, and no parameter of the pool moves."""
+        visual = open_clip_tower("RN50")
+        trunk = CLIPResNet(visual, ALL, keep_pool=True).eval()
+        assert (
+            not any(p.requires_grad for p in trunk.visual.attnpool.parameters())
+            and trunk.visual.conv1.weight.requires_grad
+        )
+        pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found = trunk.embed_regions(trunk(pixels)["res5"], [torch.tensor([[0.0, 0.0, 224.0, 224.0]])])
+            expected = visual(pixels)
+        assert torch.allclose(found, expected / expected.norm(dim=1, keepdim=True), atol=1e-5)
+
+    @pytest.mark.parametrize("name, channels, grid", [
+        ("RN50", 256, 7), ("RN50x4", 320, 9), ("RN50x16", 384, 12), ("RN50x64", 512, 14),
+    ])  # fmt: skip
+    def test_published_sizes(self, name, channels, grid):
+        """Channels and the pool's grid, of towers without memory."""
+        with torch.device("meta"):
+            vision = open_clip.get_model_config(name)["vision_cfg"]
+            visual = ModifiedResNet(
+                vision["layers"], 8, vision["width"] * 32 // 64, image_size=vision["image_size"], width=vision["width"]
+            )
+            trunk = CLIPResNet(visual, ALL, 5, keep_pool=True)
+        assert [trunk.output_shape()[level].channels for level in ALL] == [channels * 2**level for level in range(4)]
+        assert len(trunk.visual.attnpool.positional_embedding) == grid**2 + 1
+
     @pytest.mark.parametrize("keys, words", [
         ({"INPUT__FORMAT": "BGR"}, "INPUT.FORMAT to RGB"),
         ({"MODEL__PIXEL_MEAN": "[123.675, 116.28, 103.53]"}, "PIXEL_MEAN .122.771"),
@@ -120,6 +171,111 @@ class TestCLIPResNet:
     def test_settings_that_do_not_go_together(self, keys, words):
         with pytest.raises(UsageError, match=words):
             build_backbone(clip_cfg(**keys))
+
+
+class TestCLIPViT:
+    def test_blocks_are_the_same_fractions_of_any_depth(self):
+        assert read_blocks(12) == (3, 5, 7, 11) and read_blocks(24) == (7, 11, 15, 23)
+        assert read_blocks(5) == (1, 2, 3, 4) and read_blocks(1) == (0, 0, 0, 0)
+
+    @pytest.mark.parametrize("patch", [8, 12, 14, 16, 32])
+    @pytest.mark.parametrize("size", [(64, 64), (96, 160), (70, 101)])
+    def test_shapes_are_as_announced(self, size, patch):
+        trunk = CLIPViT(tiny_vit(patch), norm="BN").eval()
+        found = trunk(torch.randn(2, 3, *size))
+        for name, spec in trunk.output_shape().items():
+            assert found[name].shape == (2, spec.channels, size[0] // spec.stride, size[1] // spec.stride)
+        assert [trunk.output_shape()[name].stride for name in ALL] == [4, 8, 16, 32] and trunk.size_divisibility == 32
+        assert found["tokens"].shape == (2, 32, -(-size[0] // patch), -(-size[1] // patch))
+
+    @torch.no_grad()
+    def test_tokens_are_those_of_the_blocks(self):
+        """Block by block of the module itself; the last in its attention-free form."""
+        visual = tiny_vit(16)
+        pixels = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+        maps = visual.conv1(pixels).flatten(2).mT
+        tokens = torch.cat([visual.class_embedding.expand(2, 1, -1), maps], 1) + visual.positional_embedding
+        tokens, expected = visual.ln_pre(tokens), []
+        for index, block in enumerate(visual.transformer.resblocks):
+            tokens = attention_free_block(block, tokens) if index == 4 else block(tokens)
+            expected.append(tokens[:, 1:].mT.reshape(2, 32, 3, 5))
+        for found, index in zip(CLIPViT(visual).token_maps(pixels), (1, 2, 3, 4)):
+            assert torch.allclose(found, expected[index], atol=1e-5)
+
+    @pytest.mark.parametrize("patch", [12, 14, 16])
+    def test_resampled_maps_lie_where_the_patches_lie(self, patch, monkeypatch):
+        """Patches that hold their own position give cells that hold theirs, but at the border."""
+        trunk = CLIPViT(tiny_vit(patch)).eval()
+        height, width = 160, 224
+        rows, columns = (patch * (torch.arange(-(-side // patch)) + 0.5) for side in (height, width))
+        position = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None].repeat(1, 16, 1, 1)
+        monkeypatch.setattr(trunk, "token_maps", lambda _: [position] * 4)
+        found = trunk(torch.zeros(1, 3, height, width))["res4"][0]
+        expected = torch.stack(
+            torch.meshgrid(*(16 * (torch.arange(side // 16) + 0.5) for side in (height, width)), indexing="ij")
+        )
+        assert torch.allclose(found[:2, 1:-1, 1:-1], expected[:, 1:-1, 1:-1], atol=1e-3)
+        coarse = trunk(torch.zeros(1, 3, height, width))["res5"][0, 0, :, 0]  # the later of two patches
+        assert torch.allclose(coarse.diff()[1:-1], torch.tensor(32.0), atol=1e-3)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("size", [(224, 224), (70, 101)])
+    def test_regions_are_pooled_from_clips_dense_map(self, size):
+        visual = tiny_vit(14)
+        trunk, pixels = CLIPViT(visual).eval(), torch.randn(2, 3, *size)
+        boxes = [torch.tensor([[3.0, 5.0, 60.0, 61.0]]), torch.tensor([[0.0, 0.0, 30.0, 64.0], [9.0, 9.0, 10.0, 10.0]])]
+        tokens = trunk(pixels)["tokens"]
+        whole = torch.nn.functional.pad(pixels, (0, -size[1] % 14, 0, -size[0] % 14))
+        expected = dense_map(visual, whole)
+        assert torch.allclose(embed_patch_tokens(visual, tokens.flatten(2).mT, tokens.shape[2:]), expected, atol=1e-5)
+        assert torch.allclose(trunk.embed_regions(tokens, boxes), pool_regions(visual, expected, boxes), atol=1e-5)
+
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_training(self, frozen):
+        """Frozen, CLIP keeps its bits and no activation; otherwise all that the maps depend on is trained."""
+        given = tiny_vit(16)
+        untouched = copy.deepcopy(given.state_dict())
+        trunk = CLIPViT(given, frozen=frozen, norm="BN").train()
+        before = copy.deepcopy(trunk.state_dict())
+        found = trunk(torch.randn(2, 3, 64, 64))
+        assert (found["tokens"].grad_fn is None) == frozen
+        sum(found[name].square().mean() for name in ALL).backward()
+        trained = [p for p in trunk.parameters() if p.requires_grad]
+        assert all(p.grad is not None for p in trained)
+        torch.optim.SGD(trained, lr=0.1, weight_decay=0.1).step()
+        moved = {name for name, value in trunk.state_dict().items() if not torch.equal(before[name], value)}
+        assert any(name.startswith("resample.") for name in moved)
+        assert any(name.startswith("visual.") for name in moved) != frozen
+        assert all(torch.equal(value, untouched[name]) for name, value in given.state_dict().items())
+
+    def test_by_configuration(self):
+        keys = {
+            "MODEL__TEACHER__ARCHITECTURE": "ovshapes-vit",
+            "MODEL__RESNETS__OUT_FEATURES": "['res2','res3','res4','res5']",
+        }
+        keys |= {
+            "MODEL__BACKBONE__NAME": "build_clip_fpn_backbone",
+            "MODEL__FPN__IN_FEATURES": "['res2','res3','res4','res5']",
+        }
+        backbone = build_backbone(clip_cfg(MODEL__BACKBONE__FREEZE_AT="5", **keys))
+        assert isinstance(backbone, CLIPPyramid) and backbone.size_divisibility == 32
+        assert backbone.trunk.blocks == (1, 2, 3, 4) and backbone.trunk.frozen
+        assert {name: spec.stride for name, spec in backbone.output_shape().items()} == {
+            "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64
+        }  # fmt: skip
+        with pytest.raises(UsageError, match="frozen whole .5. or not at all"):
+            build_backbone(clip_cfg(MODEL__BACKBONE__FREEZE_AT="2", **keys))
+
+    def test_towers_that_do_not_fit(self):
+        with pytest.raises(UsageError, match="ModifiedResNet, no ViT of CLIP"):
+            CLIPViT(ModifiedResNet([1, 1, 1, 1], output_dim=8, heads=8, image_size=64, width=8))
+        with pytest.raises(UsageError, match="res2, res3, res4, res5, not res6"):
+            CLIPViT(tiny_vit(16), ("res6",))
+        eva = open_clip.model._build_vision_tower(
+            8, {"image_size": 28, "timm_model_name": "eva02_tiny_patch14_224", "timm_proj": "linear"}
+        )
+        with pytest.raises(UsageError, match="eva02_tiny_patch14_224"):
+            CLIPViT(eva)
 
 
 class TestTimmSwin:

@@ -15,19 +15,36 @@ from ovdet2.errors import UsageError
 class EmbeddingProjection(nn.Linear):
     """Region features into the teacher's space, at unit length."""
 
-    def __init__(self, input_dim, embed_dim):
+    def __init__(self, input_dim, embed_dim, bias=True):
         """
         Args:
             input_dim: C, of the flattened features.
             embed_dim: D.
+            bias: whether the linear map has one.
         """
-        super().__init__(input_dim, embed_dim)
+        super().__init__(input_dim, embed_dim, bias)
         nn.init.normal_(self.weight, std=0.01)
-        nn.init.zeros_(self.bias)
+        if bias:
+            nn.init.zeros_(self.bias)
 
     def forward(self, features):
         """Tensor [R, C], or [R, ...] of C values each -> unit Tensor [R, D], float32."""
         return F.normalize(super().forward(features.flatten(1)).float(), dim=1)
+
+
+def column_probabilities(embeddings, columns, temperature):
+    """Softmax over the columns of cosine over temperature, without autocast: half precision cannot resolve it.
+
+    Args:
+        embeddings: Tensor [R, D], unit rows.
+        columns: Tensor [K, D], unit rows.
+        temperature: tau > 0.
+
+    Returns:
+        Tensor [R, K] float32.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return (embeddings.float() @ columns.float().T / temperature).softmax(dim=1)
 
 
 class TextClassifier(nn.Module):
@@ -71,8 +88,7 @@ class TextClassifier(nn.Module):
 
     def classify_without_background(self, embeddings):
         """Probabilities of the vocabulary's words alone, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return (embeddings.float() @ self.vocabulary.embeddings.T / self.temperature).softmax(dim=1)
+        return column_probabilities(embeddings, self.vocabulary.embeddings, self.temperature)
 
     def forward(self, features):
         """
@@ -90,6 +106,57 @@ class TextClassifier(nn.Module):
                 return F.pad(logits, (0, 1))
             columns = torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
             return embeddings @ columns.T / self.temperature
+
+
+class TextBackgroundClassifier(nn.Module):
+    """Logits ``cos(e, [t_1 .. t_K, t_bg]) / (s tau)``: the background is a text, s is learned (F-VLM).
+
+    t_bg is the teacher's embedding of the word "background", frozen, and the projection has no bias. s starts at 1 and
+    is learned as its logarithm, which keeps it positive and lets weight decay pull it to 1.
+    """
+
+    per_word = False  # its logits are for a softmax
+
+    def __init__(self, input_dim, vocabulary, temperature=0.01):
+        """
+        Args:
+            input_dim: C.
+            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` with a ``background``; B in training is read from it.
+            temperature: tau > 0.
+
+        Raises:
+            UsageError: the vocabulary has no background.
+        """
+        super().__init__()
+        if vocabulary.background is None:
+            raise UsageError("a text background needs the embedding of the word: give VocabularyBuffer a background.")
+        self.vocabulary = vocabulary
+        self.temperature = temperature
+        self.projection = EmbeddingProjection(input_dim, vocabulary.embeddings.shape[1], bias=False)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def num_training_classes(self):
+        """B: the label that means background in training."""
+        return self.vocabulary.vocabulary.num_base
+
+    def embed(self, features):
+        """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
+        return self.projection(features)
+
+    def forward(self, features):
+        """
+        Args:
+            features: Tensor [R, C].
+
+        Returns:
+            Tensor [R, B + 1] in training, [R, K + 1] at test; background last; float32.
+        """
+        words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
+        embeddings = self.embed(features)
+        with torch.autocast(features.device.type, enabled=False):
+            columns = torch.cat([words, self.vocabulary.background[None]])
+            return embeddings @ columns.T / (self.temperature * self.log_scale.exp())
 
 
 class ClosedSetClassifier(nn.Linear):

@@ -20,20 +20,27 @@ class VocabularyBuffer(nn.Module):
     Shapes: K words, B base words, D embedding dimension.
     """
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary, background=None):
         """
         Args:
             vocabulary: :class:`Vocabulary`.
+            background: Tensor [D], the teacher's unit embedding of the word "background", for a detector that has it as
+                a column; None for the others.
         """
         super().__init__()
-        for name in ("embeddings", "base_mask", "manifest"):
+        for name in ("embeddings", "base_mask", "manifest", "background"):
             self.register_buffer(name, None)
-        self._store(vocabulary)
+        self._store(vocabulary, background)
         self.trained_base_names = base_names(vocabulary)
         self.from_checkpoint = False  # whether trained_base_names are those of a training, read from its checkpoint
 
-    def set(self, vocabulary):
+    def set(self, vocabulary, background=None):
         """Replace the vocabulary.
+
+        Args:
+            vocabulary: :class:`Vocabulary`.
+            background: Tensor [D] as in the constructor; None keeps the present one, which is right for words in the
+                same prompts.
 
         Raises:
             DataError: other teacher or other D than the present one.
@@ -44,7 +51,7 @@ class VocabularyBuffer(nn.Module):
                 f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model "
                 f"{self.embeddings.shape[1]}: embed the words with the model's teacher."
             )
-        self._store(vocabulary)
+        self._store(vocabulary, background)
 
     @property
     def training_embeddings(self):
@@ -93,7 +100,7 @@ class VocabularyBuffer(nn.Module):
             logger.info("%d of %d words were base classes in training, by name.", sum(known), len(known))
             self._store(replace(self.vocabulary, base_mask=torch.tensor(known)))
 
-    def _store(self, vocabulary):
+    def _store(self, vocabulary, background=None):
         device = self.embeddings.device if self.embeddings is not None else None
         if not isinstance(vocabulary, Vocabulary):
             raise UsageError(f"expected a Vocabulary, got {type(vocabulary).__name__}.")
@@ -101,6 +108,8 @@ class VocabularyBuffer(nn.Module):
         self.embeddings = vocabulary.embeddings.float().to(device)
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)
+        if background is not None:
+            self.background = background.float().to(device)
 
     def extra_repr(self):
         """Shown when the model is printed."""

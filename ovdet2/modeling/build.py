@@ -3,12 +3,15 @@
 import functools
 import logging
 
+import torch
+
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import ClosedSetClassifier, TextClassifier
+from ovdet2.layers import ClosedSetClassifier, TextBackgroundClassifier, TextClassifier, VocabularyBuffer
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
+from ovdet2.vlm.templates import template_set_names
 from ovdet2.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,23 @@ def build_teacher(cfg):
             "MODEL.TEACHER.ARCHITECTURE is empty: name an open_clip model, such as ovshapes-resnet or ViT-B-32."
         )
     return _load_teacher(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+
+
+def require_teacher_pixels(cfg, teacher):
+    """Refuse images prepared otherwise than the teacher's were: they give other features, and nothing fails.
+
+    Raises:
+        UsageError: INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD are not the teacher's; it gives the right ones.
+    """
+    wanted = [(255 * values.flatten()).tolist() for values in (teacher.mean, teacher.std)]
+    given = [cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD]
+    same = torch.allclose(torch.tensor(wanted), torch.tensor(given, dtype=torch.float32), atol=0.1)
+    if cfg.INPUT.FORMAT != "RGB" or not same:
+        mean, std = ([round(value, 3) for value in values] for values in wanted)
+        raise UsageError(
+            f"{teacher.fingerprint.architecture} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and PIXEL_STD "
+            f"{std}: set them, and INPUT.FORMAT to RGB (now {cfg.INPUT.FORMAT}, {list(given[0])}, {list(given[1])})."
+        )
 
 
 def dataset_split(cfg):
@@ -80,14 +100,43 @@ def build_vocabulary(cfg):
     return vocabulary
 
 
+def background_of(cfg, vocabulary, templates=None):
+    """The teacher's embedding of the word "background" in the prompts of a vocabulary.
+
+    Args:
+        cfg: configuration.
+        vocabulary: :class:`~ovdet2.vocabulary.Vocabulary`.
+        templates: the prompt set or file its words are in; None: the set that it names, or else
+            MODEL.VOCABULARY.TEMPLATES, as for an imported table.
+
+    Returns:
+        Tensor [D]; None where no column of the detector is a text background.
+    """
+    if cfg.MODEL.OVD.CLASSIFIER != "text_background" and cfg.MODEL.OVD.SECOND_BRANCH != "map":
+        return None
+    if templates is None:
+        named = vocabulary.templates in template_set_names()
+        templates = vocabulary.templates if named else cfg.MODEL.VOCABULARY.TEMPLATES
+    return Vocabulary.build(("background",), build_teacher(cfg), templates).embeddings[0]
+
+
+def build_vocabulary_buffer(cfg, vocabulary=None):
+    """The :class:`~ovdet2.layers.VocabularyBuffer` of a vocabulary, by default :func:`build_vocabulary`'s, with its
+    background where the detector has one in text."""
+    vocabulary = build_vocabulary(cfg) if vocabulary is None else vocabulary
+    return VocabularyBuffer(vocabulary, background_of(cfg, vocabulary))
+
+
 def build_classifier(cfg, input_dim, vocabulary):
     """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.VocabularyBuffer`."""
     kind = cfg.MODEL.OVD.CLASSIFIER
     if kind == "text":
         per_word = cfg.MODEL.OVD.CLS_LOSS == "sigmoid"
         return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE, per_word=per_word)
+    if kind == "text_background":
+        return TextBackgroundClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE)
     if kind == "closed_set":
         if cfg.TEST.DISTRACTORS:
             raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
         return ClosedSetClassifier(input_dim, vocabulary)
-    raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')
+    raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text", "text_background" or "closed_set".')

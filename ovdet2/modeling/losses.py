@@ -32,6 +32,24 @@ def embedding_l1(student, teacher):
     return distances.mean() if len(distances) else distances.sum()
 
 
+def background_weighted_cross_entropy(logits, labels, weight):
+    """Softmax cross-entropy of regions, those of background weighted, averaged over the number of regions (F-VLM).
+
+    Args:
+        logits: Tensor [R, B + 1], background last.
+        labels: Tensor [R] int64: 0..B-1, or B for background.
+        weight: of a region of background, 0 or more.
+
+    Returns:
+        Scalar Tensor, float32 (float64 if ``logits`` is); 0 without regions.
+    """
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    weights = torch.where(labels == logits.shape[1] - 1, float(weight), 1.0)
+    return (losses * weights.to(losses)).sum() / max(len(labels), 1)
+
+
 def sigmoid_classification(logits, labels, words=None):
     """Binary cross-entropy of every region and word, summed over words and averaged over regions.
 

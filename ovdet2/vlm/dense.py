@@ -66,9 +66,22 @@ def dense_map(visual, pixels, attention_free=True):
         maps = visual.stem(pixels.to(visual.conv1.weight.dtype))
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(maps))))
     (tokens,) = block_tokens(visual, pixels, attention_free=attention_free)
-    embeddings = visual.ln_post(tokens[:, 1:]) @ visual.proj
     stride = stride_of(visual)
-    return embeddings.mT.unflatten(2, (pixels.shape[2] // stride, pixels.shape[3] // stride))
+    return embed_patch_tokens(visual, tokens[:, 1:], (pixels.shape[2] // stride, pixels.shape[3] // stride))
+
+
+def embed_patch_tokens(visual, tokens, grid):
+    """A ViT's map of embeddings from its last tokens, each through ``ln_post`` and the projection.
+
+    Args:
+        visual: VisionTransformer.
+        tokens: Tensor [N, h * w, W_t], those of the patches.
+        grid: (h, w).
+
+    Returns:
+        Tensor [N, D, h, w], not normalised.
+    """
+    return (visual.ln_post(tokens) @ visual.proj).mT.unflatten(2, tuple(grid))
 
 
 def block_tokens(visual, pixels, blocks=(-1,), attention_free=True):

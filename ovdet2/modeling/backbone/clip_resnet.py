@@ -1,4 +1,4 @@
-"""CLIP's ResNet as a trunk: the image tower of the teacher without its attention pool."""
+"""CLIP's ResNet as a trunk: the stages of the teacher's image tower and, for region scores, its attention pool."""
 
 import copy
 
@@ -7,7 +7,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from ovdet2.errors import UsageError
-from ovdet2.modeling.build import build_teacher
+from ovdet2.modeling.build import build_teacher, require_teacher_pixels
+from ovdet2.vlm.dense import pool_regions
 
 _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _STRIDES = (4, 4, 8, 16, 32)
@@ -18,18 +19,21 @@ class CLIPResNet(Backbone):
 
     Its batch normalisation is frozen, statistics and affine part, whatever else is trained: batches of a detector are
     too small to follow. Sides that are no multiple of 32 lose up to a cell, as CLIP's average pools leave out what does
-    not fill a window.
+    not fill a window. With all stages frozen no activation is kept for a backward pass.
     """
 
-    def __init__(self, visual, out_features=("res3", "res4", "res5"), freeze_at=0):
+    last_map = "res5"  # what the attention pool reads
+
+    def __init__(self, visual, out_features=("res3", "res4", "res5"), freeze_at=0, keep_pool=False):
         """
         Args:
             visual: open_clip ModifiedResNet; it is copied, not changed.
             out_features: of "res2" to "res5", finest first.
             freeze_at: stages that are not trained: 0 none, 1 the stem, 2 also res2, ..., 5 all.
+            keep_pool: keep CLIP's attention pool, frozen, for :meth:`embed_regions`.
 
         Raises:
-            UsageError: another kind of image tower, or an unknown map.
+            UsageError: another kind of image tower, an unknown map, or a pool without the map it reads.
         """
         super().__init__()
         if not hasattr(visual, "layer4") or not hasattr(visual, "stem"):
@@ -40,9 +44,15 @@ class CLIPResNet(Backbone):
         unknown = set(out_features) - set(_STAGES[1:])
         if unknown or not out_features:
             raise UsageError(f"a CLIP ResNet has the maps {', '.join(_STAGES[1:])}, not {', '.join(out_features)}.")
+        if keep_pool and self.last_map not in out_features:
+            raise UsageError(f"CLIP's attention pool reads {self.last_map}: add it to MODEL.RESNETS.OUT_FEATURES.")
         visual = copy.deepcopy(visual)
-        visual.attnpool = None
+        if not keep_pool:
+            visual.attnpool = None
         self.visual = FrozenBatchNorm2d.convert_frozen_batchnorm(visual).requires_grad_(True)
+        if keep_pool:
+            self.visual.attnpool.requires_grad_(False)
+        self.frozen = freeze_at >= len(_STAGES)
         self._out_features = list(out_features)
         self._indices = [_STAGES.index(name) for name in out_features]
         stages = self._stages()
@@ -63,6 +73,13 @@ class CLIPResNet(Backbone):
         stem = [getattr(visual, f"{kind}{number}") for kind in ("conv", "bn") for number in (1, 2, 3)]
         return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
 
+    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+        # For statistics that a file lacks, as one of a detector with another trunk, FrozenBatchNorm2d would take zeros
+        # and ones without a word.
+        for name, statistics in self.named_buffers():
+            state_dict.setdefault(prefix + name, statistics)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def forward(self, images):
         """
         Args:
@@ -71,12 +88,25 @@ class CLIPResNet(Backbone):
         Returns:
             dict of name to Tensor [B, C, floor(H / stride), floor(W / stride)].
         """
-        found = self.visual.forward_intermediates(
-            images, indices=self._indices, stop_early=True, intermediates_only=True
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = self.visual.forward_intermediates(
+                images, indices=self._indices, stop_early=True, intermediates_only=True
+            )
         order = sorted(self._indices)
         maps = dict(zip((_STAGES[index] for index in order), found["image_intermediates"]))
         return {name: maps[name] for name in self._out_features}
+
+    def embed_regions(self, last_map, boxes_xyxy):
+        """CLIP embeddings of regions (F-VLM): RoIAlign to the attention pool's native grid, then the pool.
+
+        Args:
+            last_map: Tensor [N, C, h, w], "res5" of N images.
+            boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the network's input.
+
+        Returns:
+            Tensor [R_1 + ... + R_N, D] float32, unit rows.
+        """
+        return pool_regions(self.visual, last_map, boxes_xyxy)
 
 
 @BACKBONE_REGISTRY.register()
@@ -84,18 +114,8 @@ def build_clip_resnet_backbone(cfg, input_shape):
     """The trunk of MODEL.TEACHER with MODEL.RESNETS.OUT_FEATURES, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
-        UsageError: the teacher is no ResNet, or INPUT.FORMAT, MODEL.PIXEL_MEAN or PIXEL_STD are not the teacher's:
-            other pixels than CLIP was trained with give other features, and nothing fails.
+        UsageError: the teacher is no ResNet, or see :func:`~ovdet2.modeling.build.require_teacher_pixels`.
     """
     teacher = build_teacher(cfg)
-    trunk = CLIPResNet(teacher.clip.visual, cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.BACKBONE.FREEZE_AT)
-    wanted = [(255 * values.flatten()).tolist() for values in (teacher.mean, teacher.std)]
-    given = [cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD]
-    same = torch.allclose(torch.tensor(wanted), torch.tensor(given, dtype=torch.float32), atol=0.1)
-    if cfg.INPUT.FORMAT != "RGB" or not same:
-        mean, std = ([round(value, 3) for value in values] for values in wanted)
-        raise UsageError(
-            f"{teacher.fingerprint.architecture} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and PIXEL_STD "
-            f"{std}: set them, and INPUT.FORMAT to RGB (now {cfg.INPUT.FORMAT}, {list(given[0])}, {list(given[1])})."
-        )
-    return trunk
+    require_teacher_pixels(cfg, teacher)
+    return CLIPResNet(teacher.clip.visual, cfg.MODEL.RESNETS.OUT_FEATURES, cfg.MODEL.BACKBONE.FREEZE_AT)

@@ -11,8 +11,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
-from ovdet2.modeling.build import build_teacher, build_vocabulary
+from ovdet2.modeling.build import build_teacher, build_vocabulary_buffer
 from ovdet2.modeling.rcnn.crop_scorer import CropScorer
 
 
@@ -41,7 +40,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
         backbone = build_backbone(cfg)
-        vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        vocabulary = build_vocabulary_buffer(cfg, vocabulary)
         scorer = None
         if cfg.MODEL.OVD.SECOND_BRANCH == "crops":
             scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)
@@ -105,9 +104,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         if detected_instances is not None:
             return super().inference(batched_inputs, detected_instances, do_postprocess)
         images, features, proposals = self._propose(batched_inputs)
-        if self.region_scorer is not None:
-            for inputs, found in zip(batched_inputs, proposals):
-                found.second_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
+        self.ask_second_branch(batched_inputs, features, proposals)
         results, _ = self.roi_heads(images, features, proposals, None)
         if not do_postprocess:
             return results
@@ -116,6 +113,19 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             for output, inputs, found in zip(outputs, batched_inputs, proposals):
                 output["proposals"] = _to_original_pixels(found[: self.proposals_kept], inputs)
         return outputs
+
+    def ask_second_branch(self, batched_inputs, features, proposals):
+        """Attach ``second_probs`` [R, K] to the proposals of each image, where something but the heads gives them.
+
+        Args:
+            batched_inputs: records.
+            features: dict of maps of the backbone.
+            proposals: list of :class:`Instances` with ``proposal_boxes`` in pixels of the network's input.
+        """
+        if self.region_scorer is None:
+            return
+        for inputs, found in zip(batched_inputs, proposals):
+            found.second_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
 
 
 def _to_original_pixels(proposals, inputs):

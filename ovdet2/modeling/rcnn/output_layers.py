@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
-from ovdet2.modeling.losses import federated_words, sigmoid_classification
+from ovdet2.modeling.losses import background_weighted_cross_entropy, federated_words, sigmoid_classification
 
 SECOND_BRANCH_USES = ("fuse", "only", "only_objectness")
 
@@ -22,7 +22,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
 
     A second branch leaves its probabilities as ``second_probs`` [R, K] of the proposals; without the field the
     classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
-    positives. With a classifier per word the cross-entropy is binary and may be federated.
+    positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
+    binary and may be federated.
     """
 
     @configurable
@@ -34,6 +35,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         second_branch_use="fuse",
         fusion_base=1 / 3,
         fusion_novel=2 / 3,
+        renormalize=False,
+        background_weight=1.0,
         federated=0,
         federated_weights=None,
         **kwargs,
@@ -45,6 +48,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
                 ``vocabulary``.
             second_branch_use: what to do with ``second_probs``, one of SECOND_BRANCH_USES.
             fusion_base, fusion_novel: exponents of the second branch in "fuse".
+            renormalize: in "fuse", let the fused scores and the background of a region sum to 1.
+            background_weight: of a background region's cross-entropy; the mean is over the number of regions.
             federated: words in the loss of a batch, for a classifier per word; 0: all.
             federated_weights: Tensor [B] of the draw of words without an annotation in the batch.
             kwargs: of :class:`FastRCNNOutputLayers`.
@@ -58,6 +63,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         self.second_branch_use = second_branch_use
         self.fusion_base = fusion_base
         self.fusion_novel = fusion_novel
+        self.renormalize = renormalize
+        self.background_weight = background_weight
         self.federated = federated
         self.register_buffer("federated_weights", federated_weights, persistent=False)
 
@@ -71,6 +78,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             "second_branch_use": cfg.MODEL.OVD.SECOND_BRANCH_USE,
             "fusion_base": cfg.MODEL.OVD.FUSION_BASE,
             "fusion_novel": cfg.MODEL.OVD.FUSION_NOVEL,
+            "renormalize": cfg.MODEL.OVD.FUSION_RENORMALIZE,
+            "background_weight": cfg.MODEL.OVD.BACKGROUND_WEIGHT,
             "federated": cfg.MODEL.OVD.FEDERATED_WORDS,
             "federated_weights": federated_weights(cfg, classifier),
         }
@@ -78,15 +87,18 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     def losses(self, predictions, proposals):
         """See :class:`FastRCNNOutputLayers`."""
         losses = super().losses(predictions, proposals)
-        if not self.cls_score.per_word:
+        if not self.cls_score.per_word and self.background_weight == 1.0:
             return losses
         labels = torch.cat([p.gt_classes for p in proposals])
-        words = None
-        if self.federated:
-            if self.federated_weights is None:
-                raise UsageError("MODEL.OVD.FEDERATED_WORDS: load DATASETS.TRAIN before the model is built.")
-            words = federated_words(labels, self.federated_weights, self.federated)
-        loss = sigmoid_classification(predictions[0][:, :-1], labels, words)
+        if self.cls_score.per_word:
+            words = None
+            if self.federated:
+                if self.federated_weights is None:
+                    raise UsageError("MODEL.OVD.FEDERATED_WORDS: load DATASETS.TRAIN before the model is built.")
+                words = federated_words(labels, self.federated_weights, self.federated)
+            loss = sigmoid_classification(predictions[0][:, :-1], labels, words)
+        else:
+            loss = background_weighted_cross_entropy(predictions[0], labels, self.background_weight)
         return losses | {"loss_cls": loss * self.loss_weight.get("loss_cls", 1.0)}
 
     def predict_probs(self, predictions, proposals):
@@ -105,7 +117,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         second = proposals.second_probs
         if self.second_branch_use == "fuse":
             mask = self.cls_score.vocabulary.base_mask
-            return fuse_scores(probs, second, fusion_exponents(mask, self.fusion_base, self.fusion_novel))
+            exponents = fusion_exponents(mask, self.fusion_base, self.fusion_novel)
+            return fuse_scores(probs, second, exponents, self.renormalize)
         if self.second_branch_use == "only_objectness":  # the geometric mean of objectness and class probability
             second = (second * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
         return fuse_scores(probs, second, 1.0)

@@ -16,7 +16,7 @@ from ovdet2.modeling.build import build_classifier
 from ovdet2.modeling.losses import embedding_l1
 from ovdet2.modeling.rcnn.output_layers import OpenVocabularyOutputLayers
 
-SECOND_BRANCHES = ("none", "image", "crops")
+SECOND_BRANCHES = ("none", "image", "crops", "map")
 
 
 class ImageHead(nn.Module):
@@ -137,6 +137,15 @@ def _require_consistent(cfg):
     if ovd.SECOND_BRANCH not in SECOND_BRANCHES:
         raise UsageError(
             f"MODEL.OVD.SECOND_BRANCH is {ovd.SECOND_BRANCH!r}: choose one of {', '.join(SECOND_BRANCHES)}."
+        )
+    if ovd.SECOND_BRANCH == "map" and cfg.MODEL.META_ARCHITECTURE != "FrozenVLMRCNN":
+        raise UsageError(
+            'MODEL.OVD.SECOND_BRANCH "map" needs a trunk that is CLIP: set MODEL.META_ARCHITECTURE to FrozenVLMRCNN.'
+        )
+    if ovd.BACKGROUND_WEIGHT < 0 or (ovd.BACKGROUND_WEIGHT != 1.0 and ovd.CLS_LOSS == "sigmoid"):
+        raise UsageError(
+            f"MODEL.OVD.BACKGROUND_WEIGHT is {ovd.BACKGROUND_WEIGHT}: it must not be negative, and with "
+            'MODEL.OVD.CLS_LOSS "sigmoid", which has no background, it must be 1.'
         )
     if distillation.WEIGHT < 0:
         raise UsageError(f"MODEL.DISTILLATION.WEIGHT is {distillation.WEIGHT}: it must not be negative.")

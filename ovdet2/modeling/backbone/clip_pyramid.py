@@ -1,0 +1,115 @@
+"""A feature pyramid on a CLIP trunk that hands on the trunk's last map, from which CLIP itself scores regions.
+
+Shapes: N images, R regions, D embedding dimension.
+"""
+
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+
+from ovdet2.errors import UsageError
+from ovdet2.modeling.backbone.clip_resnet import CLIPResNet
+from ovdet2.modeling.backbone.clip_vit import CLIPViT
+from ovdet2.modeling.build import build_teacher, require_teacher_pixels
+from ovdet2.vlm.dense import is_vit
+
+ALL_FROZEN = 5  # MODEL.BACKBONE.FREEZE_AT: the stem and four stages
+CLIP_MAP = "clip"  # the name of the trunk's last map among the features
+
+
+class GivenMaps(Backbone):
+    """Stands where an FPN expects its trunk, and returns the maps it is given: the pyramid then has them as input."""
+
+    def __init__(self, shapes):
+        """
+        Args:
+            shapes: dict of name to :class:`ShapeSpec` of the maps.
+        """
+        super().__init__()
+        self._shapes = dict(shapes)
+
+    def output_shape(self):
+        """The shapes of the maps."""
+        return self._shapes
+
+    def forward(self, maps):
+        """dict of maps -> the same dict."""
+        return maps
+
+
+class CLIPPyramid(Backbone):
+    """A CLIP trunk and the FPN on its maps; the features are the FPN's and, as "clip", the trunk's last map."""
+
+    def __init__(self, trunk, pyramid):
+        """
+        Args:
+            trunk: :class:`CLIPResNet` with its pool, or :class:`CLIPViT`.
+            pyramid: module, dict of the trunk's maps -> dict of levels, with ``output_shape`` and
+                ``size_divisibility``; such as an :class:`FPN` over :class:`GivenMaps`.
+        """
+        super().__init__()
+        self.trunk = trunk
+        self.pyramid = pyramid
+
+    @property
+    def size_divisibility(self):
+        """By what the sides of the input must be divisible."""
+        return self.pyramid.size_divisibility
+
+    def output_shape(self):
+        """The shapes of the pyramid's levels."""
+        return self.pyramid.output_shape()
+
+    def forward(self, images):
+        """Tensor [N, 3, H, W], normalised -> dict of maps by name."""
+        maps = self.trunk(images)
+        return {**self.pyramid(maps), CLIP_MAP: maps[self.trunk.last_map]}
+
+    def embed_regions(self, features, boxes_xyxy):
+        """CLIP embeddings of regions.
+
+        Args:
+            features: what :meth:`forward` gave.
+            boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the network's input.
+
+        Returns:
+            Tensor [R_1 + ... + R_N, D] float32, unit rows.
+        """
+        return self.trunk.embed_regions(features[CLIP_MAP], boxes_xyxy)
+
+
+def clip_pyramid(cfg, visual):
+    """The pyramid of MODEL.FPN on an open_clip image tower, frozen up to MODEL.BACKBONE.FREEZE_AT.
+
+    Raises:
+        UsageError: a tower without dense features, a ViT frozen in part, or an unknown map.
+    """
+    freeze_at, names = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.OUT_FEATURES
+    if not is_vit(visual):
+        trunk = CLIPResNet(visual, names, freeze_at, keep_pool=True)
+    elif freeze_at in (0, ALL_FROZEN):
+        trunk = CLIPViT(visual, names, frozen=freeze_at == ALL_FROZEN, norm=cfg.MODEL.FPN.NORM)
+    else:
+        raise UsageError(
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: a ViT of CLIP is frozen whole ({ALL_FROZEN}) or not at all (0)."
+        )
+    fpn = FPN(
+        GivenMaps(trunk.output_shape()),
+        cfg.MODEL.FPN.IN_FEATURES,
+        cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+    return CLIPPyramid(trunk, fpn)
+
+
+@BACKBONE_REGISTRY.register()
+def build_clip_fpn_backbone(cfg, input_shape):
+    """See :func:`clip_pyramid`; the tower is the teacher's.
+
+    Raises:
+        UsageError: see there, and :func:`~ovdet2.modeling.build.require_teacher_pixels`.
+    """
+    teacher = build_teacher(cfg)
+    require_teacher_pixels(cfg, teacher)
+    return clip_pyramid(cfg, teacher.clip.visual)

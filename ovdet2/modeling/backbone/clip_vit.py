@@ -1,0 +1,132 @@
+"""CLIP's Vision Transformer as a trunk: tokens of four blocks, resampled to strides 4, 8, 16 and 32.
+
+Shapes: N images, H x W input, p patch in pixels, h x w patches, W_t width of the transformer, D embedding dimension.
+"""
+
+import copy
+
+import torch
+from detectron2.layers import get_norm
+from detectron2.modeling import Backbone
+from torch import nn
+from torch.nn import functional as F
+
+from ovdet2.errors import UsageError
+from ovdet2.vlm.dense import block_tokens, embed_patch_tokens, is_vit, pool_regions, stride_of
+
+_LEVELS = ("res2", "res3", "res4", "res5")
+_STRIDES = (4, 8, 16, 32)
+_FACTORS = (4, 2, 1, 0.5)  # by which the cells of a level are finer than the patches
+_PARTS = ((1, 3), (1, 2), (2, 3), (1, 1))  # of the depth: blocks 4, 6, 8, 12 of 12
+
+
+def read_blocks(depth):
+    """0-based indices of the four blocks whose tokens are read: 3, 5, 7, 11 of 12 (F-ViT), the same fractions, rounded
+    up, of other depths."""
+    return tuple(-(-depth * part // whole) - 1 for part, whole in _PARTS)
+
+
+class CLIPViT(Backbone):
+    """F-ViT's trunk (CLIM and CLIPSelf): a frozen CLIP ViT under trained resampling.
+
+    The last block is in its attention-free form, so that its tokens stay with their patches; positional embeddings are
+    interpolated. Transposed convolutions bring the tokens to 4 and 2 times the resolution of the patches, each halving
+    the channels as in ViTDet, a maximum pool to half of it. Patches of 16 pixels then have strides 4 to 32; others are
+    resampled to them bilinearly. The image is padded with zeros to whole patches.
+    """
+
+    last_map = "tokens"  # [N, W_t, h, w] at the stride of the patches, which embed_regions reads
+
+    def __init__(self, visual, out_features=_LEVELS, frozen=True, norm=""):
+        """
+        Args:
+            visual: open_clip VisionTransformer; it is copied, not changed.
+            out_features: of "res2" to "res5", finest first.
+            frozen: nothing of CLIP is trained, and no activation of it is kept for a backward pass.
+            norm: Detectron2's name of the norm between two transposed convolutions; "" for none.
+
+        Raises:
+            UsageError: an image tower without dense features (see :func:`~ovdet2.vlm.dense.is_vit`), a ResNet, or an
+                unknown map.
+        """
+        super().__init__()
+        if not is_vit(visual):
+            raise UsageError(f"the image tower is a {type(visual).__name__}, no ViT of CLIP: use CLIPResNet.")
+        unknown = set(out_features) - set(_LEVELS)
+        if unknown or not out_features:
+            raise UsageError(f"a CLIP ViT has the maps {', '.join(_LEVELS)}, not {', '.join(out_features)}.")
+        self.visual = copy.deepcopy(visual).requires_grad_(not frozen)
+        self.visual.ln_post.requires_grad_(False)  # of the embeddings alone, which no loss reads
+        self.visual.proj.requires_grad_(False)
+        self.frozen = frozen
+        self.blocks = read_blocks(len(visual.transformer.resblocks))
+        width, self._patch = visual.conv1.out_channels, stride_of(visual)
+        self._out_features = list(out_features)
+        self.resample = nn.ModuleDict({name: _resampler(_LEVELS.index(name), width, norm) for name in out_features})
+        self._out_feature_strides = dict(zip(_LEVELS, _STRIDES))
+        self._out_feature_channels = dict(zip(_LEVELS, (width // 4, width // 2, width, width)))
+
+    @property
+    def size_divisibility(self):
+        """The coarsest stride: levels of other sizes would cover different parts of the image."""
+        return _STRIDES[-1]
+
+    def forward(self, images):
+        """
+        Args:
+            images: Tensor [N, 3, H, W], normalised by CLIP's mean and standard deviation, RGB; sides of at least 32.
+
+        Returns:
+            dict of name to Tensor [N, C, floor(H / stride), floor(W / stride)], and "tokens" [N, W_t, h, w] with
+            h = ceil(H / p): the last block's, before the norm.
+        """
+        height, width = images.shape[-2:]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            tokens = self.token_maps(images)
+        found = {self.last_map: tokens[-1]}
+        for name in self._out_features:
+            level = _LEVELS.index(name)
+            stride, factor = _STRIDES[level], _FACTORS[level]
+            maps = self.resample[name](tokens[level])
+            if self._patch != factor * stride:
+                scale = self._patch / (factor * stride)
+                maps = F.interpolate(maps, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
+            found[name] = maps[:, :, : height // stride, : width // stride]
+        return found
+
+    def token_maps(self, images):
+        """The tokens of :attr:`blocks`, list of four Tensors [N, W_t, h, w]; the last block is attention-free."""
+        height, width = images.shape[-2:]
+        images = F.pad(images, (0, -width % self._patch, 0, -height % self._patch))
+        grid = (images.shape[2] // self._patch, images.shape[3] // self._patch)
+        tokens = block_tokens(self.visual, images, self.blocks)
+        return [of_block[:, 1:].mT.unflatten(2, grid) for of_block in tokens]
+
+    def embed_regions(self, last_map, boxes_xyxy):
+        """CLIP embeddings of regions (F-ViT): RoIAlign 1x1 on the map of unit embeddings.
+
+        Args:
+            last_map: Tensor [N, W_t, h, w], "tokens" of N images.
+            boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the network's input.
+
+        Returns:
+            Tensor [R_1 + ... + R_N, D] float32, unit rows.
+        """
+        tokens = last_map.flatten(2).mT.to(self.visual.proj.dtype)
+        embeddings = embed_patch_tokens(self.visual, tokens, last_map.shape[-2:])
+        return pool_regions(self.visual, embeddings, boxes_xyxy)
+
+
+def _resampler(level, width, norm):
+    """From the patches' resolution to the level's: 4 times, twice, the same, half."""
+    if level == 0:
+        half = width // 2
+        return nn.Sequential(
+            nn.ConvTranspose2d(width, half, 2, 2),
+            get_norm(norm, half) or nn.Identity(),
+            nn.GELU(),
+            nn.ConvTranspose2d(half, width // 4, 2, 2),
+        )
+    if level == 1:
+        return nn.ConvTranspose2d(width, width // 2, 2, 2)
+    return nn.Identity() if level == 2 else nn.MaxPool2d(2, 2, ceil_mode=True)

@@ -1,0 +1,85 @@
+"""F-VLM detectors that run in milliseconds: a CLIP tower of either kind, with made-up weights, as the trunk."""
+
+import torch
+from detectron2.modeling import build_proposal_generator
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
+from torch.nn import functional as F
+
+from ovdet2.config import find_config, get_cfg
+from ovdet2.layers import VocabularyBuffer
+from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
+from ovdet2.modeling.backbone.clip_pyramid import clip_pyramid
+from tests import micro
+
+KINDS = ("resnet", "vit")
+FREE = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.OVD.SECOND_BRANCH", "none")  # a trained trunk
+
+
+def set_weights(module):
+    """Deterministic values for all parameters and statistics; those of norms are near what they scale."""
+    with torch.no_grad():
+        for number, (name, tensor) in enumerate(module.state_dict().items()):
+            if not tensor.is_floating_point():
+                continue
+            wave = micro.wave(tensor.shape, 0.3 + 0.01 * number) if tensor.ndim else torch.zeros(())
+            if tensor.ndim > 1:
+                tensor.copy_(wave * (1.5 / tensor[0].numel() ** 0.5))
+            else:
+                near = 1.0 if "var" in name or name.endswith("weight") else 0.0
+                tensor.copy_(near + 0.2 * wave)
+
+
+def tower(kind="resnet"):
+    """A CLIP image tower of 8 dimensions: ResNet of native size 64 (pool grid 2x2), or ViT of patches of 12 pixels."""
+    if kind == "resnet":
+        visual = ModifiedResNet([1, 1, 1, 1], output_dim=8, heads=4, image_size=64, width=8)
+    else:
+        visual = VisionTransformer(48, 12, width=32, layers=5, heads=2, mlp_ratio=2.0, output_dim=8)
+    set_weights(visual)
+    return visual.eval()
+
+
+def cfg(*overrides):
+    """F-VLM's network at its smallest; nothing is sampled at random."""
+    result = get_cfg()
+    result.merge_from_file(str(find_config("ovshapes/fvlm_resnet.yaml")))
+    result.merge_from_list([
+        "MODEL.DEVICE", "cpu", "MODEL.OVD.TEMPERATURE", micro.TEMPERATURE, "MODEL.OVD.VLM_TEMPERATURE", 0.3,
+        "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "",
+        "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
+        "MODEL.RPN.POST_NMS_TOPK_TEST", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50,
+        "MODEL.RPN.BATCH_SIZE_PER_IMAGE", 1_000_000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 1_000_000,
+        "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0, *overrides,
+    ])  # fmt: skip
+    return result
+
+
+def background():
+    """The made-up embedding of "background"."""
+    return F.normalize(micro.wave((8,), 0.9), dim=0)
+
+
+def model(kind="resnet", overrides=(), words=None):
+    """A FrozenVLMRCNN with deterministic weights, in evaluation mode."""
+    config = cfg(*overrides)
+    backbone = clip_pyramid(config, tower(kind))
+    shapes = backbone.output_shape()
+    heads = OpenVocabularyROIHeads(config, shapes, VocabularyBuffer(words or micro.vocabulary(), background()))
+    asks_clip = config.MODEL.OVD.SECOND_BRANCH == "map"
+    network = FrozenVLMRCNN(
+        backbone=backbone,
+        proposal_generator=build_proposal_generator(config, shapes),
+        roi_heads=heads,
+        vlm_temperature=config.MODEL.OVD.VLM_TEMPERATURE if asks_clip else None,
+        proposals_kept=20,
+        pixel_mean=config.MODEL.PIXEL_MEAN,
+        pixel_std=config.MODEL.PIXEL_STD,
+        input_format=config.INPUT.FORMAT,
+    )
+    with torch.no_grad():
+        for number, (name, parameter) in enumerate(network.named_parameters()):
+            if parameter.ndim > 1 and not name.startswith("backbone.trunk.visual"):
+                parameter.copy_(micro.wave(parameter.shape, 0.3 + 0.01 * number) * (1.5 / parameter[0].numel() ** 0.5))
+        heads.box_predictor.cls_score.log_scale.fill_(0.25)
+    return network.eval()
