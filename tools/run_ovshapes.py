@@ -76,6 +76,9 @@ ROWS = {
     "cckt_full_class": Row(
         "CCKT-Det: priors, contrast, class branch", "ovshapes/cckt_full_class_r18.yaml", "cckt_full"
     ),
+    "fvlm": Row("F-VLM", "ovshapes/fvlm_resnet.yaml"),
+    "fvlm_detector": Row("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", "fvlm"),
+    "fvlm_clip": Row("CLIP's map at the proposals of F-VLM, with objectness", "ovshapes/fvlm_resnet_clip.yaml", "fvlm"),
 }
 COLUMNS = {
     "novel AP50": ("bbox", "AP50-novel"),

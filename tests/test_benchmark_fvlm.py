@@ -1,0 +1,27 @@
+"""tools/benchmark_fvlm.py at a small size: both networks give the same losses, and freezing saves time and memory."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import benchmark_fvlm as tool  # noqa: E402
+
+
+@pytest.mark.slow
+def test_the_networks_differ_in_what_is_trained_alone(capsys):
+    args = ["--size", "128x160", "--turns", "2", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    found = []
+    for name in tool.FREEZE_AT:
+        torch.manual_seed(0)
+        with EventStorage():
+            found.append(tool.build(name, tool.parse_args(args))([tool.make_record(128, 160)]))
+    for name, value in found[0].items():
+        assert value.item() == pytest.approx(found[1][name].item(), rel=1e-4), name
+    results = tool.main(args)
+    assert 0 < results["time"] < 1 and 0 < results["memory"] < 1
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"{part} forward") == 2 for part in tool.PARTS)
