@@ -23,7 +23,7 @@ from tests import fvlm_cases, micro
 
 GOLDEN = Path(__file__).parent / "golden" / "fvlm.safetensors"
 ASSET = Path(__file__).parents[1] / "ovdet2" / "assets" / "open_clip" / "ovshapes-resnet.safetensors"
-EMBEDDED = ("MODEL.TEACHER.ARCHITECTURE", "ovshapes-resnet", "MODEL.TEACHER.PRETRAINED", "embedded")
+EMBEDDED = ("DATASETS.TEST", ("ov_shapes_val_all",), "MODEL.VOCABULARY.TEMPLATES", "single")
 
 
 def losses(network, records):
@@ -193,6 +193,13 @@ class TestScores:
         assert 0 < len(found) <= 100 and (found.pred_classes < k).all()
 
     @torch.no_grad()
+    def test_masks_are_one_per_region(self):
+        network = fvlm_cases.model(overrides=("MODEL.MASK_ON", True))
+        found = network(micro.images(1))[0]["instances"]
+        assert network.roi_heads.mask_head.predictor.weight.shape[0] == 1
+        assert len(found) > 0 and found.pred_masks.shape == (len(found), 64, 96)
+
+    @torch.no_grad()
     @pytest.mark.parametrize("kind", fvlm_cases.KINDS)
     def test_images_without_proposals(self, kind):
         network, record = fvlm_cases.model(kind), micro.images(2)
@@ -207,7 +214,7 @@ class TestScores:
 @pytest.fixture(scope="module")
 def embedded(tmp_path_factory):
     """(configuration, checkpoint) of a network on the embedded ResNet, as the configuration builds it."""
-    config = fvlm_cases.cfg(*EMBEDDED, "DATASETS.TEST", ("ov_shapes_val_all",))
+    config = fvlm_cases.cfg(*EMBEDDED)
     folder = tmp_path_factory.mktemp("fvlm")
     AtomicCheckpointer(FrozenVLMRCNN(config), str(folder)).save("model_final")
     return config, folder / "model_final.pth"
@@ -222,8 +229,8 @@ class TestByConfiguration:
         vocabulary = predictor.model.vocabulary
         assert len(predictor.names) == 65
         for words, templates, prompts in (
-            ("striped moon, red star", None, "vild63"),
-            ("striped moon", "single", "single"),
+            ("striped moon, red star", None, "single"),
+            ("striped moon", "vild63", "vild63"),
             (Vocabulary.build(["red star"], teacher, "photo12"), None, "photo12"),
         ):
             predictor.set_vocabulary(words, templates)
@@ -284,7 +291,7 @@ class TestByConfiguration:
     ])  # fmt: skip
     def test_settings_that_do_not_go_together(self, overrides, words):
         with pytest.raises(UsageError, match=words):
-            FrozenVLMRCNN(fvlm_cases.cfg(*EMBEDDED, "DATASETS.TEST", ("ov_shapes_val_all",), *overrides))
+            FrozenVLMRCNN(fvlm_cases.cfg(*EMBEDDED, *overrides))
 
     def test_only_a_frozen_clip_is_asked_for_its_map(self):
         config = fvlm_cases.cfg("MODEL.META_ARCHITECTURE", "OpenVocabularyRCNN")
