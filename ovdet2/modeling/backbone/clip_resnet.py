@@ -5,6 +5,7 @@ import copy
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from torch import nn
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher, require_teacher_pixels
@@ -59,9 +60,8 @@ class CLIPResNet(Backbone):
         for stage in stages[:freeze_at]:
             for module in stage:
                 module.requires_grad_(False)
-        for stage in stages[max(self._indices) + 1 :]:  # not computed, hence without a gradient
-            for module in stage:
-                module.requires_grad_(False)
+        for level in range(max(self._indices) + 1, len(_STAGES)):  # open_clip would compute what nobody reads
+            setattr(self.visual, f"layer{level}", nn.Identity())
         width = visual.conv3.out_channels
         channels = (width, *(width * 4 * 2**level for level in range(4)))
         self._out_feature_channels = dict(zip(_STAGES, channels))
