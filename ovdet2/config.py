@@ -289,12 +289,13 @@ def find_config(name):
     raise UsageError(f"there is no configuration file {name}. Those that come with ovdet2: {known}.")
 
 
-def load_config(name, overrides=()):
+def load_config(name, overrides=(), extend=None):
     """Read a yaml file over the defaults and apply ``KEY VALUE ...`` overrides.
 
     Args:
         name: path, or name below the package's ``configs/``; "" for the defaults alone.
         overrides: list [key, value, key, value, ...] as from a command line.
+        extend: function that adds the keys of a system built on ovdet2 to the defaults (``extend(cfg)``), or None.
 
     Returns:
         CfgNode, not frozen. The data sets of its DATASETS.OWN are registered.
@@ -304,6 +305,8 @@ def load_config(name, overrides=()):
             that run code are refused.
     """
     cfg = get_cfg()
+    if extend is not None:
+        extend(cfg)
     try:
         if name:
             cfg.merge_from_file(str(find_config(name)), allow_unsafe=False)

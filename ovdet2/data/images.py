@@ -37,12 +37,28 @@ def read_image(path, format="RGB"):
             values, or has a side below :data:`MIN_SIDE` pixels; the message names the path.
         UsageError: unknown ``format``.
     """
+    if not Path(path).is_file():
+        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+    return decode_image(path, path, format)
+
+
+def decode_image(file, name, format="RGB"):
+    """:func:`read_image` of an open binary file, as of a member of an archive.
+
+    Args:
+        file: path, or binary file object at its start.
+        name: what messages call it.
+        format: as of :func:`read_image`.
+
+    Raises:
+        DataError, UsageError: as of :func:`read_image`.
+    """
     if format not in _FORMATS:
         raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
-    with _explained(path), Image.open(path) as image:
+    with _explained(file, name), Image.open(file) as image:
         image.load()
-        image = _upright(_to_eight_bits(image, path))
-    _require_side(path, image.size)
+        image = _upright(_to_eight_bits(image, name))
+    _require_side(name, image.size)
     pixels = np.asarray(image.convert("L" if format == "L" else "RGB"))
     if format == "L":
         pixels = pixels[:, :, None]
@@ -60,7 +76,9 @@ def image_size(path):
     Raises:
         DataError: as :func:`read_image`, except for what shows in the pixels alone, truncation above all.
     """
-    with _explained(path), Image.open(path) as image:
+    if not Path(path).is_file():
+        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+    with _explained(path, path), Image.open(path) as image:
         if image.format == "TIFF":  # Pillow turns these itself, some versions in the header's size already
             image.load()
         width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
@@ -69,15 +87,13 @@ def image_size(path):
 
 
 @contextlib.contextmanager
-def _explained(path):
-    """Turn what Pillow raises for a file into a DataError that names it."""
-    if not Path(path).is_file():
-        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+def _explained(file, path):
+    """Turn what Pillow raises for a file into a DataError that names it by ``path``."""
     try:
         yield
     except UnidentifiedImageError:
         raise DataError(
-            f"{path} is not an image ({_look(path)}): download it again or remove it from the data set."
+            f"{path} is not an image ({_look(file)}): download it again or remove it from the data set."
         ) from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large to decode safely ({error}): scale it down.") from None
@@ -128,10 +144,14 @@ def _lies_on_its_side(image):
         return False
 
 
-def _look(path):
+def _look(file):
     """What the first bytes suggest, for the error message."""
-    with open(path, "rb") as handle:
-        head = handle.read(64)
+    if hasattr(file, "seek"):
+        file.seek(0)
+        head = file.read(64)
+    else:
+        with open(file, "rb") as handle:
+            head = handle.read(64)
     if not head:
         return "the file is empty"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _NOT_SUPPORTED = ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED")
 
 
-def setup(args):
+def setup(args, extend=None):
     """Read the configuration and prepare this process. Call it in every process of the group.
 
     Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
@@ -33,6 +33,7 @@ def setup(args):
 
     Args:
         args: namespace with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
+        extend: of :func:`~ovdet2.config.load_config`.
 
     Returns:
         CfgNode, frozen, the same as config.yaml: what is run. A negative SEED is replaced by the random one that was
@@ -43,7 +44,7 @@ def setup(args):
             have.
         SetupError: OUTPUT_DIR cannot be written.
     """
-    cfg = load_config(args.config_file, args.opts or [])
+    cfg = load_config(args.config_file, args.opts or [], extend)
     for key in _NOT_SUPPORTED:
         node = cfg
         for part in key.split("."):

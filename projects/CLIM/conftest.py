@@ -1,0 +1,1 @@
+"""Puts this folder on pytest's search path, as `python projects/CLIM/train.py` puts it on Python's."""

@@ -1,0 +1,181 @@
+"""Naming of regions, the comparison of two models, and the pictures."""
+
+import json
+
+import clim_cases as cases
+import eval_regions
+import pytest
+import torch
+from clim import regions
+from clim.response import draw_responses, mosaic_of, response_maps
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+from torch.nn import functional as F
+
+from ovdet2.data.datasets.register import register_ov_dataset
+from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES
+from ovdet2.errors import UsageError
+from ovdet2.vlm.crops import embed_regions
+from ovdet2.vlm.dense import embed_regions_dense
+from ovdet2.vocabulary import Vocabulary
+from tests.micro import wave
+
+NAMES, BOXES = ("red star", "blue moon", "grey key"), ([4, 3, 20, 18], [10, 12, 30, 20], [0, 0, 48, 40])
+
+
+def register(name, folder, names, base):
+    """Three images with three boxes each, and a crowd that does not count."""
+    cases.write_coco(folder, 3)
+    categories = [{"id": 7 * index + 3, "name": word} for index, word in enumerate(names)]
+    annotations = []
+    for image in range(3):
+        for index, box in enumerate(BOXES):
+            category = categories[(image + index) % len(names)]["id"]
+            shared = {"image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3]}
+            annotations.append({"id": len(annotations) + 1, "iscrowd": 0, **shared})
+        annotations.append({**annotations[-1], "id": len(annotations) + 1, "iscrowd": 1})
+    images = [{"id": index, "file_name": f"{index}.png", "height": 40, "width": 48} for index in range(3)]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "boxes.json").write_text(json.dumps(data))
+    novel = [word for word in names if word not in base]
+    register_ov_dataset(name, folder / "boxes.json", folder / "images", base, novel)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    register("clim_test", tmp_path, NAMES, NAMES[:2])
+    yield "clim_test"
+    DatasetCatalog.remove("clim_test")
+    MetadataCatalog.pop("clim_test", None)
+
+
+@pytest.mark.parametrize("name, way", [("clim-vit", "dense map"), ("clim-resnet", "attention pool")])
+def test_accuracies_against_a_loop(dataset, name, way):
+    teacher = cases.teacher_of(name)
+    found = regions.evaluate(teacher, dataset, side=64, factors=(1.0,), templates="single")
+    words = Vocabulary.build(NAMES, teacher, "single").embeddings
+    embed = {
+        "crops": lambda image, box: embed_regions(teacher, image, box, (1.0,)),
+        way: lambda image, box: embed_regions_dense(teacher, image, box, side=64),
+    }
+    assert set(found) == {"teacher", "dataset", "settings", *embed}
+    for key, region in embed.items():
+        right = {"all": [], "base": [], "novel": []}
+        for number in range(3):
+            image = torch.from_numpy(cases.image_of(number)).permute(2, 0, 1)
+            for index, (x, y, width, height) in enumerate(BOXES):
+                row = region(image, torch.tensor([[x, y, x + width, y + height]], dtype=torch.float32))
+                truth = (number + index) % 3
+                hit = (row @ words.T).argmax().item() == truth
+                right["all"].append(hit)
+                right["base" if truth < 2 else "novel"].append(hit)
+        for subset, hits in right.items():
+            assert found[key]["top1"][subset] == pytest.approx(100 * sum(hits) / len(hits))
+            assert found[key]["top5"][subset] == 100
+
+
+def test_ranks():
+    logits = torch.tensor([[0.1, 0.5, 0.3], [0.9, 0.2, 0.1], [0.3, 0.3, 0.3]])
+    assert regions.ranks_of(logits, torch.tensor([2, 0, 1])).tolist() == [1, 0, 0]
+
+
+def test_whole_images_of_ov_shapes(tmp_path, monkeypatch):
+    """A model that is told the right word names every image, one that is told the next word none."""
+    register("clim_shapes", tmp_path, (*BASE_NAMES, *NOVEL_NAMES), BASE_NAMES)
+    try:
+        monkeypatch.setattr(regions, "WHOLE_IMAGES", 65)
+        split, words = regions.split_of("clim_shapes"), torch.eye(65)
+
+        class Told:
+            image_size, interpolation = 16, "bilinear"
+
+            def __init__(self, shift):
+                self.number, self.shift = 0, shift
+
+            def encode_image(self, pixels):
+                assert pixels.shape == (1, 3, 16, 16) and 0 <= pixels.min() and pixels.max() <= 1
+                word = (*BASE_NAMES, *NOVEL_NAMES)[self.number]
+                self.number += 1
+                return torch.eye(65)[split.names.index(word) + self.shift - 65][None]
+
+        right = regions.whole_image_accuracy(Told(0), words, split)
+        assert right["top1"] == {"all": 100, "base": 100, "novel": 100}
+        assert regions.whole_image_accuracy(Told(1), words, split)["top1"]["all"] == 0
+    finally:
+        DatasetCatalog.remove("clim_shapes")
+        MetadataCatalog.pop("clim_shapes", None)
+
+
+def test_comparison(dataset, tmp_path, monkeypatch, capsys):
+    def result(top1):
+        accuracy = {"top1": {"all": top1, "base": top1, "novel": top1}, "top5": {"all": 90, "base": 90, "novel": 90}}
+        return {"dataset": dataset, "settings": {"side": 64}, "crops": accuracy, "dense map": accuracy}
+
+    found = {"first": 20.0, "second": 60.0}
+    asked = []
+
+    def evaluate(teacher, name, side):
+        asked.append(teacher.fingerprint)
+        return result(found[teacher.fingerprint]) | {"teacher": teacher.fingerprint}
+
+    class Named:
+        def __init__(self, fingerprint):
+            self.fingerprint = fingerprint
+
+    monkeypatch.setattr(regions, "evaluate", evaluate)
+    before, after = Named("first"), Named("second")
+    assert regions.compare(before, after, dataset, 64, tmp_path) == pytest.approx(50.0)
+    assert "80.0% before, 40.0% after, 50.0% less" in capsys.readouterr().out
+    regions.compare(before, after, dataset, 64, tmp_path)
+    regions.compare(before, after, dataset, 32, tmp_path)
+    assert asked == ["first", "second", "first", "second"]  # once per teacher and settings
+
+
+@pytest.mark.parametrize("name, cells", [("clim-vit", (6, 8)), ("clim-resnet", (2, 2))])
+def test_response_of_a_cell(name, cells):
+    """A ViT's cell is its own embedding; a ResNet's is pooled from the window around it."""
+    teacher = cases.teacher_of(name)
+    image = torch.from_numpy(cases.image_of(1, 48, 64)).permute(2, 0, 1)
+    words = F.normalize(wave((3, 16), 0.4), dim=1)
+    found = response_maps(teacher, image, words, side=64)
+    assert found.shape == (3, *cells) and found.abs().max() <= 1.0001
+    if name == "clim-vit":
+        boxes = torch.tensor([[24.0, 16.0, 32.0, 24.0]])
+        row = embed_regions_dense(teacher, image, boxes, side=64)
+        assert torch.allclose(found[:, 2, 3], (words @ row.T)[:, 0], atol=1e-5)
+
+
+def test_mosaic_of_images():
+    images = [torch.full((3, 20 + index, 30), 40 * index, dtype=torch.uint8) for index in range(4)]
+    canvas = mosaic_of(images, 2, side=32)
+    assert canvas.shape == (3, 64, 64) and [canvas[0, y, x].item() for y in (9, 50) for x in (9, 50)] == [
+        0,
+        40,
+        80,
+        120,
+    ]
+
+
+def test_picture(tmp_path):
+    image = torch.from_numpy(cases.image_of(2)).permute(2, 0, 1)
+    maps = [torch.rand(2, 5, 6), torch.rand(2, 5, 6)]
+    draw_responses(tmp_path / "out.png", image, ["red $tar", "moon"], maps, ["before", "after"])
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+
+
+def test_program(dataset, tmp_path, weights, capsys):
+    output = tmp_path / "out"
+    shared = ["--architecture", "clim-vit", "--side", "64", "--templates", "single", "--output", str(output)]
+    pairs = ["--pretrained", str(weights), str(weights), "--device", "cpu"]
+    images = [str(tmp_path / "images" / f"{index}.png") for index in range(3)]
+    found = eval_regions.main(
+        [*shared, *pairs, "--dataset", dataset, "--limit", "2", "--words", "moon", "--images", images[0]]
+    )
+    assert found[0] == found[1] == json.loads((output / "regions.json").read_text())[0]
+    assert (output / "response_0.png").is_file() and "| vit.safetensors | dense map |" in capsys.readouterr().out
+    for wrong in ([], ["--words", "moon"], ["--words", "moon", "--images", *images, "--mosaic", "2"]):
+        with pytest.raises(UsageError):
+            eval_regions.main([*shared, *pairs, *wrong])
+    with pytest.raises(UsageError, match="'clim_none' is not a registered"):
+        eval_regions.main([*shared, *pairs, "--dataset", "clim_none"])

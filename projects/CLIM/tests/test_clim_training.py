@@ -1,0 +1,320 @@
+"""CLIM's loss over two processes, what is trained, exact resume, averaged weights, and what is refused."""
+
+import math
+from pathlib import Path
+
+import clim_cases as cases
+import pytest
+import torch
+from clim.checkpoint import averaged, export, file_architecture, load_clip
+from clim.model import MAX_LOG_SCALE, CLIMPretraining, clim_loss
+from clim.sources import build_source
+from clim.text_table import build_text_table
+from clim.trainer import ClampLogitScale, CLIMTrainer, prepare
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from ovdet2.data.mosaic import draw_mosaics, grid_boxes
+from ovdet2.engine import launch
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.dense import dense_map, pool_regions
+from ovdet2.vlm.teacher import Teacher
+from tests.micro import assert_golden, wave
+
+GOLDEN = Path(__file__).parent / "golden" / "clim.safetensors"
+
+
+def batch_of(count, size=32):
+    return [
+        {
+            "image": ((wave((3, size, size), 0.05 + 0.02 * index) + 1) * 127).to(torch.uint8),
+            "text": F.normalize(wave((16,), 0.2 + 0.1 * index), dim=0),
+        }
+        for index in range(count)
+    ]
+
+
+def model_of(name="clim-vit", blocks=2, grids=(2,), singles=1, canvas=48, dtype=torch.float32):
+    return CLIMPretraining(cases.teacher_of(name, dtype), blocks, grids, singles, canvas)
+
+
+def test_loss_against_a_loop():
+    """Float64, pair by pair; equal captions are no negatives of each other."""
+    regions = F.normalize(wave((6, 4), 0.9).double(), dim=1)
+    texts = F.normalize(wave((6, 4), 0.4).double(), dim=1)
+    texts[4] = texts[1]
+    scale = torch.tensor(7.0, dtype=torch.float64)
+    total = 0.0
+    for i in range(6):
+        others = [j for j in range(6) if j == i or {i, j} != {1, 4}]
+        for ours, theirs in ((regions, texts), (texts, regions)):
+            logits = [7.0 * float(ours[i] @ theirs[j]) for j in others]
+            total += math.log(sum(map(math.exp, logits))) - 7.0 * float(ours[i] @ theirs[i])
+    assert clim_loss(regions, texts, scale).item() == pytest.approx(total / 12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name, size, canvas", [("clim-vit", 32, 48), ("clim-resnet", 64, 128)])
+def test_embeddings_of_regions_and_singles(name, size, canvas):
+    """Regions are pooled from the canvas at their cell, singles are classified as whole images."""
+    model, batch = model_of(name, 1, (2,), 1, canvas), batch_of(6, size)
+    images = torch.stack([record["image"] for record in batch])
+    rows, order = model.embed(images)
+    mosaics, rest = draw_mosaics(6, (2,), 1)
+    assert order.tolist() == [*mosaics[0].flatten().tolist(), *rest.tolist()]
+    pixels = model.normalise(images)
+    whole = F.normalize(model.clip.encode_image(pixels[4:]), dim=1)
+    torch.testing.assert_close(rows[4:], whole, atol=1e-5, rtol=0)
+    canvases = model.compose(pixels)[0]
+    regions = pool_regions(model.clip.visual, dense_map(model.clip.visual, canvases), [grid_boxes(2, canvas, canvas)])
+    torch.testing.assert_close(rows[:4], regions, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(6))
+
+
+def in_two_processes(out, folder):
+    cases.register_models(Path(folder))
+    model = model_of(dtype=torch.float64)
+    batch = batch_of(10)
+    mine = batch[:5] if comm.get_rank() == 0 else batch[5:]
+    loss = model(mine)["loss_clim"]
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for gradient in gradients.values():  # as DistributedDataParallel averages them
+        torch.distributed.all_reduce(gradient)
+        gradient /= comm.get_world_size()
+    torch.save((loss.detach(), gradients), Path(out) / f"{comm.get_rank()}.pt")
+
+
+def test_two_processes_equal_one(tmp_path):
+    (tmp_path / "models").mkdir()
+    launch(in_two_processes, 2, args=(tmp_path, tmp_path / "models"), use_cuda=False)
+    model = model_of(dtype=torch.float64)
+    wanted = model(batch_of(10))["loss_clim"]
+    wanted.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for rank in range(2):
+        loss, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        torch.testing.assert_close(loss, wanted.detach(), atol=1e-5, rtol=0)
+        assert set(gradients) == set(expected) and "clip.logit_scale" in expected
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    "name, blocks, trained",
+    [
+        ("clim-vit", 1, ["transformer.resblocks.2."]),
+        ("clim-vit", 3, ["transformer.resblocks."]),
+        ("clim-vit", -1, [""]),
+        ("clim-resnet", 1, ["layer4.", "attnpool."]),
+        ("clim-resnet", 2, ["layer3.", "layer4.", "attnpool."]),
+    ],
+)
+def test_what_is_trained(name, blocks, trained):
+    """Gradients reach exactly the end of the image tower and the logit scale; statistics stay."""
+    size, canvas = (32, 48) if "vit" in name else (64, 128)
+    model = model_of(name, blocks, canvas=canvas).train()
+    before = {key: tensor.clone() for key, tensor in model.clip.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(batch_of(5, size))["loss_clim"].backward()
+    optimizer.step()
+    prefixes = tuple("visual." + prefix for prefix in trained)
+    for key, tensor in model.clip.state_dict().items():
+        changed = not torch.equal(tensor, before[key])
+        parameter = dict(model.clip.named_parameters()).get(key)
+        assert (parameter is not None and parameter.requires_grad) == (
+            parameter is not None and key.startswith((*prefixes, "logit_scale"))
+        )
+        assert not changed or parameter.requires_grad, key
+    changed = [key for key, tensor in model.clip.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert "logit_scale" in changed and any(key.startswith(prefixes[0]) for key in changed)
+    assert not model.training
+
+
+def test_mixed_precision_gives_a_float32_loss():
+    model, batch = model_of(), batch_of(5)
+    expected = model(batch)["loss_clim"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(batch)["loss_clim"]
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), abs=0.1)
+
+
+def test_logit_scale_is_clamped():
+    scale = torch.nn.Parameter(torch.tensor(9.0))
+    with EventStorage(0):
+        ClampLogitScale(scale).after_step()
+    assert scale.item() == pytest.approx(MAX_LOG_SCALE) and math.exp(scale.item()) == pytest.approx(100, rel=1e-5)
+
+
+def golden_tensors():
+    """A batch of 32 as in the paper: the loss, embeddings, gradients, and the weights after a step of AdamW."""
+    model = model_of(grids=(2, 3, 4), singles=3, canvas=40)
+    batch = batch_of(32)
+    rows, _ = model.embed(torch.stack([record["image"] for record in batch]))
+    loss = model(batch)["loss_clim"]
+    loss.backward()
+    block = model.clip.visual.transformer.resblocks[2]
+    gradients = block.mlp.c_fc.weight.grad[:4].clone(), model.clip.logit_scale.grad.clone()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3).step()
+    return {
+        "loss": loss.detach(),
+        "rows": rows.detach()[::5],
+        "gradient": gradients[0],
+        "gradient_scale": gradients[1],
+        "stepped": block.attn.out_proj.weight.detach()[:4].clone(),
+        "loss_after": model(batch)["loss_clim"].detach(),
+    }
+
+
+def test_golden():
+    assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-4)
+
+
+class Stop(HookBase):
+    """Ends a run in the middle of a period of checkpoints, as a kill does."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def after_step(self):
+        if self.trainer.iter + 1 == self.done:
+            raise KeyboardInterrupt
+
+
+def run(cfg, resume=False, stop=None):
+    """(trainer, {iteration: loss}) of a run."""
+    prepare(cfg)
+    trainer = CLIMTrainer(cfg)
+    if stop:
+        trainer.register_hooks([Stop(stop)])
+    trainer.resume_or_load(resume=resume)
+    try:
+        trainer.train()
+    except KeyboardInterrupt:
+        pass
+    losses = trainer.storage.histories().get("total_loss")
+    return trainer, {} if losses is None else {iteration: loss for loss, iteration in losses.values()}
+
+
+@pytest.mark.parametrize("source", ["coco", "tar"])
+def test_resumed_run_is_the_same(tmp_path, weights, captioned, source):
+    """Stopped after 5 of 6 steps, a run goes on from the checkpoint of step 3: equal losses and equal weights."""
+    options = []
+    if source == "tar":
+        from test_clim_sources import make_shards
+
+        pattern, _ = make_shards(tmp_path, per_shard=(5, 6))
+        options = ["CLIM.SOURCE", "tar", "CLIM.CAPTIONS", str(pattern), "CLIM.SHUFFLE_BUFFER", 4]
+    whole, losses = run(cases.config(captioned, weights, tmp_path / "whole", *options))
+    cfg = cases.config(captioned, weights, tmp_path / "cut", *options)
+    run(cfg, stop=5)
+    resumed, later = run(cfg, resume=True)
+    assert list(losses) == list(range(6)) and list(later) == [3, 4, 5]
+    assert later == {iteration: losses[iteration] for iteration in later}
+    state = resumed.clip.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in whole.clip.state_dict().items())
+    original = load_clip("clim-vit", weights).clip.state_dict()
+    text = [name for name in state if not name.startswith(("visual.", "logit_scale"))]
+    assert text and all(torch.equal(state[name], original[name]) for name in text)
+    _, nothing = run(cfg, resume=True)  # a finished run, resumed to publish other averages
+    assert nothing == {}
+
+
+def test_resume_of_another_model(tmp_path, weights, captioned):
+    cfg = cases.config(captioned, weights, tmp_path / "run", "SOLVER.MAX_ITER", 1)
+    run(cfg)
+    state = {name: tensor.contiguous() for name, tensor in cases.clip_of("clim-vit").state_dict().items()}
+    state["logit_scale"] = state["logit_scale"] + 1
+    save_file(state, str(tmp_path / "other.safetensors"))
+    table = ["CLIM.TEXT_TABLE", str(tmp_path / "t.safetensors")]
+    cfg = cases.config(captioned, tmp_path / "other.safetensors", tmp_path / "run", "SOLVER.MAX_ITER", 2, *table)
+    with pytest.raises(DataError, match="started from.*not from"):
+        run(cfg, resume=True)
+
+
+def test_batch_smaller_than_a_mosaic(tmp_path, weights, captioned):
+    cfg = cases.config(captioned, weights, tmp_path, "SOLVER.IMS_PER_BATCH", 5, "CLIM.GRIDS", "[3]")
+    with pytest.raises(UsageError, match="a batch of 5 images is smaller than one mosaic of 3x3 with 3 single"):
+        run(cfg)
+
+
+@pytest.mark.parametrize("canvas, grids, nearest", [(50, (2,), 48), (24, (4,), 32), (1000, (2, 3), 1000)])
+def test_canvas_that_does_not_fit_the_stride(canvas, grids, nearest):
+    if canvas == nearest:
+        model_of(grids=grids, canvas=canvas)
+        return
+    with pytest.raises(UsageError, match=f"CLIM.CANVAS is {canvas}.*every 8 px.*nearest is {nearest}"):
+        model_of(grids=grids, canvas=canvas)
+
+
+@pytest.mark.parametrize("name, blocks", [("clim-vit", 0), ("clim-vit", 4), ("clim-resnet", 5), ("clim-vit", -2)])
+def test_blocks_that_are_not_there(name, blocks):
+    with pytest.raises(UsageError, match=f"TRAINABLE_BLOCKS is {blocks}"):
+        model_of(name, blocks, canvas=128)
+
+
+def test_weights_of_another_architecture_or_resolution(tmp_path, weights):
+    with pytest.raises(DataError, match="not of the architecture clim-vit-wide .*size mismatch.*TEACHER.ARCHITECTURE"):
+        load_clip("clim-vit-wide", weights)
+    with pytest.raises(DataError, match=r"another resolution than clim-vit-64px.*\[17, 32\], not \[65, 32\]"):
+        load_clip("clim-vit-64px", weights)
+    with pytest.raises(UsageError, match="no architecture 'clim-none'"):
+        load_clip("clim-none", weights)
+    (tmp_path / "w.safetensors").write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(DataError, match="no whole safetensors file"):
+        load_clip("clim-vit", tmp_path / "w.safetensors")
+
+
+def test_text_table_of_another_model_stops_a_run(tmp_path, weights, captioned):
+    cfg = cases.config(captioned, weights, tmp_path)
+    build_text_table(tmp_path / "captions.safetensors", build_source(cfg), cases.teacher_of("clim-vit-wide"))
+    with pytest.raises(DataError, match="the text table .*clim-vit-wide.*cannot be compared"):
+        run(cfg)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 1.0])
+def test_average(weight):
+    trained = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    original = {"w": torch.tensor([3.0, -2.0]), "n": torch.tensor(1)}
+    found = averaged(trained, original, weight)
+    torch.testing.assert_close(found["w"], torch.tensor([3 - 2 * weight, -2 + 4 * weight]))
+    assert found["n"] == 3
+    with pytest.raises(DataError, match="w differs"):
+        averaged(trained, {"w": torch.zeros(3), "n": torch.tensor(1)}, weight)
+    with pytest.raises(UsageError, match="CLIM.AVERAGE is 1.2"):
+        averaged(trained, original, 1.2)
+
+
+def test_published_weights_are_a_teacher(tmp_path, weights):
+    """open_clip and Teacher load the file; its fingerprint is what it states, and another than the original's."""
+    original, trained = load_clip("clim-vit", weights), load_clip("clim-vit", weights)
+    with torch.no_grad():
+        trained.clip.visual.proj.mul_(2.0)
+    path = tmp_path / "clim_a0.7.safetensors"
+    stated = export(path, trained.clip, original, 0.7, {"iterations": 6})
+    teacher = Teacher.load("clim-vit", str(path))
+    assert teacher.fingerprint == stated and stated.weights_sha256 != original.fingerprint.weights_sha256
+    torch.testing.assert_close(teacher.clip.visual.proj, original.clip.visual.proj * 1.7)
+    assert teacher.interpolation == original.interpolation
+    assert load_clip("clim-vit", path).fingerprint == stated
+    with pytest.raises(DataError, match="clim-vit-64px"):
+        load_clip("clim-vit-64px", path)
+
+
+def test_quickgelu_is_in_the_name_of_a_file():
+    """A tag says that weights need QuickGELU, a file cannot: under the plain name it would be loaded with GELU."""
+    assert file_architecture("ViT-B-16", "openai") == "ViT-B-16-quickgelu"
+    assert file_architecture("ViT-B-16-quickgelu", "openai") == "ViT-B-16-quickgelu"
+    assert file_architecture("clim-vit", "w.safetensors") == "clim-vit"
+    assert file_architecture("ViT-B-16", "laion2b_s34b_b88k") == "ViT-B-16"
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as models:
+        cases.register_models(Path(models))
+        GOLDEN.parent.mkdir(exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in golden_tensors().items()}, str(GOLDEN))
