@@ -16,6 +16,7 @@ from clim.model import MAX_LOG_SCALE, CLIMPretraining
 from clim.sources import build_source
 from clim.text_table import TextTable, build_text_table
 from ovdet2.engine import Trainer
+from ovdet2.engine.optimizer import mixed_precision
 from ovdet2.errors import DataError
 
 logger = logging.getLogger("ovdet2.clim")
@@ -89,7 +90,7 @@ class CLIMTrainer(Trainer):
         """Do ``steps`` training steps and measure, of the same batches, the composing of mosaics.
 
         Returns:
-            (median seconds of a step, loading apart; median seconds of its composing).
+            (median seconds of a step, loading and averaging over processes apart; median seconds of its composing).
         """
         batches, step_times, compose_times = iter(self.data_loader), [], []
         for _ in range(steps):
@@ -97,8 +98,17 @@ class CLIMTrainer(Trainer):
             images = torch.stack([record["image"] for record in batch]).to(self.cfg.MODEL.DEVICE)
             pixels = self._trained.normalise(images)
             compose_times.append(_seconds(lambda: self._trained.compose(pixels)))
-            step_times.append(_seconds(lambda: self._trainer._update(batch)))
+            step_times.append(_seconds(lambda: self._step(batch)))
         return statistics.median(step_times), statistics.median(compose_times)
+
+    def _step(self, batch):
+        """Forward, backward and optimizer, in the precision of the run."""
+        dtype = mixed_precision(self.cfg)[0]
+        with torch.autocast(torch.device(self.cfg.MODEL.DEVICE).type, dtype=dtype, enabled=dtype is not None):
+            loss = self._trained(batch)["loss_clim"]
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
 
 
 class ClampLogitScale(HookBase):
