@@ -25,7 +25,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m ovdet2.doctor
-	$(PY) -m pytest tests -m "not slow"
+	$(PY) -m pytest -m "not slow"
 
 doctor:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2.doctor
