@@ -81,6 +81,7 @@ def parse_args(argv):
     parser.add_argument("--cpu-time", action="store_true", help="processor time of the process in place of the clock")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", choices=list(FREEZE_AT), help=argparse.SUPPRESS)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the configuration")
     return parser.parse_args(argv)
 
 
@@ -88,6 +89,7 @@ def build(name, args):
     """The detector in training mode, with random weights that are the same for both; embeddings are made up."""
     cfg = load_config(CONFIG, ["MODEL.DEVICE", args.device, "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT[name]])
     cfg.merge_from_list(["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECOND_BRANCH", "none"])
+    cfg.merge_from_list(args.opts)
     torch.manual_seed(0)
     visual = open_clip.create_model(args.architecture).visual.to(memory_format=torch.channels_last)
     backbone = clip_pyramid(cfg, visual)
@@ -163,7 +165,8 @@ def measured_peak(name, args):
         return peak_on_cuda(name, args)
     command = [sys.executable, __file__, "--peak", name, "--size", args.size, "--batch", str(args.batch)]
     command += ["--architecture", args.architecture, "--threads", str(args.threads), "--device", args.device]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command += args.opts
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return tuple(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
