@@ -171,11 +171,6 @@ def test_clip_detr_on_it_leaves_its_losses():
     assert [name for name, p in both.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_dynamic_queries_need_a_trained_class_branch():
-    with pytest.raises(UsageError, match="not trained, which the dynamic queries"):
-        model("MODEL.CLIP_DETR.DYNAMIC_WEIGHT", "1.0", "MODEL.CCKT.CLASS_LOSS_ON", "similarity")
-
-
 def test_words_of_another_vocabulary():
     with pytest.raises(UsageError, match="prior words .* of 0.jpg"):
         model()(records(words=((4, 1), (0,))))  # word 4 is novel

@@ -11,7 +11,7 @@ from ovdet2.config import without_training_parts
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.predictor import Predictor
-from tests import micro
+from tests import cckt_cases, micro
 from tests.test_detr_build import model_of, small_cfg
 
 GOLDEN = Path(__file__).parent / "golden" / "clip_detr.safetensors"
@@ -69,6 +69,26 @@ def test_every_variant_of_the_detector(variant):
     assert set(losses) >= ADDED["both"]
     sum(losses.values()).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("variant", ["plus_plus", "refine"])
+@pytest.mark.parametrize("loss_on", ["class", "similarity", "both"])
+def test_with_cckt(loss_on, variant):
+    """Losses of CCKT are as without; dynamic queries carry no word and have class and box losses alone."""
+    options = [*TINY, "MODEL.DETR.VARIANT", variant, "MODEL.CCKT.CLASS_LOSS_ON", loss_on]
+    cckt, model = cckt_cases.model(*options), cckt_cases.model(*options, *PARTS["both"])
+    assert model.load_state_dict(cckt.state_dict(), strict=False).unexpected_keys == []
+    with torch.no_grad():
+        expected = cckt(cckt_cases.records(words=((2, 1), (0,))))
+    losses = model(cckt_cases.records(words=((2, 1), (0,))))
+    assert set(losses) == set(expected) | ADDED["both"] and any("contrast" in name for name in losses)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    losses["loss_class_dynamic"].backward()
+    # What the class loss of the conventional queries trains, that of the dynamic ones does.
+    heads = [p.grad is not None and p.grad.abs().sum() > 0 for p in model.cckt.heads[-1].parameters()]
+    branch = [p.grad is not None and p.grad.abs().sum() > 0 for p in model.network.class_branches[-1].parameters()]
+    assert all(heads) == (loss_on == "similarity") and all(branch) == (loss_on != "similarity")
 
 
 def test_images_without_objects():

@@ -1,6 +1,5 @@
 """From MODEL.CCKT.* to what it adds to the detector."""
 
-from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.cckt import CCKT
 from ovdet2.modeling.detr.semantic_priors import SemanticPriors
 
@@ -18,7 +17,7 @@ def build_cckt(cfg, network, vocabulary):
         (:class:`CCKT` or None, list of (weight, function) as :class:`HungarianMatcher` takes them).
 
     Raises:
-        UsageError: dynamic queries without a trained class branch, or see :class:`CCKT` and :class:`SemanticPriors`.
+        UsageError: see :class:`CCKT` and :class:`SemanticPriors`.
     """
     settings, detr = cfg.MODEL.CCKT, cfg.MODEL.DETR
     if not settings.ENABLED:
@@ -39,11 +38,6 @@ def build_cckt(cfg, network, vocabulary):
         gamma=detr.FOCAL_GAMMA,
     )
     if settings.CLASS_LOSS_ON == "similarity":
-        if cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT:
-            raise UsageError(
-                'with MODEL.CCKT.CLASS_LOSS_ON "similarity" the class branch is not trained, which the dynamic queries of '
-                'MODEL.CLIP_DETR.DYNAMIC_WEIGHT have their class loss on: set CLASS_LOSS_ON to "both", or the weight to 0.'
-            )
         network.class_branches.requires_grad_(False)
     return cckt, [(settings.SIMILARITY_COST, cckt.similarity_cost)] if cckt.heads else []
 

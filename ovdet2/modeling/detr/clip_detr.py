@@ -27,31 +27,30 @@ class CLIPDETR(nn.Module):
         super().__init__()
         self.attributes, self.align_net, self.dynamic_queries = attributes, align_net, dynamic_queries
 
-    def forward(self, network, memory, queries, targets, criterion):
+    def forward(self, transformer, decode, memory, queries, targets, criterion):
         """Decode a training batch.
 
         Args:
-            network: :class:`~ovdet2.modeling.detr.model.DeformableDETR`.
-            memory, queries: what it decodes; a method may have altered the queries.
+            transformer: :class:`~ovdet2.modeling.detr.transformer.DeformableTransformer` of the detector.
+            decode: function of queries, and of an ``attention_mask`` if there is one, that gives the outputs of all
+                layers, as of :meth:`DeformableDETR.decode`.
+            memory, queries: what is decoded; a method may have altered the queries.
             targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
             criterion: :class:`~ovdet2.modeling.detr.criterion.SetCriterion`, whose losses the dynamic queries have.
 
         Returns:
-            (outputs of the conventional queries as of :meth:`DeformableDETR.decode`, dict of unweighted losses).
-            Collective calls.
+            (outputs of the conventional queries, dict of unweighted losses). Collective calls.
         """
         attributes, losses = self.attributes(targets), {}
         if self.align_net is not None:
             losses["loss_align"] = self.align_net(memory, targets, attributes)
         if self.dynamic_queries is None:
-            return network.decode(memory, queries, all_layers=True), losses
-        transformer = network.transformer
+            return decode(queries), losses
         encode = transformer.query_maker.encode_position
         if queries.position is None:
             queries = replace(queries, position=encode(queries.references))
         sets = self.dynamic_queries(queries, targets, attributes, encode, transformer.heads)
-        outputs = network.decode(memory, sets.queries, sets.hidden, all_layers=True)
-        outputs, dynamic = split_outputs(outputs, queries.content.shape[1])
+        outputs, dynamic = split_outputs(decode(sets.queries, attention_mask=sets.hidden), queries.content.shape[1])
         return outputs, losses | dynamic_losses(dynamic, targets, sets, criterion)
 
 

@@ -139,15 +139,20 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """Unweighted losses of a training batch, a dict of scalar Tensors."""
         _, memory, queries = self.encode(batched_inputs)
         targets = Targets.of_records(batched_inputs, self.device)
+
+        def decode(queries, **mask):
+            outputs = self.network.decode(memory, queries, all_layers=True, **mask)
+            return outputs if self.cckt is None else self.cckt.training_outputs(outputs)
+
         if self.clip_detr is None:
-            outputs, added = self.network.decode(memory, queries, all_layers=True), {}
+            outputs, added = decode(queries), {}
         else:
-            outputs, added = self.clip_detr(self.network, memory, queries, targets, self.criterion)
+            transformer = self.network.transformer
+            outputs, added = self.clip_detr(transformer, decode, memory, queries, targets, self.criterion)
         if self.cckt is None:
             return self.criterion(outputs, targets)[0] | added
         # Before the criterion, which may stop this process alone: a count over all processes would wait for it.
         num_boxes = mean_box_count(len(targets), self.device)
-        outputs = self.cckt.training_outputs(outputs)
         losses, matches = self.criterion(outputs, targets)
         return losses | self.cckt.losses(outputs, targets, matches, num_boxes) | added
 
