@@ -44,3 +44,13 @@ def test_large_scale_jitter_is_the_only_difference_of_the_two_rows_of_lvis():
     assert names == ["ResizeScale", "FixedSizeCrop", "RandomFlip"]
     jittered.INPUT, jittered.OUTPUT_DIR = plain.INPUT, plain.OUTPUT_DIR
     assert jittered == plain
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ovshapes")])
+def test_rows_of_ov_shapes_differ_from_their_baseline_in_the_parts_alone(name):
+    """And they claim no figure of it."""
+    baseline = "ovshapes/detr_closed_set_r18.yaml" if "closed" in name else "ovshapes/detr_text_r18.yaml"
+    cfg, plain = load_config(name), load_config(baseline)
+    assert cfg.TEST.EXPECTED_RESULTS == []
+    plain.MODEL.CLIP_DETR, plain.OUTPUT_DIR, plain.TEST.EXPECTED_RESULTS = cfg.MODEL.CLIP_DETR, cfg.OUTPUT_DIR, []
+    assert cfg == plain
