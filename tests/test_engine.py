@@ -278,6 +278,12 @@ def test_missed_expected_results_exit_1(root):
     assert ended.value.code == 1
 
 
+def test_expected_results_without_a_test_are_not_asked_for(root):
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP50-novel', 100.0, 0.1]]", "DATASETS.TEST", "()"]
+    train_net.main(train_net.parse_args([*micro_opts(root / "out"), *expected]))
+    assert (root / "out" / "model_final.pth").is_file()
+
+
 class TestEvalOnly:
     def test_equals_the_evaluation_after_training(self, root):
         trainer, _ = train(root / "out")

@@ -56,6 +56,8 @@ def setup(args, extend=None):
         cfg.MODEL.DEVICE = "cpu"
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
+    if not cfg.DATASETS.TEST:
+        cfg.TEST.EXPECTED_RESULTS = []  # of a configuration that is trained without a test
     evaluates = getattr(args, "eval_only", False)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not evaluates:
