@@ -44,4 +44,5 @@ def test_rows_of_table_4_differ_in_nothing_else(name):
     assert bool(cfg.MODEL.CCKT.PRIOR_FILE) == cfg.MODEL.CCKT.PRIORS
     assert bool(cfg.MODEL.CCKT.REGION_CACHE) == (cfg.MODEL.CCKT.CONTRAST != "none")
     cfg.MODEL.CCKT, cfg.OUTPUT_DIR = plain.MODEL.CCKT, plain.OUTPUT_DIR
+    cfg.TEST.EXPECTED_RESULTS = plain.TEST.EXPECTED_RESULTS
     assert cfg.dump() == plain.dump()
