@@ -70,6 +70,19 @@ def get_cfg():
     # tau of the second branch "map", whose softmax is over the words and the background.
     cfg.MODEL.OVD.VLM_TEMPERATURE = 0.01
 
+    _add_detr(cfg)
+    _add_cckt(cfg)
+    _add_clip_detr(cfg)
+    _add_swin(cfg)
+    _add_distillation(cfg)
+    _add_input(cfg)
+    _add_solver(cfg)
+    _add_data_and_test(cfg)
+    return cfg
+
+
+def _add_detr(cfg):
+    """Deformable DETR."""
     # OpenVocabularyDeformableDETR. MODEL.OVD.CLASSIFIER is its class branch; with "text" MODEL.OVD.TEMPERATURE is where
     # a learned one starts (0.01 at least). The losses are focal, over the base words.
     cfg.MODEL.DETR = CN()
@@ -119,6 +132,9 @@ def get_cfg():
     # Detections below it are left out; 0 keeps the best TEST.DETECTIONS_PER_IMAGE whatever their scores.
     cfg.MODEL.DETR.SCORE_THRESH_TEST = 0.0
 
+
+def _add_cckt(cfg):
+    """CCKT-Det on it."""
     # CCKT-Det on OpenVocabularyDeformableDETR: semantic priors, contrastive distillation of regions, scores by
     # similarity.
     cfg.MODEL.CCKT = CN()
@@ -162,6 +178,9 @@ def get_cfg():
     # Score of a detection: "similarity" (the paper), the "class" branch, or the "product" of their probabilities.
     cfg.MODEL.CCKT.SCORE = "similarity"
 
+
+def _add_clip_detr(cfg):
+    """CLIP-DETR on it."""
     # CLIP-DETR: losses of training that change nothing at test.
     cfg.MODEL.CLIP_DETR = CN()
     # Weight of AlignNet's loss; 0: off.
@@ -188,6 +207,9 @@ def get_cfg():
     # Objects of an image that have dynamic queries, drawn at random where there are more.
     cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
 
+
+def _add_swin(cfg):
+    """Other trunks than Detectron2's."""
     # MODEL.BACKBONE.NAME "build_clip_resnet_backbone" is the teacher's image tower, with MODEL.RESNETS.OUT_FEATURES and
     # MODEL.BACKBONE.FREEZE_AT (5 freezes all); "build_clip_fpn_backbone" is the FPN of MODEL.FPN on it, or on a ViT
     # (FREEZE_AT 0 or 5); "build_timm_swin_backbone" is the following one.
@@ -204,6 +226,9 @@ def get_cfg():
     # Maps, of "res2" (stride 4) to "res5" (stride 32).
     cfg.MODEL.SWIN.OUT_FEATURES = ["res3", "res4", "res5"]
 
+
+def _add_distillation(cfg):
+    """Distillation of ViLD."""
     # Distillation of the teacher's region embeddings, computed offline by tools/build_region_cache.py.
     cfg.MODEL.DISTILLATION = CN()
     # w of ViLD's loss; 0 trains without (ViLD-text) and reads no cache.
@@ -215,6 +240,9 @@ def get_cfg():
     # Cached regions used per image and step, drawn at random where there are more.
     cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE = 300
 
+
+def _add_input(cfg):
+    """Augmentation."""
     # DETR's augmentation: half of the training images are resized and cropped before INPUT.MIN_SIZE_TRAIN (with
     # MIN_SIZE_TRAIN_SAMPLING "choice") and RANDOM_FLIP apply, which the others go through alone.
     cfg.INPUT.DETR_CROP = CN()
@@ -235,6 +263,9 @@ def get_cfg():
     # Pixels.
     cfg.INPUT.LSJ.SIDE = 1024
 
+
+def _add_solver(cfg):
+    """Optimizer, precision, moving average, checkpoints."""
     # SOLVER.CLIP_GRADIENTS.CLIP_TYPE takes "full_model" (the norm of all gradients) beside Detectron2's two.
     # "SGD" (with MOMENTUM and NESTEROV) or "AdamW".
     cfg.SOLVER.OPTIMIZER = "SGD"
@@ -252,6 +283,9 @@ def get_cfg():
     # Periodic checkpoints kept: by default one to resume from and one to fall back to; 0 keeps all.
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
 
+
+def _add_data_and_test(cfg):
+    """Data sets, loading and evaluation."""
     # Data sets of your own, each {name, json, images, base: [class names], novel: [...], base_only: True for training,
     # masks, metric, pseudo_labels}; paths are below the data folder or absolute. See datasets/README.md.
     cfg.DATASETS.OWN = []
@@ -271,7 +305,6 @@ def get_cfg():
     # Proposals kept per image to report recall (AR@100, AR@300, AR@1000, those up to this number) on base and on novel
     # boxes; 0 switches it off.
     cfg.TEST.PROPOSALS_PER_IMAGE = 300
-    return cfg
 
 
 def find_config(name):

@@ -92,6 +92,31 @@ def images(count=2):
     return records
 
 
+def golden_rcnn(network, losses):
+    """Forward pass and gradients of a two-stage detector on two micro images, a dict of Tensors.
+
+    Gradients, not the losses after a step: those depend on which proposals survive NMS, which the last digits decide.
+
+    Args:
+        network: the detector, in evaluation mode.
+        losses: function of it and the records that gives its losses in training.
+    """
+    records = images(2)
+    with torch.no_grad():
+        found = network(records)
+    values = {}
+    for index, output in enumerate(found):
+        values[f"scores.{index}"] = output["instances"].scores[:10]
+        values[f"boxes.{index}"] = output["instances"].pred_boxes.tensor[:10]
+    first = losses(network, records)
+    values |= {f"step0.{name}": value.detach() for name, value in first.items()}
+    sum(first.values()).backward()
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    values["gradient_norms"] = torch.stack([gradients[name].norm() for name in sorted(gradients)])
+    values["gradient.projection"] = gradients["roi_heads.box_predictor.cls_score.projection.weight"]
+    return {name: value.contiguous() for name, value in values.items()}
+
+
 def assert_golden(path, found, gradient_atol):
     """Compare with stored tensors: within 1e-3 relative and 1e-4 absolute, gradients 1e-2 and ``gradient_atol``."""
     stored = load_file(str(path))

@@ -305,21 +305,8 @@ class TestByConfiguration:
 
 
 def golden_tensors():
-    """Forward pass and gradients of the micro-model (see tests/test_rcnn.py for why not a step)."""
-    network, records = fvlm_cases.model(), micro.images(2)
-    with torch.no_grad():
-        found = network(records)
-    values = {}
-    for index, output in enumerate(found):
-        values[f"scores.{index}"] = output["instances"].scores[:10]
-        values[f"boxes.{index}"] = output["instances"].pred_boxes.tensor[:10]
-    first = losses(network, records)
-    values |= {f"step0.{name}": value.detach() for name, value in first.items()}
-    sum(first.values()).backward()
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    values["gradient_norms"] = torch.stack([gradients[name].norm() for name in sorted(gradients)])
-    values["gradient.projection"] = gradients["roi_heads.box_predictor.cls_score.projection.weight"]
-    return {name: value.contiguous() for name, value in values.items()}
+    """See :func:`tests.micro.golden_rcnn`."""
+    return micro.golden_rcnn(fvlm_cases.model(), losses)
 
 
 def test_golden():

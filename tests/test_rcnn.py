@@ -202,24 +202,8 @@ def test_region_scorer_sees_network_input_and_every_proposal():
 
 
 def golden_tensors():
-    """Forward pass and gradients of the micro-model.
-
-    Gradients, not the losses after a step: those depend on which proposals survive NMS, which the last digits decide.
-    """
-    network, records = micro.model(), micro.images(2)
-    with torch.no_grad():
-        found = network(records)
-    values = {}
-    for index, output in enumerate(found):
-        values[f"scores.{index}"] = output["instances"].scores[:10]
-        values[f"boxes.{index}"] = output["instances"].pred_boxes.tensor[:10]
-    first = losses(network, records)
-    values |= {f"step0.{name}": value.detach() for name, value in first.items()}
-    sum(first.values()).backward()
-    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    values["gradient_norms"] = torch.stack([gradients[name].norm() for name in sorted(gradients)])
-    values["gradient.projection"] = gradients["roi_heads.box_predictor.cls_score.projection.weight"]
-    return {name: value.contiguous() for name, value in values.items()}
+    """See :func:`tests.micro.golden_rcnn`."""
+    return micro.golden_rcnn(micro.model(), losses)
 
 
 def test_golden():

@@ -47,7 +47,31 @@ def column_probabilities(embeddings, columns, temperature):
         return (embeddings.float() @ columns.float().T / temperature).softmax(dim=1)
 
 
-class TextClassifier(nn.Module):
+class _WordClassifier(nn.Module):
+    """What classifiers over a vocabulary share: projected features, the words of the mode, the background's label."""
+
+    def __init__(self, input_dim, vocabulary, temperature, bias=True):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.temperature = temperature
+        self.projection = EmbeddingProjection(input_dim, vocabulary.embeddings.shape[1], bias)
+
+    @property
+    def num_training_classes(self):
+        """B: the label that means background in training."""
+        return self.vocabulary.vocabulary.num_base
+
+    @property
+    def words(self):
+        """Unit rows: [B, D] of the base words in training, [K, D] at test."""
+        return self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
+
+    def embed(self, features):
+        """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
+        return self.projection(features)
+
+
+class TextClassifier(_WordClassifier):
     """Logits ``cos(e, [t_1 .. t_K, e_bg]) / tau`` with a learned background embedding (ViLD Eq. 2).
 
     With ``per_word`` each word is a decision of its own, ``cos(e, t_k) / tau + b`` for a sigmoid, and the background
@@ -64,27 +88,14 @@ class TextClassifier(nn.Module):
             temperature: tau > 0, the same in training and at test.
             per_word: logits for a sigmoid instead of a softmax.
         """
-        super().__init__()
-        dim = vocabulary.embeddings.shape[1]
-        self.vocabulary = vocabulary
-        self.temperature = temperature
-        self.projection = EmbeddingProjection(input_dim, dim)
+        super().__init__(input_dim, vocabulary, temperature)
         self.per_word = per_word
         if per_word:
             # A probability of 0.01 at the start, as for focal loss: else the many negatives drown the first steps.
             self.bias = nn.Parameter(torch.tensor(math.log(0.01 / 0.99)))
         else:
-            self.background = nn.Parameter(torch.empty(dim))
+            self.background = nn.Parameter(torch.empty(vocabulary.embeddings.shape[1]))
             nn.init.normal_(self.background, std=0.01)
-
-    @property
-    def num_training_classes(self):
-        """B: the label that means background in training."""
-        return self.vocabulary.vocabulary.num_base
-
-    def embed(self, features):
-        """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
-        return self.projection(features)
 
     def classify_without_background(self, embeddings):
         """Probabilities of the vocabulary's words alone, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
@@ -98,17 +109,16 @@ class TextClassifier(nn.Module):
         Returns:
             Tensor [R, B + 1] in training, [R, K + 1] at test; background last; float32.
         """
-        words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):  # half precision cannot resolve cos / 0.01
             if self.per_word:
-                logits = embeddings @ words.T / self.temperature + self.bias
+                logits = embeddings @ self.words.T / self.temperature + self.bias
                 return F.pad(logits, (0, 1))
-            columns = torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
+            columns = torch.cat([self.words, F.normalize(self.background.float(), dim=0)[None]])
             return embeddings @ columns.T / self.temperature
 
 
-class TextBackgroundClassifier(nn.Module):
+class TextBackgroundClassifier(_WordClassifier):
     """Logits ``cos(e, [t_1 .. t_K, t_bg]) / (s tau)``: the background is a text, s is learned (F-VLM).
 
     t_bg is the teacher's embedding of the word "background", frozen, and the projection has no bias. s starts at 1 and
@@ -127,22 +137,10 @@ class TextBackgroundClassifier(nn.Module):
         Raises:
             UsageError: the vocabulary has no background.
         """
-        super().__init__()
+        super().__init__(input_dim, vocabulary, temperature, bias=False)
         if vocabulary.background is None:
             raise UsageError("a text background needs the embedding of the word: give VocabularyBuffer a background.")
-        self.vocabulary = vocabulary
-        self.temperature = temperature
-        self.projection = EmbeddingProjection(input_dim, vocabulary.embeddings.shape[1], bias=False)
         self.log_scale = nn.Parameter(torch.zeros(()))
-
-    @property
-    def num_training_classes(self):
-        """B: the label that means background in training."""
-        return self.vocabulary.vocabulary.num_base
-
-    def embed(self, features):
-        """Region embeddings: Tensor [R, C] -> unit Tensor [R, D], float32."""
-        return self.projection(features)
 
     def forward(self, features):
         """
@@ -152,10 +150,9 @@ class TextBackgroundClassifier(nn.Module):
         Returns:
             Tensor [R, B + 1] in training, [R, K + 1] at test; background last; float32.
         """
-        words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):
-            columns = torch.cat([words, self.vocabulary.background[None]])
+            columns = torch.cat([self.words, self.vocabulary.background[None]])
             return embeddings @ columns.T / (self.temperature * self.log_scale.exp())
 
 

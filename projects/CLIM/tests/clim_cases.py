@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import torch
 from clim.config import add_clim_config
+from detectron2.engine import HookBase
 from PIL import Image
 
 from ovdet2.config import load_config
@@ -125,3 +126,14 @@ def config(folder, weights, output, *overrides):
     cfg.merge_from_list([part for key, value in defaults.items() if key not in given for part in (key, value)])
     cfg.freeze()
     return cfg
+
+
+class Stop(HookBase):
+    """Ends a run in the middle of a period of checkpoints, as a kill does."""
+
+    def __init__(self, done):
+        self.done = done
+
+    def after_step(self):
+        if self.trainer.iter + 1 == self.done:
+            raise KeyboardInterrupt

@@ -8,7 +8,7 @@ import torch
 from clim.config import add_clim_config
 from clim.sources import build_source
 from clim.trainer import CLIMTrainer, prepare
-from detectron2.engine import HookBase
+from clim_cases import Stop
 from safetensors.torch import save_file
 
 from ovdet2.config import load_config
@@ -68,15 +68,6 @@ def join_captions(folder):
         for image in data["images"]:
             (folder / "images" / image["file_name"]).symlink_to(MINI / split / image["file_name"])
     write_json(folder / "captions.json", {"images": images, "annotations": annotations})
-
-
-class Stop(HookBase):
-    def __init__(self, done):
-        self.done = done
-
-    def after_step(self):
-        if self.trainer.iter + 1 == self.done:
-            raise KeyboardInterrupt
 
 
 def train(cfg, resume, stop):

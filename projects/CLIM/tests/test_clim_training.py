@@ -11,7 +11,6 @@ from clim.model import MAX_LOG_SCALE, CLIMPretraining, clim_loss
 from clim.sources import build_source
 from clim.text_table import build_text_table
 from clim.trainer import ClampLogitScale, CLIMTrainer, prepare
-from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
@@ -172,23 +171,12 @@ def test_golden():
     assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-4)
 
 
-class Stop(HookBase):
-    """Ends a run in the middle of a period of checkpoints, as a kill does."""
-
-    def __init__(self, done):
-        self.done = done
-
-    def after_step(self):
-        if self.trainer.iter + 1 == self.done:
-            raise KeyboardInterrupt
-
-
 def run(cfg, resume=False, stop=None):
     """(trainer, {iteration: loss}) of a run."""
     prepare(cfg)
     trainer = CLIMTrainer(cfg)
     if stop:
-        trainer.register_hooks([Stop(stop)])
+        trainer.register_hooks([cases.Stop(stop)])
     trainer.resume_or_load(resume=resume)
     try:
         trainer.train()
