@@ -13,22 +13,15 @@ Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a 
 
 import argparse
 
-import torch
-
+from ovdet2.command_line import add_run_arguments, launch_run
 from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import exit_on_error
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", metavar="FILE", help="yaml file, or its name below configs/")
     parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")
-    parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines in all")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
-    parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://<machine 0>:<port>, or auto")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
+    add_run_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -65,10 +58,7 @@ def run(argv=None):
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
-    from ovdet2.engine import launch  # slow to import, so after the errors a user makes most
-
-    use_cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), use_cuda=use_cuda)
+    launch_run(main, args, cfg.MODEL.DEVICE)
 
 
 if __name__ == "__main__":

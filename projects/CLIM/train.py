@@ -16,25 +16,19 @@ or torchrun. Exit codes: 2 usage, 3 data, 4 environment, 5 a loss that is not fi
 
 import argparse
 
-import torch
 import yaml
 from clim.config import add_clim_config
 
+from ovdet2.command_line import add_run_arguments, launch_run
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", default="", metavar="FILE")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR")
     parser.add_argument("--text-only", action="store_true", help="embed the captions and stop")
     parser.add_argument("--measure-composing", type=int, default=0, metavar="N", help="time N steps and stop")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")
-    parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="machines in all")
-    parser.add_argument("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
-    parser.add_argument("--dist-url", default="auto", metavar="URL", help="tcp://<machine 0>:<port>, or auto")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
+    add_run_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -82,10 +76,7 @@ def run(argv=None):
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
-    from ovdet2.engine import launch  # slow to import, so after the errors a user makes most
-
-    use_cuda = cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available()
-    launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), use_cuda=use_cuda)
+    launch_run(main, args, cfg.MODEL.DEVICE)
 
 
 if __name__ == "__main__":
