@@ -76,6 +76,11 @@ ROWS = {
     "cckt_full_class": Row(
         "CCKT-Det: priors, contrast, class branch", "ovshapes/cckt_full_class_r18.yaml", "cckt_full"
     ),
+    **{
+        f"clip_detr_{part}_{head}": Row(f"{title}, {head} head", f"ovshapes/clip_detr_{part}_{head}_r18.yaml")
+        for head in ("closed", "text")
+        for part, title in (("align", "+ AlignNet"), ("dynql", "+ DynQL"), ("both", "CLIP-DETR"))
+    },
     "fvlm": Row("F-VLM", "ovshapes/fvlm_resnet.yaml"),
     "fvlm_detector": Row("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", "fvlm"),
     "fvlm_clip": Row("CLIP's map at the proposals of F-VLM, with objectness", "ovshapes/fvlm_resnet_clip.yaml", "fvlm"),
@@ -85,6 +90,7 @@ COLUMNS = {
     "unseen nouns": ("bbox", "AP50-unseen_nouns"),
     "unseen combinations": ("bbox", "AP50-unseen_combinations"),
     "base AP50": ("bbox", "AP50-base"),
+    "base AP": ("bbox", "AP-base"),
     "all AP50": ("bbox", "AP50-all"),
     "novel AR@100": ("proposals", "AR@100-novel"),
     "base AR@100": ("proposals", "AR@100-base"),
