@@ -6,7 +6,7 @@ import torch
 
 
 def add_run_arguments(parser):
-    """Add --config-file, --resume, the processes and machines of the run, and KEY VALUE overrides ("opts", the rest)."""
+    """Add --config-file, --resume, processes and machines of the run, and KEY VALUE overrides ("opts", the rest)."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="yaml file, or its name below configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")

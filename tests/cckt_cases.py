@@ -13,6 +13,10 @@ ON = ["MODEL.CCKT.ENABLED", "True", "MODEL.DETR.DROPOUT", "0.0"]
 def model(*overrides, words=None):
     """An OpenVocabularyDeformableDETR of two decoder layers, 10 queries and random weights of one seed."""
     result = model_of(*ON, *overrides)
+    if result.cckt.class_crops is not None:
+        words_known = len(result.vocabulary.training_embeddings)
+        crops = F.normalize(micro.wave((words_known, 2, result.vocabulary.embeddings.shape[1]), 0.7), dim=2)
+        result.cckt.class_crops.fill(crops.half(), torch.full((words_known,), 2))
     if words is not None:
         result.vocabulary.set(words)
     return result

@@ -80,6 +80,7 @@ class TestLogits:
         found = outputs()["pred_embeddings"]
         words = micro.vocabulary().embeddings
         logits = similarity_logits(found, words, TAU)
+        assert torch.equal(similarity_logits(found, words, TAU, -2.5), logits - 2.5)
         assert logits.shape == (LAYERS, 2, QUERIES, 5) and logits.dtype == torch.float64
         expected = dot(found[1, 0, 2].tolist(), words[4].double().tolist()) / TAU
         assert logits[1, 0, 2, 4].item() == pytest.approx(expected)
@@ -91,8 +92,9 @@ class TestLogits:
 
 
 class TestMatching:
-    def test_similarity_cost_equals_the_reference(self):
-        module, found, wanted = part(), outputs(), targets((2, 1))
+    @pytest.mark.parametrize("bias", [0.0, -4.6])
+    def test_similarity_cost_equals_the_reference(self, bias):
+        module, found, wanted = part(bias=bias), outputs(), targets((2, 1))
         cost = module.similarity_cost(found, wanted.padded(wanted.labels))
         assert cost.shape == (LAYERS, 2, QUERIES, 2)
         words = micro.vocabulary().embeddings.double().tolist()
@@ -100,7 +102,7 @@ class TestMatching:
             for query in range(QUERIES):
                 for column, label in enumerate(wanted.labels[:2].tolist()):
                     cosine = dot(found["pred_embeddings"][layer, 0, query].tolist(), words[label])
-                    expected = -1 / (1 + math.exp(-cosine / TAU))
+                    expected = -1 / (1 + math.exp(-cosine / TAU - bias))
                     assert cost[layer, 0, query, column].item() == pytest.approx(expected)
 
     def test_it_decides_between_queries_that_are_alike_otherwise(self):
@@ -146,31 +148,27 @@ class TestLosses:
         assert module.losses(found, wanted, matches, 1.0)["loss_contrast"].item() == pytest.approx(expected)
 
     def test_class_contrast_equals_the_reference(self):
-        """One object of each class, so that nothing is left to the draw of crops; two images have the same classes."""
+        """One crop of each class, so that nothing is left to the draw; the last class has none."""
         module, found = part(contrast="class"), outputs()
-        wanted = targets((3, 0), embedded=0.9, distinct=True)
-        matches = matched(found, wanted, module)
-        crops = {
-            int(label): row
-            for label, row, there in zip(wanted.labels, wanted.embeddings.double().tolist(), wanted.embedded)
-            if there
-        }
-        rows = found["pred_embeddings"][-1].flatten(0, 1).tolist()
-        queries = [i * QUERIES + q for i, q, _ in triples(matches[-1])]
-        labels = [int(wanted.labels[t]) for _, _, t in triples(matches[-1])]
-        expected = class_reference(rows, queries, labels, crops)
-        assert module.losses(found, wanted, matches, 2.0)["loss_contrast"].item() == pytest.approx(expected / 2)
-        for counts in ((0, 0), (1, 0)):
-            few = targets(counts)
-            assert math.isfinite(module.losses(found, few, matched(found, few, module), 1.0)["loss_contrast"])
+        rows = F.normalize(torch.randn(WORDS, 1, DIM), dim=2)
+        module.class_crops.fill(rows, torch.tensor([1, 1, 0]))
+        crops = {label: rows[label, 0].double().tolist() for label in (0, 1)}
+        for counts in ((3, 2), (0, 0), (1, 0)):
+            wanted = targets(counts, embedded=0.0)  # their own crops are not asked for
+            matches = matched(found, wanted, module)
+            queries = [i * QUERIES + q for i, q, _ in triples(matches[-1])]
+            labels = [int(wanted.labels[t]) for _, _, t in triples(matches[-1])]
+            expected = class_reference(found["pred_embeddings"][-1].flatten(0, 1).tolist(), queries, labels, crops)
+            assert module.losses(found, wanted, matches, 2.0)["loss_contrast"].item() == pytest.approx(expected / 2)
 
-    def test_focal_loss_of_the_similarity(self):
-        module, found, wanted = part(class_loss="both"), outputs(), targets((2, 1))
+    @pytest.mark.parametrize("bias", [0.0, -4.6])
+    def test_focal_loss_of_the_similarity(self, bias):
+        module, found, wanted = part(class_loss="both", bias=bias), outputs(), targets((2, 1))
         matches = matched(found, wanted, module)
         words = micro.vocabulary().embeddings[:WORDS].double().tolist()
         label_of = {(i, q): int(wanted.labels[t]) for i, q, t in triples(matches[0])}
         expected = sum(
-            focal_reference(dot(row, word) / TAU, label_of.get((image, query)) == k)
+            focal_reference(dot(row, word) / TAU + bias, label_of.get((image, query)) == k)
             for image, rows in enumerate(found["pred_embeddings"][0].tolist())
             for query, row in enumerate(rows)
             for k, word in enumerate(words)

@@ -8,9 +8,10 @@ from detectron2.data import transforms as T
 from torch.nn import functional as F
 
 from ovdet2.config import get_cfg
+from ovdet2.data.class_crops import class_crops
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.data.mapper import OpenVocabularyMapper
-from ovdet2.data.region_cache import Regions
+from ovdet2.data.region_cache import RegionCache, Regions
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import CacheError, UsageError
 from ovdet2.files import read_json, sha256_file
@@ -143,6 +144,29 @@ class TestEmbeddings:
         with pytest.raises(CacheError, match=r"regions were cut around the annotations .*a box of a novel class"):
             mapper(record(data, {999: ((5, 5, 30, 30), 0, 0)}))
 
+    def test_crops_of_classes_are_of_all_the_training_set(self, data):
+        train = json.loads((data / "micro" / "train.json").read_text())
+        label = {raw: place for place, raw in enumerate(SPLIT.category_ids)}
+        boxes = {box["id"]: label[box["category_id"]] for box in train["annotations"] if not box["iscrowd"]}
+        left_out = [number for number, word in boxes.items() if word == 0][:1]
+        cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, left_out=left_out))
+        loader = build_train_loader(cfg)
+        cache = loader.dataset.mapper.annotation_cache
+        wanted = {word: [embedding(n) for n in boxes if boxes[n] == word and n not in left_out] for word in range(2)}
+        for per_class in (1, 2, 500):
+            crops, counts = class_crops(loader.dataset.records, cache, 2, per_class)
+            assert counts.tolist() == [min(per_class, len(wanted[word])) for word in range(2)]
+            for word, count in enumerate(counts.tolist()):
+                rows = {tuple(row.tolist()) for row in crops[word, :count]}
+                assert len(rows) == count and rows <= {tuple(row.tolist()) for row in wanted[word]}
+                assert not crops[word, count:].any()
+        again, _ = class_crops(loader.dataset.records, cache, 2, 2)
+        other, _ = class_crops(loader.dataset.records, cache, 2, 2, seed=5)
+        assert torch.equal(again, class_crops(loader.dataset.records, cache, 2, 2)[0]) and not torch.equal(again, other)
+        empty = RegionCache(annotation_cache(data, "empty", left_out=boxes))
+        with pytest.raises(CacheError, match="empty has no crop of any annotation of the training set: build one"):
+            class_crops(loader.dataset.records, empty, 2)
+
     def test_a_cache_of_proposals_is_refused(self, data):
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, source="proposals"))
         with pytest.raises(CacheError, match="holds proposals.*--boxes annotations"):
@@ -229,7 +253,7 @@ def test_training_run_is_evaluated_and_its_report_names_the_priors(data, tmp_pat
         "MODEL.VOCABULARY.TEMPLATES", "single", "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001",
         "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "3", "MODEL.CCKT.ENABLED", "True",
         "MODEL.CCKT.PRIOR_FILE", priors(data, "--backend", "random"), "MODEL.CCKT.PRIOR_DISTRACTORS", "1",
-        "SOLVER.AMP.ENABLED", "True", "MODEL.CCKT.CONTRAST_START", "1",
+        "SOLVER.AMP.ENABLED", "True", "MODEL.CCKT.CONTRAST_START", "1", "MODEL.CCKT.CONTRAST", "class",
     ]  # fmt: skip
     teacher = build_teacher(micro_cfg(tmp_path / "out", small))
     folder = annotation_cache(data, "real", dim=teacher.embed_dim, teacher=teacher.fingerprint)

@@ -97,6 +97,11 @@ class TestPriors:
                     ]
                 assert after.content[image, query].tolist() == pytest.approx(expected, abs=1e-5)
 
+    def test_gain_is_of_the_first_weights(self):
+        torch.manual_seed(0)
+        louder = SemanticPriors(VocabularyBuffer(micro.vocabulary()), 6, "blocks", gain=5.0).projection
+        assert torch.allclose(louder.weight, 5 * priors().projection.weight) and not louder.bias.any()
+
     def test_more_words_than_queries(self):
         module = priors("interleave").eval()
         few = queries(1, 3)

@@ -52,6 +52,8 @@ class Trainer(DefaultTrainer):
         data_loader = self.build_train_loader(cfg)
         model = self.build_model(cfg)
         _require_cached_teacher(data_loader, model)
+        if hasattr(model, "prepare_training"):
+            model.prepare_training(data_loader.dataset)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, full_model_norm(cfg), amp_dtype)

@@ -26,10 +26,11 @@ def build_cckt(cfg, network, vocabulary):
     assignment = settings.ASSIGNMENT or ("interleave" if two_stage else "blocks")
     cckt = CCKT(
         vocabulary,
-        SemanticPriors(vocabulary, detr.DIM, assignment) if settings.PRIORS else None,
+        SemanticPriors(vocabulary, detr.DIM, assignment, settings.PRIOR_GAIN) if settings.PRIORS else None,
         detr.DIM,
         network.transformer.num_branches,
         temperature=settings.TEMPERATURE,
+        bias=settings.SIMILARITY_BIAS,
         class_loss=settings.CLASS_LOSS_ON,
         contrast=settings.CONTRAST,
         contrast_start=settings.CONTRAST_START,

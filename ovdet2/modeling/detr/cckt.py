@@ -12,30 +12,32 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from ovdet2.data.class_crops import class_crops
 from ovdet2.errors import UsageError
 from ovdet2.layers.text_classifier import EmbeddingProjection
 from ovdet2.modeling.detr.criterion import class_targets
-from ovdet2.modeling.detr.region_contrast import class_contrast, one_of_each_class, pair_contrast
+from ovdet2.modeling.detr.region_contrast import ClassCrops, class_contrast, pair_contrast
 
 CONTRASTS = ("none", "instance", "batch", "class")
 CLASS_LOSSES = ("class", "similarity", "both")
 SCORES = ("class", "similarity", "product")
 
 
-def similarity_logits(embeddings, words, temperature):
-    """cos(e, t) / tau, whose sigmoid is the similarity probability (Eq. 4).
+def similarity_logits(embeddings, words, temperature, bias=0.0):
+    """cos(e, t) / tau + b, whose sigmoid is the similarity probability (Eq. 4, where b is 0).
 
     Args:
         embeddings: Tensor [..., D], unit rows.
         words: Tensor [K, D], unit rows.
         temperature: tau.
+        bias: b.
 
     Returns:
         Tensor [..., K], float32 (float64 if ``embeddings`` is).
     """
     embeddings = _full_precision(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
-        return embeddings @ words.T.to(embeddings) / temperature
+        return embeddings @ words.T.to(embeddings) / temperature + bias
 
 
 def product_logits(first, second):
@@ -60,6 +62,7 @@ class CCKT(nn.Module):
         num_heads=0,
         *,
         temperature=0.07,
+        bias=0.0,
         class_loss="class",
         contrast="instance",
         contrast_start=0,
@@ -75,6 +78,7 @@ class CCKT(nn.Module):
             num_heads: region embedding heads, one for each decoder layer, or 1 for all of them; made only if asked for
                 by a loss.
             temperature: tau, of similarities and of the contrast.
+            bias: b, of similarities.
             class_loss: the focal loss is on the logits of the "class" branch (published code), on those of "similarity"
                 (Eq. 7), where the class branch is not trained, or on "both".
             contrast: "instance" (Eqs. 5 and 6, within each image), "batch" (the same, over the images of the process),
@@ -108,8 +112,20 @@ class CCKT(nn.Module):
         self.priors = priors
         embed_dim = vocabulary.embeddings.shape[1]
         self.heads = nn.ModuleList(EmbeddingProjection(dim, embed_dim) for _ in range(num_heads if embeds else 0))
-        self.temperature, self.alpha, self.gamma = temperature, alpha, gamma
+        self.class_crops = ClassCrops() if contrast == "class" else None
+        self.temperature, self.bias, self.alpha, self.gamma = temperature, bias, alpha, gamma
         self.class_loss, self.contrast, self.contrast_start, self.score = class_loss, contrast, contrast_start, score
+
+    def prepare_training(self, dataset):
+        """Take what the losses need of the training set; ``dataset`` is a
+        :class:`~ovdet2.data.loader.MappedRecords` whose mapper has a cache of annotated boxes.
+
+        Raises:
+            CacheError: see :func:`~ovdet2.data.class_crops.class_crops`.
+        """
+        if self.class_crops is not None:
+            num_base = len(self._shared[0].training_embeddings)
+            self.class_crops.fill(*class_crops(dataset.records, dataset.mapper.annotation_cache, num_base))
 
     def add_priors(self, queries, records):
         """The queries with the words of their image, see :class:`SemanticPriors`; as they are without priors."""
@@ -168,7 +184,7 @@ class CCKT(nn.Module):
             return outputs["pred_boxes"].new_zeros((layers, images, queries, labels.shape[1]))
         words = self._shared[0].training_embeddings[labels]  # B x X x D
         embeddings = _full_precision(outputs["pred_embeddings"])
-        return -(embeddings @ words.transpose(1, 2).to(embeddings) / self.temperature).sigmoid()
+        return -(embeddings @ words.transpose(1, 2).to(embeddings) / self.temperature + self.bias).sigmoid()
 
     def losses(self, outputs, targets, matches, num_boxes):
         """The losses beside the criterion's, in the same layers.
@@ -223,7 +239,7 @@ class CCKT(nn.Module):
     def _similarity(self, embeddings):
         vocabulary = self._shared[0]
         rows = vocabulary.training_embeddings if self.training else vocabulary.embeddings
-        return similarity_logits(embeddings, rows, self.temperature)
+        return similarity_logits(embeddings, rows, self.temperature, self.bias)
 
     def _contrast(self, embeddings, targets, matches):
         """The sum over pairs of one layer; ``embeddings`` [B, N, D]."""
@@ -234,10 +250,8 @@ class CCKT(nn.Module):
             )
         per_image, count = embeddings.shape[1], len(targets)
         if self.contrast == "class":
-            active = one_of_each_class(targets.labels, targets.embedded, targets.label_limit)
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
-            crops = targets.embeddings, targets.labels, active
-            return class_contrast(embeddings.flatten(0, 1), rows, labels, *crops, self.temperature)
+            return class_contrast(embeddings.flatten(0, 1), rows, labels, *self.class_crops.draw(), self.temperature)
         # A batch is one large image.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)

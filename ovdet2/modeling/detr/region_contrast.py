@@ -1,10 +1,13 @@
 """Regional contrastive distillation of CCKT-Det: queries and the teacher's crops of their objects find each other.
 
-Shapes: B images, N queries, X the most objects of one image, P pairs of a query and an object, M objects of all images,
-D embedding dimension. Sums, not means: who calls divides.
+Shapes: B images, N queries, X the most objects of one image, P pairs of a query and an object, K classes, m crops of a
+class, D embedding dimension. Sums, not means: who calls divides.
 """
 
 import torch
+from torch import nn
+
+from ovdet2.errors import UsageError
 
 
 def pair_contrast(student, teacher, query, valid, temperature=0.07):
@@ -36,7 +39,7 @@ def pair_contrast(student, teacher, query, valid, temperature=0.07):
         return ((to_student + to_teacher) / 2).masked_fill(~valid, 0.0).sum()
 
 
-def class_contrast(student, matched, labels, teacher, teacher_labels, active, temperature=0.07):
+def class_contrast(student, matched, labels, teacher, active, temperature=0.07):
     """One crop for each class, against the queries of the whole batch: the form of the published code.
 
     A matched query is to find the crop of its class among those of all classes; the crop of a class, the queries
@@ -46,43 +49,60 @@ def class_contrast(student, matched, labels, teacher, teacher_labels, active, te
         student: Tensor [B * N, D], unit rows.
         matched: Tensor [P] int64, rows of ``student``.
         labels: Tensor [P] int64, their classes.
-        teacher: Tensor [M, D], unit rows of any floating type where ``active``; the target.
-        teacher_labels: Tensor [M] int64, their classes.
-        active: Tensor [M] bool, at most one of each class: the crops that stand for their class.
+        teacher: Tensor [K, D], a unit row of any floating type for each class that is ``active``; the target.
+        active: Tensor [K] bool, classes that have a crop.
         temperature: tau.
 
     Returns:
         As of :func:`pair_contrast`: the mean of the sum over matched queries and of the sum over classes. Of a class's
-        scores the mean over its queries counts. Pairs whose class has no active crop take no part.
+        scores the mean over its queries counts. Pairs whose class has no crop take no part.
     """
     with torch.autocast(student.device.type, enabled=False):
         student = _full_precision(student)
         teacher = teacher.to(student).masked_fill(~active[:, None], 0.0)
-        logits = student @ teacher.T / temperature  # BN x M
-        rows = logits[matched]  # P x M
-        own = (labels[:, None] == teacher_labels) & active
-        if not len(teacher_labels):
-            return logits.sum()
-        to_teacher = rows.masked_fill(~active, -torch.inf).logsumexp(dim=1) - (rows * own).sum(dim=1)
-        count = own.sum(dim=0)
-        to_student = logits.logsumexp(dim=0) - (rows * own).sum(dim=0) / count.clamp(min=1)
-        return (to_teacher.masked_fill(~own.any(dim=1), 0.0).sum() + to_student.masked_fill(count == 0, 0.0).sum()) / 2
+        logits = student @ teacher.T / temperature  # BN x K
+        rows = logits[matched]  # P x K
+        paired = active[labels]
+        own = rows.gather(1, labels[:, None])[:, 0].masked_fill(~paired, 0.0)
+        # A class without a crop is no negative; a row without any class that has one gives NaN, which is masked.
+        to_teacher = rows.masked_fill(~active & paired[:, None], -torch.inf).logsumexp(dim=1) - own
+        zeros = own.new_zeros(len(active))
+        count = zeros.scatter_add(0, labels, paired.to(own))
+        to_student = logits.logsumexp(dim=0) - zeros.scatter_add(0, labels, own) / count.clamp(min=1)
+        return (to_teacher.masked_fill(~paired, 0.0).sum() + to_student.masked_fill(count == 0, 0.0).sum()) / 2
 
 
-def one_of_each_class(labels, candidates, num_classes):
-    """A random candidate of each class that has one; drawn from torch's global generator.
+class ClassCrops(nn.Module):
+    """A few of the teacher's crops for each class, of which one at a time is drawn. Of no checkpoint: the cache has
+    them."""
 
-    Args:
-        labels: Tensor [M] int64, below ``num_classes``.
-        candidates: Tensor [M] bool.
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("crops", torch.zeros(0, 1, 0, dtype=torch.float16), persistent=False)
+        self.register_buffer("counts", torch.zeros(0, dtype=torch.int64), persistent=False)
 
-    Returns:
-        Tensor [M] bool.
-    """
-    order = 1 + torch.randperm(len(labels)).to(labels.device)  # different for each, so that one is the greatest
-    order = order.masked_fill(~candidates, 0)
-    greatest = order.new_zeros(num_classes).scatter_reduce(0, labels, order, "amax")
-    return candidates & (order == greatest[labels])
+    def fill(self, crops, counts):
+        """
+        Args:
+            crops: Tensor [K, m, D], of any floating type.
+            counts: Tensor [K] int64, how many of the m rows of a class are crops.
+        """
+        self.crops, self.counts = crops.to(self.crops.device), counts.to(self.counts.device)
+
+    def draw(self):
+        """A crop of each class: (Tensor [K, D], Tensor [K] bool, whether the class has one), by torch's global
+        generator of the CPU.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if not len(self.counts):
+            raise UsageError(
+                'MODEL.CCKT.CONTRAST "class" has no crops of classes yet: train with ovdet2\'s Trainer, or call '
+                "prepare_training of the detector with the training set."
+            )
+        place = (torch.rand(len(self.counts)).to(self.counts.device) * self.counts).long()
+        return self.crops[torch.arange(len(place), device=place.device), place], self.counts > 0
 
 
 def _full_precision(tensor):

@@ -45,12 +45,13 @@ class SemanticPriors(nn.Module):
     """Adds a linear function of a word's embedding to the content of the queries that carry the word, once, before the
     decoder; positions and references stay."""
 
-    def __init__(self, vocabulary, dim, assignment):
+    def __init__(self, vocabulary, dim, assignment, gain=1.0):
         """
         Args:
             vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` of the detector.
             dim: C.
             assignment: see :func:`assign_words`.
+            gain: factor of the projection's first weights, which are otherwise Xavier's.
 
         Raises:
             UsageError: another assignment.
@@ -64,7 +65,7 @@ class SemanticPriors(nn.Module):
         self._shared = (vocabulary,)  # a tuple hides it from state_dict: the detector owns it
         self.assignment = assignment
         self.projection = nn.Linear(vocabulary.embeddings.shape[1], dim)
-        nn.init.xavier_uniform_(self.projection.weight)
+        nn.init.xavier_uniform_(self.projection.weight, gain)
         nn.init.zeros_(self.projection.bias)
 
     def forward(self, queries, records):

@@ -135,6 +135,11 @@ class OpenVocabularyDeformableDETR(nn.Module):
                 result["decoder_layers"] = [of_layer[image] for of_layer in layers]
         return results
 
+    def prepare_training(self, dataset):
+        """Let the parts take what they need of the training set, a :class:`~ovdet2.data.loader.MappedRecords`."""
+        if self.cckt is not None:
+            self.cckt.prepare_training(dataset)
+
     def losses(self, batched_inputs):
         """Unweighted losses of a training batch, a dict of scalar Tensors."""
         _, memory, queries = self.encode(batched_inputs)
