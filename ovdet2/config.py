@@ -159,13 +159,14 @@ def _add_cckt(cfg):
     # Words to queries: "blocks" of consecutive queries, "interleave" (query i takes word i mod K); empty: interleave
     # with two stages, blocks otherwise.
     cfg.MODEL.CCKT.ASSIGNMENT = ""
-    # Factor of the first weights of the words' projection, beside Xavier's: 1 lets words start at a tenth of the
-    # content they are added to, and a short training may never use them.
+    # Factor of the first weights of the words' projection, beside Xavier's. With 1, the published code's, a word starts
+    # at some hundredths of the norm of the learned content, and a short training hardly reads it.
     cfg.MODEL.CCKT.PRIOR_GAIN = 1.0
     # tau of similarities and of the contrast.
     cfg.MODEL.CCKT.TEMPERATURE = 0.07
     # Added to cos / tau in the similarity probability. The paper has none: a similarity above 0 is then a probability
-    # above 1/2, and the focal loss drives an embedding away from all words but its own.
+    # above 1/2, and a focal loss drives an embedding away from all words but its own. With CLASS_LOSS_ON "similarity"
+    # or "both" try -4.6, at which the class branch starts.
     cfg.MODEL.CCKT.SIMILARITY_BIAS = 0.0
     # Weight of the similarity in the cost that queries are matched by.
     cfg.MODEL.CCKT.SIMILARITY_COST = 1.0

@@ -30,14 +30,12 @@ def part(**options):
     return CCKT(VocabularyBuffer(micro.vocabulary()), dim=5, num_heads=LAYERS, **options)
 
 
-def targets(counts, embedded=0.7, seed=0, distinct=False):
+def targets(counts, embedded=0.7, seed=0):
     """Objects of the three base words, some without a crop."""
     made = detr_cases.records(counts, WORDS, seed)
     generator = torch.Generator().manual_seed(seed)
     for record in made:
         instances = record["instances"]
-        if distinct:
-            instances.gt_classes = torch.arange(len(instances))
         rows = F.normalize(torch.randn(len(instances), DIM, generator=generator), dim=1)
         instances.gt_embeddings = rows.half()
         instances.gt_embedded = torch.rand(len(instances), generator=generator) < embedded

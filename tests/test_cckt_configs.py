@@ -11,16 +11,17 @@ from tests.test_detr_configs import NARROW, built, rates
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*cckt*.yaml"))
-TABLE_4 = {  # priors, contrast, score
-    "cckt_priors_r18": (True, "none", "class"),
-    "cckt_full_class_r18": (True, "instance", "class"),
-    "cckt_contrast_r18": (False, "instance", "similarity"),
-    "cckt_full_r18": (True, "instance", "similarity"),
+TABLE_4 = {  # priors, contrast, score, focal loss
+    "cckt_similarity_r18": (False, "none", "similarity", "both"),  # the control of the two with a contrast
+    "cckt_priors_r18": (True, "none", "class", "class"),
+    "cckt_full_class_r18": (True, "instance", "class", "both"),
+    "cckt_contrast_r18": (False, "instance", "similarity", "both"),
+    "cckt_full_r18": (True, "instance", "similarity", "both"),
 }
 
 
 def test_all_of_them_were_found():
-    assert len(NAMES) == 9 and "ovlvis/cckt_r50.yaml" in NAMES
+    assert len(NAMES) == 10 and "ovlvis/cckt_r50.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,9 +41,13 @@ def test_narrowed_it_builds_and_detects(name):
 def test_rows_of_table_4_differ_in_nothing_else(name):
     cfg = load_config(f"ovshapes/{name}.yaml")
     plain = load_config("ovshapes/detr_text_r18.yaml")
-    assert (cfg.MODEL.CCKT.PRIORS, cfg.MODEL.CCKT.CONTRAST, cfg.MODEL.CCKT.SCORE) == TABLE_4[name]
+    cckt, whole = cfg.MODEL.CCKT, load_config("ovshapes/cckt_full_r18.yaml").MODEL.CCKT
+    assert (cckt.PRIORS, cckt.CONTRAST, cckt.SCORE, cckt.CLASS_LOSS_ON) == TABLE_4[name]
     assert bool(cfg.MODEL.CCKT.PRIOR_FILE) == cfg.MODEL.CCKT.PRIORS
     assert bool(cfg.MODEL.CCKT.REGION_CACHE) == (cfg.MODEL.CCKT.CONTRAST != "none")
+    for key in ("PRIORS", "CONTRAST", "SCORE", "CLASS_LOSS_ON", "PRIOR_FILE", "REGION_CACHE"):
+        cckt[key] = whole[key]
+    assert cckt == whole
     cfg.MODEL.CCKT, cfg.OUTPUT_DIR = plain.MODEL.CCKT, plain.OUTPUT_DIR
     cfg.TEST.EXPECTED_RESULTS = plain.TEST.EXPECTED_RESULTS
     assert cfg.dump() == plain.dump()

@@ -147,25 +147,52 @@ class TestEmbeddings:
     def test_crops_of_classes_are_of_all_the_training_set(self, data):
         train = json.loads((data / "micro" / "train.json").read_text())
         label = {raw: place for place, raw in enumerate(SPLIT.category_ids)}
-        boxes = {box["id"]: label[box["category_id"]] for box in train["annotations"] if not box["iscrowd"]}
+        boxes = {box["id"]: label[box["category_id"]] for box in train["annotations"]}
         left_out = [number for number, word in boxes.items() if word == 0][:1]
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, left_out=left_out))
-        loader = build_train_loader(cfg)
-        cache = loader.dataset.mapper.annotation_cache
-        wanted = {word: [embedding(n) for n in boxes if boxes[n] == word and n not in left_out] for word in range(2)}
+        dataset = build_train_loader(cfg).dataset
+        cache = dataset.mapper.annotation_cache
+        wanted = [[embedding(n) for n in boxes if boxes[n] == word and n not in left_out] for word in range(2)]
         for per_class in (1, 2, 500):
-            crops, counts = class_crops(loader.dataset.records, cache, 2, per_class)
+            crops, counts = class_crops(dataset.records, cache, 2, per_class)
             assert counts.tolist() == [min(per_class, len(wanted[word])) for word in range(2)]
             for word, count in enumerate(counts.tolist()):
                 rows = {tuple(row.tolist()) for row in crops[word, :count]}
                 assert len(rows) == count and rows <= {tuple(row.tolist()) for row in wanted[word]}
                 assert not crops[word, count:].any()
-        again, _ = class_crops(loader.dataset.records, cache, 2, 2)
-        other, _ = class_crops(loader.dataset.records, cache, 2, 2, seed=5)
-        assert torch.equal(again, class_crops(loader.dataset.records, cache, 2, 2)[0]) and not torch.equal(again, other)
+        again, _ = class_crops(dataset.records, cache, 2, 2)
+        other, _ = class_crops(dataset.records, cache, 2, 2, seed=5)
+        assert torch.equal(again, class_crops(dataset.records, cache, 2, 2)[0]) and not torch.equal(again, other)
         empty = RegionCache(annotation_cache(data, "empty", left_out=boxes))
         with pytest.raises(CacheError, match="empty has no crop of any annotation of the training set: build one"):
-            class_crops(loader.dataset.records, empty, 2)
+            class_crops(dataset.records, empty, 2)
+
+    def test_crops_of_a_class_come_from_many_images(self, data, caplog):
+        """An image full of disks gives one, unless there are no others; crowds and boxes without an id give none."""
+        train = json.loads((data / "micro" / "train.json").read_text())
+        ids = {box["image_id"]: box["id"] for box in train["annotations"]}
+        first, second, third = list(ids)[:3]
+        extra = [{"id": 900 + n, "image_id": first, "category_id": SPLIT.category_ids[0], "area": 9, "iscrowd": 0,
+                  "bbox": [4 * n, 4, 9, 9]} for n in range(6)]  # fmt: skip
+        train["annotations"] += extra
+        (data / "micro" / "train.json").write_text(json.dumps(train))
+        cache = RegionCache(annotation_cache(data))
+        disks = [{"id": box["id"], "category_id": 0} for box in extra]
+        records = [
+            {"image_id": first, "annotations": disks},
+            {"image_id": second, "annotations": [{"id": ids[second], "category_id": 0}]},
+            {
+                "image_id": third,
+                "annotations": [{"id": ids[third], "category_id": 1, "iscrowd": 1}, {"category_id": 1}],
+            },
+        ]
+        for seed in range(4):
+            with caplog.at_level("WARNING", "ovdet2.data.class_crops"):
+                crops, counts = class_crops(records, cache, 2, 2, seed)
+            assert counts.tolist() == [2, 0] and "1 of 2 base classes have no crop" in caplog.text
+            assert embedding(ids[second]).tolist() in crops[0].tolist()
+        crops, counts = class_crops(records, cache, 2, 5)
+        assert counts.tolist() == [5, 0] and len({tuple(row) for row in crops[0].tolist()}) == 5
 
     def test_a_cache_of_proposals_is_refused(self, data):
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, source="proposals"))
@@ -247,13 +274,14 @@ def load(name):
 
 
 @pytest.mark.slow
-def test_training_run_is_evaluated_and_its_report_names_the_priors(data, tmp_path):
+@pytest.mark.parametrize("contrast", ["instance", "class"])
+def test_training_run_is_evaluated_and_its_report_names_the_priors(data, tmp_path, contrast):
     small = [
         *SMALL, "MODEL.TEACHER.ARCHITECTURE", "ovshapes-resnet", "MODEL.TEACHER.PRETRAINED", "embedded",
         "MODEL.VOCABULARY.TEMPLATES", "single", "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", "0.001",
         "SOLVER.WARMUP_ITERS", "0", "SOLVER.MAX_ITER", "3", "MODEL.CCKT.ENABLED", "True",
         "MODEL.CCKT.PRIOR_FILE", priors(data, "--backend", "random"), "MODEL.CCKT.PRIOR_DISTRACTORS", "1",
-        "SOLVER.AMP.ENABLED", "True", "MODEL.CCKT.CONTRAST_START", "1", "MODEL.CCKT.CONTRAST", "class",
+        "SOLVER.AMP.ENABLED", "True", "MODEL.CCKT.CONTRAST_START", "1", "MODEL.CCKT.CONTRAST", contrast,
     ]  # fmt: skip
     teacher = build_teacher(micro_cfg(tmp_path / "out", small))
     folder = annotation_cache(data, "real", dim=teacher.embed_dim, teacher=teacher.fingerprint)
@@ -262,8 +290,8 @@ def test_training_run_is_evaluated_and_its_report_names_the_priors(data, tmp_pat
     trainer.resume_or_load(resume=False)
     trainer.train()
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.json").read_text().splitlines()]
-    contrast = [step["loss_contrast"] for step in steps if "loss_contrast" in step]
-    assert contrast[0] == 0 and contrast[-1] > 0
+    values = [step["loss_contrast"] for step in steps if "loss_contrast" in step]
+    assert values[0] == 0 and values[-1] > 0
     report = read_json(tmp_path / "out" / "inference" / "ov_micro_val" / "report.json")
     assert report["concept_prior"]["kind"] == "control" and report["concept_prior"]["source"]["backend"] == "random"
     assert (report["concept_prior"]["threshold"], report["concept_prior"]["top"]) == (0.7, 6)

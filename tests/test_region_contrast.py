@@ -140,6 +140,23 @@ class TestClasses:
         (gradient,) = torch.autograd.grad(found, rows)
         assert torch.isfinite(gradient).all()
 
+    def test_order_of_classes_and_precision(self):
+        student, teacher = unit(8, 5, seed=1), unit(4, 5, seed=2)
+        matched, labels, active = (
+            torch.tensor([1, 6, 3]),
+            torch.tensor([2, 0, 2]),
+            torch.tensor([True, False, True, True]),
+        )
+        exact = class_contrast(student, matched, labels, teacher, active)
+        order = torch.tensor([3, 2, 0, 1])
+        moved = class_contrast(student, matched, order.argsort()[labels], teacher[order], active[order])
+        assert torch.isclose(moved, exact)
+        half, crops = student.bfloat16(), teacher.half()
+        exact = class_contrast(half.double(), matched, labels, crops.double(), active)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = class_contrast(half, matched, labels, crops, active)
+        assert found.dtype == torch.float32 and found.item() == pytest.approx(exact.item(), rel=1e-4)
+
     def test_every_crop_gets_its_turn(self):
         crops = ClassCrops()
         with pytest.raises(UsageError, match="no crops of classes yet: train with ovdet2's Trainer"):

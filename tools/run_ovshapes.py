@@ -70,6 +70,7 @@ ROWS = {
     "vild_text_clip": Row("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml", "vild_text"),
     "detr_closed_set": Row("Deformable DETR, closed-set head (sanity)", "ovshapes/detr_closed_set_r18.yaml"),
     "detr_text": Row("Deformable DETR, text head", "ovshapes/detr_text_r18.yaml"),
+    "cckt_similarity": Row("CCKT-Det: similarity alone (control)", "ovshapes/cckt_similarity_r18.yaml"),
     "cckt_priors": Row("CCKT-Det: priors", "ovshapes/cckt_priors_r18.yaml"),
     "cckt_contrast": Row("CCKT-Det: contrast, similarity", "ovshapes/cckt_contrast_r18.yaml"),
     "cckt_full": Row("CCKT-Det: priors, contrast, similarity", "ovshapes/cckt_full_r18.yaml"),
@@ -77,9 +78,11 @@ ROWS = {
         "CCKT-Det: priors, contrast, class branch", "ovshapes/cckt_full_class_r18.yaml", "cckt_full"
     ),
     **{
-        f"clip_detr_{part}_{head}": Row(f"{title}, {head} head", f"ovshapes/clip_detr_{part}_{head}_r18.yaml")
+        f"clip_detr_{part}_{head}": Row(
+            f"CLIP-DETR: {title}, {head} head", f"ovshapes/clip_detr_{part}_{head}_r18.yaml"
+        )
         for head in ("closed", "text")
-        for part, title in (("align", "+ AlignNet"), ("dynql", "+ DynQL"), ("both", "CLIP-DETR"))
+        for part, title in (("align", "AlignNet"), ("dynql", "DynQL"), ("both", "both"))
     },
     "fvlm": Row("F-VLM", "ovshapes/fvlm_resnet.yaml"),
     "fvlm_detector": Row("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", "fvlm"),

@@ -1,19 +1,24 @@
-"""Crops that stand for a class: a few annotated boxes of each, from all of the training set.
+"""Crops that stand for a class: a few annotated boxes of each, from many images of the training set.
 
 Shapes: K classes, m crops of each, D embedding dimension.
 """
+
+import logging
 
 import numpy as np
 import torch
 
 from ovdet2.errors import CacheError
 
+logger = logging.getLogger(__name__)
+
 
 def class_crops(records, cache, num_classes, per_class=32, seed=0):
     """The teacher's embeddings of some annotated boxes of each class.
 
-    The images are taken in a random order until each class has its crops, and of an image only annotations of classes
-    that lack some are read: frequent classes are full soon, and no more than K x m embeddings are ever held.
+    The images are taken in a random order, one box of a class from each; a class of fewer images is filled up from
+    them in a second round. Of an image only annotations of classes that lack some are read, and no more than K x m
+    embeddings are ever held.
 
     Args:
         records: sequence of Detectron2 records with "image_id" and "annotations", whose "category_id" is below K.
@@ -30,25 +35,47 @@ def class_crops(records, cache, num_classes, per_class=32, seed=0):
     """
     crops = torch.zeros((num_classes, per_class, cache.manifest["recipe"]["dim"]), dtype=torch.float16)
     counts = np.zeros(num_classes, dtype=np.int64)
-    for index in np.random.default_rng(seed).permutation(len(records)):
-        record = records[int(index)]
-        wanted = [
-            (annotation["category_id"], annotation["id"])
-            for annotation in record.get("annotations", ())
-            if not annotation.get("iscrowd", 0) and "id" in annotation and counts[annotation["category_id"]] < per_class
-        ]
-        if not wanted:
-            continue
-        rows, found = cache.of_annotations(record["image_id"], [ann_id for _, ann_id in wanted])
-        for (label, _), row, there in zip(wanted, rows, found.tolist()):
-            if there and counts[label] < per_class:
-                crops[label, counts[label]] = row
-                counts[label] += 1
-        if counts.min() == per_class:
-            break
+    generator = np.random.default_rng(seed)
+    order, taken = generator.permutation(len(records)).tolist(), set()
+    for most in (1, per_class):
+        for index in order:
+            if counts.min() == per_class:
+                break
+            record = records[index]
+            for label, ann_ids in _boxes_by_class(record, generator).items():
+                missing = min(most, per_class - counts[label])
+                wanted = [ann_id for ann_id in ann_ids if ann_id not in taken][:missing]
+                if wanted:
+                    rows, found = cache.of_annotations(record["image_id"], wanted)
+                    there = int(found.sum())
+                    crops[label, counts[label] : counts[label] + there] = rows[found]
+                    counts[label] += there
+                    taken.update(wanted)
+    _report(counts, cache)
+    return crops, torch.from_numpy(counts)
+
+
+def _boxes_by_class(record, generator):
+    """{class: annotation ids in a random order}, without crowds."""
+    boxes = {}
+    annotations = record.get("annotations", ())
+    for place in generator.permutation(len(annotations)).tolist():
+        annotation = annotations[place]
+        if not annotation.get("iscrowd", 0) and "id" in annotation:
+            boxes.setdefault(annotation["category_id"], []).append(annotation["id"])
+    return boxes
+
+
+def _report(counts, cache):
     if not counts.any():
         raise CacheError(
             f"the region cache {cache.folder} has no crop of any annotation of the training set: build one with "
             "tools/build_region_cache.py --boxes annotations."
         )
-    return crops, torch.from_numpy(counts)
+    logger.info("%d crops stand for %d classes, %d for the rarest.", counts.sum(), len(counts), counts.min())
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        logger.warning(
+            "%d of %d base classes have no crop in %s and take no part in the contrast, such as those of index %s.",
+            len(empty), len(counts), cache.folder, ", ".join(map(str, empty[:5])),
+        )  # fmt: skip

@@ -53,7 +53,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         _require_cached_teacher(data_loader, model)
         if hasattr(model, "prepare_training"):
-            model.prepare_training(data_loader.dataset)
+            model.prepare_training(getattr(data_loader, "dataset", None))
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, full_model_norm(cfg), amp_dtype)

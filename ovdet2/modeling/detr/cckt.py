@@ -21,6 +21,10 @@ from ovdet2.modeling.detr.region_contrast import ClassCrops, class_contrast, pai
 CONTRASTS = ("none", "instance", "batch", "class")
 CLASS_LOSSES = ("class", "similarity", "both")
 SCORES = ("class", "similarity", "product")
+_NO_CROPS = (
+    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: use ovdet2's mapper, with "
+    "MODEL.CCKT.REGION_CACHE."
+)
 
 
 def similarity_logits(embeddings, words, temperature, bias=0.0):
@@ -28,7 +32,7 @@ def similarity_logits(embeddings, words, temperature, bias=0.0):
 
     Args:
         embeddings: Tensor [..., D], unit rows.
-        words: Tensor [K, D], unit rows.
+        words: Tensor [K, D], unit rows; with leading dimensions, those of ``embeddings``.
         temperature: tau.
         bias: b.
 
@@ -37,7 +41,7 @@ def similarity_logits(embeddings, words, temperature, bias=0.0):
     """
     embeddings = _full_precision(embeddings)
     with torch.autocast(embeddings.device.type, enabled=False):
-        return embeddings @ words.T.to(embeddings) / temperature + bias
+        return embeddings @ words.mT.to(embeddings) / temperature + bias
 
 
 def product_logits(first, second):
@@ -117,15 +121,23 @@ class CCKT(nn.Module):
         self.class_loss, self.contrast, self.contrast_start, self.score = class_loss, contrast, contrast_start, score
 
     def prepare_training(self, dataset):
-        """Take what the losses need of the training set; ``dataset`` is a
-        :class:`~ovdet2.data.loader.MappedRecords` whose mapper has a cache of annotated boxes.
+        """Take what the losses need of the training set: crops of every base class, with the contrast "class".
+
+        Args:
+            dataset: :class:`~ovdet2.data.loader.MappedRecords` whose mapper has a cache of annotated boxes; anything
+                for the other contrasts.
 
         Raises:
+            UsageError: there is no such cache.
             CacheError: see :func:`~ovdet2.data.class_crops.class_crops`.
         """
-        if self.class_crops is not None:
-            num_base = len(self._shared[0].training_embeddings)
-            self.class_crops.fill(*class_crops(dataset.records, dataset.mapper.annotation_cache, num_base))
+        if self.class_crops is None:
+            return
+        cache = getattr(getattr(dataset, "mapper", None), "annotation_cache", None)
+        if cache is None:
+            raise UsageError(_NO_CROPS)
+        num_base = len(self._shared[0].training_embeddings)
+        self.class_crops.fill(*class_crops(dataset.records, cache, num_base, seed=dataset.seed))
 
     def add_priors(self, queries, records):
         """The queries with the words of their image, see :class:`SemanticPriors`; as they are without priors."""
@@ -183,15 +195,14 @@ class CCKT(nn.Module):
             layers, images, queries, _ = outputs["pred_boxes"].shape
             return outputs["pred_boxes"].new_zeros((layers, images, queries, labels.shape[1]))
         words = self._shared[0].training_embeddings[labels]  # B x X x D
-        embeddings = _full_precision(outputs["pred_embeddings"])
-        return -(embeddings @ words.transpose(1, 2).to(embeddings) / self.temperature + self.bias).sigmoid()
+        return -similarity_logits(outputs["pred_embeddings"], words, self.temperature, self.bias).sigmoid()
 
     def losses(self, outputs, targets, matches, num_boxes):
         """The losses beside the criterion's, in the same layers.
 
         Args:
             outputs: of :meth:`training_outputs`.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`, with embeddings if there is a contrast.
+            targets: :class:`~ovdet2.modeling.detr.targets.Targets`, with embeddings if the contrast is of objects.
             matches: of the criterion, the last layer's last.
             num_boxes: number or scalar Tensor > 0 that the sums are divided by.
 
@@ -200,7 +211,7 @@ class CCKT(nn.Module):
             by layer as the criterion's.
 
         Raises:
-            UsageError: a contrast is asked for, and the targets have no embeddings.
+            UsageError: a contrast is asked for, and the targets have no embeddings or the classes no crops.
         """
         losses = {}
         if not self.heads:
@@ -243,15 +254,12 @@ class CCKT(nn.Module):
 
     def _contrast(self, embeddings, targets, matches):
         """The sum over pairs of one layer; ``embeddings`` [B, N, D]."""
-        if targets.embeddings is None:
-            raise UsageError(
-                "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: use ovdet2's "
-                "mapper, with MODEL.CCKT.REGION_CACHE."
-            )
         per_image, count = embeddings.shape[1], len(targets)
         if self.contrast == "class":
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
             return class_contrast(embeddings.flatten(0, 1), rows, labels, *self.class_crops.draw(), self.temperature)
+        if targets.embeddings is None:
+            raise UsageError(_NO_CROPS)
         # A batch is one large image.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)

@@ -64,7 +64,8 @@ def class_contrast(student, matched, labels, teacher, active, temperature=0.07):
         rows = logits[matched]  # P x K
         paired = active[labels]
         own = rows.gather(1, labels[:, None])[:, 0].masked_fill(~paired, 0.0)
-        # A class without a crop is no negative; a row without any class that has one gives NaN, which is masked.
+        # A class without a crop is no negative. Rows that take no part stay whole: one of nothing but -inf has a NaN
+        # gradient.
         to_teacher = rows.masked_fill(~active & paired[:, None], -torch.inf).logsumexp(dim=1) - own
         zeros = own.new_zeros(len(active))
         count = zeros.scatter_add(0, labels, paired.to(own))

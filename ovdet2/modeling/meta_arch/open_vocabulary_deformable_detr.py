@@ -136,7 +136,11 @@ class OpenVocabularyDeformableDETR(nn.Module):
         return results
 
     def prepare_training(self, dataset):
-        """Let the parts take what they need of the training set, a :class:`~ovdet2.data.loader.MappedRecords`."""
+        """Let the parts take what they need of the training set, a :class:`~ovdet2.data.loader.MappedRecords`.
+
+        Raises:
+            UsageError, CacheError: see :meth:`~ovdet2.modeling.detr.cckt.CCKT.prepare_training`.
+        """
         if self.cckt is not None:
             self.cckt.prepare_training(dataset)
 
