@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import yaml
 from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
@@ -364,6 +365,14 @@ def load_config(name, overrides=(), extend=None):
 
         register_own(cfg)
     return cfg
+
+
+def settle_device(cfg):
+    """Let MODEL.DEVICE be the CPU where CUDA is asked for and there is none; returns whether that was so."""
+    lacking = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if lacking:
+        cfg.MODEL.DEVICE = "cpu"
+    return lacking
 
 
 def without_training_parts(cfg):

@@ -9,7 +9,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from PIL import Image, ImageOps
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
-from ovdet2.config import load_config, without_training_parts
+from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
@@ -45,8 +45,7 @@ class Predictor:
         if not weights:
             raise UsageError("a Predictor needs a trained detector: give weights=... or MODEL.WEIGHTS.")
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
-        if not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
+        settle_device(cfg)
         self.cfg = cfg
         self.model = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)

@@ -172,7 +172,7 @@ class TestSweeps:
         files = [priors(data, name="oracle"), priors(data, "--backend", "random", name="random")]
         arguments = [
             "--config-file", "", "--priors", *files, "--rho", "0.5", "--top", "1", "--output", str(data / "sweep"),
-            *overrides, "MODEL.WEIGHTS", weights,
+            *overrides, "MODEL.WEIGHTS", weights, "MODEL.DEVICE", "cuda",  # the CPU, where there is none
         ]  # fmt: skip
         rows = sweep.main(arguments)
         assert [(row["prior"], row["rho"]) for row in rows] == [("oracle", 0.5), ("random", 0.5)]

@@ -78,13 +78,11 @@ def parse_args(argv):
 def detections(cfg, dataset):
     """Yield (image id, :class:`Instances` on the CPU) of every image of a data set."""
     from ovdet2.data.loader import build_test_loader
-    from ovdet2.engine import AtomicCheckpointer, Trainer
+    from ovdet2.engine import Trainer
 
     cfg = cfg.clone()
     cfg.DATASETS.TEST, cfg.TEST.DISTRACTORS = (dataset,), []
-    model = Trainer.build_model(cfg)
-    AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
-    model.eval()
+    model = Trainer.build_trained(cfg)
     for batch in tqdm(build_test_loader(cfg, dataset), desc="images"):
         for record, output in zip(batch, model(batch)):
             yield record["image_id"], output["instances"].to("cpu")

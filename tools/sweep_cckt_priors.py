@@ -34,6 +34,8 @@ def main(argv=None):
     cfg = load_config(args.config_file, args.overrides)
     if not (cfg.MODEL.CCKT.ENABLED and cfg.MODEL.CCKT.PRIORS):
         raise UsageError(f"{args.config_file} has no semantic priors (MODEL.CCKT.PRIORS): there is nothing to vary.")
+    from ovdet2.engine import Trainer  # slow to import, so after the errors a user makes most
+
     setup_logger(name="ovdet2")
     output = Path(args.output)
     made_of = {
@@ -52,7 +54,7 @@ def main(argv=None):
             key = priors.manifest["content_sha256"], judged["rho"], judged["top"]
             if key in done:
                 continue
-            model = model or trained(cfg)
+            model = model or Trainer.build_trained(cfg)
             rows.append(judged | evaluated(cfg, model, path, judged, output) | {
                 "prior": Path(path).stem, "kind": priors.kind, "content_sha256": key[0],
             })  # fmt: skip
@@ -80,15 +82,6 @@ def parse_args(argv):
 
 def _numbers(kind):
     return lambda text: [kind(number) for number in text.split(",")]
-
-
-def trained(cfg):
-    """The detector with MODEL.WEIGHTS."""
-    from ovdet2.engine import AtomicCheckpointer, Trainer
-
-    model = Trainer.build_model(cfg)
-    AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
-    return model.eval()
 
 
 def evaluated(cfg, model, path, judged, output):

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ovdet2.config import load_config
+from ovdet2.config import load_config, settle_device
 from ovdet2.errors import SetupError, UsageError
 from ovdet2.files import write_text
 
@@ -51,9 +51,7 @@ def setup(args, extend=None):
             node = node[part]
         if node:
             raise UsageError(f"ovdet2 does not offer {key}: set it to False.")
-    on_cpu = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
-    if on_cpu:
-        cfg.MODEL.DEVICE = "cpu"
+    on_cpu = settle_device(cfg)
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
     if not cfg.DATASETS.TEST:

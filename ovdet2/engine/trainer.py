@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
+from ovdet2.config import settle_device
 from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.image_words import prior_facts
@@ -187,6 +188,19 @@ class Trainer(DefaultTrainer):
             "%s: %.2f M parameters trained, %.2f M frozen.", cfg.MODEL.META_ARCHITECTURE, trained / 1e6, frozen / 1e6
         )
         return model
+
+    @classmethod
+    def build_trained(cls, cfg):
+        """MODEL.META_ARCHITECTURE with MODEL.WEIGHTS, for evaluation, on the CPU where there is no GPU.
+
+        Raises:
+            UsageError, DataError: see :meth:`build_model` and :meth:`AtomicCheckpointer.load_all`.
+        """
+        cfg = cfg.clone()
+        settle_device(cfg)
+        model = cls.build_model(cfg)
+        AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
+        return model.eval()
 
     @classmethod
     def build_optimizer(cls, cfg, model):
