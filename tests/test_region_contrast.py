@@ -142,11 +142,8 @@ class TestClasses:
 
     def test_order_of_classes_and_precision(self):
         student, teacher = unit(8, 5, seed=1), unit(4, 5, seed=2)
-        matched, labels, active = (
-            torch.tensor([1, 6, 3]),
-            torch.tensor([2, 0, 2]),
-            torch.tensor([True, False, True, True]),
-        )
+        matched, labels = torch.tensor([1, 6, 3]), torch.tensor([2, 0, 2])
+        active = torch.tensor([True, False, True, True])
         exact = class_contrast(student, matched, labels, teacher, active)
         order = torch.tensor([3, 2, 0, 1])
         moved = class_contrast(student, matched, order.argsort()[labels], teacher[order], active[order])
@@ -166,7 +163,6 @@ class TestClasses:
         torch.manual_seed(0)
         drawn = [crops.draw() for _ in range(40)]
         assert all(active.tolist() == [True, True, False] for _, active in drawn)
-        assert {row[0, 0].item() for row, _ in drawn} == {0.25, 0.5} and {row[1, 0].item() for row, _ in drawn} == {
-            1.25
-        }
+        first, second = ({row[label, 0].item() for row, _ in drawn} for label in (0, 1))
+        assert first == {0.25, 0.5} and second == {1.25}
         assert not crops.state_dict()

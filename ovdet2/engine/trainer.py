@@ -11,7 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from ovdet2.config import settle_device
+from ovdet2.config import settle_device, without_training_parts
 from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.image_words import prior_facts
@@ -196,7 +196,8 @@ class Trainer(DefaultTrainer):
         Raises:
             UsageError, DataError: see :meth:`build_model` and :meth:`AtomicCheckpointer.load_all`.
         """
-        cfg = cfg.clone()
+        cfg = without_training_parts(cfg)
+        cfg.defrost()  # a copy
         settle_device(cfg)
         model = cls.build_model(cfg)
         AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
