@@ -1,6 +1,7 @@
 """Dynamic queries: contents, places and masks against references in float64, and who can see whom in a decoder."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,7 +234,9 @@ def test_padding_does_not_change_the_loss():
     batch, singles, start = losses(memory, targets, attributes), [], 0
     for image, count in enumerate(targets.counts):
         part = slice(start, start + count)
-        own = type(targets)(targets.labels[part], targets.boxes_cxcywh[part], (count,), targets.names[:1], 5)
+        own = replace(
+                targets, labels=targets.labels[part], boxes_cxcywh=targets.boxes_cxcywh[part], counts=(count,)
+            )
         tokens, padding, ratios = (
             getattr(memory, name)[image : image + 1] for name in ("tokens", "padding_mask", "valid_ratios")
         )

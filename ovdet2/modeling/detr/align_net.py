@@ -10,28 +10,36 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+from ovdet2.errors import UsageError
 from ovdet2.modeling.contrastive import gather_rows, symmetric_info_nce
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
 
 _MAX_LOG_SCALE = math.log(100)
 _SAMPLES = 2  # per side of a bin
-_NEAR = 0.1  # difference of log sides below which two sizes count as one
+# Objects of one label are no negatives of each other if the logarithms of their sides differ by less.
+_LARGEST_DIFFERENCE = {"none": 0.0, "near": 0.1, "label": math.inf}
 
 
 class AlignNet(nn.Module):
     """Symmetric cross-entropy between pooled encoder features and attributes, every object its own class."""
 
-    def __init__(self, roi_size=7, ignore_near_duplicates=False, gather=False):
+    def __init__(self, strides, roi_size=7, ignored="none", gather=False):
         """
         Args:
+            strides: L ints, pixels between the cells of each level.
             roi_size: bins per side of RoIAlign, whose mean is taken.
-            ignore_near_duplicates: objects of one label and nearly one size are no negatives of each other (the paper
-                has them so).
+            ignored: which objects are no negatives of each other: "none", as in the paper; "near", those of one label
+                and nearly one size; "label", all of one label.
             gather: over the objects of all processes instead of one's own.
+
+        Raises:
+            UsageError: another value of ``ignored``.
         """
         super().__init__()
-        self.roi_size = roi_size
-        self.ignore_near_duplicates, self.gather = ignore_near_duplicates, gather
+        if ignored not in _LARGEST_DIFFERENCE:
+            raise UsageError(f"ignored pairs cannot be {ignored!r}: choose one of {', '.join(_LARGEST_DIFFERENCE)}.")
+        self.strides, self.roi_size = tuple(strides), roi_size
+        self.ignored, self.gather = ignored, gather
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's starts, and is capped
 
     def forward(self, memory, targets, attributes):
@@ -45,7 +53,7 @@ class AlignNet(nn.Module):
             Scalar Tensor, float32 or float64; 0 with one object or none. A collective call with ``gather``.
         """
         with torch.autocast(memory.tokens.device.type, enabled=False):
-            encoded = pooled_objects(memory, targets, self.roi_size)
+            encoded = pooled_objects(memory, targets, self.strides, self.roi_size)
             sides = targets.boxes_cxcywh[:, 2:].to(encoded).log()
             parts = [encoded, attributes.to(encoded), targets.labels[:, None].to(encoded), sides]
             if self.gather:  # as one Tensor, of which every process has one gradient to exchange
@@ -55,18 +63,23 @@ class AlignNet(nn.Module):
             with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
                 self.log_scale.clamp_(max=_MAX_LOG_SCALE)
             logits = self.log_scale.exp() * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
-            ignored = near_duplicates(labels[:, 0], sides) if self.ignore_near_duplicates else None
+            ignored = None
+            if self.ignored != "none":
+                ignored = duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
             return symmetric_info_nce(logits, ignored)
 
 
-def pooled_objects(memory, targets, roi_size=7):
+def pooled_objects(memory, targets, strides, roi_size=7):
     """z_enc: the mean of an object's box over the maps of all levels (Eq. 1).
 
-    RoIAlign takes the map to go on beyond its border as it ends there; so does the valid part of a padded map here.
+    Boxes are in pixels over the stride: the shares of the decoder's references, times the valid cells, would be another
+    place in another batch, since a coarse map has a cell more or less that counts as valid. RoIAlign takes the map to go
+    on beyond its border as it ends there; so does the image's part of a padded map here.
 
     Args:
         memory: :class:`~ovdet2.modeling.detr.memory.Memory`.
         targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
+        strides: L ints, pixels between the cells of each level.
         roi_size: bins per side.
 
     Returns:
@@ -77,27 +90,28 @@ def pooled_objects(memory, targets, roi_size=7):
     boxes_xyxy = cxcywh_to_xyxy(targets.boxes_cxcywh).to(dtype)
     image = torch.repeat_interleave(torch.arange(len(targets.counts)), torch.tensor(targets.counts)).to(device)
     pooled = []
-    for level, features in enumerate(memory.levels()):
-        size = features.new_tensor(features.shape[:1:-1], dtype=dtype)  # width, height
-        valid = memory.valid_ratios[:, level].to(dtype) * size  # B x 2, cells
-        rois = torch.cat([image[:, None].to(dtype), boxes_xyxy * valid[image].repeat(1, 2)], dim=1)
-        features = _continued(features.to(dtype), valid.round().long())
+    sizes = torch.tensor(targets.image_sizes, dtype=dtype).flip(1).to(device)  # B x 2: width, height
+    for features, stride in zip(memory.levels(), strides, strict=True):
+        cells = sizes / stride
+        rois = torch.cat([image[:, None].to(dtype), boxes_xyxy * cells[image].repeat(1, 2)], dim=1)
+        features = _continued(features.to(dtype), cells.ceil().long())
         bins = roi_align(features, rois, roi_size, sampling_ratio=_SAMPLES, aligned=True)
         pooled.append(bins.mean(dim=(2, 3)))
     return torch.stack(pooled).mean(dim=0)
 
 
-def near_duplicates(labels, log_sides):
-    """Pairs of one label whose widths and heights differ by less than a tenth.
+def duplicates(labels, log_sides, most):
+    """Pairs of one label and about one size.
 
     Args:
         labels: Tensor [M].
         log_sides: Tensor [M, 2], logarithms of width and height.
+        most: difference of either that is too much.
 
     Returns:
         Tensor [M, M] bool, the diagonal included.
     """
-    near = (log_sides[:, None] - log_sides[None]).abs() < _NEAR
+    near = (log_sides[:, None] - log_sides[None]).abs() < most
     return (labels[:, None] == labels[None]) & near.all(dim=2)
 
 
@@ -106,7 +120,7 @@ def _continued(features, valid):
 
     Args:
         features: Tensor [B, C, h, w].
-        valid: Tensor [B, 2] int64, (columns, rows) that are not padding.
+        valid: Tensor [B, 2] int64, (columns, rows) that show the image.
     """
     for dim, counts in ((3, valid[:, 0]), (2, valid[:, 1])):
         shape = [len(features), 1, 1, 1]

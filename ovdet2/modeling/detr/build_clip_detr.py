@@ -18,14 +18,15 @@ from ovdet2.vocabulary import Vocabulary
 logger = logging.getLogger(__name__)
 
 
-def build_clip_detr(cfg, vocabulary):
+def build_clip_detr(cfg, network, vocabulary):
     """The training-only parts, or None where both weights are 0.
 
     A vocabulary without base words, such as a transfer target's, is for evaluation alone: no table is read.
 
     Args:
         cfg: configuration.
-        vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` of the detector.
+        network: :class:`~ovdet2.modeling.detr.model.DeformableDETR` of the detector.
+        vocabulary: its :class:`~ovdet2.layers.VocabularyBuffer`.
 
     Raises:
         UsageError: a negative weight, or a setting that the parts refuse.
@@ -47,7 +48,7 @@ def build_clip_detr(cfg, vocabulary):
     attributes = ObjectAttributes(dim, vocabulary, clip.ATTRIBUTES, table)
     align_net = dynamic_queries = None
     if clip.ALIGN_WEIGHT:
-        align_net = AlignNet(clip.ROI_SIZE, clip.IGNORE_NEAR_DUPLICATES, clip.GATHER)
+        align_net = AlignNet(network.strides, clip.ROI_SIZE, clip.IGNORED_PAIRS, clip.GATHER)
     if clip.DYNAMIC_WEIGHT:
         learned_positions = cfg.MODEL.DETR.VARIANT in ("one_stage", "refine")
         dynamic_queries = DynamicQueries(

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 
 import torch
+from detectron2.utils.logger import log_first_n
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -17,9 +18,10 @@ from ovdet2.modeling.detr.memory import Queries
 from ovdet2.modeling.detr.position_encoding import box_position
 from ovdet2.modeling.detr.targets import Matches
 
-logger = logging.getLogger(__name__)
+_LOGGED = 20  # images with too many objects
 
-_SMALLEST_SIDE = 1e-3
+# As the reciprocal of the sigmoid maps them: a side of 1 is so far out that no gradient brings it back.
+_SMALLEST_SIDE, _LARGEST = 1e-3, 0.99
 
 
 class BoxEncoder(nn.Module):
@@ -115,6 +117,7 @@ class DynamicQueries(nn.Module):
             content=torch.cat([queries.content, content.to(queries.content)], dim=1),
             position=torch.cat([queries.position, position.to(queries.position)], dim=1),
             references=torch.cat([queries.references, references], dim=1),
+            words=None,  # which the sets have none of
         )
         hidden = hidden_from(queries.content.shape[1], sets, counts, rows.device).repeat_interleave(heads, dim=0)
         return DynamicSets(joined, hidden, set_members(counts, sets, rows), sets, len(rows))
@@ -124,7 +127,8 @@ class DynamicQueries(nn.Module):
         rows, start = [], 0
         for name, count in zip(targets.names, targets.counts):
             if count > self.max_objects:
-                logger.info("%s: dynamic queries for %d of its %d objects, drawn.", name, self.max_objects, count)
+                message = f"{name}: dynamic queries for {self.max_objects} of its {count} objects, drawn."
+                log_first_n(logging.INFO, message, _LOGGED, name=__name__)
                 rows.append(start + torch.randperm(count)[: self.max_objects])
             else:
                 rows.append(torch.arange(start, start + count))
@@ -160,12 +164,12 @@ def moved_boxes(boxes_cxcywh, shares, rho, signed=True):
         signed: which of the two.
 
     Returns:
-        Tensor [M, S, 4], the numbers clamped to [0, 1], sides to [0.001, 1].
+        Tensor [M, S, 4], centres clamped to [0.01, 0.99], sides to [0.001, 0.99].
     """
     degree = rho * (2 * shares - 1) if signed else rho * shares
     centre, sides = boxes_cxcywh[:, None].split(2, dim=-1)
-    centre = (centre + degree[..., :2] * sides / 2).clamp(0, 1)
-    return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(_SMALLEST_SIDE, 1)], dim=-1)
+    centre = (centre + degree[..., :2] * sides / 2).clamp(1 - _LARGEST, _LARGEST)
+    return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(_SMALLEST_SIDE, _LARGEST)], dim=-1)
 
 
 def padded_sets(rows, counts):

@@ -35,6 +35,14 @@ class DeformableDETR(nn.Module):
         self.class_branches = nn.ModuleList(class_branches)
         self.in_features = tuple(in_features)
 
+    @property
+    def strides(self):
+        """Pixels between the cells of each level, finest first."""
+        shapes = self.backbone.output_shape()
+        strides = [shapes[name].stride for name in self.in_features]
+        coarser = range(1, len(self.neck.levels) - len(strides) + 1)
+        return (*strides, *(strides[-1] * 2**step for step in coarser))
+
     def features(self, images, image_sizes):
         """
         Args:

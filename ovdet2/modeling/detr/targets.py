@@ -3,7 +3,7 @@
 Shapes: B images, M objects over all images, X the most objects of one image, P pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,6 +21,7 @@ class Targets:
         counts: tuple of B ints, the objects of each image.
         names: tuple of B strings, what messages call the images.
         label_limit: 1 + the highest label, 0 without objects; known to the host without asking the device.
+        image_sizes: tuple of B (height, width) in pixels, without padding.
         embeddings: Tensor [M, D] float16, the teacher's of the objects' crops, unit rows where ``embedded``; or None.
         embedded: Tensor [M] bool, or None.
     """
@@ -30,6 +31,7 @@ class Targets:
     counts: tuple
     names: tuple
     label_limit: int
+    image_sizes: tuple
     embeddings: torch.Tensor | None = None
     embedded: torch.Tensor | None = None
 
@@ -55,12 +57,13 @@ class Targets:
             tuple(len(found) for found in labels),
             tuple(image_name(record) for record in records),
             highest + 1,
+            tuple(tuple(record["instances"].image_size) for record in records),
             *(_joined(records, name, device) for name in ("gt_embeddings", "gt_embedded")),
         )
 
     def without_labels(self):
         """The same objects under the one label 0, for a class-agnostic head."""
-        return Targets(torch.zeros_like(self.labels), self.boxes_cxcywh, self.counts, self.names, min(1, len(self)))
+        return replace(self, labels=torch.zeros_like(self.labels), label_limit=min(1, len(self)))
 
     def padded(self, rows):
         """Rows of the objects, [M, ...], as [B, X, ...], filled up with zeros."""

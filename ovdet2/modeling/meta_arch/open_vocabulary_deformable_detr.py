@@ -95,7 +95,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "every_layer": cfg.TEST.DECODER_LAYERS,
             "cckt": cckt,
-            "clip_detr": build_clip_detr(cfg, vocabulary),
+            "clip_detr": build_clip_detr(cfg, network, vocabulary),
         }
 
     @property
