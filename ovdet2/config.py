@@ -202,8 +202,8 @@ def _add_clip_detr(cfg):
     cfg.MODEL.CLIP_DETR.LABEL_TABLE = ""
     # Bins per side in which AlignNet pools an object on each level.
     cfg.MODEL.CLIP_DETR.ROI_SIZE = 7
-    # AlignNet, objects that are no negatives of each other: "none", as in the paper; "near", those of one label and nearly
-    # one size; "label", all of one label.
+    # AlignNet, objects that are no negatives of each other: "none", as in the paper; "near", those of one label and
+    # nearly one size; "label", all of one label.
     cfg.MODEL.CLIP_DETR.IGNORED_PAIRS = "none"
     # AlignNet: over the objects of all processes.
     cfg.MODEL.CLIP_DETR.GATHER = False

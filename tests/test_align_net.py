@@ -20,6 +20,7 @@ from tests import detr_cases, micro
 
 SHAPES, STRIDES, CHANNELS = ((12, 16), (6, 8)), (8, 16), 5
 SIZES = ((96, 128), (67, 76))  # pixels of the images in a batch of 96 x 128
+VALID = [[[math.ceil(side / stride) for side in size] for stride in STRIDES] for size in SIZES]  # rows, columns
 
 
 def memory(seed=0, padding=None):
@@ -29,14 +30,15 @@ def memory(seed=0, padding=None):
     for level, (height, width) in enumerate(SHAPES):
         mask = torch.zeros(2, height, width, dtype=torch.bool)
         for image in range(2):
-            rows, columns = (math.ceil(side / STRIDES[level]) for side in SIZES[image])
+            rows, columns = VALID[image][level]
             mask[image, rows:], mask[image, :, columns:] = True, True
         tokens.append(torch.randn(2, height * width, CHANNELS, generator=generator, dtype=torch.float64))
         masks.append(mask.flatten(1))
     tokens, masks = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
     if padding is not None:
         tokens = tokens.masked_fill(masks[..., None], padding)
-    return Memory(tokens, SHAPES, masks, torch.ones(2, 2, 2, dtype=torch.float64))  # its ratios are not read
+    sizes = torch.tensor(SHAPES, dtype=torch.float64)
+    return Memory(tokens, SHAPES, masks, (torch.tensor(VALID) / sizes).flip(2))
 
 
 def targets_of(counts, words=5):
@@ -51,7 +53,7 @@ def reference_pooled(memory, targets, size):
         per_level = []
         for level, features in enumerate(memory.levels()):
             height, width = (side / STRIDES[level] for side in SIZES[number])
-            rows, columns = math.ceil(height), math.ceil(width)
+            rows, columns = VALID[number][level]
             values = features[number, :, :rows, :columns].numpy()
             steps = (np.arange(2 * size) + 0.5) / (2 * size)
             xs = np.clip((box[0] + (steps - 0.5) * box[2]) * width - 0.5, 0, columns - 1)

@@ -1,19 +1,12 @@
 """tools/benchmark_detr.py at a small size: the models it compares give the same logits and boxes."""
 
-import importlib.util
-from pathlib import Path
-
+import benchmark_detr as tool
 import pytest
 import torch
-
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark_detr.py"
 
 
 @pytest.mark.slow
 def test_the_models_compared_are_equal_and_every_row_is_measured(capsys):
-    spec = importlib.util.spec_from_file_location("benchmark_detr", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     models, images = tool.both_models("refine"), tool.images_of("64x96", 2)
     with torch.no_grad():
         theirs, ours = models["theirs"].eval()(images), models["ours"].eval()(images, [(64, 96)] * 2)

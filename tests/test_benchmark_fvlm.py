@@ -1,14 +1,9 @@
 """tools/benchmark_fvlm.py at a small size: equal losses, every part is timed, freezing saves memory."""
 
-import sys
-from pathlib import Path
-
+import benchmark_fvlm as tool
 import pytest
 import torch
 from detectron2.utils.events import EventStorage
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import benchmark_fvlm as tool  # noqa: E402
 
 SMALL = [
     "MODEL.FPN.OUT_CHANNELS", "16", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16", "MODEL.ROI_BOX_HEAD.FC_DIM", "32",

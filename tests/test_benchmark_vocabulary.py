@@ -1,25 +1,14 @@
 """tools/benchmark_vocabulary.py at a small size: every vocabulary is asked for and timed."""
 
-import importlib.util
-from pathlib import Path
-
+import benchmark_vocabulary as tool
 import pytest
 
 from ovdet2.errors import UsageError
 from ovdet2.layers import VocabularyBuffer
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "benchmark_vocabulary.py"
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("benchmark_vocabulary", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
-
 
 def test_every_number_of_words_is_timed(capsys, monkeypatch):
-    tool, asked, plain_set = load_tool(), [], VocabularyBuffer.set
+    asked, plain_set = [], VocabularyBuffer.set
     monkeypatch.setattr(
         VocabularyBuffer, "set", lambda self, words: (asked.append(len(words)), plain_set(self, words))[1]
     )
@@ -32,4 +21,4 @@ def test_every_number_of_words_is_timed(capsys, monkeypatch):
 
 def test_no_words():
     with pytest.raises(UsageError, match="--words"):
-        load_tool().main(["--words", "0"])
+        tool.main(["--words", "0"])

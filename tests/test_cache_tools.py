@@ -1,11 +1,12 @@
 """The programs around the region cache, called as functions on a small OV-Shapes."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import bench_cache
+import build_region_cache
+import inspect_cache
 import pytest
 import torch
 
@@ -15,14 +16,6 @@ from ovdet2.errors import CacheError, DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ["--config-file", "configs/ovshapes/vild_text_r18.yaml", "--dataset", "ov_shapes_train_base"]
-
-
-def tool(name):
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def annotated(root, tmp_path_factory):
 
 
 def build(output, *options):
-    return tool("build_region_cache").main(
+    return build_region_cache.main(
         [*CONFIG, "--output", str(output), "--images-per-shard", "10", "--workers", "0", *map(str, options)]
     )
 
@@ -115,7 +108,7 @@ def test_ranks_of_torchrun_begin_apart(annotated, tmp_path, monkeypatch):
     order = []
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    writer = tool("build_region_cache").CacheWriter
+    writer = build_region_cache.CacheWriter
     write = writer.write
     monkeypatch.setattr(writer, "write", lambda self, index, *rest: order.append(index) or write(self, index, *rest))
     manifest = build(tmp_path / "cache", "--boxes", "annotations")
@@ -164,7 +157,7 @@ def test_arguments_that_make_no_sense(tmp_path, options):
 
 
 def inspect(cache, output, *options):
-    return tool("inspect_cache").main([str(cache), "--output", str(output), *options])
+    return inspect_cache.main([str(cache), "--output", str(output), *options])
 
 
 def test_inspection_names_the_annotated_regions(annotated, tmp_path, capsys):
@@ -202,6 +195,6 @@ def test_the_benchmark_measures_what_it_says(root):
         "16",
     ]
     images = root / "ov_shapes" / "train2017"
-    found = tool("bench_cache").main(["--images", str(images), "--architectures", "ovshapes-vit", *options])
+    found = bench_cache.main(["--images", str(images), "--architectures", "ovshapes-vit", *options])
     names = {"ovshapes-vit encoder", "ovshapes-vit loop", "ovshapes-vit crops/s", "reading", "mapper"}
     assert set(found) == names and all(value > 0 for value in found.values())

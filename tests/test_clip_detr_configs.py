@@ -8,6 +8,7 @@ from ovdet2.config import load_config
 from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.engine.optimizer import build_optimizer
 from tests import micro
+from tests.cckt_cases import records
 from tests.test_detr_configs import CONFIGS, NARROW
 
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("clip_detr*.yaml"))
@@ -16,7 +17,7 @@ NARROW = [*NARROW, "MODEL.CLIP_DETR.LABEL_TABLE", "", "MODEL.TEACHER.ARCHITECTUR
 
 
 def test_all_of_them_were_found():
-    assert len(NAMES) == 14
+    assert len(NAMES) == 17
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -32,7 +33,7 @@ def test_narrowed_it_trains_the_parts_it_names(name):
     )  # fmt: skip
     trained = {p for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
     assert set(model.clip_detr.parameters()) <= trained
-    losses = model(micro.images(1))
+    losses = model(records(1, words=((1,),)))
     assert torch.isfinite(sum(losses.values()))
     assert ("loss_align" in losses, "loss_class_dynamic" in losses) == ("dynql" not in stem, "align" not in stem)
 
@@ -48,9 +49,9 @@ def test_large_scale_jitter_is_the_only_difference_of_the_two_rows_of_lvis():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("ovshapes")])
 def test_rows_of_ov_shapes_differ_from_their_baseline_in_the_parts_alone(name):
-    """And they claim no figure of it."""
-    baseline = "ovshapes/detr_closed_set_r18.yaml" if "closed" in name else "ovshapes/detr_text_r18.yaml"
-    cfg, plain = load_config(name), load_config(baseline)
-    assert cfg.TEST.EXPECTED_RESULTS == []
+    baselines = {"closed": "detr_closed_set_r18", "text": "detr_text_r18", "cckt": "cckt_full_r18"}
+    [baseline] = [baseline for part, baseline in baselines.items() if part in name]
+    cfg, plain = load_config(name), load_config(f"ovshapes/{baseline}.yaml")
+    cfg.TEST.EXPECTED_RESULTS = []
     plain.MODEL.CLIP_DETR, plain.OUTPUT_DIR, plain.TEST.EXPECTED_RESULTS = cfg.MODEL.CLIP_DETR, cfg.OUTPUT_DIR, []
     assert cfg == plain

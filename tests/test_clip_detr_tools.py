@@ -1,18 +1,14 @@
 """The programs that run CLIP-DETR's ablations and measure its cost, at a small size."""
 
 import json
-import sys
 from pathlib import Path
 
+import ablate_clip_detr
+import benchmark_clip_detr
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-import ablate_clip_detr  # noqa: E402
-import benchmark_clip_detr  # noqa: E402
-
-from ovdet2.config import load_config  # noqa: E402
-from ovdet2.errors import UsageError  # noqa: E402
+from ovdet2.config import load_config
+from ovdet2.errors import DataError, UsageError
 
 CONFIG = "configs/ovshapes/clip_detr_both_closed_r18.yaml"
 
@@ -27,6 +23,7 @@ def commands(monkeypatch):
         report = Path(options["OUTPUT_DIR"]) / "inference" / "ov_shapes_val_all" / "report.json"
         report.parent.mkdir(parents=True)
         report.write_text(json.dumps({"bbox": {"AP-base": 10.0 * int(options["SEED"])}}))
+        (Path(options["OUTPUT_DIR"]) / "model_final.pth").touch()
         run.append(command)
 
     monkeypatch.setattr(ablate_clip_detr, "run", stand_in)
@@ -36,7 +33,8 @@ def commands(monkeypatch):
 def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     options = ["--config-file", CONFIG, "--output", str(tmp_path), "--figure", "AP-base", "--seeds", "1", "2"]
     rows = ["--rows", "+ AlignNet", "rho 0.1", "mixed x 2", "CLIP-DETR"]
-    found = ablate_clip_detr.main([*options, *rows, "--", "--num-gpus", "2"])
+    passed_on = ["--", "--num-gpus", "2"]
+    found = ablate_clip_detr.main([*options, *rows, *passed_on])
     assert found == dict.fromkeys(rows[1:], 15.0) and "| rho 0.1 | 15.0 |" in capsys.readouterr().out
     assert len(commands) == 8 and len({command[-1] for command in commands}) == 8
     for command in commands:
@@ -46,9 +44,21 @@ def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     clip = load_config(CONFIG, keys).MODEL.CLIP_DETR
     assert clip.BETAS == [0.1, 0.3, 0.5, 0.7, 0.9] * 2 and clip.ALIGN_WEIGHT == 1
     assert load_config(CONFIG, commands[0][-6:]).MODEL.CLIP_DETR.DYNAMIC_WEIGHT == 0
-    ablate_clip_detr.main([*options, *rows])
-    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate"])
+    ablate_clip_detr.main([*options, *rows, *passed_on])
+    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate", *passed_on])
     assert len(commands) == 8 and tabulated["mixed x 2"] == 15.0 and tabulated["0.9 x 1"] is None
+
+
+def test_a_row_counts_when_it_was_run_to_its_end_with_these_settings(commands, tmp_path):
+    options = ["--config-file", CONFIG, "--output", str(tmp_path), "--seeds", "1", "--rows", "rho 0.1"]
+    ablate_clip_detr.main([*options, "--figure", "AP-base"])
+    with pytest.raises(UsageError, match="no figure 'AP-bas': the report has AP-base"):
+        ablate_clip_detr.main([*options, "--figure", "AP-bas"])
+    with pytest.raises(DataError, match="rho_0.1.seed1 holds a row of another configuration"):
+        ablate_clip_detr.main([*options, "--figure", "AP-base", "--", "SOLVER.MAX_ITER", "5"])
+    (tmp_path / "rho_0.1" / "seed1" / "model_final.pth").unlink()
+    assert ablate_clip_detr.main([*options, "--figure", "AP-base", "--tabulate"]) == {"rho 0.1": None}
+    assert len(commands) == 1
 
 
 def test_every_row_of_the_paper_is_a_configuration():
@@ -57,7 +67,7 @@ def test_every_row_of_the_paper_is_a_configuration():
         for name, keys in rows.items():
             overrides = [part for key, value in keys.items() for part in (f"MODEL.CLIP_DETR.{key}", str(value))]
             found[table, name] = load_config(CONFIG, overrides).MODEL.CLIP_DETR
-    assert len(found) == 21 and found[4, "baseline"].ALIGN_WEIGHT == found[4, "baseline"].DYNAMIC_WEIGHT == 0
+    assert len(found) == 25 and found[4, "baseline"].ALIGN_WEIGHT == found[4, "baseline"].DYNAMIC_WEIGHT == 0
     assert {clip.RHO for (table, _), clip in found.items() if table == 8} == {0.1, 0.4, 0.8, 1.0, 1.5}
 
 

@@ -140,28 +140,36 @@ def test_deformable_detr_with_real_text_embeddings(root, tmp_path):
     assert len(list((tmp_path / "queries").glob(f"{photograph.stem}_query?.png"))) == 2
 
 
-def test_cckt_from_crops_and_priors_to_named_queries(root, tmp_path):
-    """Thirty steps. ViT-B/32 by its architecture, its weights at random: its files are real, their meaning is not."""
+@pytest.fixture(scope="module")
+def cckt(root):
+    """Overrides of a small CCKT-Det, with its cache and its priors.
+
+    ViT-B/32 by its architecture, its weights at random: its files are real, their meaning is not.
+    """
     import open_clip
     import torch
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    weights = tmp_path / "ViT-B-32-random-weights.safetensors"
+    weights, cached, priors = root / "ViT-B-32-random-weights.safetensors", root / "cache", root / "p.safetensors"
     save_file({k: v.contiguous() for k, v in open_clip.create_model("ViT-B-32").state_dict().items()}, str(weights))
     teacher = ["--architecture", "ViT-B-32", "--pretrained", weights]
     config = ["--config-file", "configs/ovcoco/cckt_r50.yaml"]
-    cache = ["--dataset", "ov_coco_train_base", "--boxes", "annotations", "--output", tmp_path / "cache", *teacher]
+    cache = ["--dataset", "ov_coco_train_base", "--boxes", "annotations", "--output", cached, *teacher]
     program(root, "tools/build_region_cache.py", *config, *cache, "--scales", "1.0", "--workers", "0")
-    made = ["--backend", "clip", "--dataset", "ov_coco_val_all", "--output", tmp_path / "p.safetensors", *teacher]
+    made = ["--backend", "clip", "--dataset", "ov_coco_val_all", "--output", priors, *teacher]
     printed = program(root, "tools/build_concept_priors.py", *made, "--templates", "single", "--num-workers", "0")
     assert "38 images" in printed and "ViT-B-32-random-weights" in printed
-    small = [
-        *shlex.split(SMALL), *shlex.split(SMALL_DETR), "SOLVER.STEPS", "(29,)", "SOLVER.MAX_ITER", "30",
+    return [
+        *shlex.split(SMALL), *shlex.split(SMALL_DETR),
         "MODEL.TEACHER.ARCHITECTURE", "ViT-B-32", "MODEL.TEACHER.PRETRAINED", weights,
-        "MODEL.VOCABULARY.TEMPLATES", "single", "MODEL.CCKT.REGION_CACHE", tmp_path / "cache",
-        "MODEL.CCKT.PRIOR_FILE", tmp_path / "p.safetensors",
+        "MODEL.VOCABULARY.TEMPLATES", "single", "MODEL.CCKT.REGION_CACHE", cached, "MODEL.CCKT.PRIOR_FILE", priors,
     ]  # fmt: skip
+
+
+def test_cckt_from_crops_and_priors_to_named_queries(root, cckt, tmp_path):
+    """Thirty steps."""
+    small = [*cckt, "SOLVER.STEPS", "(29,)", "SOLVER.MAX_ITER", "30"]
     losses = train(root, tmp_path, "cckt_r50.yaml", *small)
     assert falls(losses["total_loss"]) and "loss_contrast_0" in losses, losses
     evaluate_and_draw(root, tmp_path, "cckt_r50.yaml", *small)
@@ -173,17 +181,20 @@ def test_cckt_from_crops_and_priors_to_named_queries(root, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [("1.0", "0.0"), ("0.0", "1.0"), ("1.0", "1.0")], ids=["align", "dynql", "both"])
-@pytest.mark.parametrize("host", ["open_vocabulary", "closed_set"])
-def test_clip_detr(host, parts, root, tmp_path):
-    """Twenty steps of each combination, on a host with learned positions and on the two-stage one."""
+@pytest.mark.parametrize("host", ["open_vocabulary", "closed_set", "cckt"])
+def test_clip_detr(host, parts, root, cckt, tmp_path):
+    """Twenty steps of each combination, on hosts with learned positions, alone and with CCKT, and on a two-stage one."""
     small = [*shlex.split(SMALL), *shlex.split(SMALL_DETR)]
-    small += ["MODEL.CLIP_DETR.ALIGN_WEIGHT", parts[0], "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", parts[1]]
+    weights = ["MODEL.CLIP_DETR.ALIGN_WEIGHT", parts[0], "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", parts[1]]
     if host == "open_vocabulary":
         table = root / "v.safetensors"
-        small += ["MODEL.VOCABULARY.FILE", table, "MODEL.CLIP_DETR.LABEL_TABLE", table]
-        losses = train(root, tmp_path, "clip_detr_r50.yaml", *small)
+        tables = ["MODEL.VOCABULARY.FILE", table, "MODEL.CLIP_DETR.LABEL_TABLE", table]
+        losses = train(root, tmp_path, "clip_detr_r50.yaml", *small, *weights, *tables)
+    elif host == "closed_set":
+        weights += ["MODEL.CLIP_DETR.LABEL_TABLE", ""]
+        losses = train(root, tmp_path, "../coco/clip_detr_r50_12ep.yaml", *small, *weights)
     else:
-        small += ["MODEL.CLIP_DETR.LABEL_TABLE", ""]
-        losses = train(root, tmp_path, "../coco/clip_detr_r50_12ep.yaml", *small)
+        losses = train(root, tmp_path, "cckt_r50.yaml", *cckt, *weights)
+        assert "loss_contrast_0" in losses
     assert ("loss_align" in losses, "loss_class_dynamic" in losses) == (parts[0] != "0.0", parts[1] != "0.0")
     assert falls(losses["total_loss"]), losses

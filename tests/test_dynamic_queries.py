@@ -234,9 +234,7 @@ def test_padding_does_not_change_the_loss():
     batch, singles, start = losses(memory, targets, attributes), [], 0
     for image, count in enumerate(targets.counts):
         part = slice(start, start + count)
-        own = replace(
-                targets, labels=targets.labels[part], boxes_cxcywh=targets.boxes_cxcywh[part], counts=(count,)
-            )
+        own = replace(targets, labels=targets.labels[part], boxes_cxcywh=targets.boxes_cxcywh[part], counts=(count,))
         tokens, padding, ratios = (
             getattr(memory, name)[image : image + 1] for name in ("tokens", "padding_mask", "valid_ratios")
         )

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import demo
 from ovdet2 import Predictor, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.shapes.generate import ensure_generated
@@ -22,9 +22,6 @@ from ovdet2.modeling.build import build_classifier
 from ovdet2.vlm.fingerprint import Fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
-_spec = util.spec_from_file_location("demo", ROOT / "demo" / "demo.py")
-demo = util.module_from_spec(_spec)
-_spec.loader.exec_module(demo)
 
 CONFIG = "ovshapes/vild_text_r18.yaml"
 SMALL = [

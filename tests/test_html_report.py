@@ -4,9 +4,10 @@ import html.parser
 import json
 import re
 import uuid
-from importlib import util
 from pathlib import Path
 
+import compare_reports
+import make_report
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -19,17 +20,6 @@ from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.compare import as_html, as_text, compare
 from ovdet2.evaluation.html_report import write_html
 from ovdet2.files import sha256_file
-
-
-def program(name):
-    """A program of tools/, which is no package, as a module."""
-    spec = util.spec_from_file_location(name, Path(__file__).parents[1] / "tools" / f"{name}.py")
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compare_reports, make_report = program("compare_reports"), program("make_report")
 
 NASTY = '</title><script>alert("1")</script>&amp; \u202e $x$ \ud800\x00 ☃'
 SPLIT = Split("a & b <2/1>", base=((7, "cat"), (3, NASTY)), novel=((5, "<b>dog</b>"),), groups={"odd <row>": (3, 5)})

@@ -1,10 +1,9 @@
 """Import of published Deformable DETR weights, on randomly initialised ones of both dialects."""
 
 import argparse
-import importlib.util
 import re
-from pathlib import Path
 
+import import_deformable_detr as tool
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +14,6 @@ from ovdet2.files import read_safetensors
 from ovdet2.modeling.detr.import_weights import import_weights
 from tests.micro_detr import CLASSES, SIZES, detector, published
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "import_deformable_detr.py"
 VARIANTS = ["one_stage", "refine", "two_stage"]
 _OFFICIAL_NAMES = [
     (r"model\.backbone\.model\.", "backbone.0.body."),
@@ -154,9 +152,6 @@ def test_files_that_are_not_whole_are_refused(state):
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 def test_the_tool_writes_what_the_checkpointer_loads(tmp_path, capsys, kind):
-    spec = importlib.util.spec_from_file_location("import_deformable_detr", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     weights = {name: value.float() for name, value in published("refine").state_dict().items()}
     source, output = tmp_path / f"source.{kind}", tmp_path / "out.safetensors"
     if kind == "pth":

@@ -1,8 +1,6 @@
 """Pictures of queries: that what is drawn lies where the detector looked, for padded, resized and oblong images."""
 
-from importlib import util
-from pathlib import Path
-
+import draw_queries as tool
 import numpy as np
 import pytest
 import torch
@@ -20,15 +18,6 @@ from ovdet2.vocabulary import Vocabulary
 from tests.micro_detr import SIZES, small_transformer
 
 STRIDES = (8, 16, 32, 64)
-
-
-def draw_queries():
-    """tools/draw_queries.py, which is no package, as a module."""
-    path = Path(__file__).parents[1] / "tools" / "draw_queries.py"
-    spec = util.spec_from_file_location("draw_queries", path)
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_location_of_the_padded_batch_is_a_pixel_of_the_photograph():
@@ -136,7 +125,6 @@ def test_a_reference_box_is_drawn_and_the_image_shows_through():
 
 
 def test_the_program_draws_the_best_queries(tmp_path, capsys):
-    tool = draw_queries()
     small = ["MODEL.DETR.DIM", "32", "MODEL.DETR.NUM_QUERIES", "8", "MODEL.VOCABULARY.TEMPLATES", "single"]
     small += ["MODEL.DEVICE", "cpu"]
     cfg = load_config("ovshapes/detr_text_r18.yaml", small)

@@ -1,15 +1,12 @@
 """The runner of the OV-Shapes rows: what runs, in which order, what is refused, and the table. No row is really run."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import run_ovshapes
 
 from ovdet2.errors import DataError, UsageError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import run_ovshapes  # noqa: E402
 
 METRICS = {
     "AP50-novel": 10.0,

@@ -1,8 +1,6 @@
 """Discriminative scores: norms of the part that is no padding, where they are drawn, and the program."""
 
-from importlib import util
-from pathlib import Path
-
+import draw_score_maps as tool
 import numpy as np
 import pytest
 import torch
@@ -46,18 +44,7 @@ def test_places_below_the_threshold_stay_grey():
     assert (left == 100).all() and right[0] - right[2] > 60
 
 
-def draw_score_maps():
-    """tools/draw_score_maps.py, which is no package, as a module."""
-    spec = util.spec_from_file_location(
-        "draw_score_maps", Path(__file__).parents[1] / "tools" / "draw_score_maps.py"
-    )  # fmt: skip
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_program_draws_scores_and_layers(tmp_path):
-    tool = draw_score_maps()
     small = ["MODEL.DETR.DIM", "32", "MODEL.DETR.NUM_QUERIES", "8", "MODEL.VOCABULARY.TEMPLATES", "single"]
     small += ["MODEL.DEVICE", "cpu"]
     config = "ovshapes/clip_detr_both_text_r18.yaml"

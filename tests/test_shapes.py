@@ -1,7 +1,6 @@
 """OV-Shapes: the generator, its annotations and the embedded teachers."""
 
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import train_embedded_teacher
 from torch.nn import functional as F
 
 from ovdet2.data.datasets.ov_shapes import OV_SHAPES
@@ -298,17 +298,9 @@ def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor)
     assert sum(hits) / len(hits) >= crop_floor
 
 
-def _tool():
-    path = Path(__file__).resolve().parents[1] / "tools" / "train_embedded_teacher.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_batch_never_holds_a_caption_twice():
     captions = [f"text {index % 37}" for index in range(200)]
-    batch_plan = _tool().BatchPlan
+    batch_plan = train_embedded_teacher.BatchPlan
     plan = batch_plan(captions, 20, seed=0)
     batches = [plan.batch(step) for step in range(20)]
     for batch in batches:

@@ -1,4 +1,4 @@
-r"""Run the ablations of CLIP-DETR's Tables 4 to 8 on any of its configurations, and tabulate them.
+r"""Run the ablations of CLIP-DETR's Tables 4 to 8, and some of ours, on any of its configurations, and tabulate them.
 
     python tools/ablate_clip_detr.py --tables 4 5 6 7 8 --config-file configs/coco/clip_detr_r50_12ep.yaml \
         --output output/coco/ablations -- --num-gpus 8
@@ -7,17 +7,19 @@ r"""Run the ablations of CLIP-DETR's Tables 4 to 8 on any of its configurations,
     python tools/ablate_clip_detr.py ... --tabulate
 
 The configuration must have both parts; a row is that configuration with some keys changed. What follows "--" goes to
-train_net.py. A row that has its report is not run again; several tables share the row of the whole method.
+train_net.py. A row that was run to its end is not run again, and one of other settings is refused; several tables share
+the row of the whole method, which is that of rho 1.
 """
 
 import argparse
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
 
 from ovdet2.config import load_config
-from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.files import read_json
+from ovdet2.errors import DataError, UsageError, exit_on_error
+from ovdet2.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 _KEY = "MODEL.CLIP_DETR."
@@ -28,8 +30,15 @@ def _betas(*values):
     return {"BETAS": list(values)}
 
 
-# Row: keys of MODEL.CLIP_DETR that differ from the configuration's; the last table is that of the appendix.
+# Row: keys of MODEL.CLIP_DETR that differ from the configuration's. Table 0 asks what the paper leaves open, table 8 is
+# that of its appendix.
 TABLES = {
+    0: {
+        "align weight 0.25": {"ALIGN_WEIGHT": 0.25},
+        "one label is no negative": {"IGNORED_PAIRS": "label"},
+        "literal shifts": {"SHIFT": "literal"},
+        WHOLE: {},
+    },
     4: {
         "baseline": {"ALIGN_WEIGHT": 0.0, "DYNAMIC_WEIGHT": 0.0},
         "+ AlignNet": {"DYNAMIC_WEIGHT": 0.0},
@@ -62,10 +71,11 @@ def main(argv=None):
     figures = {}
     for name in args.rows or rows:
         for seed in args.seeds:
-            if report_of(args, name, seed) is None and not args.tabulate:
+            if report_of(args, name, rows[name], seed) is None and not args.tabulate:
+                write_json(folder_of(args, name, seed) / "row.json", settings_of(args, rows[name], seed))
                 run(command_of(args, name, rows[name], seed))
-        found = [report_of(args, name, seed) for seed in args.seeds]
-        found = [report["bbox"][args.figure] for report in found if report is not None]
+        found = [report_of(args, name, rows[name], seed) for seed in args.seeds]
+        found = [figure_of(report, args.figure) for report in found if report is not None]
         figures[name] = sum(found) / len(found) if found else None
     print(f"| row | {args.figure}, mean over seeds {' '.join(map(str, args.seeds))} |\n|---|---:|")
     for name, figure in figures.items():
@@ -95,15 +105,44 @@ def folder_of(args, name, seed):
     return args.output / name.replace(" ", "_").replace("+", "plus") / f"seed{seed}"
 
 
-def report_of(args, name, seed):
-    """The report of a row's only test set, or None."""
-    [path, *_] = [*folder_of(args, name, seed).glob("inference/*/report.json"), None]
-    return path and read_json(path)
+def report_of(args, name, keys, seed):
+    """The report of a row's only test set, or None where it was not run to its end.
+
+    Raises:
+        DataError: its folder holds a run of other settings.
+    """
+    folder = folder_of(args, name, seed)
+    if (folder / "row.json").is_file() and read_json(folder / "row.json") != settings_of(args, keys, seed):
+        raise DataError(f"{folder} holds a row of another configuration: remove it, or choose another --output.")
+    [path, *_] = [*folder.glob("inference/*/report.json"), None]
+    return read_json(path) if path and (folder / "model_final.pth").is_file() else None
+
+
+def settings_of(args, keys, seed):
+    """What decides a row's result."""
+    text = load_config(args.config_file, [*overrides_of(keys), "SEED", seed]).dump()
+    return {"configuration": hashlib.sha256(text.encode()).hexdigest(), "passed_on": args.passed_on}
+
+
+def figure_of(report, name):
+    """A figure of a report's boxes.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in report["bbox"]:
+        raise UsageError(f"no figure {name!r}: the report has {', '.join(report['bbox'])}.")
+    return report["bbox"][name]
+
+
+def overrides_of(keys):
+    """Keys of MODEL.CLIP_DETR as overrides of a configuration."""
+    return [part for key, value in keys.items() for part in (_KEY + key, str(value))]
 
 
 def command_of(args, name, keys, seed):
     """The command that trains and evaluates a row."""
-    overrides = [part for key, value in keys.items() for part in (_KEY + key, str(value))]
+    overrides = overrides_of(keys)
     command = [sys.executable, "train_net.py", "--config-file", args.config_file, "--resume", *args.passed_on]
     return [*command, *overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder_of(args, name, seed))]
 

@@ -78,10 +78,8 @@ ROWS = {
         "CCKT-Det: priors, contrast, class branch", "ovshapes/cckt_full_class_r18.yaml", "cckt_full"
     ),
     **{
-        f"clip_detr_{part}_{head}": Row(
-            f"CLIP-DETR: {title}, {head} head", f"ovshapes/clip_detr_{part}_{head}_r18.yaml"
-        )
-        for head in ("closed", "text")
+        f"clip_detr_{part}_{head}": Row(f"CLIP-DETR: {title}, {of}", f"ovshapes/clip_detr_{part}_{head}_r18.yaml")
+        for head, of in (("closed", "closed head"), ("text", "text head"), ("cckt", "on CCKT-Det"))
         for part, title in (("align", "AlignNet"), ("dynql", "DynQL"), ("both", "both"))
     },
     "fvlm": Row("F-VLM", "ovshapes/fvlm_resnet.yaml"),

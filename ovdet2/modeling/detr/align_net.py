@@ -72,9 +72,9 @@ class AlignNet(nn.Module):
 def pooled_objects(memory, targets, strides, roi_size=7):
     """z_enc: the mean of an object's box over the maps of all levels (Eq. 1).
 
-    Boxes are in pixels over the stride: the shares of the decoder's references, times the valid cells, would be another
-    place in another batch, since a coarse map has a cell more or less that counts as valid. RoIAlign takes the map to go
-    on beyond its border as it ends there; so does the image's part of a padded map here.
+    Boxes are in pixels over the stride: shares of the valid cells, as the decoder's references are, would be another
+    place in another batch, since of a coarse map a cell more or less counts as valid. RoIAlign takes the map to go on
+    beyond its border as it ends there; so does the image's part of a padded map here.
 
     Args:
         memory: :class:`~ovdet2.modeling.detr.memory.Memory`.
