@@ -183,7 +183,7 @@ def test_cckt_from_crops_and_priors_to_named_queries(root, cckt, tmp_path):
 @pytest.mark.parametrize("parts", [("1.0", "0.0"), ("0.0", "1.0"), ("1.0", "1.0")], ids=["align", "dynql", "both"])
 @pytest.mark.parametrize("host", ["open_vocabulary", "closed_set", "cckt"])
 def test_clip_detr(host, parts, root, cckt, tmp_path):
-    """Twenty steps of each combination, on hosts with learned positions, alone and with CCKT, and on a two-stage one."""
+    """Twenty steps of each combination, on a host with learned positions, on CCKT-Det and on a two-stage one."""
     small = [*shlex.split(SMALL), *shlex.split(SMALL_DETR)]
     weights = ["MODEL.CLIP_DETR.ALIGN_WEIGHT", parts[0], "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", parts[1]]
     if host == "open_vocabulary":

@@ -37,6 +37,7 @@ ARTEFACTS = {
     "MODEL.DISTILLATION.REGION_CACHE": ("region cache", "region_cache"),
     "MODEL.CCKT.REGION_CACHE": ("cache of annotated boxes", "annotation_cache"),
     "MODEL.CCKT.PRIOR_FILE": ("concept prior", "priors/clip.safetensors"),
+    "MODEL.TEACHER.PRETRAINED": ("training by CLIM", "clim/clim_a1.safetensors"),
 }
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
@@ -85,6 +86,8 @@ ROWS = {
     "fvlm": Row("F-VLM", "ovshapes/fvlm_resnet.yaml"),
     "fvlm_detector": Row("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", "fvlm"),
     "fvlm_clip": Row("CLIP's map at the proposals of F-VLM, with objectness", "ovshapes/fvlm_resnet_clip.yaml", "fvlm"),
+    "fvlm_vit": Row("F-VLM on the ViT", "ovshapes/fvlm_vit.yaml"),
+    "fvlm_vit_clim": Row("F-VLM on the ViT after CLIM", "ovshapes/fvlm_vit_clim.yaml"),
 }
 COLUMNS = {
     "novel AP50": ("bbox", "AP50-novel"),
@@ -167,6 +170,7 @@ def artefacts_of(row):
         "MODEL.DISTILLATION.REGION_CACHE": model.DISTILLATION.WEIGHT > 0,
         "MODEL.CCKT.REGION_CACHE": model.CCKT.ENABLED and model.CCKT.CONTRAST != "none" and not row.weights_of,
         "MODEL.CCKT.PRIOR_FILE": model.CCKT.ENABLED and model.CCKT.PRIORS,
+        "MODEL.TEACHER.PRETRAINED": model.TEACHER.PRETRAINED.endswith(".safetensors"),
     }
     return [key for key, wanted in needed.items() if wanted]
 
@@ -183,6 +187,9 @@ def build_artefact(key, output):
         teacher = ["--architecture", TEACHER, "--pretrained", "embedded", "--tiles", "3"]
         command = ["tools/build_concept_priors.py", "--backend", "clip", *teacher, "--dataset", DATASET]
         command += ["--output", str(path)]
+    elif key == "MODEL.TEACHER.PRETRAINED":
+        command = ["projects/CLIM/train.py", "--config-file", "projects/CLIM/configs/ovshapes_vit.yaml", "--resume"]
+        command += ["OUTPUT_DIR", str(path.parent)]
     else:
         command = ["tools/build_region_cache.py", "--dataset", TRAINING_SET, "--output", str(path), "--config-file"]
         if key == "MODEL.CCKT.REGION_CACHE":

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vlm.weight_files import check_resolution, check_stated_architecture
 
 logger = logging.getLogger(__name__)
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "open_clip"
@@ -64,7 +65,7 @@ class Teacher(nn.Module):
 
         Raises:
             UsageError: unknown architecture or tag.
-            DataError: the weights cannot be read or fetched.
+            DataError: the weights cannot be read or fetched, or are of another architecture or resolution.
         """
         import open_clip
 
@@ -73,13 +74,15 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}."
             )
-        source, preprocess = pretrained, None
+        source, preprocess, file = str(pretrained), None, None
         if pretrained == "embedded":
             if architecture not in embedded_models():
                 raise UsageError(f"{architecture} is not embedded; embedded ones: {', '.join(embedded_models())}.")
             source = str(_EMBEDDED / f"{architecture}.safetensors")
         elif Path(pretrained).is_file():
-            pretrained, preprocess = Path(pretrained).name, preprocessing_of(architecture)
+            file = Path(pretrained)
+            check_stated_architecture(file, architecture)
+            pretrained, preprocess = file.name, preprocessing_of(architecture)
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise UsageError(
@@ -95,10 +98,13 @@ class Teacher(nn.Module):
                 force_preprocess_cfg=preprocess,
             )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(
-                f"the weights {pretrained!r} of {architecture} could not be loaded ({type(error).__name__}: {error}). "
-                "Without a network, give MODEL.TEACHER.PRETRAINED a local weight file."
+                f"the weights {pretrained!r} of {architecture} could not be loaded ({reason}). "
+                + ("Name the architecture of the file." if file else "Without a network, give a local weight file.")
             ) from error
+        if file:
+            check_resolution(file, architecture, clip.state_dict())
         fingerprint = Fingerprint(architecture, pretrained, state_dict_sha256(clip.state_dict()))
         return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
 

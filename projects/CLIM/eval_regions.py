@@ -13,13 +13,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from clim.checkpoint import load_clip
 from clim.regions import evaluate, table
 from clim.response import draw_responses, mosaic_of, response_maps
 
 from ovdet2.data.images import read_image
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.files import write_json
+from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 
 
@@ -30,7 +30,7 @@ def main(argv=None):
         raise UsageError("there is nothing to do: give --dataset to name boxes, or --words and --images to draw.")
     if bool(args.words) != bool(args.images) or (args.mosaic and len(args.images) < args.mosaic**2):
         raise UsageError("a picture needs --words and --images, and --mosaic G at least G * G images.")
-    teachers = [load_clip(args.architecture, weights, args.device) for weights in args.pretrained]
+    teachers = [Teacher.load(args.architecture, weights, args.device) for weights in args.pretrained]
     output, results = Path(args.output), []
     if args.dataset:
         settings = args.dataset, args.side, args.factors, args.templates, args.limit
@@ -61,7 +61,7 @@ def parse_args(argv):
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument("--pretrained", required=True, nargs="+", help="tags, 'embedded' or weight files")
     parser.add_argument("--dataset", default="", help="whose ground-truth boxes are named")
-    parser.add_argument("--side", type=int, default=1024, help="longest edge of the image for the map, in pixels")
+    parser.add_argument("--side", type=int, required=True, help="longest edge of the image for the map, in pixels")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
     parser.add_argument("--templates", default="vild63", help="prompt template set")
     parser.add_argument("--limit", type=int, default=0, help="first images of the data set alone; 0: all")

@@ -51,22 +51,33 @@ def main(args):
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     if comm.is_main_process():
-        publish(cfg, trainer.clip)
+        publish(cfg, trainer.clip, trainer.captions)
 
 
-def publish(cfg, clip):
-    """Write the averaged weights, and measure the original's and theirs."""
-    from clim.checkpoint import export, load_clip
+def publish(cfg, clip, captions):
+    """Write the averaged weights, and measure the original's and theirs.
+
+    Args:
+        cfg: configuration.
+        clip: the trained open_clip model.
+        captions: what identifies the captions it was trained on, a JSON-serialisable dict.
+    """
+    from clim.checkpoint import export
     from clim.regions import compare
 
+    from ovdet2.vlm.teacher import Teacher
+
     weights = f"{cfg.OUTPUT_DIR}/clim_a{cfg.CLIM.AVERAGE:g}.safetensors"
-    original = load_clip(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
+    original = Teacher.load(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
     solver = {key: cfg.SOLVER[key] for key in ("BASE_LR", "IMS_PER_BATCH", "MAX_ITER", "WEIGHT_DECAY")}
-    facts = {"clim": yaml.safe_load(cfg.CLIM.dump()), "solver": solver, "seed": cfg.SEED}
+    facts = {"clim": yaml.safe_load(cfg.CLIM.dump()), "solver": solver, "seed": cfg.SEED, "captions": captions}
     fingerprint = export(weights, clip, original, cfg.CLIM.AVERAGE, facts)
-    print(f"{weights}: {fingerprint}, for MODEL.TEACHER.ARCHITECTURE {fingerprint.architecture}")
+    after = Teacher.load(fingerprint.architecture, weights, cfg.MODEL.DEVICE)
+    print(
+        f"{weights}: {fingerprint}, for MODEL.TEACHER.ARCHITECTURE {fingerprint.architecture}; its temperature is "
+        f"{1 / after.logit_scale:.4f}"
+    )
     if cfg.CLIM.EVALUATION.DATASET:
-        after = load_clip(fingerprint.architecture, weights, cfg.MODEL.DEVICE)
         compare(original, after, cfg.CLIM.EVALUATION.DATASET, cfg.CLIM.EVALUATION.SIDE, cfg.OUTPUT_DIR)
 
 

@@ -46,6 +46,21 @@ def caption_pair(seed, index, side=128):
             return scene.image, caption_of(rng, scene.objects), scene
 
 
+def further_captions(seed, index, objects, count):
+    """Other captions of the image of a pair, for data sets with several of each.
+
+    Args:
+        seed, index: as of :func:`caption_pair`.
+        objects: of its scene.
+        count: of the captions.
+
+    Returns:
+        list of str; the first ones do not depend on ``count``.
+    """
+    rng = stream(seed, "further captions", index)
+    return [caption_of(rng, objects) for _ in range(count)]
+
+
 def caption_of(rng, objects):
     """A caption for the objects of a scene, in random order."""
     order = rng.permutation(len(objects))

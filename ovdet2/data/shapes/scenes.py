@@ -10,7 +10,7 @@ from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES
 from ovdet2.data.shapes.render import render_scene
 
 # The number of a split is part of its images' seeds: captions never share one with the detection images.
-_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4}
+_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4, "further captions": 5}
 IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
 # (width, height) of the detection images with their shares; not all are square, so that nothing downstream assumes it.
 _SIZES = ((224, 224), (256, 192), (192, 256))
@@ -23,7 +23,7 @@ def stream(seed, split, index):
 
     Args:
         seed: of the whole data set, >= 0.
-        split: "train2017", "val2017", "captions", "single" or "pretraining".
+        split: "train2017", "val2017", "captions", "single", "pretraining" or "further captions".
         index: of the image in its split, >= 0.
 
     Returns:

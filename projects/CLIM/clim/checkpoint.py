@@ -1,51 +1,13 @@
-"""What goes into a run, a CLIP, and what comes out of it: averaged weights that open_clip and every tool load."""
+"""What comes out of a run: averaged weights that open_clip and every tool load."""
 
-import json
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint
-from ovdet2.vlm.teacher import Teacher, needs_quick_gelu, state_dict_sha256
+from ovdet2.vlm.teacher import needs_quick_gelu, state_dict_sha256
 
 SCHEMA = "ovdet2/clim/1"
-_POSITIONS = "visual.positional_embedding", "visual.attnpool.positional_embedding"
-
-
-def load_clip(architecture, pretrained, device="cpu"):
-    """:meth:`Teacher.load` with a closer look at a safetensors file.
-
-    Raises:
-        DataError: the file is of another architecture, or of another resolution: open_clip would interpolate its
-            positional embedding without a word.
-        UsageError, DataError: see :meth:`Teacher.load`.
-    """
-    path = Path(pretrained)
-    if not path.is_file() or path.suffix != ".safetensors":
-        return Teacher.load(architecture, str(pretrained), device)
-    shapes, stated = _look_at(path)
-    if stated not in (None, architecture):
-        raise DataError(
-            f"{path} is not of the architecture {architecture}, it states {stated}: set MODEL.TEACHER.ARCHITECTURE."
-        )
-    try:
-        teacher = Teacher.load(architecture, str(path), device)
-    except DataError as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
-        raise DataError(
-            f"{path} is not of the architecture {architecture} ({reason} ...): set MODEL.TEACHER.ARCHITECTURE to that "
-            "of the file."
-        ) from None
-    state = teacher.clip.state_dict()
-    for name in _POSITIONS:
-        if name in state and shapes[name] != list(state[name].shape):
-            raise DataError(
-                f"{path} is of another resolution than {architecture}: its positional embedding is {shapes[name]}, "
-                f"not {list(state[name].shape)}. Name the architecture of its image size."
-            )
-    return teacher
 
 
 def file_architecture(architecture, pretrained):
@@ -124,14 +86,3 @@ def export(path, clip, original, weight, facts):
     }
     write_safetensors(path, state, manifest)
     return fingerprint
-
-
-def _look_at(path):
-    """(name -> shape, the architecture it states or None) of a safetensors file."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}
-            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise DataError(f"{path} is no whole safetensors file ({error}): download or write it again.") from None
-    return shapes, manifest.get("fingerprint", {}).get("architecture")

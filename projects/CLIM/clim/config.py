@@ -16,8 +16,9 @@ def add_clim_config(cfg):
     cfg.CLIM.CAPTIONS = ""
     # The folder that image paths are relative to; likewise.
     cfg.CLIM.IMAGES = ""
-    # With "ov_shapes": how many pairs.
+    # With "ov_shapes": how many images, and captions of each, of which one is drawn at random.
     cfg.CLIM.PAIRS = 10000
+    cfg.CLIM.CAPTIONS_EACH = 5
     # With "tar": samples among which the next one is drawn.
     cfg.CLIM.SHUFFLE_BUFFER = 10000
     # File of the captions' embeddings, made where it is missing; "": captions.safetensors in OUTPUT_DIR.
@@ -29,6 +30,9 @@ def add_clim_config(cfg):
     cfg.CLIM.SINGLES = 3
     # Side of the canvas in pixels, a multiple of the model's stride.
     cfg.CLIM.CANVAS = 1024
+    # Captions of a larger cosine are no negatives of each other's images: those that are one in float16. Above 1 all of
+    # them are, as in the authors' code; lower, captions that mean the same are not.
+    cfg.CLIM.SAME_TEXT = 0.9999
     # Area of the random crop of an image as a share of it, and the chance of its mirror image.
     cfg.CLIM.CROP_SCALE = [0.9, 1.0]
     cfg.CLIM.FLIP = 0.0

@@ -16,18 +16,17 @@ from ovdet2.modeling.contrastive import gather_rows, symmetric_info_nce
 from ovdet2.vlm.dense import dense_map, is_vit, pool_regions, stride_of
 
 MAX_LOG_SCALE = math.log(100.0)
-_SAME_TEXT = 0.9999  # cosine of two captions that are one in float16
 
 
-def clim_loss(regions, texts, logit_scale):
+def clim_loss(regions, texts, logit_scale, same_text=0.9999):
     """InfoNCE in both directions over the regions and single images of all processes; a collective call.
-
-    Captions that are equal are no negatives of each other's images, which the authors' code leaves to chance.
 
     Args:
         regions: Tensor [R, D], unit rows.
         texts: Tensor [R, D], unit rows of their captions.
         logit_scale: scalar Tensor, the inverse temperature.
+        same_text: cosine above which captions are no negatives of each other's images, which the authors' code does not
+            have: CLIM.SAME_TEXT.
 
     Returns:
         Scalar Tensor float32 (float64 if the inputs are), the same in every process.
@@ -35,19 +34,20 @@ def clim_loss(regions, texts, logit_scale):
     with torch.autocast(regions.device.type, enabled=False):
         regions, _ = gather_rows(regions if regions.dtype == torch.float64 else regions.float())
         texts, _ = gather_rows(texts.to(regions.dtype))
-        return symmetric_info_nce(logit_scale * regions @ texts.T, texts @ texts.T > _SAME_TEXT)
+        return symmetric_info_nce(logit_scale * regions @ texts.T, texts @ texts.T > same_text)
 
 
 class CLIMPretraining(nn.Module):
     """A CLIP in training on mosaics. Batch normalisation keeps its statistics, and the text tower stays as it is."""
 
-    def __init__(self, teacher, blocks, grids=(2, 3, 4), singles=3, canvas=1024):
+    def __init__(self, teacher, blocks, grids=(2, 3, 4), singles=3, canvas=1024, same_text=0.9999):
         """
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`, whose model is taken over and changed.
             blocks: see :func:`set_trainable`.
             grids, singles: of :func:`~ovdet2.data.mosaic.draw_mosaics`.
             canvas: C, pixels.
+            same_text: of :func:`clim_loss`.
 
         Raises:
             UsageError: a tower without dense features, a canvas that does not fit its stride, or see
@@ -55,7 +55,7 @@ class CLIMPretraining(nn.Module):
         """
         super().__init__()
         self.clip = teacher.clip
-        self.grids, self.singles, self.canvas = tuple(grids), singles, canvas
+        self.grids, self.singles, self.canvas, self.same_text = tuple(grids), singles, canvas, same_text
         self.interpolation = teacher.interpolation
         self.register_buffer("mean", teacher.mean.clone(), persistent=False)
         self.register_buffer("std", teacher.std.clone(), persistent=False)
@@ -80,7 +80,7 @@ class CLIMPretraining(nn.Module):
         images = torch.stack([record["image"] for record in batch]).to(self.mean.device)
         texts = torch.stack([record["text"] for record in batch]).to(self.mean.device)
         regions, order = self.embed(images)
-        return {"loss_clim": clim_loss(regions, texts[order], self.clip.logit_scale.exp())}
+        return {"loss_clim": clim_loss(regions, texts[order], self.clip.logit_scale.exp(), self.same_text)}
 
     def embed(self, images):
         """Embeddings of a batch, in its mosaics and single images.

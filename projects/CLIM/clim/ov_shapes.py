@@ -8,67 +8,64 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ovdet2.data.shapes.captions import caption_pair
+from ovdet2.data.shapes.captions import caption_pair, further_captions
 from ovdet2.data.shapes.scenes import render_images
-from ovdet2.errors import DataError
-from ovdet2.files import read_json, write_json
+from ovdet2.files import atomic_path, write_json
 
 FOLDER = "ov_shapes/captions"
+_SEED = 0
 
 
-def ensure_captions(root, seed=0, count=10_000, workers=None):
-    """Draw the pairs below ``root/ov_shapes/captions`` unless they are there: images/*.jpg and captions.json.
+def ensure_captions(root, count=10_000, each=5, workers=None):
+    """Draw captioned images below ``root/ov_shapes/captions`` unless they are there: images/*.jpg and a json.
 
-    The images are those that the embedded models were trained on (:func:`~ovdet2.data.shapes.captions.caption_pair`),
-    as JPEG files like the detection images. One process draws under a file lock, others wait for it; the json is
-    written last, so a run that was cut short begins again.
+    The first 10,000 images, with the first caption of each, are what the embedded models were trained on
+    (:func:`~ovdet2.data.shapes.captions.caption_pair`), as JPEG files like the detection images. One process draws
+    under a file lock, others wait for it; the json is written last, so a run that was cut short begins again.
 
     Args:
         root: folder of all data sets.
-        seed, count: of the pairs.
+        count: of the images.
+        each: captions of an image.
         workers: processes that draw; None: one per core.
 
     Returns:
-        The folder.
-
-    Raises:
-        DataError: another number of pairs, or of another seed, is there.
+        (the json, the folder of the images).
     """
     folder = Path(root) / FOLDER
-    if not (folder / "captions.json").is_file():  # nothing is written, not even a lock, to a folder that is whole
+    path = folder / f"captions_{count}x{each}.json"
+    if not path.is_file():  # nothing is written, not even a lock, to a folder that is whole
         (folder / "images").mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / "captions.json").is_file():
-                _draw(folder, seed, count, workers or os.cpu_count())
-    found = read_json(folder / "captions.json", f"delete {folder}").get("info", {})
-    if (found.get("seed"), found.get("pairs")) != (seed, count):
-        raise DataError(
-            f"{folder} holds {found.get('pairs')} pairs of seed {found.get('seed')}, not {count} of seed {seed}: "
-            "delete it, or set CLIM.PAIRS to what is there."
-        )
-    return folder
+            if not path.is_file():
+                _draw(path, count, each, workers or os.cpu_count())
+    return path, folder / "images"
 
 
-def _draw(folder, seed, count, workers):
-    drawn = render_images(partial(_draw_one, seed, folder / "images"), count, workers, partial(tqdm, desc="captions"))
-    captions = list(drawn)
+def _draw(path, count, each, workers):
+    draw = partial(_draw_one, path.parent / "images", each)
+    captions = list(render_images(draw, count, workers, partial(tqdm, desc="captions")))
     write_json(
-        folder / "captions.json",
+        path,
         {
-            "info": {"description": "OV-Shapes captions", "seed": seed, "pairs": count},
+            "info": {"description": "OV-Shapes captions", "seed": _SEED},
             "images": [{"id": index, "file_name": _name(index)} for index in range(count)],
             "annotations": [
-                {"id": index, "image_id": index, "caption": caption} for index, caption in enumerate(captions)
+                {"id": index * each + number, "image_id": index, "caption": caption}
+                for index, found in enumerate(captions)
+                for number, caption in enumerate(found)
             ],
         },
     )
 
 
-def _draw_one(seed, folder, index):
-    image, caption, _ = caption_pair(seed, index)
-    Image.fromarray(image).save(folder / _name(index), quality=95)
-    return caption
+def _draw_one(folder, each, index):
+    """Write an image, whole or not at all; returns its captions."""
+    image, caption, scene = caption_pair(_SEED, index)
+    with atomic_path(folder / _name(index)) as temporary:
+        Image.fromarray(image).save(temporary, format="JPEG", quality=95)
+    return [caption, *further_captions(_SEED, index, scene.objects, each - 1)]
 
 
 def _name(index):

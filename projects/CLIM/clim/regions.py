@@ -25,7 +25,7 @@ WHOLE_IMAGES = 650  # ten of each class of OV-Shapes
 _KEPT = (1, 5)
 
 
-def evaluate(teacher, dataset, side=1024, factors=(1.0, 1.5), templates="vild63", limit=0):
+def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", limit=0):
     """Name the ground-truth boxes of a data set, and on OV-Shapes whole images.
 
     Args:

@@ -22,7 +22,7 @@ _SHOWN = 5  # faults named in a message
 
 
 def build_source(cfg):
-    """The source of a configuration (CLIM.SOURCE, CAPTIONS, IMAGES, PAIRS; DATALOADER.MAX_BAD_IMAGES).
+    """The source of a configuration (CLIM.SOURCE, CAPTIONS, IMAGES, PAIRS, CAPTIONS_EACH; DATALOADER.MAX_BAD_IMAGES).
 
     Raises:
         UsageError: unknown kind, or no file named.
@@ -44,8 +44,7 @@ def build_source(cfg):
         return TarShards(captions, f"{cfg.OUTPUT_DIR}/shards.safetensors", max_bad)
     from clim.ov_shapes import ensure_captions
 
-    folder = ensure_captions(data_root(), count=cfg.CLIM.PAIRS)
-    return CocoCaptions(folder / "captions.json", folder / "images", max_bad)
+    return CocoCaptions(*ensure_captions(data_root(), cfg.CLIM.PAIRS, cfg.CLIM.CAPTIONS_EACH), max_bad)
 
 
 class CocoCaptions:

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 from detectron2.engine import HookBase
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from clim.checkpoint import load_clip
 from clim.loading import build_loader
 from clim.model import MAX_LOG_SCALE, CLIMPretraining
 from clim.sources import build_source
 from clim.text_table import TextTable, build_text_table
+from ovdet2.data.datasets import split_of
+from ovdet2.data.mosaic import draw_mosaics
 from ovdet2.engine import Trainer
-from ovdet2.engine.optimizer import mixed_precision
-from ovdet2.errors import DataError
+from ovdet2.engine.optimizer import full_model_norm, mixed_precision
+from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.teacher import Teacher
 
 logger = logging.getLogger("ovdet2.clim")
 
@@ -31,10 +34,10 @@ class CLIMTrainer(Trainer):
             cfg: frozen configuration with the keys of :func:`clim.config.add_clim_config`.
 
         Raises:
-            UsageError, DataError: see :func:`~clim.sources.build_source`, :func:`~clim.checkpoint.load_clip`,
+            UsageError, DataError: see :func:`~clim.sources.build_source`, :meth:`Teacher.load`,
                 :class:`~clim.text_table.TextTable` and :class:`~clim.model.CLIMPretraining`.
         """
-        self._teacher = load_clip(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
+        self._teacher = Teacher.load(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
         source = build_source(cfg)
         self._table = TextTable(text_table_of(cfg), source, self._teacher.fingerprint)
         self._source = source
@@ -47,28 +50,39 @@ class CLIMTrainer(Trainer):
     def build_model(self, cfg):
         """See :class:`clim.model.CLIMPretraining`."""
         clim = cfg.CLIM
-        model = CLIMPretraining(self._teacher, clim.TRAINABLE_BLOCKS, clim.GRIDS, clim.SINGLES, clim.CANVAS)
+        model = CLIMPretraining(
+            self._teacher, clim.TRAINABLE_BLOCKS, clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT
+        )
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("%s: %.2f M parameters are trained.", self._teacher.fingerprint, trained / 1e6)
         return model
 
     def build_optimizer(self, cfg, model):
-        """AdamW; weights of two or more dimensions decay, as in open_clip."""
+        """AdamW, with Detectron2's clipping per parameter; weights of two or more dimensions decay, as in open_clip."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, betas=tuple(cfg.CLIM.BETAS), eps=cfg.CLIM.EPS)
+        optimizer = torch.optim.AdamW
+        if full_model_norm(cfg) is None:  # else done by CheckedStep
+            optimizer = maybe_add_gradient_clipping(cfg, optimizer)
+        settings = {"betas": tuple(cfg.CLIM.BETAS), "eps": cfg.CLIM.EPS, "fused": True}
+        return optimizer(groups, lr=cfg.SOLVER.BASE_LR, **settings)
 
     def build_hooks(self):
         """The clamp of the logit scale comes before all others, so that it is in every checkpoint."""
-        return [ClampLogitScale(self.clip.logit_scale), *super().build_hooks()]
+        return [ClampLogitScale(self._trained.clip.logit_scale), *super().build_hooks()]
 
     @property
     def clip(self):
-        """The open_clip model in training."""
-        return self._trained.clip
+        """The open_clip model in training; with SOLVER.EMA.ENABLED the moving average of it."""
+        return self.checkpointer.model.clip
+
+    @property
+    def captions(self):
+        """What identifies the captions: see ``identity`` of a source."""
+        return self._source.identity()
 
     def state_dict(self):
         return super().state_dict() | {"original": self._teacher.fingerprint.to_dict()}
@@ -79,7 +93,8 @@ class CLIMTrainer(Trainer):
         Raises:
             DataError: the saved run started from other weights.
         """
-        if state.get("original") != self._teacher.fingerprint.to_dict():
+        original, own = state.get("original", {}), self._teacher.fingerprint
+        if (original.get("architecture"), original.get("weights_sha256")) != (own.architecture, own.weights_sha256):
             raise DataError(
                 f"{self.cfg.OUTPUT_DIR} holds a run that started from {state.get('original')}, not from "
                 f"{self._teacher.fingerprint}: set MODEL.TEACHER to those weights, or OUTPUT_DIR to another folder."
@@ -124,17 +139,44 @@ class ClampLogitScale(HookBase):
             get_event_storage().put_scalar("logit_scale", self.log_scale.exp().item())
 
 
+def check(cfg):
+    """What can be said of a configuration before anything is loaded.
+
+    Raises:
+        UsageError: a key of SOLVER that CLIM does not have, a share outside of [0, 1], a data set that is not there, or
+            a batch smaller than a mosaic.
+    """
+    clim = cfg.CLIM
+    if cfg.SOLVER.OPTIMIZER != "AdamW" or cfg.SOLVER.LR_FACTORS:
+        raise UsageError(
+            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r} and LR_FACTORS {cfg.SOLVER.LR_FACTORS}: CLIM has AdamW and "
+            "one learning rate."
+        )
+    if not 0 <= clim.AVERAGE <= 1:
+        raise UsageError(f"CLIM.AVERAGE is {clim.AVERAGE}: give the share of the trained weights, 0 to 1.")
+    if clim.EVALUATION.DATASET and split_of(clim.EVALUATION.DATASET) is None:
+        raise UsageError(
+            f"CLIM.EVALUATION.DATASET {clim.EVALUATION.DATASET!r} is not registered: see datasets/README.md."
+        )
+    draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), clim.GRIDS, clim.SINGLES)
+
+
 def text_table_of(cfg):
     """Path of the captions' embeddings."""
     return Path(cfg.CLIM.TEXT_TABLE or f"{cfg.OUTPUT_DIR}/captions.safetensors")
 
 
 def prepare(cfg):
-    """What is made once, before training: drawn captions, index of shards, text table. A collective call."""
+    """What is made once, before training: drawn captions, index of shards, text table. A collective call.
+
+    Raises:
+        UsageError: see :func:`check`.
+    """
+    check(cfg)
     if comm.is_main_process():
         source, path = build_source(cfg), text_table_of(cfg)
         if not path.is_file():
-            teacher = load_clip(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
+            teacher = Teacher.load(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
             build_text_table(path, source, teacher)
     comm.synchronize()
 

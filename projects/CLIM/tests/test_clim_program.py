@@ -9,6 +9,7 @@ import train
 from clim.config import add_clim_config
 from clim.loading import build_loader
 from clim.sources import build_source
+from detectron2.modeling import META_ARCH_REGISTRY
 from safetensors import safe_open
 
 from ovdet2.config import load_config
@@ -87,6 +88,12 @@ def test_two_processes_train_and_publish(options, tmp_path):
     model = ["MODEL.TEACHER.ARCHITECTURE", "ovshapes-vit", "MODEL.TEACHER.PRETRAINED", "embedded"]
     sizes = ["CLIM.TRAINABLE_BLOCKS", "-1", "CLIM.CANVAS", "48", "SOLVER.IMS_PER_BATCH", "14"]
     train.run([*shared, "--num-gpus", "2", *model, *sizes, "OUTPUT_DIR", str(tmp_path)])
-    assert Teacher.load("ovshapes-vit", str(tmp_path / "clim_a0.7.safetensors"))
+    published = tmp_path / "clim_a0.7.safetensors"
+    cfg = load_config("ovshapes/fvlm_vit.yaml", ["MODEL.TEACHER.PRETRAINED", str(published), "MODEL.DEVICE", "cpu"])
+    detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)  # F-VLM, on the published weights
+    teacher = Teacher.load("ovshapes-vit", published)
+    assert detector.vocabulary.vocabulary.teacher == teacher.fingerprint
+    trunk = {name: tensor for name, tensor in detector.state_dict().items() if name.endswith("conv1.weight")}
+    assert any(torch.equal(tensor, teacher.clip.visual.conv1.weight) for tensor in trunk.values())
     losses = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert len(losses) == 3

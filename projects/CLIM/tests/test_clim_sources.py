@@ -237,12 +237,19 @@ def test_wrong_settings(tmp_path, weights):
 
 def test_captions_of_ov_shapes(tmp_path, weights, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    cfg = cases.config(tmp_path, weights, tmp_path, "CLIM.SOURCE", "ov_shapes", "CLIM.PAIRS", 3)
-    source = build_source(cfg)
-    pairs = [caption_pair(0, index) for index in range(3)]
+
+    def source_of(pairs, each):
+        return build_source(cases.config(tmp_path, weights, tmp_path, "CLIM.SOURCE", "ov_shapes", "CLIM.PAIRS", pairs,
+                                         "CLIM.CAPTIONS_EACH", each))  # fmt: skip
+
+    source, pairs = source_of(3, 1), [caption_pair(0, index) for index in range(3)]
     assert list(source.texts()) == [caption for _, caption, _ in pairs]
     for record, (image, _, _) in zip(source, pairs):
         assert np.abs(source.read(record).astype(int) - image).mean() < 6  # JPEG
-    cfg = cases.config(tmp_path, weights, tmp_path, "CLIM.SOURCE", "ov_shapes", "CLIM.PAIRS", 4)
-    with pytest.raises(DataError, match="3 pairs of seed 0, not 4"):
-        build_source(cfg)
+    larger = source_of(4, 3)
+    assert len(larger) == 4 and larger[2] == source[2] | {"first": 6, "captions": 3}
+    texts = list(larger.texts())
+    assert texts[:9:3] == list(source.texts()) and len(set(texts)) > 8
+    for record, (_, _, scene) in zip(larger, pairs):
+        own = texts[record["first"] : record["first"] + 3]
+        assert all(placed.shape in text for placed in scene.objects for text in own)

@@ -6,7 +6,7 @@ from pathlib import Path
 import clim_cases as cases
 import pytest
 import torch
-from clim.checkpoint import averaged, export, file_architecture, load_clip
+from clim.checkpoint import averaged, export, file_architecture
 from clim.model import MAX_LOG_SCALE, CLIMPretraining, clim_loss
 from clim.sources import build_source
 from clim.text_table import build_text_table
@@ -40,19 +40,20 @@ def model_of(name="clim-vit", blocks=2, grids=(2,), singles=1, canvas=48, dtype=
     return CLIMPretraining(cases.teacher_of(name, dtype), blocks, grids, singles, canvas)
 
 
-def test_loss_against_a_loop():
-    """Float64, pair by pair; equal captions are no negatives of each other."""
+@pytest.mark.parametrize("same_text", [0.9999, 1.1])
+def test_loss_against_a_loop(same_text):
+    """Float64, pair by pair; equal captions are no negatives of each other, unless no cosine is large enough."""
     regions = F.normalize(wave((6, 4), 0.9).double(), dim=1)
     texts = F.normalize(wave((6, 4), 0.4).double(), dim=1)
     texts[4] = texts[1]
     scale = torch.tensor(7.0, dtype=torch.float64)
     total = 0.0
     for i in range(6):
-        others = [j for j in range(6) if j == i or {i, j} != {1, 4}]
+        others = [j for j in range(6) if j == i or {i, j} != {1, 4} or same_text > 1]
         for ours, theirs in ((regions, texts), (texts, regions)):
             logits = [7.0 * float(ours[i] @ theirs[j]) for j in others]
             total += math.log(sum(map(math.exp, logits))) - 7.0 * float(ours[i] @ theirs[i])
-    assert clim_loss(regions, texts, scale).item() == pytest.approx(total / 12, abs=1e-12)
+    assert clim_loss(regions, texts, scale, same_text).item() == pytest.approx(total / 12, abs=1e-12)
 
 
 @pytest.mark.parametrize("name, size, canvas", [("clim-vit", 32, 48), ("clim-resnet", 64, 128)])
@@ -203,7 +204,7 @@ def test_resumed_run_is_the_same(tmp_path, weights, captioned, source):
     assert later == {iteration: losses[iteration] for iteration in later}
     state = resumed.clip.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in whole.clip.state_dict().items())
-    original = load_clip("clim-vit", weights).clip.state_dict()
+    original = Teacher.load("clim-vit", weights).clip.state_dict()
     text = [name for name in state if not name.startswith(("visual.", "logit_scale"))]
     assert text and all(torch.equal(state[name], original[name]) for name in text)
     _, nothing = run(cfg, resume=True)  # a finished run, resumed to publish other averages
@@ -220,6 +221,29 @@ def test_resume_of_another_model(tmp_path, weights, captioned):
     cfg = cases.config(captioned, tmp_path / "other.safetensors", tmp_path / "run", "SOLVER.MAX_ITER", 2, *table)
     with pytest.raises(DataError, match="started from.*not from"):
         run(cfg, resume=True)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, decay):
+    """Also: gradients are clipped parameter by parameter where that is asked for."""
+    options = ["SOLVER.EMA.ENABLED", True, "SOLVER.EMA.DECAY", decay, "SOLVER.MAX_ITER", 3]
+    clipping = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm"]
+    trainer, _ = run(cases.config(captioned, weights, tmp_path, *options, *clipping))
+    assert "GradientClip" in type(trainer.optimizer).__name__
+    assert trainer.clip is trainer.checkpointer.model.clip and trainer.clip is not trainer._trained.clip
+    pairs = zip(trainer.clip.visual.parameters(), trainer._trained.clip.visual.parameters(), strict=True)
+    assert all(torch.equal(average, last) for average, last in pairs) == (decay == 0)
+
+
+@pytest.mark.parametrize("override, words", [
+    (("SOLVER.OPTIMIZER", "SGD"), "CLIM has AdamW"), (("SOLVER.LR_FACTORS", [["visual", 0.1]]), "one learning rate"),
+    (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not registered"),
+    (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"),
+])  # fmt: skip
+def test_what_is_refused_before_anything_is_made(tmp_path, weights, captioned, override, words):
+    with pytest.raises(UsageError, match=words):
+        prepare(cases.config(captioned, weights, tmp_path, *override))
+    assert not list(tmp_path.iterdir())
 
 
 def test_batch_smaller_than_a_mosaic(tmp_path, weights, captioned):
@@ -244,15 +268,18 @@ def test_blocks_that_are_not_there(name, blocks):
 
 
 def test_weights_of_another_architecture_or_resolution(tmp_path, weights):
-    with pytest.raises(DataError, match="not of the architecture clim-vit-wide .*size mismatch.*TEACHER.ARCHITECTURE"):
-        load_clip("clim-vit-wide", weights)
+    with pytest.raises(DataError, match="of clim-vit-wide could not be loaded .*size mismatch.*Name the architecture"):
+        Teacher.load("clim-vit-wide", weights)
     with pytest.raises(DataError, match=r"another resolution than clim-vit-64px.*\[17, 32\], not \[65, 32\]"):
-        load_clip("clim-vit-64px", weights)
+        Teacher.load("clim-vit-64px", weights)
+    torch.save({f"module.{name}": t for name, t in cases.clip_of("clim-vit").state_dict().items()}, tmp_path / "w.pt")
+    with pytest.raises(DataError, match=r"another resolution than clim-vit-64px.*\[17, 32\], not \[65, 32\]"):
+        Teacher.load("clim-vit-64px", tmp_path / "w.pt")
     with pytest.raises(UsageError, match="no architecture 'clim-none'"):
-        load_clip("clim-none", weights)
+        Teacher.load("clim-none", weights)
     (tmp_path / "w.safetensors").write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(DataError, match="no whole safetensors file"):
-        load_clip("clim-vit", tmp_path / "w.safetensors")
+        Teacher.load("clim-vit", tmp_path / "w.safetensors")
 
 
 def test_text_table_of_another_model_stops_a_run(tmp_path, weights, captioned):
@@ -277,7 +304,7 @@ def test_average(weight):
 
 def test_published_weights_are_a_teacher(tmp_path, weights):
     """open_clip and Teacher load the file; its fingerprint is what it states, and another than the original's."""
-    original, trained = load_clip("clim-vit", weights), load_clip("clim-vit", weights)
+    original, trained = Teacher.load("clim-vit", weights), Teacher.load("clim-vit", weights)
     with torch.no_grad():
         trained.clip.visual.proj.mul_(2.0)
     path = tmp_path / "clim_a0.7.safetensors"
@@ -286,9 +313,9 @@ def test_published_weights_are_a_teacher(tmp_path, weights):
     assert teacher.fingerprint == stated and stated.weights_sha256 != original.fingerprint.weights_sha256
     torch.testing.assert_close(teacher.clip.visual.proj, original.clip.visual.proj * 1.7)
     assert teacher.interpolation == original.interpolation
-    assert load_clip("clim-vit", path).fingerprint == stated
+    assert Teacher.load("clim-vit", path).fingerprint == stated
     with pytest.raises(DataError, match="clim-vit-64px"):
-        load_clip("clim-vit-64px", path)
+        Teacher.load("clim-vit-64px", path)
 
 
 def test_quickgelu_is_in_the_name_of_a_file():

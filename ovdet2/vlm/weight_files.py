@@ -1,0 +1,75 @@
+"""What a teacher's weight file says of itself, which open_clip does not ask.
+
+open_clip interpolates a positional embedding of another resolution without a word, and no file says which activation
+its weights were trained with, but for those that ovdet2 writes.
+"""
+
+import json
+
+from safetensors import SafetensorError, safe_open
+
+from ovdet2.errors import DataError
+
+_POSITIONS = "visual.positional_embedding", "visual.attnpool.positional_embedding"
+
+
+def check_stated_architecture(path, architecture):
+    """Compare the architecture that a file states, if it does, with the one that is asked for.
+
+    Args:
+        path: :class:`~pathlib.Path` of the file.
+        architecture: open_clip name.
+
+    Raises:
+        DataError: another architecture, such as "ViT-B-16" for "ViT-B-16-quickgelu"; or a torn safetensors file.
+    """
+    if path.suffix != ".safetensors":
+        return
+    stated = json.loads(_read(path, lambda file: file.metadata() or {}).get("manifest", "{}"))
+    stated = stated.get("fingerprint", {}).get("architecture", architecture)
+    if stated != architecture:
+        raise DataError(
+            f"{path} is not of the architecture {architecture}, it states {stated}: set MODEL.TEACHER.ARCHITECTURE, or "
+            "--architecture, to that."
+        )
+
+
+def check_resolution(path, architecture, state):
+    """Compare the positional embedding of a file with that of the model it was loaded into.
+
+    Args:
+        path: :class:`~pathlib.Path` of the file. In third-party files that name it otherwise it is not looked for.
+        architecture: open_clip name.
+        state: the model's state dict.
+
+    Raises:
+        DataError: the file is of another resolution.
+    """
+    shapes = _shapes(path)
+    for name in _POSITIONS:
+        if name in state and shapes.get(name, wanted := list(state[name].shape)) != wanted:
+            raise DataError(
+                f"{path} is of another resolution than {architecture}: its positional embedding is {shapes[name]}, not "
+                f"{wanted}. Name the architecture of its image size."
+            )
+
+
+def _shapes(path):
+    """{name of a tensor: its shape as a list}, empty for formats that open_clip converts."""
+    if path.suffix in (".npz", ".npy"):
+        return {}
+    if path.suffix == ".safetensors":
+        shapes = _read(path, lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})
+    else:
+        from open_clip.factory import load_state_dict
+
+        shapes = {name: tensor.shape for name, tensor in load_state_dict(str(path)).items()}
+    return {name.removeprefix("module."): list(shape) for name, shape in shapes.items()}
+
+
+def _read(path, look):
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return look(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path} is no whole safetensors file ({error}): download or write it again.") from None
