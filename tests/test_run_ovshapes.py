@@ -7,6 +7,7 @@ import pytest
 import run_ovshapes
 
 from ovdet2.errors import DataError, UsageError
+from ovdet2.files import sha256_file
 
 METRICS = {
     "AP50-novel": 10.0,
@@ -31,6 +32,9 @@ def runs(monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         if "build_region_cache" in command[0]:
             (folder / "manifest.json").write_text(json.dumps({"shards": [{"sha256": "1" * 64}]}))
+            return
+        if "CLIM" in command[0]:
+            (folder / "clim_a1.safetensors").write_text("clim")
             return
         if "build_concept_priors" in command[0]:
             folder.rmdir()
@@ -62,6 +66,16 @@ def test_what_a_row_needs_runs_first_and_nothing_twice(runs, tmp_path):
     before = len(runs.asked)
     run_ovshapes.run_row("vild_ensemble", 1, tmp_path)
     assert len(runs.asked) == before
+
+
+def test_a_detector_on_the_weights_of_clim_has_them_trained_first(runs, tmp_path):
+    for seed in (0, 1):
+        run_ovshapes.run_row("fvlm_vit_clim", seed, tmp_path)
+    kinds = [command.split()[0] for command in runs.asked]
+    assert kinds == ["projects/CLIM/train.py", "train_net.py", "train_net.py"]
+    assert f"MODEL.TEACHER.PRETRAINED {tmp_path / 'clim' / 'clim_a1.safetensors'}" in runs.asked[1]
+    made_of = json.loads((tmp_path / "fvlm_vit_clim" / "seed0" / "row.json").read_text())["made_of"]
+    assert made_of["teacher"] == sha256_file(run_ovshapes.ASSETS / "open_clip" / "ovshapes-vit.safetensors")
 
 
 def test_rows_of_one_training_share_what_they_read(runs, tmp_path):

@@ -225,11 +225,12 @@ def ingredients(row, seed, trained, artefacts):
     """Hashes of what decides a row's result: configuration, trunk, data set, teacher, trained weights, artefacts."""
     cfg = load_config(row.config, ["SEED", seed, "TEST.EXPECTED_RESULTS", []]) if row.config else None
     trunk = cfg.MODEL.WEIGHTS.removeprefix("ovdet2://") if cfg else ""
+    teacher = ASSETS / "open_clip" / f"{cfg.MODEL.TEACHER.ARCHITECTURE if cfg else TEACHER}.safetensors"
     return {
         "configuration": hashlib.sha256(cfg.dump().encode()).hexdigest() if cfg else "",
         "trunk": sha256_file(ASSETS / trunk) if trunk else "",
         "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
-        "teacher": sha256_file(TEACHER_WEIGHTS),
+        "teacher": sha256_file(teacher),
         "weights": sha256_file(trained / "model_final.pth") if trained else "",
         **{ARTEFACTS[key][0]: content_hash(path) for key, path in artefacts.items()},
     }
