@@ -34,7 +34,7 @@ def _betas(*values):
 # that of its appendix.
 TABLES = {
     0: {
-        "align weight 0.25": {"ALIGN_WEIGHT": 0.25},
+        **{f"align weight {weight}": {"ALIGN_WEIGHT": weight} for weight in (0.25, 0.5, 1.0, 2.0)},
         "one label is no negative": {"IGNORED_PAIRS": "label"},
         "literal shifts": {"SHIFT": "literal"},
         WHOLE: {},
