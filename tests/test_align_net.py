@@ -85,15 +85,16 @@ def test_what_stands_in_padding_does_not_matter():
 
 @pytest.mark.parametrize("more", [0, 1, 5])
 def test_an_object_is_pooled_alike_whatever_its_image_is_padded_to(more):
-    """Masks of a larger batch may count a cell more as valid: it changes nothing."""
-    targets, alone = targets_of((2,)), torch.rand(1, 3, 12, 16, dtype=torch.float64)
+    """Also one of 67 x 76 pixels, whose last row and column of cells, of 9 and 10, are of padding in part."""
+    targets = replace(targets_of((2,)), image_sizes=SIZES[1:])
+    alone = torch.rand(1, 3, 9, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     padded = F.pad(alone, (0, more, 0, more), value=7.0)
 
     def pooled(maps):
         shape = tuple(maps.shape[-2:])
-        valid = torch.tensor([[[min(1.0, 17 / shape[1]), min(1.0, 13 / shape[0])]]])
-        mask = torch.zeros(1, maps[0, 0].numel(), dtype=torch.bool)
-        return pooled_objects(Memory(maps.flatten(2).transpose(1, 2), (shape,), mask, valid), targets, STRIDES[:1])
+        mask = torch.zeros(1, shape[0] * shape[1], dtype=torch.bool)
+        encoded = Memory(maps.flatten(2).transpose(1, 2), (shape,), mask, torch.ones(1, 1, 2))
+        return pooled_objects(encoded, targets, STRIDES[:1])
 
     torch.testing.assert_close(pooled(padded), pooled(alone), atol=1e-12, rtol=0)
 

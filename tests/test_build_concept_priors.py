@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from build_concept_priors import main
 
 from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.vocabulary import Vocabulary
 from tests.micro_training import SPLIT, write_data
-from tools.build_concept_priors import main
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from build_vocabulary import main
 
 from ovdet2.config import get_cfg
 from ovdet2.data.words import words_of_dataset
@@ -13,7 +14,6 @@ from ovdet2.errors import UsageError
 from ovdet2.files import write_json
 from ovdet2.modeling import build_vocabulary
 from tests.vocabulary_cases import HashTeacher, tool_runner, write_lvis
-from tools.build_vocabulary import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from build_concept_priors import main as build_priors
 from detectron2.data import transforms as T
 from torch.nn import functional as F
 
@@ -19,7 +20,6 @@ from ovdet2.modeling.build import build_teacher
 from tests.micro_training import SPLIT, micro_cfg, write_data
 from tests.test_detr_build import SMALL
 from tests.test_region_cache import RECIPE, build
-from tools.build_concept_priors import main as build_priors
 
 WORDS = SPLIT.names  # disc, bar; ring is novel
 

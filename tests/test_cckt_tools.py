@@ -2,14 +2,16 @@
 
 import json
 
+import build_pseudo_labels
 import numpy as np
 import pytest
+import sweep_cckt_priors as sweep
+import sweep_cckt_teachers
 import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-import tools.sweep_cckt_priors as sweep
-from demo import demo
+import demo
 from ovdet2 import Predictor
 from ovdet2.config import get_cfg
 from ovdet2.data.concept_prior import ConceptPriors
@@ -26,7 +28,6 @@ from tests import micro
 from tests.micro_training import SPLIT, write_data
 from tests.test_cckt_data import priors
 from tests.test_detr_build import SMALL
-from tools import build_pseudo_labels, sweep_cckt_teachers
 
 
 @pytest.fixture

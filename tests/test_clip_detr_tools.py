@@ -33,8 +33,7 @@ def commands(monkeypatch):
 def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     options = ["--config-file", CONFIG, "--output", str(tmp_path), "--figure", "AP-base", "--seeds", "1", "2"]
     rows = ["--rows", "+ AlignNet", "rho 0.1", "mixed x 2", "CLIP-DETR"]
-    passed_on = ["--", "--num-gpus", "2"]
-    found = ablate_clip_detr.main([*options, *rows, *passed_on])
+    found = ablate_clip_detr.main([*options, *rows, "--", "--num-gpus", "2"])
     assert found == dict.fromkeys(rows[1:], 15.0) and "| rho 0.1 | 15.0 |" in capsys.readouterr().out
     assert len(commands) == 8 and len({command[-1] for command in commands}) == 8
     for command in commands:
@@ -42,11 +41,15 @@ def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
         load_config(CONFIG, command[command.index("--num-gpus") + 2 :])  # the keys exist, the values fit
     keys = commands[4][commands[4].index("--num-gpus") + 2 :]
     clip = load_config(CONFIG, keys).MODEL.CLIP_DETR
-    assert clip.BETAS == [0.1, 0.3, 0.5, 0.7, 0.9] * 2 and clip.ALIGN_WEIGHT == 1
+    assert (
+        clip.BETAS == [0.1, 0.3, 0.5, 0.7, 0.9] * 2
+        and clip.ALIGN_WEIGHT == load_config(CONFIG).MODEL.CLIP_DETR.ALIGN_WEIGHT
+    )
     assert load_config(CONFIG, commands[0][-6:]).MODEL.CLIP_DETR.DYNAMIC_WEIGHT == 0
-    ablate_clip_detr.main([*options, *rows, *passed_on])
-    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate", *passed_on])
+    ablate_clip_detr.main([*options, *rows])  # the number of processes is no setting
+    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate"])
     assert len(commands) == 8 and tabulated["mixed x 2"] == 15.0 and tabulated["0.9 x 1"] is None
+    assert ablate_clip_detr.main([*options, "--rows", "rho 1.0"]) == {"rho 1.0": 15.0}  # the whole method
 
 
 def test_a_row_counts_when_it_was_run_to_its_end_with_these_settings(commands, tmp_path):
@@ -56,6 +59,9 @@ def test_a_row_counts_when_it_was_run_to_its_end_with_these_settings(commands, t
         ablate_clip_detr.main([*options, "--figure", "AP-bas"])
     with pytest.raises(DataError, match="rho_0.1.seed1 holds a row of another configuration"):
         ablate_clip_detr.main([*options, "--figure", "AP-base", "--", "SOLVER.MAX_ITER", "5"])
+    (tmp_path / "rho_0.4" / "seed1").mkdir(parents=True)
+    with pytest.raises(DataError, match="rho_0.4.seed1 holds a row of another"):  # it does not say of which
+        ablate_clip_detr.main([*options[:-1], "rho 0.4", "--figure", "AP-base", "--tabulate"])
     (tmp_path / "rho_0.1" / "seed1" / "model_final.pth").unlink()
     assert ablate_clip_detr.main([*options, "--figure", "AP-base", "--tabulate"]) == {"rho 0.1": None}
     assert len(commands) == 1

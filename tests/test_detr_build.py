@@ -28,6 +28,18 @@ SMALL = [
 ]  # fmt: skip
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["build_resnet_backbone", "build_timm_swin_backbone"])
+def test_strides_are_those_of_the_maps(backbone):
+    """Of two of the backbone and two coarser levels, for sides that no stride divides."""
+    swin = ["MODEL.SWIN.ARCHITECTURE", "swin_tiny_patch4_window7_224", "MODEL.SWIN.OUT_FEATURES", "['res4', 'res5']"]
+    network = model_of("MODEL.BACKBONE.NAME", backbone, "MODEL.DETR.LEVELS", "4", *swin).network
+    maps, _ = network.features(torch.zeros(1, 3, 150, 230), [(150, 230)])
+    assert network.strides == (16, 32, 64, 128)
+    for level, stride in zip(maps, network.strides, strict=True):
+        assert tuple(level.shape[-2:]) == (-(-150 // stride), -(-230 // stride))
+
+
 def small_cfg(*overrides):
     cfg = get_cfg()
     cfg.merge_from_list([*SMALL, *overrides])

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from build_concept_priors import main
 
 from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.errors import CacheError, DataError, SetupError, UsageError
 from ovdet2.priors.local_model import LocalModel
 from tests.chat_cases import never, of_probability, run, serving, write_pictures
 from tests.micro_training import SPLIT, write_data
-from tools.build_concept_priors import main
 
 TOKENS = "<pad> <unk> <s> </s> <image> Yes yes No no Question : Does exist in the image ? Answer cat dog bar disc ring"
 

@@ -75,7 +75,9 @@ def test_a_detector_on_the_weights_of_clim_has_them_trained_first(runs, tmp_path
     assert kinds == ["projects/CLIM/train.py", "train_net.py", "train_net.py"]
     assert f"MODEL.TEACHER.PRETRAINED {tmp_path / 'clim' / 'clim_a1.safetensors'}" in runs.asked[1]
     made_of = json.loads((tmp_path / "fvlm_vit_clim" / "seed0" / "row.json").read_text())["made_of"]
-    assert made_of["teacher"] == sha256_file(run_ovshapes.ASSETS / "open_clip" / "ovshapes-vit.safetensors")
+    trained = json.loads((tmp_path / "clim" / "clim_a1.json").read_text())["made_of"]
+    weights = sha256_file(run_ovshapes.ASSETS / "open_clip" / "ovshapes-vit.safetensors")
+    assert made_of["teacher"] == trained["teacher"] == weights and set(trained) == {"teacher", "configuration"}
 
 
 def test_rows_of_one_training_share_what_they_read(runs, tmp_path):

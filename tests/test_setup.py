@@ -1,13 +1,13 @@
 """Installation: the edits of Detectron2, the wheel of ovdet2, and the doctor's sentences for faked failures."""
 
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 import types
 import zipfile
 from pathlib import Path
 
+import install_detectron2 as installer
 import pytest
 
 from ovdet2 import doctor
@@ -16,16 +16,8 @@ from ovdet2.errors import SetupError
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def installer():
-    spec = importlib.util.spec_from_file_location("install_detectron2", ROOT / "tools" / "install_detectron2.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def source(tmp_path, installer):
+def source(tmp_path):
     """A tree with, for each edited file, the texts the table replaces, as often as it says, and nothing else."""
     for edit in installer.EDITS:
         path = tmp_path / "source" / "detectron2" / edit.file
@@ -42,7 +34,7 @@ def source(tmp_path, installer):
     return tmp_path / "source"
 
 
-def test_edits_replace_every_text_and_add_the_stand_in(installer, source):
+def test_edits_replace_every_text_and_add_the_stand_in(source):
     installer.apply_edits(source)
     for edit in installer.EDITS:
         text = (source / "detectron2" / edit.file).read_text()
@@ -53,7 +45,7 @@ def test_edits_replace_every_text_and_add_the_stand_in(installer, source):
 
 
 @pytest.mark.parametrize("damage", ["once more", "missing"])
-def test_each_edit_insists_on_its_count_and_writes_nothing_otherwise(installer, source, damage):
+def test_each_edit_insists_on_its_count_and_writes_nothing_otherwise(source, damage):
     for edit in installer.EDITS:
         path = source / "detectron2" / edit.file
         intact = path.read_text()
@@ -65,7 +57,7 @@ def test_each_edit_insists_on_its_count_and_writes_nothing_otherwise(installer, 
         path.write_text(intact)
 
 
-def test_wheel_of_detectron2_is_one_pip_would_install(installer, source, tmp_path):
+def test_wheel_of_detectron2_is_one_pip_would_install(source, tmp_path):
     installer.apply_edits(source)
     wheel = installer.build_wheel(source, tmp_path)
     with zipfile.ZipFile(wheel) as archive:
@@ -79,7 +71,7 @@ def test_wheel_of_detectron2_is_one_pip_would_install(installer, source, tmp_pat
     assert f"Version: {installer.WHEEL_VERSION}\n" in metadata and "Name: detectron2\n" in metadata
 
 
-def test_another_archive_than_the_pinned_one_is_refused(installer, tmp_path):
+def test_another_archive_than_the_pinned_one_is_refused(tmp_path):
     archive = tmp_path / "pb1-detectron2-0.6.tar.gz"
     archive.write_bytes(b"something else")
     with pytest.raises(SetupError, match="SHA-256"):
@@ -88,7 +80,7 @@ def test_another_archive_than_the_pinned_one_is_refused(installer, tmp_path):
         installer.unpack(tmp_path / "absent.tar.gz", tmp_path / "source")
 
 
-def test_stand_in_says_which_operator_is_missing_and_what_to_do(installer):
+def test_stand_in_says_which_operator_is_missing_and_what_to_do():
     stand_in = types.ModuleType("detectron2._C")
     exec(installer.STAND_IN, stand_in.__dict__)
     with pytest.raises(NotImplementedError, match="box_iou_rotated.*compiled from its source"):
@@ -97,7 +89,7 @@ def test_stand_in_says_which_operator_is_missing_and_what_to_do(installer):
     assert "pure Python" in stand_in.get_compiler_version()
 
 
-def test_installer_keeps_a_usable_detectron2(installer, monkeypatch, capsys):
+def test_installer_keeps_a_usable_detectron2(monkeypatch, capsys):
     monkeypatch.setattr(installer, "_doctor", lambda: (True, "ok  Detectron2 0.6 of the user."))
     monkeypatch.setattr(installer, "_pip", lambda *arguments: pytest.fail("nothing may be installed"))
     installer.main([])

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from build_vocabulary import main
 
 from ovdet2.files import write_json
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vlm.templates import render
 from ovdet2.vocabulary import Vocabulary
 from tests import micro
-from tools.build_vocabulary import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CLIP_TEXT = SHARED / "clip_text"

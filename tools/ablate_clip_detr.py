@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ovdet2.command_line import add_run_arguments
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import read_json, write_json
@@ -54,7 +55,8 @@ TABLES = {
         WHOLE: {},
         "mixed x 2": _betas(*[0.1, 0.3, 0.5, 0.7, 0.9] * 2),
     },
-    8: {**{f"rho {rho}": {"RHO": rho} for rho in (0.1, 0.4, 0.8, 1.5)}, WHOLE: {}},
+    # Beyond 1 signed stretches give sides below 0.
+    8: {**{f"rho {rho}": {"RHO": rho} for rho in (0.1, 0.4, 0.8, 1.0)}, "rho 1.5": {"RHO": 1.5, "SHIFT": "literal"}},
 }
 
 
@@ -72,7 +74,7 @@ def main(argv=None):
     for name in args.rows or rows:
         for seed in args.seeds:
             if report_of(args, name, rows[name], seed) is None and not args.tabulate:
-                write_json(folder_of(args, name, seed) / "row.json", settings_of(args, rows[name], seed))
+                write_json(folder_of(args, name, rows[name], seed) / "row.json", settings_of(args, rows[name], seed))
                 run(command_of(args, name, rows[name], seed))
         found = [report_of(args, name, rows[name], seed) for seed in args.seeds]
         found = [figure_of(report, args.figure) for report in found if report is not None]
@@ -100,8 +102,10 @@ def parse_args(argv):
     return args
 
 
-def folder_of(args, name, seed):
-    """Where a row's run is."""
+def folder_of(args, name, keys, seed):
+    """Where a row's run is: one whose keys change nothing is the whole method."""
+    if settings_of(args, keys, seed) == settings_of(args, {}, seed):
+        name = WHOLE
     return args.output / name.replace(" ", "_").replace("+", "plus") / f"seed{seed}"
 
 
@@ -109,19 +113,23 @@ def report_of(args, name, keys, seed):
     """The report of a row's only test set, or None where it was not run to its end.
 
     Raises:
-        DataError: its folder holds a run of other settings.
+        DataError: its folder holds a run of other settings, or one that does not say of which.
     """
-    folder = folder_of(args, name, seed)
-    if (folder / "row.json").is_file() and read_json(folder / "row.json") != settings_of(args, keys, seed):
+    folder = folder_of(args, name, keys, seed)
+    known = read_json(folder / "row.json") if (folder / "row.json").is_file() else None
+    if folder.is_dir() and known != settings_of(args, keys, seed):
         raise DataError(f"{folder} holds a row of another configuration: remove it, or choose another --output.")
     [path, *_] = [*folder.glob("inference/*/report.json"), None]
     return read_json(path) if path and (folder / "model_final.pth").is_file() else None
 
 
 def settings_of(args, keys, seed):
-    """What decides a row's result."""
-    text = load_config(args.config_file, [*overrides_of(keys), "SEED", seed]).dump()
-    return {"configuration": hashlib.sha256(text.encode()).hexdigest(), "passed_on": args.passed_on}
+    """What decides a row's result: the configuration, whatever number of processes runs it."""
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    passed_on = parser.parse_args(["--config-file", args.config_file, *args.passed_on]).opts
+    text = load_config(args.config_file, [*passed_on, *overrides_of(keys), "SEED", seed]).dump()
+    return {"configuration": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def figure_of(report, name):
@@ -144,7 +152,7 @@ def command_of(args, name, keys, seed):
     """The command that trains and evaluates a row."""
     overrides = overrides_of(keys)
     command = [sys.executable, "train_net.py", "--config-file", args.config_file, "--resume", *args.passed_on]
-    return [*command, *overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder_of(args, name, seed))]
+    return [*command, *overrides, "SEED", str(seed), "OUTPUT_DIR", str(folder_of(args, name, keys, seed))]
 
 
 def run(command):

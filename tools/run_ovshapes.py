@@ -39,6 +39,10 @@ ARTEFACTS = {
     "MODEL.CCKT.PRIOR_FILE": ("concept prior", "priors/clip.safetensors"),
     "MODEL.TEACHER.PRETRAINED": ("training by CLIM", "clim/clim_a1.safetensors"),
 }
+CLIM = {  # What the training by CLIM is made of.
+    "teacher": ASSETS / "open_clip" / "ovshapes-vit.safetensors",
+    "configuration": ROOT / "projects" / "CLIM" / "configs" / "ovshapes_vit.yaml",
+}
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -188,7 +192,8 @@ def build_artefact(key, output):
         command = ["tools/build_concept_priors.py", "--backend", "clip", *teacher, "--dataset", DATASET]
         command += ["--output", str(path)]
     elif key == "MODEL.TEACHER.PRETRAINED":
-        command = ["projects/CLIM/train.py", "--config-file", "projects/CLIM/configs/ovshapes_vit.yaml", "--resume"]
+        made_of = {name: sha256_file(of) for name, of in CLIM.items()}
+        command = ["projects/CLIM/train.py", "--config-file", str(CLIM["configuration"]), "--resume"]
         command += ["OUTPUT_DIR", str(path.parent)]
     else:
         command = ["tools/build_region_cache.py", "--dataset", TRAINING_SET, "--output", str(path), "--config-file"]

@@ -101,7 +101,11 @@ class Teacher(nn.Module):
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(
                 f"the weights {pretrained!r} of {architecture} could not be loaded ({reason}). "
-                + ("Name the architecture of the file." if file else "Without a network, give a local weight file.")
+                + (
+                    "MODEL.TEACHER.ARCHITECTURE must be that of the file, and the file whole."
+                    if file
+                    else "Without a network, give MODEL.TEACHER.PRETRAINED a local weight file."
+                )
             ) from error
         if file:
             check_resolution(file, architecture, clip.state_dict())

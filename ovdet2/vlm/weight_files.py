@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ovdet2.errors import DataError
 
-_POSITIONS = "visual.positional_embedding", "visual.attnpool.positional_embedding"
+_POSITIONS = "visual.positional_embedding"  # of a ViT; a ResNet's attention pool of another size cannot be loaded
 
 
 def check_stated_architecture(path, architecture):
@@ -25,8 +25,11 @@ def check_stated_architecture(path, architecture):
     """
     if path.suffix != ".safetensors":
         return
-    stated = json.loads(_read(path, lambda file: file.metadata() or {}).get("manifest", "{}"))
-    stated = stated.get("fingerprint", {}).get("architecture", architecture)
+    metadata = _read(path, lambda file: file.metadata() or {})
+    try:
+        stated = json.loads(metadata["manifest"])["fingerprint"]["architecture"]
+    except (KeyError, TypeError, ValueError):  # a file that ovdet2 did not write
+        return
     if stated != architecture:
         raise DataError(
             f"{path} is not of the architecture {architecture}, it states {stated}: set MODEL.TEACHER.ARCHITECTURE, or "
@@ -45,13 +48,14 @@ def check_resolution(path, architecture, state):
     Raises:
         DataError: the file is of another resolution.
     """
-    shapes = _shapes(path)
-    for name in _POSITIONS:
-        if name in state and shapes.get(name, wanted := list(state[name].shape)) != wanted:
-            raise DataError(
-                f"{path} is of another resolution than {architecture}: its positional embedding is {shapes[name]}, not "
-                f"{wanted}. Name the architecture of its image size."
-            )
+    if _POSITIONS not in state:
+        return
+    found, wanted = _shapes(path).get(_POSITIONS), list(state[_POSITIONS].shape)
+    if found not in (None, wanted):
+        raise DataError(
+            f"{path} is of another resolution than {architecture}: its positional embedding is {found}, not {wanted}. "
+            "Name the architecture of its image size."
+        )
 
 
 def _shapes(path):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Zero-shot naming of ground-truth boxes by crops, dense map or attention pool, and pictures of the map's response.
 
-    python projects/CLIM/eval_regions.py --dataset ov_shapes_val_all --architecture ovshapes-vit --side 252 \
+    python projects/CLIM/eval_regions.py --dataset ov_shapes_val_all --architecture ovshapes-vit --side 288 \
         --pretrained embedded output/clim/ovshapes_vit/clim_a1.safetensors --output out/
     python projects/CLIM/eval_regions.py --architecture ovshapes-vit --pretrained embedded clim_a1.safetensors \
-        --side 252 --words "striped moon" "plain key" --images a.jpg b.jpg c.jpg d.jpg --mosaic 2 --output out/
+        --side 288 --words "striped moon" "plain key" --images a.jpg b.jpg c.jpg d.jpg --mosaic 2 --output out/
 
 Each weight file gives a row, so before and after stand side by side. Without --mosaic there is a picture per image.
 """

@@ -51,7 +51,7 @@ def main(args):
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     if comm.is_main_process():
-        publish(cfg, trainer.clip, trainer.captions)
+        publish(cfg, trainer.clip, trainer.captions_identity)
 
 
 def publish(cfg, clip, captions):
@@ -83,10 +83,13 @@ def publish(cfg, clip, captions):
 
 def run(argv=None):
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
+    from clim.trainer import check
+
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
+    check(cfg, max(1, args.num_gpus) * args.num_machines)
     launch_run(main, args, cfg.MODEL.DEVICE)
 
 

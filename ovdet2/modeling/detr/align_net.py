@@ -37,7 +37,8 @@ class AlignNet(nn.Module):
         """
         super().__init__()
         if ignored not in _LARGEST_DIFFERENCE:
-            raise UsageError(f"ignored pairs cannot be {ignored!r}: choose one of {', '.join(_LARGEST_DIFFERENCE)}.")
+            choices = ", ".join(_LARGEST_DIFFERENCE)
+            raise UsageError(f"MODEL.CLIP_DETR.IGNORED_PAIRS is {ignored!r}: choose one of {choices}.")
         self.strides, self.roi_size = tuple(strides), roi_size
         self.ignored, self.gather = ignored, gather
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's starts, and is capped
@@ -63,9 +64,7 @@ class AlignNet(nn.Module):
             with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
                 self.log_scale.clamp_(max=_MAX_LOG_SCALE)
             logits = self.log_scale.exp() * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
-            ignored = None
-            if self.ignored != "none":
-                ignored = duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
+            ignored = duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
             return symmetric_info_nce(logits, ignored)
 
 

@@ -20,8 +20,8 @@ from ovdet2.modeling.detr.targets import Matches
 
 _LOGGED = 20  # images with too many objects
 
-# As the reciprocal of the sigmoid maps them: a side of 1 is so far out that no gradient brings it back.
-_SMALLEST_SIDE, _LARGEST = 1e-3, 0.99
+# Boxes are corrected before a sigmoid: where it is saturated, as at a side of 1, no gradient would move them.
+_CENTRES, _SIDES = (0.01, 0.99), (0.001, 0.99)
 
 
 class BoxEncoder(nn.Module):
@@ -117,7 +117,7 @@ class DynamicQueries(nn.Module):
             content=torch.cat([queries.content, content.to(queries.content)], dim=1),
             position=torch.cat([queries.position, position.to(queries.position)], dim=1),
             references=torch.cat([queries.references, references], dim=1),
-            words=None,  # which the sets have none of
+            words=None,  # they are of the conventional queries alone
         )
         hidden = hidden_from(queries.content.shape[1], sets, counts, rows.device).repeat_interleave(heads, dim=0)
         return DynamicSets(joined, hidden, set_members(counts, sets, rows), sets, len(rows))
@@ -168,8 +168,8 @@ def moved_boxes(boxes_cxcywh, shares, rho, signed=True):
     """
     degree = rho * (2 * shares - 1) if signed else rho * shares
     centre, sides = boxes_cxcywh[:, None].split(2, dim=-1)
-    centre = (centre + degree[..., :2] * sides / 2).clamp(1 - _LARGEST, _LARGEST)
-    return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(_SMALLEST_SIDE, _LARGEST)], dim=-1)
+    centre = (centre + degree[..., :2] * sides / 2).clamp(*_CENTRES)
+    return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(*_SIDES)], dim=-1)
 
 
 def padded_sets(rows, counts):

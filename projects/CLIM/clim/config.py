@@ -30,8 +30,8 @@ def add_clim_config(cfg):
     cfg.CLIM.SINGLES = 3
     # Side of the canvas in pixels, a multiple of the model's stride.
     cfg.CLIM.CANVAS = 1024
-    # Captions of a larger cosine are no negatives of each other's images: those that are one in float16. Above 1 all of
-    # them are, as in the authors' code; lower, captions that mean the same are not.
+    # Two captions whose cosine is above this are no negatives of each other. 0.9999: equal captions; lower: those that
+    # mean the same; 1.1: none, as in the authors' code.
     cfg.CLIM.SAME_TEXT = 0.9999
     # Area of the random crop of an image as a share of it, and the chance of its mirror image.
     cfg.CLIM.CROP_SCALE = [0.9, 1.0]

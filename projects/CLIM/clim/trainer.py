@@ -80,8 +80,8 @@ class CLIMTrainer(Trainer):
         return self.checkpointer.model.clip
 
     @property
-    def captions(self):
-        """What identifies the captions: see ``identity`` of a source."""
+    def captions_identity(self):
+        """See ``identity`` of a source."""
         return self._source.identity()
 
     def state_dict(self):
@@ -139,12 +139,16 @@ class ClampLogitScale(HookBase):
             get_event_storage().put_scalar("logit_scale", self.log_scale.exp().item())
 
 
-def check(cfg):
-    """What can be said of a configuration before anything is loaded.
+def check(cfg, processes):
+    """What can be said of a configuration before anything is loaded or written.
+
+    Args:
+        cfg: configuration.
+        processes: that share a batch.
 
     Raises:
-        UsageError: a key of SOLVER that CLIM does not have, a share outside of [0, 1], a data set that is not there, or
-            a batch smaller than a mosaic.
+        UsageError: a key of SOLVER that CLIM does not have, a number or share that is none, a data set that is not
+            registered, or a batch smaller than a mosaic.
     """
     clim = cfg.CLIM
     if cfg.SOLVER.OPTIMIZER != "AdamW" or cfg.SOLVER.LR_FACTORS:
@@ -154,11 +158,14 @@ def check(cfg):
         )
     if not 0 <= clim.AVERAGE <= 1:
         raise UsageError(f"CLIM.AVERAGE is {clim.AVERAGE}: give the share of the trained weights, 0 to 1.")
-    if clim.EVALUATION.DATASET and split_of(clim.EVALUATION.DATASET) is None:
+    if clim.CAPTIONS_EACH < 1:
+        raise UsageError(f"CLIM.CAPTIONS_EACH is {clim.CAPTIONS_EACH}: an image needs a caption.")
+    dataset = clim.EVALUATION.DATASET
+    if dataset and split_of(dataset) is None:
         raise UsageError(
-            f"CLIM.EVALUATION.DATASET {clim.EVALUATION.DATASET!r} is not registered: see datasets/README.md."
+            f"CLIM.EVALUATION.DATASET {dataset!r} is not a registered open-vocabulary data set: see datasets/README.md."
         )
-    draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(), clim.GRIDS, clim.SINGLES)
+    draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // processes, clim.GRIDS, clim.SINGLES)
 
 
 def text_table_of(cfg):
@@ -167,12 +174,7 @@ def text_table_of(cfg):
 
 
 def prepare(cfg):
-    """What is made once, before training: drawn captions, index of shards, text table. A collective call.
-
-    Raises:
-        UsageError: see :func:`check`.
-    """
-    check(cfg)
+    """What is made once, before training: drawn captions, index of shards, text table. A collective call."""
     if comm.is_main_process():
         source, path = build_source(cfg), text_table_of(cfg)
         if not path.is_file():

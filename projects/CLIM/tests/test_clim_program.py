@@ -54,6 +54,7 @@ def test_train_publish_and_average_again(options, capsys):
         torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
     with safe_open(str(output / "clim_a1.safetensors"), framework="pt") as file:
         manifest = json.loads(file.metadata()["manifest"])
+    assert manifest["captions"]["kind"] == "coco"
     assert manifest["clim"]["GRIDS"] == [2] and manifest["solver"]["MAX_ITER"] == 3 and manifest["average"] == 1.0
 
 
@@ -65,6 +66,9 @@ def test_text_only_and_the_share_of_composing(options, tmp_path, capsys):
     assert "composing its mosaics" in capsys.readouterr().out and not list(tmp_path.glob("*.pth"))
     with pytest.raises(UsageError, match="number of steps"):
         train.run([*shared, "--measure-composing", "-1"])
+    with pytest.raises(UsageError, match="AVERAGE is 1.5"):  # nothing is written
+        train.run([*shared, "OUTPUT_DIR", str(tmp_path / "new"), "CLIM.AVERAGE", "1.5"])
+    assert not (tmp_path / "new").exists()
 
 
 def test_workers_load_what_the_process_itself_would(weights, captioned, tmp_path):

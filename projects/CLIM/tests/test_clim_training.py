@@ -10,7 +10,7 @@ from clim.checkpoint import averaged, export, file_architecture
 from clim.model import MAX_LOG_SCALE, CLIMPretraining, clim_loss
 from clim.sources import build_source
 from clim.text_table import build_text_table
-from clim.trainer import ClampLogitScale, CLIMTrainer, prepare
+from clim.trainer import ClampLogitScale, CLIMTrainer, check, prepare
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
@@ -237,13 +237,12 @@ def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, dec
 
 @pytest.mark.parametrize("override, words", [
     (("SOLVER.OPTIMIZER", "SGD"), "CLIM has AdamW"), (("SOLVER.LR_FACTORS", [["visual", 0.1]]), "one learning rate"),
-    (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not registered"),
-    (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"),
+    (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not a registered"),
+    (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"), (("CLIM.CAPTIONS_EACH", 0), "an image needs a caption"),
 ])  # fmt: skip
-def test_what_is_refused_before_anything_is_made(tmp_path, weights, captioned, override, words):
+def test_what_is_refused(tmp_path, weights, captioned, override, words):
     with pytest.raises(UsageError, match=words):
-        prepare(cases.config(captioned, weights, tmp_path, *override))
-    assert not list(tmp_path.iterdir())
+        check(cases.config(captioned, weights, tmp_path, *override), processes=1)
 
 
 def test_batch_smaller_than_a_mosaic(tmp_path, weights, captioned):
@@ -268,7 +267,7 @@ def test_blocks_that_are_not_there(name, blocks):
 
 
 def test_weights_of_another_architecture_or_resolution(tmp_path, weights):
-    with pytest.raises(DataError, match="of clim-vit-wide could not be loaded .*size mismatch.*Name the architecture"):
+    with pytest.raises(DataError, match="of clim-vit-wide could not be loaded .*size mismatch.*ARCHITECTURE must be"):
         Teacher.load("clim-vit-wide", weights)
     with pytest.raises(DataError, match=r"another resolution than clim-vit-64px.*\[17, 32\], not \[65, 32\]"):
         Teacher.load("clim-vit-64px", weights)
@@ -314,8 +313,15 @@ def test_published_weights_are_a_teacher(tmp_path, weights):
     torch.testing.assert_close(teacher.clip.visual.proj, original.clip.visual.proj * 1.7)
     assert teacher.interpolation == original.interpolation
     assert Teacher.load("clim-vit", path).fingerprint == stated
-    with pytest.raises(DataError, match="clim-vit-64px"):
-        Teacher.load("clim-vit-64px", path)
+    with pytest.raises(DataError, match="not of the architecture clim-vit-wide, it states clim-vit:"):
+        Teacher.load("clim-vit-wide", path)
+
+
+@pytest.mark.parametrize("manifest", ["no json", "[]", '{"fingerprint": 1}'])
+def test_what_another_program_states_does_not_matter(tmp_path, manifest):
+    state = {name: tensor.contiguous() for name, tensor in cases.clip_of("clim-vit").state_dict().items()}
+    save_file(state, str(tmp_path / "w.safetensors"), metadata={"manifest": manifest})
+    assert Teacher.load("clim-vit", tmp_path / "w.safetensors").fingerprint.pretrained == "w.safetensors"
 
 
 def test_quickgelu_is_in_the_name_of_a_file():
