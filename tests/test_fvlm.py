@@ -21,7 +21,7 @@ from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 from tests import fvlm_cases, micro
 
-GOLDEN = Path(__file__).parent / "golden" / "fvlm.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
 ASSET = Path(__file__).parents[1] / "ovdet2" / "assets" / "open_clip" / "ovshapes-resnet.safetensors"
 EMBEDDED = ("DATASETS.TEST", ("ov_shapes_val_all",), "MODEL.VOCABULARY.TEMPLATES", "single")
 
@@ -304,16 +304,18 @@ class TestByConfiguration:
             TextBackgroundClassifier(12, VocabularyBuffer(micro.vocabulary()))
 
 
-def golden_tensors():
+def golden_tensors(kind):
     """See :func:`tests.micro.golden_rcnn`."""
-    return micro.golden_rcnn(fvlm_cases.model(), losses)
+    return micro.golden_rcnn(fvlm_cases.model(kind), losses)
 
 
-def test_golden():
+@pytest.mark.parametrize("kind", fvlm_cases.KINDS)
+def test_golden(kind):
     """Tolerances: 1e-3 relative (gradients 1e-2), for the order of sums differs. Rewrite: python -m tests.test_fvlm."""
-    micro.assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-3)
+    micro.assert_golden(GOLDEN / f"fvlm_{kind}.safetensors", golden_tensors(kind), gradient_atol=1e-3)
 
 
 if __name__ == "__main__":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    save_file(golden_tensors(), str(GOLDEN))
+    GOLDEN.mkdir(exist_ok=True)
+    for kind in fvlm_cases.KINDS:
+        save_file(golden_tensors(kind), str(GOLDEN / f"fvlm_{kind}.safetensors"))

@@ -23,7 +23,10 @@ from ovdet2.vlm.dense import dense_map, pool_regions
 from ovdet2.vlm.teacher import Teacher
 from tests.micro import assert_golden, wave
 
-GOLDEN = Path(__file__).parent / "golden" / "clim.safetensors"
+GOLDEN = Path(__file__).parent / "golden"
+# Architecture: side of its images, canvas, and a trained weight of its last block or its attention pool.
+GOLDEN_CASES = {"clim-vit": (32, 40, "transformer.resblocks.2.mlp.c_fc.weight"),
+                "clim-resnet": (64, 128, "attnpool.v_proj.weight")}  # fmt: skip
 
 
 def batch_of(count, size=32):
@@ -148,28 +151,31 @@ def test_logit_scale_is_clamped():
     assert scale.item() == pytest.approx(MAX_LOG_SCALE) and math.exp(scale.item()) == pytest.approx(100, rel=1e-5)
 
 
-def golden_tensors():
+def golden_tensors(name):
     """A batch of 32 as in the paper: the loss, embeddings, gradients, and the weights after a step of AdamW."""
-    model = model_of(grids=(2, 3, 4), singles=3, canvas=40)
-    batch = batch_of(32)
+    side, canvas, weight = GOLDEN_CASES[name]
+    model = model_of(name, blocks=1, grids=(2, 3, 4), singles=3, canvas=canvas)
+    batch = batch_of(32, side)
     rows, _ = model.embed(torch.stack([record["image"] for record in batch]))
     loss = model(batch)["loss_clim"]
     loss.backward()
-    block = model.clip.visual.transformer.resblocks[2]
-    gradients = block.mlp.c_fc.weight.grad[:4].clone(), model.clip.logit_scale.grad.clone()
+    trained = model.clip.visual.get_parameter(weight)
+    gradients = trained.grad[:4].clone(), model.clip.logit_scale.grad.clone()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3).step()
     return {
         "loss": loss.detach(),
         "rows": rows.detach()[::5],
         "gradient": gradients[0],
         "gradient_scale": gradients[1],
-        "stepped": block.attn.out_proj.weight.detach()[:4].clone(),
+        "stepped": trained.detach()[:4].clone(),
         "loss_after": model(batch)["loss_clim"].detach(),
     }
 
 
-def test_golden():
-    assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-4)
+@pytest.mark.parametrize("name", GOLDEN_CASES)
+def test_golden(name):
+    """Rewrite: PYTHONPATH=.:projects/CLIM:projects/CLIM/tests python projects/CLIM/tests/test_clim_training.py."""
+    assert_golden(GOLDEN / f"{name}.safetensors", golden_tensors(name), gradient_atol=1e-4)
 
 
 def run(cfg, resume=False, stop=None):
@@ -337,5 +343,7 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as models:
         cases.register_models(Path(models))
-        GOLDEN.parent.mkdir(exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in golden_tensors().items()}, str(GOLDEN))
+        GOLDEN.mkdir(exist_ok=True)
+        for name in GOLDEN_CASES:
+            tensors = {key: tensor.contiguous() for key, tensor in golden_tensors(name).items()}
+            save_file(tensors, str(GOLDEN / f"{name}.safetensors"))
