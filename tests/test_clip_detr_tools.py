@@ -38,7 +38,8 @@ def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     assert len(commands) == 8 and len({command[-1] for command in commands}) == 8
     for command in commands:
         assert command[command.index("--num-gpus") + 1] == "2"
-        load_config(CONFIG, command[command.index("--num-gpus") + 2 :])  # the keys exist, the values fit
+        made = load_config(CONFIG, command[command.index("--num-gpus") + 2 :])  # the keys exist, the values fit
+        assert load_config(CONFIG).TEST.EXPECTED_RESULTS and not made.TEST.EXPECTED_RESULTS
     keys = commands[4][commands[4].index("--num-gpus") + 2 :]
     clip = load_config(CONFIG, keys).MODEL.CLIP_DETR
     assert (
