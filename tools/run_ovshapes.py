@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 import ovdet2
 from ovdet2.config import load_config
 from ovdet2.data.datasets.register import data_root
@@ -39,10 +41,7 @@ ARTEFACTS = {
     "MODEL.CCKT.PRIOR_FILE": ("concept prior", "priors/clip.safetensors"),
     "MODEL.TEACHER.PRETRAINED": ("training by CLIM", "clim/clim_a1.safetensors"),
 }
-CLIM = {  # What the training by CLIM is made of.
-    "teacher": ASSETS / "open_clip" / "ovshapes-vit.safetensors",
-    "configuration": ROOT / "projects" / "CLIM" / "configs" / "ovshapes_vit.yaml",
-}
+CLIM_CONFIG = ROOT / "projects" / "CLIM" / "configs" / "ovshapes_vit.yaml"
 BEGIN, END = "<!-- ov-shapes table: written by tools/run_ovshapes.py -->", "<!-- end of ov-shapes table -->"
 
 
@@ -192,8 +191,12 @@ def build_artefact(key, output):
         command = ["tools/build_concept_priors.py", "--backend", "clip", *teacher, "--dataset", DATASET]
         command += ["--output", str(path)]
     elif key == "MODEL.TEACHER.PRETRAINED":
-        made_of = {name: sha256_file(of) for name, of in CLIM.items()}
-        command = ["projects/CLIM/train.py", "--config-file", str(CLIM["configuration"]), "--resume"]
+        settings = yaml.safe_load(CLIM_CONFIG.read_text(encoding="utf-8"))
+        made_of = {
+            "teacher": sha256_file(ASSETS / "open_clip" / "ovshapes-vit.safetensors"),
+            "configuration": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        }
+        command = ["projects/CLIM/train.py", "--config-file", str(CLIM_CONFIG), "--resume"]
         command += ["OUTPUT_DIR", str(path.parent)]
     else:
         command = ["tools/build_region_cache.py", "--dataset", TRAINING_SET, "--output", str(path), "--config-file"]
