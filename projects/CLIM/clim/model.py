@@ -6,6 +6,7 @@ dimension.
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -69,7 +70,7 @@ class CLIMPretraining(nn.Module):
     def forward(self, batch):
         """
         Args:
-            batch: list of B dicts "image" Tensor [3, S, S] uint8 and "text" Tensor [D], of one size.
+            batch: list of B dicts "image" [3, S, S] uint8 and "text" [D] float32, arrays or Tensors, of one size.
 
         Returns:
             {"loss_clim": scalar Tensor}.
@@ -77,8 +78,7 @@ class CLIMPretraining(nn.Module):
         Raises:
             UsageError: fewer images than a mosaic has.
         """
-        images = torch.stack([record["image"] for record in batch]).to(self.mean.device)
-        texts = torch.stack([record["text"] for record in batch]).to(self.mean.device)
+        images, texts = (stacked(batch, key).to(self.mean.device) for key in ("image", "text"))
         regions, order = self.embed(images)
         return {"loss_clim": clim_loss(regions, texts[order], self.clip.logit_scale.exp(), self.same_text)}
 
@@ -107,6 +107,11 @@ class CLIMPretraining(nn.Module):
         mosaics, rest = draw_mosaics(len(pixels), self.grids, self.singles)
         size = (self.canvas, self.canvas)
         return *compose_mosaics(pixels, mosaics, size, self.interpolation), rest.to(pixels.device)
+
+
+def stacked(batch, key):
+    """One field of all records of a batch as a Tensor on the CPU."""
+    return torch.from_numpy(np.stack([np.asarray(record[key]) for record in batch]))
 
 
 def set_trainable(clip, blocks):

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
 from clim.loading import build_loader
-from clim.model import MAX_LOG_SCALE, CLIMPretraining
+from clim.model import MAX_LOG_SCALE, CLIMPretraining, stacked
 from clim.sources import build_source
 from clim.text_table import TextTable, build_text_table
 from ovdet2.data.datasets import split_of
@@ -110,7 +110,7 @@ class CLIMTrainer(Trainer):
         batches, step_times, compose_times = iter(self.data_loader), [], []
         for _ in range(steps):
             batch = next(batches)
-            images = torch.stack([record["image"] for record in batch]).to(self.cfg.MODEL.DEVICE)
+            images = stacked(batch, "image").to(self.cfg.MODEL.DEVICE)
             pixels = self._trained.normalise(images)
             compose_times.append(_seconds(lambda: self._trained.compose(pixels)))
             step_times.append(_seconds(lambda: self._step(batch)))
