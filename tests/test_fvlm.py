@@ -304,6 +304,22 @@ class TestByConfiguration:
             TextBackgroundClassifier(12, VocabularyBuffer(micro.vocabulary()))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", fvlm_cases.KINDS)
+def test_devices_agree(kind):
+    """Losses and fused scores on CUDA are those on the CPU."""
+    network = fvlm_cases.model(kind)
+    expected, scores = losses(network, micro.images(2)), network.eval()(micro.images(2))
+    network.cuda()
+    found, on_cuda = losses(network, micro.images(2)), network.eval()(micro.images(2))
+    for name, loss in expected.items():
+        assert found[name].is_cuda and found[name].item() == pytest.approx(loss.item(), rel=1e-2, abs=1e-4)
+    for one, other in zip(scores, on_cuda, strict=True):
+        ours, theirs = (output["instances"].scores.cpu()[:5] for output in (one, other))
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+
+
 def golden_tensors(kind):
     """See :func:`tests.micro.golden_rcnn`."""
     return micro.golden_rcnn(fvlm_cases.model(kind), losses)

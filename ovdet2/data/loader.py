@@ -81,8 +81,8 @@ class MappedRecords(Dataset):
     def _candidates(self, draw, index):
         """The index itself, then the others in an order that depends on (seed, draw) alone."""
         yield index
-        others = np.random.default_rng((self.seed, draw)).permutation(len(self.records)).tolist()
-        yield from (other for other in others if other != index)
+        others = np.random.default_rng((self.seed, draw)).permutation(len(self.records))
+        yield from (int(other) for other in others if other != index)
 
     def _map(self, index, faults):
         record = self.records[index]

@@ -102,7 +102,8 @@ class CheckedStep:
             shapes = ", ".join(str(tuple(record["image"].shape)) for record in batch)
             raise SetupError(
                 f"the GPU's memory does not suffice for images of {shapes} at iteration {self.iter}: lower "
-                "SOLVER.IMS_PER_BATCH or INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN, or set SOLVER.AMP.ENABLED True."
+                "SOLVER.IMS_PER_BATCH or the images' size (a detector's INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN), or "
+                "set SOLVER.AMP.ENABLED True."
             ) from error
 
     def _clip(self):

@@ -22,7 +22,8 @@ def fusion_exponents(base_mask, base, novel):
 
 
 def fuse_scores(detector_probs, second_probs, exponents, renormalize=False):
-    """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6, F-VLM Eq. 5).
+    """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6; F-VLM, whose paper was not at hand,
+    by its release).
 
     The background column is the detector's; it enters only the renormalisation.
 

@@ -29,7 +29,7 @@ def is_vit(visual):
 
     if isinstance(visual, ModifiedResNet) and visual.attnpool is not None:
         return False
-    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None and visual.pool_type == "tok":
         if isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock):
             return True
     trunk = getattr(visual, "trunk", None)  # timm's towers, EVA02-CLIP among them

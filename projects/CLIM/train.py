@@ -15,6 +15,7 @@ or torchrun. Exit codes: 2 usage, 3 data, 4 environment, 5 a loss that is not fi
 """
 
 import argparse
+import os
 
 import yaml
 from clim.config import add_clim_config
@@ -89,7 +90,7 @@ def run(argv=None):
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
-    check(cfg, max(1, args.num_gpus) * args.num_machines)
+    check(cfg, int(os.environ.get("WORLD_SIZE", max(1, args.num_gpus) * args.num_machines)))  # torchrun's, or ours
     launch_run(main, args, cfg.MODEL.DEVICE)
 
 

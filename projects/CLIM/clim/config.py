@@ -1,4 +1,5 @@
-"""The configuration keys of CLIM, added to those of ovdet2; the defaults are the paper's recipe for ViT-B/16."""
+"""The configuration keys of CLIM, added to those of ovdet2; the defaults are the recipe of the authors' code for
+ViT-B/16, but for SAME_TEXT."""
 
 from detectron2.config import CfgNode as CN
 

@@ -15,7 +15,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.data.images import read_image
 from ovdet2.data.shapes.classes import CLASS_NAMES
 from ovdet2.data.shapes.scenes import single_object_scene
-from ovdet2.errors import UsageError
+from ovdet2.errors import NumericalError, UsageError
 from ovdet2.files import read_json, write_json
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense, is_vit
@@ -144,8 +144,14 @@ def truth_of(record):
 
 
 def ranks_of(logits, truth):
-    """How many words score higher than the right one: Tensor [G] long of logits [G, K] and classes [G]."""
-    return (logits > logits.gather(1, truth[:, None])).sum(dim=1)
+    """How many words score as high as the right one or higher: Tensor [G] long of logits [G, K] and classes [G].
+
+    Raises:
+        NumericalError: logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise NumericalError("embeddings of regions are not finite: these weights name nothing.")
+    return (logits >= logits.gather(1, truth[:, None])).sum(dim=1) - 1
 
 
 def accuracies(ranks, truth, split):

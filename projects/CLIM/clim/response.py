@@ -67,6 +67,7 @@ def draw_responses(path, image, words, maps, names):
     figure = Figure(figsize=(3.2 * (1 + len(maps)), 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, 1 + len(maps), squeeze=False)
     extent = (0, image.shape[2], image.shape[1], 0)
+    colours = "tab20" if len(words) <= 20 else "nipy_spectral"
     for row in range(rows):
         axes[row, 0].imshow(shown, extent=extent)
         axes[row, 0].set_title(words[row] if row < len(words) else "best word of each cell")
@@ -78,7 +79,9 @@ def draw_responses(path, image, words, maps, names):
                 axis.set_title(f"{name}: {found.min():.2f} to {found.max():.2f}")
             else:
                 best = cosines.argmax(dim=0).numpy()
-                axis.imshow(best, extent=extent, alpha=0.6, cmap="tab20", vmin=0, vmax=19, interpolation="nearest")
+                axis.imshow(
+                    best, extent=extent, alpha=0.6, cmap=colours, vmin=0, vmax=len(words) - 1, interpolation="nearest"
+                )
                 axis.set_title(", ".join(words[index] for index in np.unique(best)[:4]))
     for axis in axes.flat:
         axis.set_axis_off()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
@@ -148,7 +149,8 @@ def check(cfg, processes):
 
     Raises:
         UsageError: a key of SOLVER that CLIM does not have, a number or share that is none, a data set that is not
-            registered, or a batch smaller than a mosaic.
+            registered, a batch smaller than a mosaic, or one in which a grid of CLIM.GRIDS never comes.
+        DataError: the files of the data set are missing or faulty.
     """
     clim = cfg.CLIM
     if cfg.SOLVER.OPTIMIZER != "AdamW" or cfg.SOLVER.LR_FACTORS:
@@ -160,12 +162,33 @@ def check(cfg, processes):
         raise UsageError(f"CLIM.AVERAGE is {clim.AVERAGE}: give the share of the trained weights, 0 to 1.")
     if clim.CAPTIONS_EACH < 1:
         raise UsageError(f"CLIM.CAPTIONS_EACH is {clim.CAPTIONS_EACH}: an image needs a caption.")
+    _check_images(clim)
     dataset = clim.EVALUATION.DATASET
-    if dataset and split_of(dataset) is None:
+    if dataset:
+        if split_of(dataset) is None:
+            raise UsageError(
+                f"CLIM.EVALUATION.DATASET {dataset!r} is not a registered open-vocabulary data set: see "
+                "datasets/README.md."
+            )
+        DatasetCatalog.get(dataset)  # a missing or faulty file is found now, not after training
+    mosaics, _ = draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // processes, clim.GRIDS, clim.SINGLES)
+    missing = set(clim.GRIDS) - {len(mosaic) for mosaic in mosaics}
+    if missing:
+        round_of = sum(grid**2 for grid in clim.GRIDS) + clim.SINGLES
         raise UsageError(
-            f"CLIM.EVALUATION.DATASET {dataset!r} is not a registered open-vocabulary data set: see datasets/README.md."
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} over {processes} processes has no mosaic of "
+            f"{' or '.join(f'{grid}x{grid}' for grid in sorted(missing))}: give each process {round_of} images or a "
+            "multiple, or take those out of CLIM.GRIDS."
         )
-    draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // processes, clim.GRIDS, clim.SINGLES)
+
+
+def _check_images(clim):
+    low, high = clim.CROP_SCALE
+    if not (0 < low <= high <= 1 and 0 <= clim.FLIP <= 1 and clim.SHUFFLE_BUFFER >= 1):
+        raise UsageError(
+            f"CLIM.CROP_SCALE {clim.CROP_SCALE}, FLIP {clim.FLIP}, SHUFFLE_BUFFER {clim.SHUFFLE_BUFFER}: give two "
+            "shares of the image, the lower first, a chance, and at least one sample."
+        )
 
 
 def text_table_of(cfg):

@@ -75,7 +75,10 @@ def train(cfg, resume, stop):
     source = build_source(cfg)
     assert (len(source), source.num_texts) == (33, 165)
     trainer = CLIMTrainer(cfg)
-    probe = next(iter(trainer.build_train_loader(cfg.clone())))
+    other = cfg.clone()
+    other.defrost()
+    other.SEED = 1  # other crops and captions than the run's, in another order
+    probe = next(iter(trainer.build_train_loader(other)))
 
     @torch.no_grad()
     def probe_loss():

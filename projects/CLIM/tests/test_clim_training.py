@@ -1,5 +1,6 @@
 """CLIM's loss over two processes, what is trained, exact resume, averaged weights, and what is refused."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -144,6 +145,24 @@ def test_mixed_precision_gives_a_float32_loss():
     assert found.dtype == torch.float32 and found.item() == pytest.approx(expected.item(), abs=0.1)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name, size, canvas", [("clim-vit", 32, 48), ("clim-resnet", 64, 128)])
+def test_devices_agree(name, size, canvas):
+    """Loss and gradients of a step on CUDA are those on the CPU; in bfloat16 the loss is near."""
+    batch, expected = batch_of(6, size), model_of(name, 1, canvas=canvas)
+    found = copy.deepcopy(expected).cuda()
+    losses = [model(batch)["loss_clim"] for model in (expected, found)]
+    assert losses[1].is_cuda and losses[1].item() == pytest.approx(losses[0].item(), rel=1e-3)
+    for loss in losses:
+        loss.backward()
+    pairs = [(p.grad, q.grad) for p, q in zip(expected.parameters(), found.parameters()) if p.grad is not None]
+    for one, other in pairs:
+        assert F.cosine_similarity(one.flatten(), other.cpu().flatten(), dim=0) > 0.99
+    with torch.autocast("cuda", torch.bfloat16):
+        assert found(batch)["loss_clim"].item() == pytest.approx(losses[0].item(), abs=0.1)
+
+
 def test_logit_scale_is_clamped():
     scale = torch.nn.Parameter(torch.tensor(9.0))
     with EventStorage(0):
@@ -245,10 +264,18 @@ def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, dec
     (("SOLVER.OPTIMIZER", "SGD"), "CLIM has AdamW"), (("SOLVER.LR_FACTORS", [["visual", 0.1]]), "one learning rate"),
     (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not a registered"),
     (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"), (("CLIM.CAPTIONS_EACH", 0), "an image needs a caption"),
+    (("CLIM.GRIDS", [2, 3, 4]), "no mosaic of 3x3 or 4x4: give each process 32 images"), (("CLIM.FLIP", 2.0), "a chance"),
+    (("CLIM.CROP_SCALE", [0.9, 0.5]), "the lower first"), (("CLIM.SHUFFLE_BUFFER", 0), "at least one sample"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, weights, captioned, override, words):
     with pytest.raises(UsageError, match=words):
         check(cases.config(captioned, weights, tmp_path, *override), processes=1)
+
+
+def test_an_evaluation_set_whose_files_are_missing_stops_before_training(weights, captioned, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    with pytest.raises(DataError, match="does not exist"):
+        check(cases.config(captioned, weights, tmp_path, "CLIM.EVALUATION.DATASET", "ov_coco_val_all"), processes=1)
 
 
 def test_batch_smaller_than_a_mosaic(tmp_path, weights, captioned):

@@ -1,0 +1,56 @@
+"""The full-scale F-VLM and F-ViT have the settings of the releases, or scale them by the linear rule."""
+
+from pathlib import Path
+
+import pytest
+
+from ovdet2.config import load_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+NAMES = sorted(
+    str(path.relative_to(CONFIGS))
+    for folder in ("ovcoco", "ovlvis")
+    for kind in ("fvlm", "fvit")
+    for path in (CONFIGS / folder).glob(f"{kind}*.yaml")
+)
+# Fusion exponents of base and novel words, weight of the background, 1 / CLIP's temperature; images of a step and
+# learning rate of the release (F-VLM's on COCO are not known: those on LVIS).
+FVLM_LVIS, FVIT_COCO, FVIT_LVIS = (256, 0.36), (64, 1e-4), (128, 4e-4)
+CARDS = {
+    "ovcoco/fvlm_rn50.yaml": (0.2, 0.45, 0.9, 100, FVLM_LVIS),
+    "ovlvis/fvlm_rn50.yaml": (0.35, 0.65, 0.9, 100, FVLM_LVIS),
+    "ovlvis/fvlm_rn50x4.yaml": (0.35, 0.65, 0.9, 100, FVLM_LVIS),
+    "ovlvis/fvlm_rn50x64.yaml": (0.35, 0.65, 0.9, 100, FVLM_LVIS),
+    "ovcoco/fvit_b16.yaml": (0.1, 0.8, 0.6, 75, FVIT_COCO),
+    "ovlvis/fvit_b16.yaml": (0.35, 0.65, 0.9, 50, FVIT_LVIS),
+}
+
+
+def test_all_of_them_are_in_the_table():
+    assert set(NAMES) - set(CARDS) == {"ovcoco/fvlm_rn50_detector.yaml"}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_settings_of_the_releases(name):
+    cfg = load_config(name)
+    base, novel, background, temperature, (images, rate) = CARDS[name]
+    ovd = cfg.MODEL.OVD
+    assert (ovd.FUSION_BASE, ovd.FUSION_NOVEL, ovd.BACKGROUND_WEIGHT) == (base, novel, background)
+    assert 1 / ovd.VLM_TEMPERATURE == pytest.approx(temperature, rel=1e-3)
+    assert ovd.FUSION_RENORMALIZE == ("fvlm" in name) and cfg.SOLVER.OPTIMIZER == ("SGD" if "fvlm" in name else "AdamW")
+    assert cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH == pytest.approx(rate / images)
+    assert cfg.MODEL.BACKBONE.FREEZE_AT == 5 and cfg.MODEL.MASK_ON == name.startswith("ovlvis")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_longest_edge_is_that_of_the_jitter(name):
+    """An image is tested at the size that a scale of 1 gives it in training."""
+    cfg = load_config(name)
+    assert cfg.INPUT.LSJ.ENABLED and tuple(cfg.INPUT.LSJ.SCALES) == (0.1, 2.0)
+    assert cfg.INPUT.MIN_SIZE_TEST == cfg.INPUT.MAX_SIZE_TEST == cfg.INPUT.LSJ.SIDE == (640 if "fvit" in name else 1024)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "fvit" in name])
+def test_the_second_command_of_a_header_keeps_the_results_of_the_first(name):
+    cfg = load_config(name)
+    assert f"OUTPUT_DIR {cfg.OUTPUT_DIR}_clim" in (CONFIGS / name).read_text()
