@@ -40,6 +40,7 @@ VISION = {
     "dense-resnet": {"image_size": 224, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
     "dense-coca": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "attentional_pool": True},
     "dense-qk-norm": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "qk_norm": True},
+    "dense-mean": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8, "pool_type": "avg"},
     "dense-eva": {"image_size": 28, "timm_model_name": "eva02_tiny_patch14_224", "timm_proj": "linear"},
 }
 
@@ -328,7 +329,7 @@ def test_half_precision_gives_float32_rows(name, build):
 def test_towers_without_dense_features_are_refused(build):
     with pytest.raises(UsageError, match="'eva02_tiny_patch14_224'.*choose an open_clip ViT"):
         dense_map(build("dense-eva").visual, pixels_of(1, 3, 28, 28))
-    for name in ("dense-coca", "dense-qk-norm"):
+    for name in ("dense-coca", "dense-qk-norm", "dense-mean"):
         with pytest.raises(UsageError, match="VisionTransformer"):
             dense_map(build(name).visual, pixels_of(1, 3, 32, 32))
 
