@@ -4,7 +4,7 @@
     python projects/CLIM/eval_regions.py --dataset ov_shapes_val_all --architecture ovshapes-vit --side 288 \
         --pretrained embedded output/clim/ovshapes_vit/clim_a1.safetensors --output out/
     python projects/CLIM/eval_regions.py --architecture ovshapes-vit --pretrained embedded clim_a1.safetensors \
-        --side 288 --words "striped moon" "plain key" --images a.jpg b.jpg c.jpg d.jpg --mosaic 2 --output out/
+        --side 288 --words "striped ring" "plain moon" --images a.jpg b.jpg c.jpg d.jpg --mosaic 2 --output out/
 
 Each weight file gives a row, so before and after stand side by side. Without --mosaic there is a picture per image.
 """

@@ -72,7 +72,7 @@ def draw_responses(path, image, words, maps, names):
         axes[row, 0].imshow(shown, extent=extent)
         axes[row, 0].set_title(words[row] if row < len(words) else "best word of each cell")
         for axis, cosines, name in zip(axes[row, 1:], maps, names, strict=True):
-            axis.imshow(shown, extent=extent)
+            axis.imshow(shown.mean(axis=2), extent=extent, cmap="gray")  # its colours would mix with the response's
             if row < len(words):
                 found = cosines[row]
                 axis.imshow(found.numpy(), extent=extent, alpha=0.6, cmap="viridis", interpolation="bilinear")
@@ -82,7 +82,7 @@ def draw_responses(path, image, words, maps, names):
                 axis.imshow(
                     best, extent=extent, alpha=0.6, cmap=colours, vmin=0, vmax=len(words) - 1, interpolation="nearest"
                 )
-                axis.set_title(", ".join(words[index] for index in np.unique(best)[:4]))
+                axis.set_title(", ".join(words[index] for index in np.unique(best)[:4]), fontsize="small", wrap=True)
     for axis in axes.flat:
         axis.set_axis_off()
     with atomic_path(path) as temporary:

@@ -264,8 +264,9 @@ def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, dec
     (("SOLVER.OPTIMIZER", "SGD"), "CLIM has AdamW"), (("SOLVER.LR_FACTORS", [["visual", 0.1]]), "one learning rate"),
     (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not a registered"),
     (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"), (("CLIM.CAPTIONS_EACH", 0), "an image needs a caption"),
-    (("CLIM.GRIDS", [2, 3, 4]), "no mosaic of 3x3 or 4x4: give each process 32 images"), (("CLIM.FLIP", 2.0), "a chance"),
-    (("CLIM.CROP_SCALE", [0.9, 0.5]), "the lower first"), (("CLIM.SHUFFLE_BUFFER", 0), "at least one sample"),
+    (("CLIM.GRIDS", [2, 3, 4]), "no mosaic of 3x3 or 4x4: give each process 32 images"),
+    (("CLIM.FLIP", 2.0), "a chance"), (("CLIM.CROP_SCALE", [0.9, 0.5]), "the lower first"),
+    (("CLIM.SHUFFLE_BUFFER", 0), "at least one sample"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, weights, captioned, override, words):
     with pytest.raises(UsageError, match=words):
