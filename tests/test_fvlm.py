@@ -166,9 +166,12 @@ class TestScores:
     def test_batch_equals_singles(self, kind):
         network, records = fvlm_cases.model(kind), micro.images(3)[::2]
         for record, both in zip(records, network(records)):
-            alone = network([record])[0]["instances"]
-            assert torch.allclose(alone.scores, both["instances"].scores, atol=1e-4) and len(alone) > 0
-            assert torch.allclose(alone.pred_boxes.tensor, both["instances"].pred_boxes.tensor, atol=1e-2)
+            alone, both = network([record])[0]["instances"], both["instances"]
+            assert torch.allclose(alone.scores, both.scores, atol=1e-4) and len(alone) > 0
+            # Equal scores may come in another order, and the last ones be cut off.
+            kept = alone[alone.scores > alone.scores.min() + 1e-3]
+            rows = [torch.cat([f.pred_boxes.tensor, 1e4 * f.pred_classes[:, None]], dim=1) for f in (kept, both)]
+            assert len(kept) > 10 and torch.cdist(*rows).min(dim=1).values.max() < 0.1
 
     @torch.no_grad()
     def test_permuting_the_vocabulary_permutes_the_detections(self):

@@ -62,7 +62,12 @@ class CLIPPyramid(Backbone):
     def forward(self, images):
         """Tensor [N, 3, H, W], normalised -> dict of maps by name."""
         maps = self.trunk(images)
-        return {**self.pyramid(maps), CLIP_MAP: maps[self.trunk.last_map]}
+        inputs = maps
+        if images.device.type == "cpu":
+            # CLIP's maps are channels_last, in which oneDNN takes 3 s instead of 0.5 for the gradient of a 3x3
+            # convolution's weights (256 channels, 200 x 272, float32), and the pyramid and all after it inherit that.
+            inputs = {name: features.contiguous() for name, features in maps.items()}
+        return {**self.pyramid(inputs), CLIP_MAP: maps[self.trunk.last_map]}
 
     def embed_regions(self, features, boxes_xyxy):
         """CLIP embeddings of regions.
