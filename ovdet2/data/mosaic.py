@@ -79,8 +79,10 @@ def compose_mosaics(images, mosaics, size, mode="bicubic"):
         members = [number for number, other in enumerate(grids) if other == grid]
         cells = images[torch.stack([mosaics[number] for number in members]).to(images.device)]  # [m, g, g, C, h, w]
         whole = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [m, C, g * h, g * w]
-        smaller = whole.shape[2] > height or whole.shape[3] > width
-        canvases[members] = F.interpolate(whole, (height, width), mode=mode, antialias=smaller, align_corners=False)
+        if whole.shape[2:] != (height, width):
+            smaller = whole.shape[2] > height or whole.shape[3] > width
+            whole = F.interpolate(whole, (height, width), mode=mode, antialias=smaller, align_corners=False)
+        canvases[members] = whole
     boxes = [grid_boxes(grid, height, width, images.device) for grid in grids]
     return canvases, boxes, [mosaic.flatten().to(images.device) for mosaic in mosaics]
 
