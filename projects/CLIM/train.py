@@ -90,7 +90,9 @@ def run(argv=None):
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
-    check(cfg, int(os.environ.get("WORLD_SIZE", max(1, args.num_gpus) * args.num_machines)))  # torchrun's, or ours
+    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # as ovdet2.engine.launch asks
+    processes = int(os.environ["WORLD_SIZE"]) if torchrun else max(1, args.num_gpus) * args.num_machines
+    check(cfg, processes)
     launch_run(main, args, cfg.MODEL.DEVICE)
 
 

@@ -144,7 +144,7 @@ def truth_of(record):
 
 
 def ranks_of(logits, truth):
-    """How many words score as high as the right one or higher: Tensor [G] long of logits [G, K] and classes [G].
+    """How many other words score as high as the right one or higher: Tensor [G] long of logits [G, K] and classes [G].
 
     Raises:
         NumericalError: logits that are not finite.
