@@ -13,7 +13,8 @@ SMALL = [
 
 @pytest.mark.slow
 def test_the_networks_differ_in_what_is_trained_alone(capsys):
-    args = ["--size", "128x160", "--turns", "1", "--device", "cpu", "--threads", str(torch.get_num_threads()), *SMALL]
+    args = ["--size", "128x160", "--turns", "1", "--device", "cpu", "--threads", str(torch.get_num_threads())]
+    args += ["--trained-contiguous", *SMALL]
     found = []
     for name in tool.FREEZE_AT:
         torch.manual_seed(0)

@@ -5,8 +5,10 @@
 Both are configs/ovcoco/fvlm_rn50.yaml with equal random weights, in float32, and get the same image of 20 objects,
 hence the same proposals; the learning rate is 0, so they stay equal. They take turns in one process, so a machine that
 slows down slows both; --cpu-time with --threads 1 counts the work instead of the wait. There is no cache of features:
-the frozen trunk runs in every step. Printed are the median ratio (frozen / trained) and its range, where a step's time
-goes, and peak memory: weights, and what the steps need above them (on a CPU that of a process of its own per model).
+the frozen trunk runs in every step. Both trunks are channels_last as a teacher is; on a CPU that slows the gradients of
+the trained one, and --trained-contiguous measures against one without that handicap. Printed are the median ratio
+(frozen / trained) and its range, where a step's time goes, and peak memory: weights, and what the steps need above them
+(on a CPU that of a process of its own per model).
 """
 
 import argparse
@@ -78,6 +80,7 @@ def parse_args(argv):
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--turns", type=int, default=5, help="timed turns")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--trained-contiguous", action="store_true", help="do not give the trained trunk channels_last")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of the process in place of the clock")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--peak", choices=list(FREEZE_AT), help=argparse.SUPPRESS)
@@ -91,7 +94,9 @@ def build(name, args):
     cfg.merge_from_list(["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECOND_BRANCH", "none"])
     cfg.merge_from_list(args.opts)
     torch.manual_seed(0)
-    visual = open_clip.create_model(args.architecture).visual.to(memory_format=torch.channels_last)
+    visual = open_clip.create_model(args.architecture).visual
+    if name == "frozen" or not args.trained_contiguous:
+        visual.to(memory_format=torch.channels_last)
     backbone = clip_pyramid(cfg, visual)
     shapes, split = backbone.output_shape(), dataset_split(cfg)
     rows = F.normalize(torch.randn(len(split.names) + 1, visual.output_dim), dim=1)
@@ -165,7 +170,7 @@ def measured_peak(name, args):
         return peak_on_cuda(name, args)
     command = [sys.executable, __file__, "--peak", name, "--size", args.size, "--batch", str(args.batch)]
     command += ["--architecture", args.architecture, "--threads", str(args.threads), "--device", args.device]
-    command += args.opts
+    command += ["--trained-contiguous"] * args.trained_contiguous + args.opts
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return tuple(json.loads(done.stdout.strip().splitlines()[-1]))
 

@@ -41,6 +41,7 @@ from ovdet2.data.images import read_image
 from ovdet2.data.records import load_records
 from ovdet2.data.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes
 from ovdet2.data.region_cache_writer import CacheWriter
+from ovdet2.engine import torchrun_rank
 from ovdet2.engine.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.files import sha256_file
@@ -211,11 +212,6 @@ def share_of(writer, share):
     return None if share is None else {i for i in range(len(writer.shards)) if i % share[1] == share[0]}
 
 
-def torchrun_share():
-    """(rank, number of processes) under torchrun, else None."""
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "WORLD_SIZE" in os.environ else None
-
-
 def verify(args, writer, by_id):
     """Remove damaged shards, and those with images that could not be read and can be by now."""
 
@@ -227,7 +223,7 @@ def verify(args, writer, by_id):
         return True
 
     removed = writer.remove_damaged(
-        share_of(writer, args.shard or torchrun_share()),
+        share_of(writer, args.shard or torchrun_rank()),
         lambda header: any(map(is_mended, header.get("unreadable", {}))),
         partial(tqdm, desc="shards verified", leave=False),
     )
@@ -237,7 +233,7 @@ def verify(args, writer, by_id):
 def build(args, cfg, embedder, writer, by_id):
     """Write the shards that are missing and not somebody else's."""
     only = share_of(writer, args.shard)
-    rank, ranks = torchrun_share() or (0, 1)  # begin apart, then help one another
+    rank, ranks = torchrun_rank() or (0, 1)  # begin apart, then help one another
     start = len(writer.missing()) * rank // ranks
     images = sum(len(ids) for index, ids in enumerate(writer.shards) if only is None or index in only)
     done = images - sum(len(writer.shards[i]) for i in writer.missing() if only is None or i in only)

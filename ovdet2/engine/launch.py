@@ -42,7 +42,7 @@ def launch(main, processes_per_machine, machines=1, machine_rank=0, dist_url="au
         SetupError: a process was killed by a signal.
     """
     use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if torchrun_rank():
         return _run_under_torchrun(main, args, use_cuda)
     _check(processes_per_machine, machines, machine_rank, dist_url, use_cuda)
     if processes_per_machine * machines == 1:
@@ -57,6 +57,13 @@ def launch(main, processes_per_machine, machines=1, machine_rank=0, dist_url="au
             _spawned, args=(main, args, group, folder), nprocs=processes_per_machine, join=False, daemon=False
         )
         _wait(context, folder)
+
+
+def torchrun_rank():
+    """(rank, number of processes) if torchrun started this process, else None."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return None
 
 
 def _check(processes, machines, machine_rank, dist_url, use_cuda):

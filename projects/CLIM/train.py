@@ -15,7 +15,6 @@ or torchrun. Exit codes: 2 usage, 3 data, 4 environment, 5 a loss that is not fi
 """
 
 import argparse
-import os
 
 import yaml
 from clim.config import add_clim_config
@@ -86,12 +85,13 @@ def run(argv=None):
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
     from clim.trainer import check
 
+    from ovdet2.engine import torchrun_rank
+
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
-    torchrun = "RANK" in os.environ and "WORLD_SIZE" in os.environ  # as ovdet2.engine.launch asks
-    processes = int(os.environ["WORLD_SIZE"]) if torchrun else max(1, args.num_gpus) * args.num_machines
+    _, processes = torchrun_rank() or (0, max(1, args.num_gpus) * args.num_machines)
     check(cfg, processes)
     launch_run(main, args, cfg.MODEL.DEVICE)
 

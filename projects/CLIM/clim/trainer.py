@@ -162,7 +162,7 @@ def check(cfg, processes):
         raise UsageError(f"CLIM.AVERAGE is {clim.AVERAGE}: give the share of the trained weights, 0 to 1.")
     if clim.CAPTIONS_EACH < 1:
         raise UsageError(f"CLIM.CAPTIONS_EACH is {clim.CAPTIONS_EACH}: an image needs a caption.")
-    _check_images(clim)
+    _check_augmentation(clim)
     dataset = clim.EVALUATION.DATASET
     if dataset:
         if split_of(dataset) is None:
@@ -182,7 +182,7 @@ def check(cfg, processes):
         )
 
 
-def _check_images(clim):
+def _check_augmentation(clim):
     low, high = clim.CROP_SCALE
     if not (0 < low <= high <= 1 and 0 <= clim.FLIP <= 1 and clim.SHUFFLE_BUFFER >= 1):
         raise UsageError(
