@@ -1,5 +1,6 @@
 # make demo     train, evaluate and draw an open-vocabulary detector on OV-Shapes
 # make test     run the tests
+# make install  make .venv, which the two above do too
 # make doctor   say what of the environment is missing or mismatched
 # make clean    remove what the commands above have built, .venv included
 #
@@ -17,7 +18,7 @@ STAMP := $(VENV)/.ovdet2-$(shell (pwd; cat $(INPUTS)) | sha256sum | cut -c1-16)
 CONSTRAINTS := $(if $(filter .venv,$(VENV)),-c constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test doctor clean
+.PHONY: demo test install doctor clean
 
 demo: $(STAMP)
 	@$(PY) -m ovdet2.doctor --quiet
@@ -26,6 +27,8 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(PY) -m ovdet2.doctor
 	$(PY) -m pytest -m "not slow"
+
+install: $(STAMP)
 
 doctor:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2.doctor

@@ -7,12 +7,17 @@ import open_clip
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from hypothesis import settings
 from safetensors.torch import save_file
 
 from ovdet2.data.datasets.register import register_dataset
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.vlm.teacher import Teacher
 from tests.evaluation_sets import SPLIT
+
+# The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 MICRO_CLIP = {
     "embed_dim": 16,

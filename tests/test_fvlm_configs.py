@@ -39,6 +39,7 @@ def test_settings_of_the_releases(name):
     assert 1 / ovd.VLM_TEMPERATURE == pytest.approx(temperature, rel=1e-3)
     assert ovd.FUSION_RENORMALIZE == ("fvlm" in name) and cfg.SOLVER.OPTIMIZER == ("SGD" if "fvlm" in name else "AdamW")
     assert cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH == pytest.approx(rate / images)
+    assert cfg.MODEL.VOCABULARY.TEMPLATES == ("openclip80" if "fvlm" in name else "vild63")
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 5 and cfg.MODEL.MASK_ON == name.startswith("ovlvis")
 
 

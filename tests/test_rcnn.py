@@ -55,6 +55,24 @@ def test_classification_loss_equals_float64_reference():
     assert (error < 1).any() and (error > 1).any()
 
 
+def test_boxes_are_pooled_exactly_under_autocast():
+    """At 900 px the step of bfloat16 is 4 px, that of the cells of these boxes 2."""
+    heads, seen = micro.model().train().roi_heads, []
+    heads.box_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    ramp = torch.linspace(0, 1, 256).expand(1, 16, 16, 256)  # of an image of 1024 px, so x can be read off it
+    boxes = Instances((64, 1024))
+    boxes.proposal_boxes = boxes.gt_boxes = Boxes(torch.tensor([[901.0, 8.0, 915.0, 40.0], [5.0, 8.0, 19.0, 40.0]]))
+    boxes.gt_classes = torch.tensor([0, 1])
+    boxes.objectness_logits = torch.ones(2)
+    features = {name: ramp for name in heads.box_in_features}
+    for kind in (torch.bfloat16, torch.float32):
+        of_type = {name: level.to(torch.bfloat16).to(kind) for name, level in features.items()}
+        torch.manual_seed(0)
+        with EventStorage(), torch.autocast("cpu", torch.bfloat16):
+            heads(None, of_type, [boxes], [boxes])
+    assert torch.equal(seen[0].float(), seen[1].float())
+
+
 def test_loss_does_not_depend_on_the_order_of_images_or_objects():
     network, records = micro.model(), micro.images(2)
     straight = losses(network, records)

@@ -1,5 +1,8 @@
 """The teacher and its crops, on a CLIP of random weights small enough for a test."""
 
+import copy
+import warnings
+
 import open_clip
 import pytest
 import torch
@@ -66,6 +69,24 @@ def test_openai_weights_get_their_activation(monkeypatch):
         with pytest.raises(DataError, match="no network"):
             Teacher.load("ViT-B-32", tag)
         assert seen["force_quick_gelu"] is quick
+
+
+def test_torchscript_archive(teacher, tmp_path):
+    """As OpenAI publishes its models: half precision, with three numbers among the weights."""
+    whole = copy.deepcopy(teacher.clip)
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        whole.__dict__.pop(name, None)
+        whole.register_buffer(name, torch.tensor(1))
+    whole.attn_mask = whole._buffers.pop("attn_mask")  # no weight in theirs
+    tokens = teacher.tokenizer(["a cat"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of tracing and its age
+        traced = torch.jit.trace(whole, (torch.zeros(1, 3, 32, 32), tokens), check_trace=False).half()
+        torch.jit.save(traced, tmp_path / "RN50.pt")
+        found = Teacher.load("micro-clip", tmp_path / "RN50.pt")
+    halved = {name: tensor.half().float() for name, tensor in teacher.clip.state_dict().items()}
+    for name, tensor in found.clip.state_dict().items():
+        assert torch.equal(tensor, halved[name]), name
 
 
 def test_bad_teachers(weights, tmp_path):

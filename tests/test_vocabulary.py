@@ -138,11 +138,14 @@ def test_damaged_files(tmp_path):
 def test_fingerprints():
     hashed, other = Fingerprint("ViT-B-32", "openai", "a" * 64), Fingerprint("ViT-B-32", "openai", "b" * 64)
     stated = Fingerprint.stated("ViT-B-32", "openai")
-    require_same_teacher(hashed, "x", Fingerprint("ViT-B-32", "my_copy.pt", "a" * 64), "y")
+    require_same_teacher(hashed, "x", Fingerprint("ViT-B-32-quickgelu", "my_copy.pt", "a" * 64), "y")
+    require_same_teacher(stated, "x", Fingerprint.stated("ViT-B-32-quickgelu", "openai"), "y")
     require_same_teacher(hashed, "x", stated, "y")
     for wrong in (other, Fingerprint.stated("ViT-B-16", "openai"), Fingerprint.stated("ViT-B-32", "laion2b_s34b_b79k")):
         with pytest.raises(DataError, match="x is of teacher ViT-B-32 / openai .aaaaaaaaaaaa.*y is of teacher"):
             require_same_teacher(hashed, "x", wrong, "y")
+    with pytest.raises(DataError, match="their activation is not: .*need ViT-B-32-quickgelu"):
+        require_same_teacher(hashed, "x", Fingerprint("ViT-B-32", "my_copy.pt", "a" * 64), "y")  # loaded with GELU
 
 
 def test_parse_words(tmp_path):

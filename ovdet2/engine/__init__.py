@@ -2,7 +2,7 @@
 
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.launch import launch, torchrun_rank
-from ovdet2.engine.start import setup
+from ovdet2.engine.start import scaled, setup
 from ovdet2.engine.trainer import Trainer
 
-__all__ = ["AtomicCheckpointer", "Trainer", "launch", "setup", "torchrun_rank"]
+__all__ = ["AtomicCheckpointer", "Trainer", "launch", "scaled", "setup", "torchrun_rank"]

@@ -59,7 +59,7 @@ def setup(args, extend=None):
     evaluates = getattr(args, "eval_only", False)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not evaluates:
-        cfg = _scaled(cfg)
+        cfg = scaled(cfg, comm.get_world_size())
     cfg.freeze()
     _open_output(cfg)
     rank = comm.get_rank()
@@ -74,16 +74,22 @@ def setup(args, extend=None):
     return cfg
 
 
-def _scaled(cfg):
-    """The configuration for the number of processes there are; it names that number as its reference, so that
-    scaling it again, as the trainer does, changes nothing."""
+def scaled(cfg, processes):
+    """The configuration for a number of processes, if SOLVER.REFERENCE_WORLD_SIZE names the one it was written for.
+
+    The batch and the learning rate grow with the number, iterations shrink; the number becomes the reference, so that
+    scaling again, as the trainer does, changes nothing.
+
+    Raises:
+        UsageError: the batch is no multiple of the reference.
+    """
     solver = cfg.SOLVER
     if solver.REFERENCE_WORLD_SIZE > 0 and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
         raise UsageError(
             f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, no multiple of SOLVER.REFERENCE_WORLD_SIZE, "
             f"{solver.REFERENCE_WORLD_SIZE}: change one of them, or set REFERENCE_WORLD_SIZE to 0 for no scaling."
         )
-    return DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+    return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 
 def _open_output(cfg):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ovdet2.errors import DataError
+from ovdet2.vlm.weight_files import file_architecture
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,10 @@ class Fingerprint:
 def require_same_teacher(first, first_name, second, second_name):
     """Raise unless two fingerprints are of one embedding space.
 
-    With both hashes known they decide. Where one is unknown (an imported table, or a configuration whose weights are
-    not loaded), architecture and pretrained tag must match.
+    With both hashes known they decide, with the architecture. Where one is unknown (an imported table, or a
+    configuration whose weights are not loaded), architecture and pretrained tag must match. "RN50" by the tag "openai"
+    and "RN50-quickgelu" are one architecture, "RN50" by a file of the same weights is another: see
+    :func:`~ovdet2.vlm.weight_files.file_architecture`.
 
     Args:
         first, second: :class:`Fingerprint`.
@@ -64,12 +67,14 @@ def require_same_teacher(first, first_name, second, second_name):
     Raises:
         DataError: they differ; the message names both.
     """
-    if first.weights_sha256 and second.weights_sha256:
-        same = first.architecture == second.architecture and first.weights_sha256 == second.weights_sha256
-    else:
-        same = (first.architecture, first.pretrained) == (second.architecture, second.pretrained)
-    if not same:
-        raise DataError(
-            f"{first_name} is of teacher {first}, but {second_name} is of teacher {second}. Embeddings of two teachers "
-            "cannot be compared: rebuild one of them, or set MODEL.TEACHER to match."
-        )
+    hashed = bool(first.weights_sha256 and second.weights_sha256)
+    same = first.weights_sha256 == second.weights_sha256 if hashed else first.pretrained == second.pretrained
+    architectures = [file_architecture(teacher.architecture, teacher.pretrained) for teacher in (first, second)]
+    if not same or architectures[0] != architectures[1]:
+        remedy = "Embeddings of two teachers cannot be compared: rebuild one of them, or set MODEL.TEACHER to match."
+        if hashed and same and len({name.removesuffix("-quickgelu") for name in architectures}) == 1:
+            remedy = (
+                "The weights are the same, their activation is not: a file gets the one of its architecture, and "
+                f"OpenAI's weights need {max(architectures)}."
+            )
+        raise DataError(f"{first_name} is of teacher {first}, but {second_name} is of teacher {second}. {remedy}")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
-from ovdet2.vlm.weight_files import check_resolution, check_stated_architecture
+from ovdet2.vlm.weight_files import check_resolution, check_stated_architecture, is_torchscript, needs_quick_gelu
 
 logger = logging.getLogger(__name__)
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "open_clip"
@@ -96,6 +96,7 @@ class Teacher(nn.Module):
                 require_pretrained=True,
                 force_quick_gelu=needs_quick_gelu(architecture, pretrained),
                 force_preprocess_cfg=preprocess,
+                weights_only=not (file and is_torchscript(file)),
             )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
@@ -196,17 +197,6 @@ class Teacher(nn.Module):
                     f"{self.fingerprint.architecture} reads: "
                     "shorten the name or choose a template set with shorter prompts."
                 )
-
-
-def needs_quick_gelu(architecture, pretrained):
-    """Whether a pretrained tag was trained with QuickGELU: OpenAI's weights were, under names that do not say so.
-
-    With the other activation every embedding is a little off, and nothing fails. For a weight file the name of the
-    architecture decides ("ViT-B-32-quickgelu").
-    """
-    import open_clip
-
-    return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
 
 
 def preprocessing_of(architecture):

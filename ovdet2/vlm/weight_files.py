@@ -5,12 +5,31 @@ its weights were trained with, but for those that ovdet2 writes.
 """
 
 import json
+import zipfile
 
 from safetensors import SafetensorError, safe_open
 
 from ovdet2.errors import DataError
 
 _POSITIONS = "visual.positional_embedding"  # of a ViT; a ResNet's attention pool of another size cannot be loaded
+
+
+def needs_quick_gelu(architecture, pretrained):
+    """Whether a pretrained tag was trained with QuickGELU: OpenAI's weights were, under names that do not say so.
+
+    With the other activation every embedding is a little off, and nothing fails. For a weight file the name of the
+    architecture decides ("ViT-B-32-quickgelu").
+    """
+    import open_clip
+
+    return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
+
+
+def file_architecture(architecture, pretrained):
+    """The architecture under which a file of these weights has their activation: "<architecture>-quickgelu" where the
+    tag says so and the name does not."""
+    said = architecture.endswith("-quickgelu")
+    return architecture if said or not needs_quick_gelu(architecture, pretrained) else f"{architecture}-quickgelu"
 
 
 def check_stated_architecture(path, architecture):
@@ -58,6 +77,15 @@ def check_resolution(path, architecture, state):
         )
 
 
+def is_torchscript(path):
+    """Whether a file is a TorchScript archive, as OpenAI publishes its models. torch reads these without unpickling
+    python objects, but not as mere weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
 def _shapes(path):
     """{name of a tensor: its shape as a list}, empty for formats that open_clip converts."""
     if path.suffix in (".npz", ".npy"):
@@ -67,7 +95,8 @@ def _shapes(path):
     else:
         from open_clip.factory import load_state_dict
 
-        shapes = {name: tensor.shape for name, tensor in load_state_dict(str(path)).items()}
+        state = load_state_dict(str(path), weights_only=not is_torchscript(path))
+        shapes = {name: tensor.shape for name, tensor in state.items()}
     return {name.removeprefix("module."): list(shape) for name, shape in shapes.items()}
 
 

@@ -8,7 +8,8 @@
     python projects/CLIM/train.py --config-file ... --measure-composing 5 seconds of a step and of its mosaics
 
 The result, OUTPUT_DIR/clim_a<CLIM.AVERAGE>.safetensors, is a teacher: MODEL.TEACHER.PRETRAINED or --pretrained of every
-tool. With CLIM.EVALUATION.DATASET the regions of the original and of the result are named: regions_*.json beside it.
+tool. With CLIM.EVALUATION.DATASET the regions of the original and of the result are named: regions_before.json and
+regions_a<CLIM.AVERAGE>.json beside it.
 
 Several machines: the same command on each, with --num-machines M --machine-rank R --dist-url tcp://<machine 0>:<port>;
 or torchrun. Exit codes: 2 usage, 3 data, 4 environment, 5 a loss that is not finite.
@@ -77,22 +78,23 @@ def publish(cfg, clip, captions):
         f"{weights}: {fingerprint}, for MODEL.TEACHER.ARCHITECTURE {fingerprint.architecture}; its temperature is "
         f"{1 / after.logit_scale:.4f}"
     )
-    if cfg.CLIM.EVALUATION.DATASET:
-        compare(original, after, cfg.CLIM.EVALUATION.DATASET, cfg.CLIM.EVALUATION.SIDE, cfg.OUTPUT_DIR)
+    evaluation = cfg.CLIM.EVALUATION
+    if evaluation.DATASET:
+        compare(original, after, evaluation.DATASET, evaluation.SIDE, cfg.OUTPUT_DIR, f"a{cfg.CLIM.AVERAGE:g}")
 
 
 def run(argv=None):
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
     from clim.trainer import check
 
-    from ovdet2.engine import torchrun_rank
+    from ovdet2.engine import scaled, torchrun_rank
 
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts, add_clim_config)
     if args.measure_composing < 0:
         raise UsageError("--measure-composing is a number of steps.")
     _, processes = torchrun_rank() or (0, max(1, args.num_gpus) * args.num_machines)
-    check(cfg, processes)
+    check(scaled(cfg, processes), processes)
     launch_run(main, args, cfg.MODEL.DEVICE)
 
 

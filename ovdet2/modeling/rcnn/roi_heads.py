@@ -89,6 +89,8 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         Returns:
             As of StandardROIHeads; in training the losses may hold "loss_distillation", weighted.
         """
+        # Detectron2's RoIAlign rounds boxes to the type of the maps: in bfloat16 they would be pixels off.
+        features = {name: level.float() for name, level in features.items()}
         if not self.training or not self.distillation_weight:
             return super().forward(images, features, proposals, targets)
         sampled = self.label_and_sample_proposals(proposals, targets)

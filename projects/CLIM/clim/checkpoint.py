@@ -5,27 +5,10 @@ from pathlib import Path
 from ovdet2.errors import DataError, UsageError
 from ovdet2.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint
-from ovdet2.vlm.teacher import needs_quick_gelu, state_dict_sha256
+from ovdet2.vlm.teacher import state_dict_sha256
+from ovdet2.vlm.weight_files import file_architecture
 
 SCHEMA = "ovdet2/clim/1"
-
-
-def file_architecture(architecture, pretrained):
-    """The architecture that a file of these weights is loaded with.
-
-    OpenAI's weights need QuickGELU, which a pretrained tag says and a file cannot: then "<architecture>-quickgelu".
-
-    Raises:
-        UsageError: open_clip has no such architecture.
-    """
-    import open_clip
-
-    if not needs_quick_gelu(architecture, pretrained):
-        return architecture
-    name = architecture if architecture.endswith("-quickgelu") else f"{architecture}-quickgelu"
-    if name not in open_clip.list_models():
-        raise UsageError(f"{architecture} / {pretrained} needs QuickGELU, and open_clip has no {name} for its file.")
-    return name
 
 
 def averaged(trained, original, weight):

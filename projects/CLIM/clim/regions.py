@@ -93,27 +93,29 @@ def whole_image_accuracy(teacher, words, split, seed=0):
     return accuracies(ranks_of(torch.cat(rows) @ words.T, truth), truth, split)
 
 
-def compare(before, after, dataset, side, output):
-    """Measure two teachers alike, write regions_before.json and regions_after.json, and print the difference.
+def compare(before, after, dataset, side, output, name):
+    """Measure two teachers alike, write regions_before.json and regions_<name>.json, and print the difference.
 
     Args:
         before, after: :class:`~ovdet2.vlm.teacher.Teacher`.
         dataset, side: of :func:`evaluate`.
         output: folder. A regions_before.json of the same teacher and settings is taken as it is.
+        name: what to call ``after``.
 
     Returns:
         Percent by which the error of the map's (or attention pool's) top-1 fell, relative to before.
     """
     results = []
-    for teacher, name in ((before, "before"), (after, "after")):
-        path = Path(output) / f"regions_{name}.json"
+    names = ("before", name)
+    for teacher, title in zip((before, after), names):
+        path = Path(output) / f"regions_{title}.json"
         result = read_json(path) if path.is_file() else {}
         same = result.get("teacher") == str(teacher.fingerprint) and result.get("dataset") == dataset
         if not same or result["settings"]["side"] != side:
             result = evaluate(teacher, dataset, side)
             write_json(path, result, indent=1)
         results.append(result)
-    print(table(results, ("before", "after")))
+    print(table(results, names))
     one_pass = "dense map" if "dense map" in results[1] else "attention pool"
     errors = [100 - result[one_pass]["top1"]["all"] for result in results]
     cut = 100 * (1 - errors[1] / errors[0]) if errors[0] else 0.0

@@ -197,6 +197,6 @@ def _fault_of(line):
         return "is no UTF-8"
     if len(fields) != 2:
         return f"has {len(fields)} fields instead of caption<TAB>path"
-    return (
-        None if all(field.strip() for field in fields) else f"has an empty {'path' if fields[0].strip() else 'caption'}"
-    )
+    if not all(field.strip() for field in fields):
+        return f"has an empty {'path' if fields[0].strip() else 'caption'}"
+    return "has a URL instead of the path of a downloaded image" if "://" in fields[1] else None

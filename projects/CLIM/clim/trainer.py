@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -50,10 +51,7 @@ class CLIMTrainer(Trainer):
 
     def build_model(self, cfg):
         """See :class:`clim.model.CLIMPretraining`."""
-        clim = cfg.CLIM
-        model = CLIMPretraining(
-            self._teacher, clim.TRAINABLE_BLOCKS, clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT
-        )
+        model = build_pretraining(cfg, self._teacher)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info("%s: %.2f M parameters are trained.", self._teacher.fingerprint, trained / 1e6)
         return model
@@ -86,19 +84,29 @@ class CLIMTrainer(Trainer):
         return self._source.identity()
 
     def state_dict(self):
-        return super().state_dict() | {"original": self._teacher.fingerprint.to_dict()}
+        return super().state_dict() | {
+            "original": self._teacher.fingerprint.to_dict(),
+            "settings": settings_of(self.cfg),
+        }
 
     def load_state_dict(self, state):
         """Restore :meth:`state_dict`.
 
         Raises:
-            DataError: the saved run started from other weights.
+            DataError: the saved run started from other weights, or had other settings.
         """
         original, own = state.get("original", {}), self._teacher.fingerprint
         if (original.get("architecture"), original.get("weights_sha256")) != (own.architecture, own.weights_sha256):
             raise DataError(
                 f"{self.cfg.OUTPUT_DIR} holds a run that started from {state.get('original')}, not from "
                 f"{self._teacher.fingerprint}: set MODEL.TEACHER to those weights, or OUTPUT_DIR to another folder."
+            )
+        saved, now = state.get("settings", {}), settings_of(self.cfg)
+        different = [f"CLIM.{key} {saved[key]}, now {now.get(key)}" for key in saved if saved[key] != now.get(key)]
+        if different:
+            raise DataError(
+                f"{self.cfg.OUTPUT_DIR} holds a run with other settings ({'; '.join(different)}): resume it with its "
+                "own, or set OUTPUT_DIR to another folder."
             )
         super().load_state_dict(state)
 
@@ -158,6 +166,12 @@ def check(cfg, processes):
             f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r} and LR_FACTORS {cfg.SOLVER.LR_FACTORS}: CLIM has AdamW and "
             "one learning rate."
         )
+    solver = cfg.SOLVER
+    if (solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS, solver.BIAS_LR_FACTOR) != (0.0, None, 1.0):
+        raise UsageError(
+            "SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR are not CLIM's: biases and norms have the "
+            "same learning rate as all, and do not decay."
+        )
     if not 0 <= clim.AVERAGE <= 1:
         raise UsageError(f"CLIM.AVERAGE is {clim.AVERAGE}: give the share of the trained weights, 0 to 1.")
     if clim.CAPTIONS_EACH < 1:
@@ -191,6 +205,18 @@ def _check_augmentation(clim):
         )
 
 
+def build_pretraining(cfg, teacher):
+    """:class:`~clim.model.CLIMPretraining` of a configuration; the teacher's model is taken over."""
+    clim = cfg.CLIM
+    return CLIMPretraining(teacher, clim.TRAINABLE_BLOCKS, clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT)
+
+
+def settings_of(cfg):
+    """What a run must be resumed with: CLIM.* but for what is used after training and where files lie."""
+    free = {"AVERAGE", "EVALUATION", "TEXT_TABLE", "CAPTIONS", "IMAGES"}
+    return {key: value for key, value in yaml.safe_load(cfg.CLIM.dump()).items() if key not in free}
+
+
 def text_table_of(cfg):
     """Path of the captions' embeddings."""
     return Path(cfg.CLIM.TEXT_TABLE or f"{cfg.OUTPUT_DIR}/captions.safetensors")
@@ -202,6 +228,7 @@ def prepare(cfg):
         source, path = build_source(cfg), text_table_of(cfg)
         if not path.is_file():
             teacher = Teacher.load(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
+            build_pretraining(cfg, teacher)  # a canvas or number of blocks that does not fit is said first
             build_text_table(path, source, teacher)
     comm.synchronize()
 

@@ -44,7 +44,7 @@ def test_train_publish_and_average_again(options, capsys):
     train.run([*shared, *evaluation])
     printed = capsys.readouterr().out
     assert "clim_a0.7.safetensors: clim-vit" in printed and "error of the dense map" in printed
-    before, after = (json.loads((output / f"regions_{name}.json").read_text()) for name in ("before", "after"))
+    before, after = (json.loads((output / f"regions_{name}.json").read_text()) for name in ("before", "a0.7"))
     published = Teacher.load("clim-vit", str(output / "clim_a0.7.safetensors"))
     assert after["teacher"] == str(published.fingerprint) != before["teacher"]
     train.run([*shared, "--resume", "CLIM.AVERAGE", "1.0"])

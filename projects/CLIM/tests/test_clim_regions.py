@@ -130,10 +130,11 @@ def test_comparison(dataset, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(regions, "evaluate", evaluate)
     before, after = Named("first"), Named("second")
-    assert regions.compare(before, after, dataset, 64, tmp_path) == pytest.approx(50.0)
+    assert regions.compare(before, after, dataset, 64, tmp_path, "a0.7") == pytest.approx(50.0)
+    assert (tmp_path / "regions_before.json").is_file() and (tmp_path / "regions_a0.7.json").is_file()
     assert "80.0% before, 40.0% after, 50.0% less" in capsys.readouterr().out
-    regions.compare(before, after, dataset, 64, tmp_path)
-    regions.compare(before, after, dataset, 32, tmp_path)
+    regions.compare(before, after, dataset, 64, tmp_path, "a0.7")
+    regions.compare(before, after, dataset, 32, tmp_path, "a0.7")
     assert asked == ["first", "second", "first", "second"]  # once per teacher and settings
 
 

@@ -116,6 +116,7 @@ def test_faulty_captions_of_coco(tmp_path):
         (b"words\t \n", "empty path"),
         (b"words\n", "1 fields"),
         (b"\xff\t1.png\n", "no UTF-8"),
+        (b"words\thttps://a.b/1.png\n", "URL instead of the path"),
         (b"\n", "1 fields"),
     ],
 )

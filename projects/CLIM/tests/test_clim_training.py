@@ -148,8 +148,9 @@ def test_mixed_precision_gives_a_float32_loss():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name, size, canvas", [("clim-vit", 32, 48), ("clim-resnet", 64, 128)])
-def test_devices_agree(name, size, canvas):
+def test_devices_agree(name, size, canvas, monkeypatch):
     """Loss and gradients of a step on CUDA are those on the CPU; in bfloat16 the loss is near."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     batch, expected = batch_of(6, size), model_of(name, 1, canvas=canvas)
     found = copy.deepcopy(expected).cuda()
     losses = [model(batch)["loss_clim"] for model in (expected, found)]
@@ -246,6 +247,15 @@ def test_resume_of_another_model(tmp_path, weights, captioned):
     cfg = cases.config(captioned, tmp_path / "other.safetensors", tmp_path / "run", "SOLVER.MAX_ITER", 2, *table)
     with pytest.raises(DataError, match="started from.*not from"):
         run(cfg, resume=True)
+
+
+def test_resume_with_other_settings(tmp_path, weights, captioned):
+    """Weights are never published under settings that did not make them."""
+    run(cases.config(captioned, weights, tmp_path / "run", "SOLVER.MAX_ITER", 1))
+    for key, value in (("CANVAS", 64), ("GRIDS", [1]), ("TRAINABLE_BLOCKS", 1)):
+        cfg = cases.config(captioned, weights, tmp_path / "run", "SOLVER.MAX_ITER", 1, f"CLIM.{key}", value)
+        with pytest.raises(DataError, match=f"run with other settings .CLIM.{key} .*, now .*resume it with its own"):
+            run(cfg, resume=True)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
