@@ -2,6 +2,9 @@
 
 import json
 
+import build_concept_priors
+import build_region_cache
+import build_vocabulary
 import clim_cases as cases
 import numpy as np
 import pytest
@@ -14,7 +17,9 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from safetensors import safe_open
 
 from ovdet2.config import load_config
+from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets.register import register_ov_dataset
+from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import UsageError
 from ovdet2.vlm.teacher import Teacher
 
@@ -33,9 +38,24 @@ def options(tmp_path_factory, weights, captioned):
     data = {"images": images, "annotations": boxes, "categories": categories}
     (folder / "boxes.json").write_text(json.dumps(data))
     register_ov_dataset("clim_program", folder / "boxes.json", captioned / "images", NAMES[:1], NAMES[1:])
+    register_ov_dataset("clim_program_base", folder / "boxes.json", captioned / "images", NAMES)
     path = folder / "config.yaml"
     path.write_text(cfg.dump())
     return ["--config-file", str(path)], folder / "run"
+
+
+def assert_tools_take(fingerprint, weights, folder):
+    """The tools that make words, a region cache and priors write that they are of these weights."""
+    teacher = ["--architecture", "clim-vit", "--pretrained", str(weights)]
+    words, cache, priors = (str(folder / name) for name in ("words.safetensors", "cache", "priors.safetensors"))
+    found = build_vocabulary.main(["--words", "red, blue", *teacher, "--device", "cpu", "--output", words])
+    assert found.teacher == fingerprint
+    source = ["--config-file", "ovshapes/vild_r18.yaml", "--dataset", "clim_program_base", "--boxes", "annotations"]
+    manifest = build_region_cache.main([*source, *teacher, "--output", cache, "--workers", "0", "MODEL.DEVICE", "cpu"])
+    assert manifest["complete"] and RegionCache(cache).teacher == fingerprint
+    clip = ["--backend", "clip", "--dataset", "clim_program", "--num-workers", "0", "--device", "cpu"]
+    build_concept_priors.main([*clip, *teacher, "--output", priors])
+    assert ConceptPriors(priors).manifest["source"]["teacher"] == fingerprint.to_dict()
 
 
 def test_train_publish_and_average_again(options, capsys):
@@ -47,6 +67,7 @@ def test_train_publish_and_average_again(options, capsys):
     before, after = (json.loads((output / f"regions_{name}.json").read_text()) for name in ("before", "a0.7"))
     published = Teacher.load("clim-vit", str(output / "clim_a0.7.safetensors"))
     assert after["teacher"] == str(published.fingerprint) != before["teacher"]
+    assert_tools_take(published.fingerprint, output / "clim_a0.7.safetensors", output)
     train.run([*shared, "--resume", "CLIM.AVERAGE", "1.0"])
     whole = Teacher.load("clim-vit", str(output / "clim_a1.safetensors"))
     original = Teacher.load("clim-vit", load_config(shared[1], [], add_clim_config).MODEL.TEACHER.PRETRAINED)
