@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import zipfile
 
 import open_clip
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.crops import POLICIES, crop_regions, crop_windows, embed_regions, pillow_crops, scale_boxes
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
+from ovdet2.vlm.weight_files import is_torchscript
 from tests import micro
 
 
@@ -87,6 +89,16 @@ def test_torchscript_archive(teacher, tmp_path):
     halved = {name: tensor.half().float() for name, tensor in teacher.clip.state_dict().items()}
     for name, tensor in found.clip.state_dict().items():
         assert torch.equal(tensor, halved[name]), name
+
+
+def test_archives_that_torch_would_unpickle_are_read_as_weights_alone(weights, tmp_path):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "plain.pt")
+    (tmp_path / "text.pt").write_text("no archive")
+    with zipfile.ZipFile(tmp_path / "two.pt", "w") as archive:
+        for name in ("archive/version", "archive/data.pkl", "other/constants.pkl", "archive/more/constants.pkl"):
+            archive.writestr(name, "3\n")
+    for path in (tmp_path / "plain.pt", tmp_path / "text.pt", tmp_path / "two.pt", weights):
+        assert not is_torchscript(path)
 
 
 def test_bad_teachers(weights, tmp_path):

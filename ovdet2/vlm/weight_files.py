@@ -5,8 +5,8 @@ its weights were trained with, but for those that ovdet2 writes.
 """
 
 import json
-import zipfile
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from ovdet2.errors import DataError
@@ -78,12 +78,15 @@ def check_resolution(path, architecture, state):
 
 
 def is_torchscript(path):
-    """Whether a file is a TorchScript archive, as OpenAI publishes its models. torch reads these without unpickling
-    python objects, but not as mere weights."""
-    if not zipfile.is_zipfile(path):
+    """Whether a file is a TorchScript archive, as OpenAI publishes its models.
+
+    torch reads such a file without unpickling python objects, but not as mere weights (``weights_only``). It is asked
+    as torch itself does, for of any other file ``weights_only=False`` runs the code in it.
+    """
+    try:
+        return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    except RuntimeError:  # no archive of torch
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _shapes(path):
