@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ovdet2.config import load_config
+from ovdet2.data.datasets import split_of
 from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.files import read_json, write_json
 from ovdet2.modeling import build_teacher
 from tests.test_end_to_end import SMALL, program, report_of
 
@@ -43,6 +45,27 @@ def test_the_row_without_fusion_evaluates_the_same_weights(run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert report_of(tmp_path)["images"] == report_of(output)["images"] == 6
     assert "AR@100-novel" in report_of(output)["proposals"]
+
+
+def test_a_data_set_of_other_words(run, tmp_path):
+    """Transfer: another list of words in another order, of which one was a base class in training; nothing else."""
+    root, output = run
+    data = read_json(root / "ov_shapes" / "annotations" / "ov_shapes_val_all.json")
+    ids = {category["name"]: category["id"] for category in data["categories"]}
+    split = split_of("ov_shapes_train_base")
+    old = next(name for name, base in zip(split.names, split.base_mask) if base)
+    new = {ids[old]: old} | {category_id: f"{name} sign" for name, category_id in ids.items() if name != old}
+    new = dict(sorted(new.items(), key=lambda entry: entry[1])[::7]) | {ids[old]: old}
+    data["categories"] = [{"id": category_id, "name": name} for category_id, name in new.items()]
+    data["annotations"] = [box for box in data["annotations"] if box["category_id"] in new]
+    write_json(tmp_path / "signs.json", data)
+    own = {"name": "signs", "json": str(tmp_path / "signs.json"), "images": "ov_shapes/val2017", "base": [old]}
+    own["novel"] = [name for name in new.values() if name != old]
+    overrides = ["DATASETS.OWN", [own], "DATASETS.TEST", "('signs',)", "TEST.EXPECTED_RESULTS", []]
+    done = evaluate(root, output / "model_final.pth", tmp_path / "output", CONFIG, *overrides)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = read_json(tmp_path / "output" / "inference" / "signs" / "report.json")
+    assert report["classes"]["base"]["classes"] == 1 and report["classes"]["novel"]["classes"] == len(new) - 1
 
 
 def test_weights_of_another_teacher_are_refused(run, tmp_path):
