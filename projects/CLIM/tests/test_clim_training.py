@@ -276,7 +276,8 @@ def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, dec
     (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"), (("CLIM.CAPTIONS_EACH", 0), "an image needs a caption"),
     (("CLIM.GRIDS", [2, 3, 4]), "no mosaic of 3x3 or 4x4: give each process 32 images"),
     (("CLIM.FLIP", 2.0), "a chance"), (("CLIM.CROP_SCALE", [0.9, 0.5]), "the lower first"),
-    (("CLIM.SHUFFLE_BUFFER", 0), "at least one sample"),
+    (("CLIM.SHUFFLE_BUFFER", 0), "at least one sample"), (("SOLVER.WEIGHT_DECAY_NORM", 0.1), "do not decay"),
+    (("SOLVER.BIAS_LR_FACTOR", 2.0), "same learning rate"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, weights, captioned, override, words):
     with pytest.raises(UsageError, match=words):
@@ -293,6 +294,13 @@ def test_batch_smaller_than_a_mosaic(tmp_path, weights, captioned):
     cfg = cases.config(captioned, weights, tmp_path, "SOLVER.IMS_PER_BATCH", 5, "CLIM.GRIDS", "[3]")
     with pytest.raises(UsageError, match="a batch of 5 images is smaller than one mosaic of 3x3 with 3 single"):
         run(cfg)
+
+
+def test_a_wrong_canvas_is_said_before_captions_are_embedded(tmp_path, weights, captioned):
+    cfg = cases.config(captioned, weights, tmp_path, "CLIM.CANVAS", 50)
+    with pytest.raises(UsageError, match="CLIM.CANVAS is 50"):
+        prepare(cfg)
+    assert not list(tmp_path.glob("captions*"))
 
 
 @pytest.mark.parametrize("canvas, grids, nearest", [(50, (2,), 48), (24, (4,), 32), (1000, (2, 3), 1000)])
