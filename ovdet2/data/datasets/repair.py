@@ -3,7 +3,7 @@
 import itertools
 from typing import NamedTuple
 
-from ovdet2.data.datasets.check import is_polygon
+from ovdet2.data.datasets.check import image_name, is_lvis, is_polygon
 from ovdet2.data.datasets.findings import KINDS, NEGATIVE, NOT_EXHAUSTIVE, is_id, show, usable_id
 from ovdet2.errors import DataError
 
@@ -27,7 +27,7 @@ def repair(data, findings):
 
     Records go that cannot be right, and annotations with their image; a box that leaves its image is clipped to it, its
     segmentation stays. A finding whose Kind has no ``fix`` is left, and so are boxes and category ids that a suspicion
-    about the whole file explains.
+    about the whole file explains. Images of LVIS whose marks all go with faulty records keep their names.
 
     Args:
         data: parsed json; not changed.
@@ -53,7 +53,10 @@ def repair(data, findings):
         raise DataError("the repaired file would have no image left: check the image folder, and the file.")
     annotations = _mend_annotations(data["annotations"], images.values(), todo, changes)
     _mend_federated(images, annotations, {category["id"] for category in categories}, todo["image"], changes)
-    return {**data, "images": list(images.values()), "annotations": annotations, "categories": categories}, changes
+    repaired = {**data, "images": list(images.values()), "annotations": annotations, "categories": categories}
+    if is_lvis(data) and not is_lvis(repaired):
+        _keep_names(repaired, changes)
+    return repaired, changes
 
 
 def clip_box(box, size):
@@ -142,6 +145,15 @@ def _mend_federated(images, annotations, category_ids, todo, changes):
                 changes.append(Change(finding.kind, finding.where, _told(image, mended)))
                 image = {**image, **mended}
         images[index] = image
+
+
+def _keep_names(data, changes):
+    """Name images as before where all that told of LVIS is gone: as of COCO they are read by "file_name" alone."""
+    for position, image in enumerate(data["images"]):
+        mended = {"file_name": image_name(image, lvis=True)}
+        if mended["file_name"] != image.get("file_name"):
+            changes.append(Change("image-name", f"image {image['id']}", _told(image, mended)))
+            data["images"][position] = {**image, **mended}
 
 
 def _without_ids(image, kind, category_ids, present):

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.solver.build import maybe_add_gradient_clipping
@@ -160,13 +159,12 @@ def check(cfg, processes):
             registered, a batch smaller than a mosaic, or one in which a grid of CLIM.GRIDS never comes.
         DataError: the files of the data set are missing or faulty.
     """
-    clim = cfg.CLIM
-    if cfg.SOLVER.OPTIMIZER != "AdamW" or cfg.SOLVER.LR_FACTORS:
+    clim, solver = cfg.CLIM, cfg.SOLVER
+    if solver.OPTIMIZER != "AdamW" or solver.LR_FACTORS:
         raise UsageError(
-            f"SOLVER.OPTIMIZER is {cfg.SOLVER.OPTIMIZER!r} and LR_FACTORS {cfg.SOLVER.LR_FACTORS}: CLIM has AdamW and "
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r} and LR_FACTORS {solver.LR_FACTORS}: CLIM has AdamW and "
             "one learning rate."
         )
-    solver = cfg.SOLVER
     if (solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS, solver.BIAS_LR_FACTOR) != (0.0, None, 1.0):
         raise UsageError(
             "SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS and BIAS_LR_FACTOR are not CLIM's: biases and norms have the "
@@ -214,7 +212,7 @@ def build_pretraining(cfg, teacher):
 def settings_of(cfg):
     """What a run must be resumed with: CLIM.* but for what is used after training and where files lie."""
     free = {"AVERAGE", "EVALUATION", "TEXT_TABLE", "CAPTIONS", "IMAGES"}
-    return {key: value for key, value in yaml.safe_load(cfg.CLIM.dump()).items() if key not in free}
+    return {key: value for key, value in cfg.CLIM.items() if key not in free}
 
 
 def text_table_of(cfg):
