@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import atomic_path, write_json
+from ovdet2.io.files import atomic_path, write_json
 from ovdet2.predictor import to_rgb_array
 from ovdet2.vocabulary import parse_words
 

@@ -10,14 +10,14 @@ from PIL import Image, ImageOps
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config, settle_device, without_training_parts
-from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
+from ovdet2.io.images import MIN_SIDE, read_image
+from ovdet2.io.weights import read_weights
 from ovdet2.modeling.build import background_of, build_teacher
 from ovdet2.priors.online import OnlinePriors, said_words
-from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
-from ovdet2.weights import read_weights
+from ovdet2.vocabulary.templates import clean_name
 
 
 class Predictor:

@@ -7,13 +7,13 @@ from open_clip.transformer import VisionTransformer
 from torch.nn import functional as F
 
 from ovdet2.config import find_config, get_cfg
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
 from ovdet2.modeling.backbone.clip_pyramid import clip_pyramid
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 
 KINDS = ("resnet", "vit")
-FREE = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.OVD.SECOND_BRANCH", "none")  # a trained trunk
+FREE = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.OVD.SECONDARY_SCORES", "none")  # a trained trunk
 
 
 def set_weights(module):
@@ -45,7 +45,7 @@ def cfg(*overrides):
     result = get_cfg()
     result.merge_from_file(str(find_config("ovshapes/fvlm_resnet.yaml")))
     result.merge_from_list([
-        "MODEL.DEVICE", "cpu", "MODEL.OVD.TEMPERATURE", micro.TEMPERATURE, "MODEL.OVD.VLM_TEMPERATURE", 0.3,
+        "MODEL.DEVICE", "cpu", "MODEL.OVD.TEMPERATURE", micro.TEMPERATURE, "MODEL.FVLM.TEMPERATURE", 0.3,
         "MODEL.FPN.OUT_CHANNELS", 16, "MODEL.FPN.NORM", "", "MODEL.ROI_BOX_HEAD.NORM", "",
         "MODEL.ROI_BOX_HEAD.CONV_DIM", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 32,
         "MODEL.RPN.POST_NMS_TOPK_TEST", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 50,
@@ -65,13 +65,13 @@ def model(kind="resnet", overrides=(), words=None):
     config = cfg(*overrides)
     backbone = clip_pyramid(config, tower(kind))
     shapes = backbone.output_shape()
-    heads = OpenVocabularyROIHeads(config, shapes, VocabularyBuffer(words or micro.vocabulary(), background()))
-    asks_clip = config.MODEL.OVD.SECOND_BRANCH == "map"
+    heads = OpenVocabularyROIHeads(config, shapes, WordBank(words or micro.vocabulary(), background()))
+    asks_clip = config.MODEL.OVD.SECONDARY_SCORES == "map"
     network = FrozenVLMRCNN(
         backbone=backbone,
         proposal_generator=build_proposal_generator(config, shapes),
         roi_heads=heads,
-        vlm_temperature=config.MODEL.OVD.VLM_TEMPERATURE if asks_clip else None,
+        vlm_temperature=config.MODEL.FVLM.TEMPERATURE if asks_clip else None,
         proposals_kept=20,
         pixel_mean=config.MODEL.PIXEL_MEAN,
         pixel_std=config.MODEL.PIXEL_STD,

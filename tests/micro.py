@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from ovdet2.config import find_config, get_cfg
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 
 NAMES = ("red star", "blue moon", "striped ring", "dotted star", "plain heart")
 TEMPERATURE = 0.2  # at 0.01 untrained scores are all 0 or 1, and tied
@@ -59,7 +59,7 @@ def model(words=None, config=None, region_scorer=None):
     """An OpenVocabularyRCNN with deterministic weights, in evaluation mode."""
     config = config or cfg()
     backbone = build_backbone(config)
-    heads = OpenVocabularyROIHeads(config, backbone.output_shape(), VocabularyBuffer(words or vocabulary()))
+    heads = OpenVocabularyROIHeads(config, backbone.output_shape(), WordBank(words or vocabulary()))
     network = OpenVocabularyRCNN(
         backbone=backbone,
         proposal_generator=build_proposal_generator(config, backbone.output_shape()),

@@ -19,7 +19,7 @@ from ovdet2.config import get_cfg
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError
-from ovdet2.files import write_safetensors
+from ovdet2.io.files import write_safetensors
 
 SPLIT = Split("micro", base=((1, "disc"), (2, "bar")), novel=((5, "ring"),))
 for _part in ("train", "val"):

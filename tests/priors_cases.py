@@ -4,8 +4,8 @@ import random
 
 import torch
 
-from ovdet2.data.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.data.datasets.coco_json import Split
+from ovdet2.priors.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.priors.truth import Truth
 
 WORDS = ("cat", "dog", "Red_Mug", "tree", "car")

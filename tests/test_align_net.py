@@ -11,11 +11,11 @@ from torch.nn import functional as F
 
 from ovdet2.engine.launch import launch
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
-from ovdet2.modeling.detr.align_net import AlignNet, duplicates, pooled_objects
+from ovdet2.methods.clip_detr.align_net import AlignNet, duplicates, pooled_objects
+from ovdet2.methods.clip_detr.object_attributes import ObjectAttributes
 from ovdet2.modeling.detr.memory import Memory
-from ovdet2.modeling.detr.object_attributes import ObjectAttributes
 from ovdet2.modeling.detr.targets import Targets
+from ovdet2.vocabulary.bank import WordBank
 from tests import detr_cases, micro
 
 SHAPES, STRIDES, CHANNELS = ((12, 16), (6, 8)), (8, 16), 5
@@ -101,7 +101,7 @@ def test_an_object_is_pooled_alike_whatever_its_image_is_padded_to(more):
 
 def attributes_of(features="label+scale", table=None, dtype=torch.float64):
     torch.manual_seed(0)
-    return ObjectAttributes(CHANNELS, VocabularyBuffer(micro.vocabulary()), features, table).to(dtype)
+    return ObjectAttributes(CHANNELS, WordBank(micro.vocabulary()), features, table).to(dtype)
 
 
 @pytest.mark.parametrize("features, columns", [("label", []), ("label+scale", [2, 3]), ("label+box", [0, 1, 2, 3])])
@@ -114,7 +114,7 @@ def test_attributes_are_words_and_sizes(features, columns):
 
 
 def test_attributes_of_another_teacher_and_of_no_base_word():
-    other = VocabularyBuffer(micro.vocabulary(names=micro.NAMES[:3], dim=6, frequency=0.4))
+    other = WordBank(micro.vocabulary(names=micro.NAMES[:3], dim=6, frequency=0.4))
     module, targets = attributes_of(table=other), detr_cases.targets((2,), words=3)
     assert module.projection.in_features == 6 + 2 and module(targets).shape == (2, CHANNELS)
     novel = Targets(torch.tensor([3]), targets.boxes_cxcywh[:1], (1,), ("a.jpg (id 7)",), 4, ((60, 100),))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from build_concept_priors import main
 
-from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import CacheError, DataError, UsageError
+from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.vocabulary import Vocabulary
 from tests.micro_training import SPLIT, write_data
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ovdet2.data.region_cache import RegionCache
-from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.caches.region_cache import RegionCache
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 
 ROOT = Path(__file__).resolve().parents[1]
 KILLS = 30

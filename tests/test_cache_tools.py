@@ -10,8 +10,8 @@ import inspect_cache
 import pytest
 import torch
 
-from ovdet2.data.region_cache import RegionCache
-from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.caches.region_cache import RegionCache
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import CacheError, DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

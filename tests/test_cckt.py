@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
-from ovdet2.modeling.detr.cckt import CCKT, product_logits, similarity_logits
+from ovdet2.methods.cckt.part import CCKT, product_logits, similarity_logits
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.matcher import HungarianMatcher
 from ovdet2.modeling.detr.memory import Queries
 from ovdet2.modeling.detr.targets import Targets
+from ovdet2.vocabulary.bank import WordBank
 from tests import detr_cases, micro
 from tests.test_detr_criterion import focal_reference
 from tests.test_region_contrast import class_reference, dot, pair_reference
@@ -27,7 +27,7 @@ TAU = 0.07
 
 def part(**options):
     torch.manual_seed(0)
-    return CCKT(VocabularyBuffer(micro.vocabulary()), dim=5, num_heads=LAYERS, **options)
+    return CCKT(WordBank(micro.vocabulary()), dim=5, num_heads=LAYERS, **options)
 
 
 def targets(counts, embedded=0.7, seed=0):
@@ -257,7 +257,7 @@ class TestScores:
         assert not torch.equal(every["pred_logits"][0], every["pred_logits"][1]) and last["words"] is None
 
     def test_one_head_for_all_layers(self):
-        module = CCKT(VocabularyBuffer(micro.vocabulary()), dim=5, num_heads=1)
+        module = CCKT(WordBank(micro.vocabulary()), dim=5, num_heads=1)
         hidden = torch.randn(1, 2, QUERIES, 5).expand(LAYERS, -1, -1, -1)
         found = module.embed(hidden)
         assert len(found) == LAYERS and torch.equal(found[0], found[2]) and len(module.embed(hidden, False)) == 1

@@ -8,14 +8,14 @@ from build_concept_priors import main as build_priors
 from detectron2.data import transforms as T
 from torch.nn import functional as F
 
+from ovdet2.caches.region_cache import RegionCache, Regions
 from ovdet2.config import get_cfg
-from ovdet2.data.class_crops import class_crops
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.data.mapper import OpenVocabularyMapper
-from ovdet2.data.region_cache import RegionCache, Regions
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import CacheError, UsageError
-from ovdet2.files import read_json, sha256_file
+from ovdet2.io.files import read_json, sha256_file
+from ovdet2.methods.cckt.class_crops import class_crops
 from ovdet2.modeling.build import build_teacher
 from tests.micro_training import SPLIT, micro_cfg, write_data
 from tests.test_detr_build import SMALL
@@ -187,7 +187,7 @@ class TestEmbeddings:
             },
         ]
         for seed in range(4):
-            with caplog.at_level("WARNING", "ovdet2.data.class_crops"):
+            with caplog.at_level("WARNING", "ovdet2.methods.cckt.class_crops"):
                 crops, counts = class_crops(records, cache, 2, 2, seed)
             assert counts.tolist() == [2, 0] and "1 of 2 base classes have no crop" in caplog.text
             assert embedding(ids[second]).tolist() in crops[0].tolist()
@@ -254,7 +254,7 @@ class TestWords:
     def test_source_and_kind_are_logged(self, data, caplog):
         options = ("--backend", "noisy-oracle", "--precision", "0.9", "--recall", "0.5")
         cfg = configured(data, PRIOR_FILE=priors(data, *options))
-        with caplog.at_level("INFO", "ovdet2.data.image_words"):
+        with caplog.at_level("INFO", "ovdet2.priors.image_words"):
             OpenVocabularyMapper(cfg, False)
         assert "SIMULATION, backend noisy-oracle" in caplog.text and "no results of a method" in caplog.text
 

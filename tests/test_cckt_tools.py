@@ -14,16 +14,16 @@ from PIL import Image
 import demo
 from ovdet2 import Predictor
 from ovdet2.config import get_cfg
-from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets.register import register_own
-from ovdet2.data.image_words import WordOrder, ordered_words
 from ovdet2.data.records import load_records
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import _facts_of
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import VocabularyBuffer
+from ovdet2.priors.concept_prior import ConceptPriors
+from ovdet2.priors.image_words import WordOrder, ordered_words
 from ovdet2.priors.online import OnlinePriors, said_words
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 from tests.micro_training import SPLIT, write_data
 from tests.test_cckt_data import priors
@@ -98,9 +98,9 @@ class TestPseudoLabels:
 
     def test_the_report_names_novel_words_that_were_trained_on(self, caplog):
         class Model:
-            vocabulary = VocabularyBuffer(micro.vocabulary())
+            vocabulary = WordBank(micro.vocabulary())
 
-        trained = VocabularyBuffer(micro.vocabulary(num_base=5))
+        trained = WordBank(micro.vocabulary(num_base=5))
         assert "novel_words_trained_on" not in _facts_of(Model(), "w")
         Model.vocabulary.adopt_saved_vocabulary(trained.state_dict())
         assert _facts_of(Model(), "w")["novel_words_trained_on"] == list(micro.NAMES[3:])

@@ -17,9 +17,9 @@ from ovdet2.data.datasets.check import check, check_json, problems
 from ovdet2.data.datasets.coco_json import Split, load_ov_json
 from ovdet2.data.datasets.findings import KINDS, NOTES
 from ovdet2.data.datasets.repair import clip_box, repair
-from ovdet2.data.images import image_size, read_image
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import read_json, sha256_file
+from ovdet2.io.files import read_json, sha256_file
+from ovdet2.io.images import image_size, read_image
 
 REPOSITORY = Path(__file__).parents[1]
 COCO_MINI = REPOSITORY.parent / "shared" / "data" / "coco_mini"

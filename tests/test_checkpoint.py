@@ -19,7 +19,7 @@ import ovdet2
 from ovdet2.config import load_config
 from ovdet2.engine import AtomicCheckpointer
 from ovdet2.errors import DataError, SetupError, UsageError
-from ovdet2.files import write_safetensors
+from ovdet2.io.files import write_safetensors
 
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 

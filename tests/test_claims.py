@@ -5,8 +5,8 @@ import multiprocessing
 import os
 import time
 
-from ovdet2 import claims
-from ovdet2.claims import Claims
+from ovdet2.caches import claims
+from ovdet2.caches.claims import Claims
 
 
 def test_a_claim_is_held_by_one_until_released(tmp_path):

@@ -139,7 +139,7 @@ def cached(root, tmp_path_factory):
     made += ["--output", output / "cache", *small, "MODEL.WEIGHTS", output / "text" / "model_final.pth"]
     printed = program(root, "tools/build_region_cache.py", *made)
     assert "of 60 images" in printed
-    return [*small, "MODEL.DISTILLATION.REGION_CACHE", output / "cache"]
+    return [*small, "MODEL.VILD.REGION_CACHE", output / "cache"]
 
 
 @pytest.mark.parametrize("config", ["vild_r50.yaml", "vild_ensemble_r50.yaml"])

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ovdet2.data.concept_prior import SCHEMA, ConceptPriors, PriorWriter, content_sha256
 from ovdet2.errors import CacheError, UsageError
-from ovdet2.files import write_safetensors
+from ovdet2.io.files import write_safetensors
+from ovdet2.priors.concept_prior import SCHEMA, ConceptPriors, PriorWriter, content_sha256
 from tests.priors_cases import WORDS, write
 
 
@@ -92,7 +92,7 @@ def test_words_of_another_vocabulary(tmp_path, caplog):
     assert priors.select(1, names=names).tolist() == [1, 0]
     assert priors.coverage(names) == (["Red_Mug", "tree"], ["cat", "dog", "car"], ["boat"])
     priors.select(1, names=list(names))
-    said = [r.getMessage() for r in caplog.records if r.name == "ovdet2.data.concept_prior"]
+    said = [r.getMessage() for r in caplog.records if r.name == "ovdet2.priors.concept_prior"]
     assert len(said) == 1 and "3 of its 5 words are not in the vocabulary" in said[0] and "of 1 of the" in said[0]
     with pytest.raises(UsageError, match="twice"):
         priors.select(1, names=("red mug", "red_mug"))

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from ovdet2.data import loader as loading
-from ovdet2.data.images import MIN_SIDE, read_image
 from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.errors import DataError, UsageError
+from ovdet2.io.images import MIN_SIDE, read_image
 from tests.micro_training import micro_cfg, write_data
 
 GREY = np.linspace(0, 255, 40 * 60).reshape(40, 60)
@@ -324,7 +324,7 @@ class TestNovelLabels:
                 train_loader(data_root, "DATASETS.TRAIN", names)
 
     def test_evaluation_set_of_ov_shapes(self, data_root):
-        from ovdet2.data.shapes.generate import ensure_generated
+        from ovdet2.data.datasets.ov_shapes import ensure_generated
 
         ensure_generated(data_root, counts={"train2017": 1, "val2017": 4}, workers=1)
         names = "DATASETS.TRAIN", "('ov_shapes_val_all',)", "DATASETS.TEST", "('ov_shapes_val_all',)"

@@ -19,7 +19,7 @@ from ovdet2.data.datasets.prepare import prepare_split
 from ovdet2.data.datasets.register import data_root, register_dataset, split_of
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 
 REPOSITORY = Path(__file__).parents[1]
 COCO_MINI = REPOSITORY.parent / "shared" / "data" / "coco_mini"

@@ -6,8 +6,8 @@ from ovdet2.config import load_config
 from ovdet2.engine import Trainer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation import format_table
-from ovdet2.evaluation.html_report import decoder_layer_section
 from ovdet2.evaluation.report import to_results
+from ovdet2.report.html_report import decoder_layer_section
 from tests.evaluation_sets import feed, random_set
 from tests.micro_training import write_data
 

@@ -9,13 +9,13 @@ import torch
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling.detr.decoder import update
 from ovdet2.modeling.detr.heads import ClosedSetBranch, TextBranch, inverse_sigmoid
 from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
 from ovdet2.modeling.detr.position_encoding import level_masks, sine_position
 from ovdet2.modeling.detr.transformer import VARIANTS, DeformableTransformer
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 from tests.micro_detr import QUERIES, SIZES, imported, published, small_transformer
 
@@ -267,7 +267,7 @@ def test_autocast_keeps_boxes_and_logits_in_float32():
     transformer = small_transformer("plus_plus").train()
     for head in transformer.decoder.box_heads:
         torch.nn.init.normal_(head.layers[-1].weight)
-    branch = TextBranch(SIZES["dim"], VocabularyBuffer(micro.vocabulary()))
+    branch = TextBranch(SIZES["dim"], WordBank(micro.vocabulary()))
     maps, masks = features()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded = run(transformer, [level.float() for level in maps], masks)
@@ -291,7 +291,7 @@ def test_dynamo_traces_the_transformer_without_a_break():
 
 def test_text_branch_equals_a_float64_reference():
     words = micro.vocabulary()
-    branch = TextBranch(SIZES["dim"], VocabularyBuffer(words), scale=9.0).eval()
+    branch = TextBranch(SIZES["dim"], WordBank(words), scale=9.0).eval()
     with torch.no_grad():
         branch.projection.weight.copy_(micro.wave(tuple(branch.projection.weight.shape)))
         branch.bias.fill_(-1.5)
@@ -308,13 +308,13 @@ def test_text_branch_equals_a_float64_reference():
         branch(hidden).detach() + 1.5, 100 * (wanted[..., : words.num_base] + 1.5) / 9, atol=1e-3
     )
     with pytest.raises(UsageError, match="scale of the text branch"):
-        TextBranch(SIZES["dim"], VocabularyBuffer(words), scale=0)
+        TextBranch(SIZES["dim"], WordBank(words), scale=0)
 
 
 def test_branches_start_rare():
     hidden = torch.zeros(1, 2, SIZES["dim"])
     torch.testing.assert_close(ClosedSetBranch(SIZES["dim"], 5)(hidden).sigmoid(), torch.full((1, 2, 5), 0.01))
-    logits = TextBranch(SIZES["dim"], VocabularyBuffer(micro.vocabulary()))(hidden)
+    logits = TextBranch(SIZES["dim"], WordBank(micro.vocabulary()))(hidden)
     assert (logits + math.log(99)).abs().max() <= 1 / 0.07 + 1e-4  # around the same bias by no more than the scale
 
 

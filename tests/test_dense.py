@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.layers.attention_pool import attention_pool, attention_pool_regions
+from ovdet2.vlm.attention_pool import attention_pool, attention_pool_regions
 from ovdet2.vlm.dense import (
     attention_free_block,
     block_tokens,

@@ -6,10 +6,10 @@ import torch
 from detectron2.data import transforms as T
 from PIL import Image
 
+from ovdet2.caches.region_cache import Regions
 from ovdet2.config import get_cfg
 from ovdet2.data.detr_augmentation import detr_crop
 from ovdet2.data.mapper import OpenVocabularyMapper, transform_regions
-from ovdet2.data.region_cache import Regions
 from ovdet2.errors import UsageError
 
 HEIGHT, WIDTH = 120, 200

@@ -8,11 +8,11 @@ from torch import nn
 
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import NumericalError, UsageError
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.matcher import HungarianMatcher
 from ovdet2.modeling.detr.postprocess import PostProcessor
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 
 LAYERS, QUERIES = 2, 6
@@ -53,7 +53,7 @@ class StandIn(nn.Module):
 
 def detector(two_stage=False, words=None, auxiliary=True):
     torch.manual_seed(0)
-    vocabulary = VocabularyBuffer(words or micro.vocabulary())
+    vocabulary = WordBank(words or micro.vocabulary())
     return OpenVocabularyDeformableDETR(
         network=StandIn(vocabulary, two_stage),
         vocabulary=vocabulary,
@@ -164,7 +164,7 @@ class TestInference:
 
     def test_closed_set_of_other_words(self):
         model = detector().eval()
-        model.network.words = (VocabularyBuffer(micro.vocabulary(names=("star",), num_base=0)),)
+        model.network.words = (WordBank(micro.vocabulary(names=("star",), num_base=0)),)
         with pytest.raises(UsageError, match="1 classes cannot take 5 words"):
             model(micro.images())
 

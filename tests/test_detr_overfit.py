@@ -6,8 +6,8 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import pairwise_iou
 
 from ovdet2.config import load_config
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.mapper import OpenVocabularyMapper
-from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.engine import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.modeling import OpenVocabularyDeformableDETR

@@ -15,22 +15,22 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import OpenVocabularyROIHeads
 from ovdet2.modeling.losses import embedding_l1
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 from tests.test_rcnn import losses
 
 GOLDEN = Path(__file__).parent / "golden" / "vild.safetensors"
 VARIANTS = {
-    "vild": ["MODEL.DISTILLATION.WEIGHT", 0.5],
+    "vild": ["MODEL.VILD.WEIGHT", 0.5],
     "vild_image": [
-        *["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0],
-        *["MODEL.OVD.SECOND_BRANCH", "image", "MODEL.OVD.SECOND_BRANCH_USE", "only_objectness"],
+        *["MODEL.VILD.WEIGHT", 0.5, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0],
+        *["MODEL.OVD.SECONDARY_SCORES", "image", "MODEL.OVD.SECONDARY_USE", "only_objectness"],
     ],
     "vild_ensemble": [
-        *["MODEL.DISTILLATION.WEIGHT", 0.5, "MODEL.DISTILLATION.OWN_HEAD", True],
-        *["MODEL.OVD.SECOND_BRANCH", "image"],
+        *["MODEL.VILD.WEIGHT", 0.5, "MODEL.VILD.OWN_HEAD", True],
+        *["MODEL.OVD.SECONDARY_SCORES", "image"],
     ],
 }
 
@@ -124,7 +124,7 @@ def test_weight_zero_is_vild_text_bit_for_bit():
     """One step on records with cached regions, weight 0, against ViLD-text on records without."""
     outcomes = []
     for network, batch in (
-        (model("vild", "MODEL.DISTILLATION.WEIGHT", 0.0), records()),
+        (model("vild", "MODEL.VILD.WEIGHT", 0.0), records()),
         (model("vild_text"), micro.images(2)),
     ):
         found = losses(network, batch)
@@ -325,22 +325,22 @@ def test_class_agnostic_masks_train_and_come_out():
     assert instances.pred_masks.shape == (len(instances), 64, 96) and instances.pred_masks.dtype == torch.bool
 
 
-DISTILS = ["MODEL.DISTILLATION.WEIGHT", 0.5]
-OWN_HEAD = ["MODEL.DISTILLATION.OWN_HEAD", True, "MODEL.OVD.SECOND_BRANCH", "image"]
+DISTILS = ["MODEL.VILD.WEIGHT", 0.5]
+OWN_HEAD = ["MODEL.VILD.OWN_HEAD", True, "MODEL.OVD.SECONDARY_SCORES", "image"]
 
 
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["MODEL.DISTILLATION.OWN_HEAD", True], "nothing trains that head"),
+        (["MODEL.VILD.OWN_HEAD", True], "nothing trains that head"),
         (["MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "are both 0"),
-        (["MODEL.OVD.SECOND_BRANCH", "vlm"], "choose one of none, image, crops"),
-        (["MODEL.OVD.SECOND_BRANCH_USE", "mean"], "choose one of fuse, only, only_objectness"),
+        (["MODEL.OVD.SECONDARY_SCORES", "vlm"], "choose one of none, image, crops"),
+        (["MODEL.OVD.SECONDARY_USE", "mean"], "choose one of fuse, only, only_objectness"),
         ([*DISTILS, "MODEL.OVD.CLASSIFIER", "closed_set"], 'only "text" has an embedding'),
-        (["MODEL.DISTILLATION.WEIGHT", -1.0], "must not be negative"),
+        (["MODEL.VILD.WEIGHT", -1.0], "must not be negative"),
         ([*DISTILS, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES"),
-        ([*DISTILS, "MODEL.DISTILLATION.REGIONS_PER_IMAGE", 0], "at least 1"),
-        ([*DISTILS, "MODEL.DISTILLATION.OWN_HEAD", True], 'only MODEL.OVD.SECOND_BRANCH "image" asks'),
+        ([*DISTILS, "MODEL.VILD.REGIONS_PER_IMAGE", 0], "at least 1"),
+        ([*DISTILS, "MODEL.VILD.OWN_HEAD", True], 'only MODEL.OVD.SECONDARY_SCORES "image" asks'),
         ([*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves background untrained"),
         (
             [*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0, *OWN_HEAD],
@@ -355,7 +355,7 @@ def test_switches_that_do_not_go_together(overrides, message):
     config.merge_from_list(overrides)
     with pytest.raises(UsageError, match=message):
         shape = micro.build_backbone(config).output_shape()
-        OpenVocabularyROIHeads(config, shape, VocabularyBuffer(micro.vocabulary()))
+        OpenVocabularyROIHeads(config, shape, WordBank(micro.vocabulary()))
 
 
 @pytest.mark.parametrize("variant", ["vild", "vild_ensemble"])

@@ -10,9 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import UsageError
-from ovdet2.modeling.detr.clip_detr import dynamic_losses, split_outputs
-from ovdet2.modeling.detr.criterion import SetCriterion
-from ovdet2.modeling.detr.dynamic_queries import (
+from ovdet2.methods.clip_detr.dynamic_queries import (
     BoxEncoder,
     DynamicQueries,
     DynamicSets,
@@ -22,6 +20,8 @@ from ovdet2.modeling.detr.dynamic_queries import (
     padded_sets,
     set_members,
 )
+from ovdet2.methods.clip_detr.part import dynamic_losses, split_outputs
+from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.heads import inverse_sigmoid
 from ovdet2.modeling.detr.matcher import HungarianMatcher
 from ovdet2.modeling.detr.position_encoding import level_masks

@@ -14,12 +14,12 @@ from PIL import Image
 import demo
 from ovdet2 import Predictor, Vocabulary
 from ovdet2.config import find_config, load_config
-from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import build_vocabulary
 from ovdet2.modeling.build import build_classifier
 from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vocabulary.bank import WordBank
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -199,7 +199,7 @@ def test_a_vocabulary_file_is_joined_by_the_distractors(run, tmp_path):
     assert torch.allclose(joined.embeddings, whole.embeddings, atol=1e-6)
     cfg.MODEL.OVD.CLASSIFIER = "closed_set"
     with pytest.raises(UsageError, match="closed-set head cannot be asked for TEST.DISTRACTORS"):
-        build_classifier(cfg, 8, VocabularyBuffer(whole))
+        build_classifier(cfg, 8, WordBank(whole))
 
 
 def load_split():

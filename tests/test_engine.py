@@ -21,7 +21,7 @@ import train_net
 from ovdet2.engine import Trainer, launch, setup
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exit_on_error
-from ovdet2.files import read_safetensors
+from ovdet2.io.files import read_safetensors
 from tests import micro_training
 from tests.micro_training import micro_cfg, micro_opts, parallel_check, write_data
 

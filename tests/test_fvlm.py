@@ -13,12 +13,13 @@ from ovdet2 import Predictor
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import TextBackgroundClassifier, VocabularyBuffer
+from ovdet2.layers import TextBackgroundClassifier
 from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
 from ovdet2.modeling.losses import background_weighted_cross_entropy
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 from tests import fvlm_cases, micro
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -128,7 +129,7 @@ class TestScores:
         regions = trunk.embed_regions(maps, [boxes]).double()
         columns = torch.cat([micro.vocabulary().embeddings, fvlm_cases.background()[None]]).double()
         clip = (regions @ columns.T / 0.3).softmax(1)
-        assert torch.allclose(proposals[0].second_probs.double(), clip, atol=1e-5) and clip.max() < 0.99
+        assert torch.allclose(proposals[0].secondary_probs.double(), clip, atol=1e-5) and clip.max() < 0.99
         predictor, logits = network.roi_heads.box_predictor, micro.wave((len(boxes), 6), 0.4)
         [found] = predictor.predict_probs((logits, None), proposals)
         own = logits.double().softmax(1)
@@ -153,7 +154,7 @@ class TestScores:
         """A detection that the detector alone scores below it is kept if the fused score is above."""
         network, record = fvlm_cases.model(), micro.images(1)
         fused = network(record)[0]["instances"].scores
-        alone = fvlm_cases.model(overrides=("MODEL.OVD.SECOND_BRANCH", "none"))
+        alone = fvlm_cases.model(overrides=("MODEL.OVD.SECONDARY_SCORES", "none"))
         detector = alone(record)[0]["instances"].scores
         assert fused.shape == detector.shape and not torch.allclose(fused, detector, atol=1e-3)
         threshold = (detector.max() + fused.max()).item() / 2
@@ -212,7 +213,7 @@ class TestScores:
         images, features, proposals = network._propose(record)
         for empty in ([proposals[0][:0], proposals[1]], [found[:0] for found in proposals]):
             network.ask_second_branch(record, features, empty)
-            assert [found.second_probs.shape for found in empty] == [(len(found), 6) for found in empty]
+            assert [found.secondary_probs.shape for found in empty] == [(len(found), 6) for found in empty]
             results, _ = network.roi_heads(images, features, empty, None)
             assert len(results[0]) == 0 and (len(results[1]) > 0) == (len(empty[1]) > 0)
 
@@ -288,7 +289,7 @@ class TestByConfiguration:
     @pytest.mark.parametrize("overrides, words", [
         (("MODEL.BACKBONE.FREEZE_AT", 2), "FREEZE_AT to 5 .now 2"),
         (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), "build_clip_fpn_backbone"),
-        (("MODEL.OVD.VLM_TEMPERATURE", 0.0), "above 0"),
+        (("MODEL.FVLM.TEMPERATURE", 0.0), "above 0"),
         (("INPUT.FORMAT", "BGR"), "INPUT.FORMAT to RGB"),
         (("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3"]), "attention pool reads res5"),
         (("MODEL.OVD.BACKGROUND_WEIGHT", -1.0), "BACKGROUND_WEIGHT is -1"),
@@ -303,11 +304,11 @@ class TestByConfiguration:
         config = fvlm_cases.cfg("MODEL.META_ARCHITECTURE", "OpenVocabularyRCNN")
         shapes = fvlm_cases.model().backbone.output_shape()
         with pytest.raises(UsageError, match="FrozenVLMRCNN"):
-            OpenVocabularyROIHeads(config, shapes, VocabularyBuffer(micro.vocabulary(), fvlm_cases.background()))
+            OpenVocabularyROIHeads(config, shapes, WordBank(micro.vocabulary(), fvlm_cases.background()))
 
     def test_a_text_background_needs_its_embedding(self):
-        with pytest.raises(UsageError, match="VocabularyBuffer a background"):
-            TextBackgroundClassifier(12, VocabularyBuffer(micro.vocabulary()))
+        with pytest.raises(UsageError, match="WordBank a background"):
+            TextBackgroundClassifier(12, WordBank(micro.vocabulary()))
 
 
 @pytest.mark.gpu

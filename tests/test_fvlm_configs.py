@@ -36,7 +36,7 @@ def test_settings_of_the_releases(name):
     base, novel, background, temperature, (images, rate) = CARDS[name]
     ovd = cfg.MODEL.OVD
     assert (ovd.FUSION_BASE, ovd.FUSION_NOVEL, ovd.BACKGROUND_WEIGHT) == (base, novel, background)
-    assert 1 / ovd.VLM_TEMPERATURE == pytest.approx(temperature, rel=1e-3)
+    assert 1 / cfg.MODEL.FVLM.TEMPERATURE == pytest.approx(temperature, rel=1e-3)
     assert ovd.FUSION_RENORMALIZE == ("fvlm" in name) and cfg.SOLVER.OPTIMIZER == ("SGD" if "fvlm" in name else "AdamW")
     assert cfg.SOLVER.BASE_LR / cfg.SOLVER.IMS_PER_BATCH == pytest.approx(rate / images)
     assert cfg.MODEL.VOCABULARY.TEMPLATES == ("openclip80" if "fvlm" in name else "vild63")

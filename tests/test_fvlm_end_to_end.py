@@ -5,8 +5,8 @@ import torch
 
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
-from ovdet2.data.shapes.generate import ensure_generated
-from ovdet2.files import read_json, write_json
+from ovdet2.data.datasets.ov_shapes import ensure_generated
+from ovdet2.io.files import read_json, write_json
 from ovdet2.modeling import build_teacher
 from tests.test_end_to_end import SMALL, program, report_of
 

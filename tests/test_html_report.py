@@ -17,9 +17,9 @@ from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation.columns import Detections, Truth
-from ovdet2.evaluation.compare import as_html, as_text, compare
-from ovdet2.evaluation.html_report import write_html
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
+from ovdet2.report.compare import as_html, as_text, compare
+from ovdet2.report.html_report import write_html
 
 NASTY = '</title><script>alert("1")</script>&amp; \u202e $x$ \ud800\x00 ☃'
 SPLIT = Split("a & b <2/1>", base=((7, "cat"), (3, NASTY)), novel=((5, "<b>dog</b>"),), groups={"odd <row>": (3, 5)})

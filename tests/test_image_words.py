@@ -7,9 +7,9 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovdet2.data.image_words import AnnotatedWords, PriorWords, WordOrder, ordered_words
 from ovdet2.errors import CacheError, UsageError
-from ovdet2.modeling.detr.semantic_priors import assign_words
+from ovdet2.methods.cckt.semantic_priors import assign_words
+from ovdet2.priors.image_words import AnnotatedWords, PriorWords, WordOrder, ordered_words
 from tests.priors_cases import write
 
 NAMES = ("red mug", "car", "cat", "tree", "dog", "boat")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError
-from ovdet2.files import read_safetensors
+from ovdet2.io.files import read_safetensors
 from ovdet2.modeling.detr.import_weights import import_weights
 from tests.micro_detr import CLASSES, SIZES, detector, published
 

@@ -8,15 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import (
-    ClosedSetClassifier,
-    TextClassifier,
-    VocabularyBuffer,
-    class_wise_nms,
-    fuse_scores,
-    fusion_exponents,
-)
+from ovdet2.layers import ClosedSetClassifier, TextClassifier, class_wise_nms, fuse_scores, fusion_exponents
 from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 
 
@@ -36,7 +30,7 @@ def reference_logits(features, classifier, rows):
 
 
 def classifier(words=None):
-    layer = TextClassifier(12, VocabularyBuffer(words or micro.vocabulary()))
+    layer = TextClassifier(12, WordBank(words or micro.vocabulary()))
     with torch.no_grad():
         layer.projection.weight.copy_(micro.wave((8, 12)))
         layer.background.copy_(micro.wave((8,), 0.9))
@@ -86,7 +80,7 @@ def test_logits_are_float32_under_autocast():
 
 
 def test_closed_set_head_refuses_other_words():
-    buffer = VocabularyBuffer(micro.vocabulary())
+    buffer = WordBank(micro.vocabulary())
     layer = ClosedSetClassifier(12, buffer)
     assert layer.num_training_classes == 5 and layer(torch.zeros(2, 12)).shape == (2, 6)
     buffer.set(micro.vocabulary(("cat",), 0))
@@ -141,7 +135,7 @@ def test_class_wise_nms_grows_until_enough_survive():
 
 
 def test_buffer_moves_with_the_model_and_refuses_another_space():
-    buffer = VocabularyBuffer(micro.vocabulary())
+    buffer = WordBank(micro.vocabulary())
     assert set(buffer.state_dict()) == {"embeddings", "base_mask", "manifest"}
     with pytest.raises(DataError, match="micro / other"):
         buffer.set(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64)))
@@ -150,16 +144,16 @@ def test_buffer_moves_with_the_model_and_refuses_another_space():
 
 
 def test_saved_vocabulary_of_another_k_is_fine_of_another_teacher_is_not():
-    saved = VocabularyBuffer(micro.vocabulary()).state_dict()
-    buffer = VocabularyBuffer(micro.vocabulary(("cat", "dog"), 0))
+    saved = WordBank(micro.vocabulary()).state_dict()
+    buffer = WordBank(micro.vocabulary(("cat", "dog"), 0))
     buffer.adopt_saved_vocabulary(saved)
     assert buffer.vocabulary.names == ("cat", "dog")
     assert buffer.trained_base_names == set(micro.NAMES[:3])
-    other = VocabularyBuffer(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
+    other = WordBank(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
     with pytest.raises(DataError, match="the checkpoint is of teacher micro / other"):
         buffer.adopt_saved_vocabulary(other)
     with pytest.raises(DataError, match="trained with embeddings of 6 dimensions, that of this run has 8"):
-        buffer.adopt_saved_vocabulary(VocabularyBuffer(micro.vocabulary(dim=6)).state_dict())
+        buffer.adopt_saved_vocabulary(WordBank(micro.vocabulary(dim=6)).state_dict())
     with pytest.raises(DataError, match="cannot be read"):
         buffer.adopt_saved_vocabulary({"embeddings": saved["embeddings"]})
 
@@ -169,4 +163,4 @@ def test_training_refuses_words_out_of_order():
     shuffled = words.select(torch.ones(5, dtype=torch.bool))
     shuffled.base_mask[:] = torch.tensor([False, True, True, True, False])
     with pytest.raises(UsageError, match="base words first"):
-        VocabularyBuffer(shuffled).training_embeddings
+        WordBank(shuffled).training_embeddings

@@ -7,8 +7,8 @@ import pytest
 
 from ovdet2 import Predictor
 from ovdet2.config import load_config
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.splits import OV_COCO_UNUSED
-from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.engine import AtomicCheckpointer, Trainer
 from tests.test_end_to_end import SMALL, program
 

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovdet2 import files
 from ovdet2.data.datasets import prepare
 from ovdet2.data.datasets.coco_json import filter_coco_json, load_ov_json
 from ovdet2.data.datasets.dialects import import_ov_coco, recognise, to_coco_ids
@@ -28,6 +27,7 @@ from ovdet2.data.datasets.lvis_split import check_lvis_test, filter_lvis_json, f
 from ovdet2.data.datasets.prepare import Official, prepare_split
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.errors import DataError
+from ovdet2.io import files
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -635,8 +635,7 @@ def test_lvis_v05_through_the_same_code(tmp_path):
 
 
 def test_ov_shapes_in_lvis_form_goes_the_same_way(tmp_path):
-    from ovdet2.data.datasets.ov_shapes import OV_SHAPES
-    from ovdet2.data.shapes.generate import ensure_generated
+    from ovdet2.data.datasets.ov_shapes import OV_SHAPES, ensure_generated
 
     ensure_generated(tmp_path, counts={"train2017": 12, "val2017": 4}, workers=1)
     folder = tmp_path / "ov_shapes" / "annotations"

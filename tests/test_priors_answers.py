@@ -10,11 +10,11 @@ import time
 import pytest
 import torch
 
-from ovdet2.data.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.errors import CacheError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 from ovdet2.priors.answers import Answer, AnswerBook, parse_answer, yes_probability
 from ovdet2.priors.chat_server import ChatServer
+from ovdet2.priors.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.priors.mllm import MllmBackend
 from tests.chat_cases import WORDS, client, never, of_probability, run, says, serving, write_pictures
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from ovdet2.data.images import read_image
+from ovdet2.io.images import read_image
 from ovdet2.priors.clip import ClipBackend, view_boxes
 from ovdet2.vocabulary import Vocabulary
 from tests.priors_cases import WORDS

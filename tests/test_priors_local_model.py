@@ -7,8 +7,8 @@ import pytest
 import torch
 from build_concept_priors import main
 
-from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.errors import CacheError, DataError, SetupError, UsageError
+from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.local_model import LocalModel
 from tests.chat_cases import never, of_probability, run, serving, write_pictures
 from tests.micro_training import SPLIT, write_data

@@ -210,7 +210,7 @@ def test_unreadable_images_are_left_out_and_not_asked_about(serve, records, tmp_
 
 @pytest.mark.parametrize("name", ["cmyk.jpg", "turned.jpg", "deep.png", "alpha.png", "palette.gif"])
 def test_images_that_readers_differ_about_are_sent_as_decoded(tmp_path, name):
-    from ovdet2.data.images import read_image
+    from ovdet2.io.images import read_image
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (40, 48, 3), dtype=np.uint8))

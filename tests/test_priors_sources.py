@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from ovdet2.data.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.errors import DataError, UsageError
+from ovdet2.priors.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.priors.from_file import FromFile
 from ovdet2.priors.simulated import Chance, NoisyOracle, Oracle
 from ovdet2.priors.truth import Truth, truth_of

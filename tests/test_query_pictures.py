@@ -10,10 +10,10 @@ from PIL import Image
 from ovdet2.config import load_config
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
-from ovdet2.evaluation.query_pictures import SIDE, QueryView, draw_query, query_view, to_pixels
 from ovdet2.modeling.build import build_teacher
 from ovdet2.modeling.detr.position_encoding import level_masks
 from ovdet2.predictor import Predictor
+from ovdet2.report.query_pictures import SIDE, QueryView, draw_query, query_view, to_pixels
 from ovdet2.vocabulary import Vocabulary
 from tests.micro_detr import SIZES, small_transformer
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ovdet2.errors import NumericalError
 from ovdet2.layers import fuse_scores
-from ovdet2.modeling.rcnn.output_layers import SECOND_BRANCH_USES
+from ovdet2.modeling.rcnn.output_layers import SECONDARY_USES
 from tests import micro
 
 GOLDEN = Path(__file__).parent / "golden" / "vild_text.safetensors"
@@ -182,22 +182,22 @@ def test_proposals_come_back_in_original_pixels():
     )
 
 
-@pytest.mark.parametrize("mode", SECOND_BRANCH_USES)
+@pytest.mark.parametrize("mode", SECONDARY_USES)
 def test_second_branch_enters_as_its_mode_says(mode):
     network = micro.model()
     predictor = network.roi_heads.box_predictor
-    predictor.second_branch_use = mode
+    predictor.secondary_use = mode
     proposals = Instances((64, 96))
     proposals.objectness_logits = torch.tensor([0.3, -1.0])
-    proposals.second_probs = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25], [0.6, 0.1, 0.1, 0.1, 0.1]])
+    proposals.secondary_probs = torch.tensor([[0.1, 0.2, 0.3, 0.15, 0.25], [0.6, 0.1, 0.1, 0.1, 0.1]])
     proposals.proposal_boxes = Boxes(torch.tensor([[1.0, 1.0, 20.0, 20.0], [5.0, 5.0, 30.0, 30.0]]))
     logits = micro.wave((2, 6), 0.4)
     (probs,) = predictor.predict_probs((logits, None), [proposals])
     own = logits.softmax(1)
     expected = {
-        "only": proposals.second_probs,
-        "only_objectness": (proposals.second_probs * proposals.objectness_logits.sigmoid()[:, None]).sqrt(),
-        "fuse": fuse_scores(own, proposals.second_probs, torch.tensor([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3]))[:, :5],
+        "only": proposals.secondary_probs,
+        "only_objectness": (proposals.secondary_probs * proposals.objectness_logits.sigmoid()[:, None]).sqrt(),
+        "fuse": fuse_scores(own, proposals.secondary_probs, torch.tensor([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3]))[:, :5],
     }[mode]
     assert torch.allclose(probs[:, :5], expected, atol=1e-6) and torch.allclose(probs[:, 5], own[:, 5])
 
@@ -211,7 +211,7 @@ def test_region_scorer_sees_network_input_and_every_proposal():
             return torch.full((len(boxes), 5), 0.2)
 
     network, records = micro.model(region_scorer=Scorer()), micro.images(2)
-    network.roi_heads.box_predictor.second_branch_use = "only"
+    network.roi_heads.box_predictor.secondary_use = "only"
     with torch.no_grad():
         outputs = network(records)
     assert [tuple(image.shape) for image, _ in seen] == [(3, 64, 96), (3, 80, 64)]

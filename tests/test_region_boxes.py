@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import box_iou
 
-from ovdet2.data.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes, FoundBoxes, apply_filters
+from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes, FoundBoxes, apply_filters
 from ovdet2.errors import DataError
 
 

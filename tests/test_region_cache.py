@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.nn import functional as F
 
-from ovdet2.claims import Claims
+from ovdet2.caches.claims import Claims
+from ovdet2.caches.region_cache import RegionCache, Regions, shard_name
+from ovdet2.caches.region_cache_writer import CacheWriter, write_shard
 from ovdet2.config import get_cfg
 from ovdet2.data.loader import MappedRecords, TrainLoader
 from ovdet2.data.mapper import OpenVocabularyMapper, open_region_cache, transform_regions
-from ovdet2.data.region_cache import RegionCache, Regions, shard_name
-from ovdet2.data.region_cache_writer import CacheWriter, write_shard
 from ovdet2.errors import CacheError, SetupError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 from ovdet2.vlm.fingerprint import Fingerprint
 from tests.micro_training import write_data
 
@@ -314,7 +314,7 @@ def micro(tmp_path, monkeypatch):
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = ("ov_micro_train",)
     cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED = "ViT-B-32", "openai"
-    cfg.MODEL.DISTILLATION.WEIGHT, cfg.MODEL.DISTILLATION.REGION_CACHE = 0.5, str(tmp_path / "cache")
+    cfg.MODEL.VILD.WEIGHT, cfg.MODEL.VILD.REGION_CACHE = 0.5, str(tmp_path / "cache")
     return cfg
 
 
@@ -337,7 +337,7 @@ def test_configured_cache_is_checked(micro, tmp_path):
     micro.DATASETS.TRAIN = ("ov_micro_train", "ov_micro_val")
     with pytest.raises(UsageError, match="join their jsons"):
         open_region_cache(micro)
-    micro.MODEL.DISTILLATION.REGION_CACHE = ""
+    micro.MODEL.VILD.REGION_CACHE = ""
     with pytest.raises(UsageError, match="REGION_CACHE is empty"):
         open_region_cache(micro)
 
@@ -353,7 +353,7 @@ def test_mapper_attaches_regions_in_training_only(micro, tmp_path):
     found = mapped["regions"].proposal_boxes.tensor
     assert scale > 2 and any(torch.allclose(found, wanted, rtol=0.02) for wanted in (there, mirrored))
     assert OpenVocabularyMapper(micro, False).region_cache is None
-    micro.MODEL.DISTILLATION.WEIGHT = 0.0
+    micro.MODEL.VILD.WEIGHT = 0.0
     assert "regions" not in OpenVocabularyMapper(micro, True)(record_of(tmp_path))
 
 
@@ -365,7 +365,7 @@ def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tm
         recipe=open_region_cache(micro).manifest["recipe"] | {"boxes": "annotations"},
         make=lambda image_id: regions(2, image_id, [3, 4]),
     )
-    micro.MODEL.DISTILLATION.REGION_CACHE = str(tmp_path / "leak")
+    micro.MODEL.VILD.REGION_CACHE = str(tmp_path / "leak")
     mapper = OpenVocabularyMapper(micro, True)
     box = {"bbox": [1, 1, 20, 20], "bbox_mode": 1, "category_id": 0}
     assert len(mapper(record_of(tmp_path, annotations=[box | {"id": 3}, box | {"id": 4}]))["regions"]) == 2
@@ -383,7 +383,7 @@ def test_region_outside_the_image(micro, tmp_path, box):
     bad.boxes_xyxy[0] = torch.tensor(box)
     recipe = open_region_cache(micro).manifest["recipe"]
     build(tmp_path / "bad", range(1, 13), recipe=recipe, make=lambda _: bad)
-    micro.MODEL.DISTILLATION.REGION_CACHE = str(tmp_path / "bad")
+    micro.MODEL.VILD.REGION_CACHE = str(tmp_path / "bad")
     with pytest.raises(CacheError, match="image id 4: region .* is no box inside the image of 64x48 pixels"):
         OpenVocabularyMapper(micro, True)(record_of(tmp_path, 4))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.modeling.detr.region_contrast import ClassCrops, class_contrast, pair_contrast
+from ovdet2.methods.cckt.region_contrast import ClassCrops, class_contrast, pair_contrast
 
 TAU = 0.07
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ovdet2.data.images import read_image
-from ovdet2.data.region_boxes import BoxFilters, FoundBoxes
-from ovdet2.engine.region_embedding import CropRecipe, ShardEmbedder
+from ovdet2.caches.region_boxes import BoxFilters, FoundBoxes
+from ovdet2.caches.region_embedding import CropRecipe, ShardEmbedder
 from ovdet2.errors import NumericalError
+from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import embed_regions
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 
 from ovdet2.config import get_cfg, load_config
 from ovdet2.data.datasets import register_ov_dataset, split_of
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.data.loader import build_train_loader
 from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.data.records import load_records
-from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import pytest
 import run_ovshapes
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 
 METRICS = {
     "AP50-novel": 10.0,
@@ -62,7 +62,7 @@ def test_what_a_row_needs_runs_first_and_nothing_twice(runs, tmp_path):
     assert kinds == ["train_net.py", "--eval-only", "train_net.py", "region_cache.py", "train_net.py", "train_net.py"]
     seeds = [command.split("SEED ")[1][0] for command in runs.asked if "SEED" in command]
     assert seeds == ["1", "1", "0", "1", "1"]  # the cache is of the detector of seed 0
-    assert f"MODEL.DISTILLATION.REGION_CACHE {tmp_path / 'region_cache'}" in runs.asked[-1]
+    assert f"MODEL.VILD.REGION_CACHE {tmp_path / 'region_cache'}" in runs.asked[-1]
     before = len(runs.asked)
     run_ovshapes.run_row("vild_ensemble", 1, tmp_path)
     assert len(runs.asked) == before

@@ -9,8 +9,8 @@ from PIL import Image
 from ovdet2.config import load_config
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
-from ovdet2.evaluation.score_maps import SIDE, discriminative_scores, draw_scores, joint_scores
 from ovdet2.modeling.build import build_teacher
+from ovdet2.report.score_maps import SIDE, discriminative_scores, draw_scores, joint_scores
 from ovdet2.vocabulary import Vocabulary
 from tests.test_align_net import SHAPES, VALID, memory
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
+from ovdet2.methods.cckt.semantic_priors import SemanticPriors, assign_words
 from ovdet2.modeling.detr.memory import Queries
-from ovdet2.modeling.detr.semantic_priors import SemanticPriors, assign_words
+from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 
 counts = st.lists(st.integers(0, 12), min_size=1, max_size=4)
@@ -58,7 +58,7 @@ class TestAssignment:
 
 def priors(assignment="blocks", words=None, dim=6):
     torch.manual_seed(0)
-    return SemanticPriors(VocabularyBuffer(words or micro.vocabulary()), dim, assignment)
+    return SemanticPriors(WordBank(words or micro.vocabulary()), dim, assignment)
 
 
 def queries(batch=2, number=7, dim=6):
@@ -99,7 +99,7 @@ class TestPriors:
 
     def test_gain_is_of_the_first_weights(self):
         torch.manual_seed(0)
-        louder = SemanticPriors(VocabularyBuffer(micro.vocabulary()), 6, "blocks", gain=5.0).projection
+        louder = SemanticPriors(WordBank(micro.vocabulary()), 6, "blocks", gain=5.0).projection
         assert torch.allclose(louder.weight, 5 * priors().projection.weight) and not louder.bias.any()
 
     def test_more_words_than_queries(self):

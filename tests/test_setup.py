@@ -261,7 +261,7 @@ def test_installed_package_finds_configs_and_assets_from_any_folder(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         "import ovdet2.config as config, pathlib\n"
-        "root = pathlib.Path(config.__file__).parent\n"
+        "root = pathlib.Path(config.__file__).parents[1]\n"
         "names = sorted(str(p.relative_to(root / 'configs')) for p in (root / 'configs').rglob('*.yaml'))\n"
         "assert all(config.find_config(name).is_file() for name in names)\n"
         "assets = sorted(str(p.relative_to(root)) for p in (root / 'assets').rglob('*') if p.is_file())\n"

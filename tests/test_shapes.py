@@ -11,11 +11,13 @@ import torch
 import train_embedded_teacher
 from torch.nn import functional as F
 
+from ovdet2.data.datasets import ov_shapes
 from ovdet2.data.datasets.ov_shapes import OV_SHAPES
 from ovdet2.data.datasets.splits import OV_COCO
-from ovdet2.data.shapes import generate
-from ovdet2.data.shapes.captions import caption_pair
-from ovdet2.data.shapes.classes import (
+from ovdet2.errors import DataError, UsageError
+from ovdet2.ov_shapes.world import draw
+from ovdet2.ov_shapes.world.captions import caption_pair
+from ovdet2.ov_shapes.world.classes import (
     BASE_NAMES,
     CLASS_NAMES,
     NOVEL_NAMES,
@@ -25,7 +27,7 @@ from ovdet2.data.shapes.classes import (
     UNSEEN_NOUNS,
     UNSEEN_SHAPES,
 )
-from ovdet2.data.shapes.scenes import (
+from ovdet2.ov_shapes.world.scenes import (
     class_index,
     detection_scene,
     pretraining_scene,
@@ -33,10 +35,9 @@ from ovdet2.data.shapes.scenes import (
     single_object_scene,
     stream,
 )
-from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.teacher import Teacher
 
-ASSETS = Path(generate.__file__).resolve().parents[2] / "assets" / "open_clip"
+ASSETS = Path(ov_shapes.__file__).resolve().parents[2] / "assets" / "open_clip"
 TEACHERS = ("ovshapes-resnet", "ovshapes-vit")
 COUNTS = {"train2017": 24, "val2017": 8}
 
@@ -45,7 +46,7 @@ COUNTS = {"train2017": 24, "val2017": 8}
 def small(tmp_path_factory):
     """A small OV-Shapes on disk: (folder, manifest)."""
     root = tmp_path_factory.mktemp("data")
-    return root / "ov_shapes", generate.ensure_generated(root, counts=COUNTS, workers=1)
+    return root / "ov_shapes", ov_shapes.ensure_generated(root, counts=COUNTS, workers=1)
 
 
 def read(folder, name):
@@ -72,15 +73,15 @@ def test_category_ids_are_those_of_ov_coco():
 
 def test_one_seed_gives_one_data_set_whatever_the_order_of_work(small):
     _, manifest = small
-    data, pixels, _ = generate.draw_split(0, "val2017", COUNTS["val2017"], workers=2)
+    data, pixels, _ = draw.draw_split(0, "val2017", COUNTS["val2017"], ov_shapes.OV_SHAPES.category_ids, workers=2)
     assert pixels == manifest["pixels_sha256"]["val2017"]
-    assert generate.annotations_hash(data) == manifest["annotations_sha256"]["val2017"]
+    assert draw.annotations_hash(data) == manifest["annotations_sha256"]["val2017"]
     alone = detection_scene(0, "val2017", 5)
     detection_scene(0, "val2017", 2)
     assert np.array_equal(alone.image, detection_scene(0, "val2017", 5).image)
-    other, other_pixels, _ = generate.draw_split(1, "val2017", COUNTS["val2017"])
+    other, other_pixels, _ = draw.draw_split(1, "val2017", COUNTS["val2017"], ov_shapes.OV_SHAPES.category_ids)
     assert other_pixels != pixels
-    assert generate.annotations_hash(other) != generate.annotations_hash(data)
+    assert draw.annotations_hash(other) != draw.annotations_hash(data)
 
 
 def test_boxes_are_tight_around_visible_pixels_and_inside():
@@ -185,7 +186,7 @@ def test_a_folder_of_before_the_masks_gets_them(small, tmp_path, monkeypatch):
     from detectron2.data import DatasetCatalog
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    generate.ensure_generated(tmp_path, counts={"train2017": 3, "val2017": 2}, workers=1)
+    ov_shapes.ensure_generated(tmp_path, counts={"train2017": 3, "val2017": 2}, workers=1)
     (tmp_path / "ov_shapes" / "annotations" / "ov_lvis_train_base.json").unlink()
     records = DatasetCatalog.get("ov_shapes_lvis_train_base")
     assert [record["file_name"][-26:] for record in records] == [f"train2017/{i:012d}.jpg" for i in (1, 2, 3)]
@@ -195,27 +196,27 @@ def test_a_folder_of_before_the_masks_gets_them(small, tmp_path, monkeypatch):
 
 def test_finished_data_is_kept_cut_short_is_redone_and_other_seed_refused(tmp_path):
     counts = {"train2017": 3, "val2017": 2}
-    manifest = generate.ensure_generated(tmp_path, counts=counts, workers=1)
+    manifest = ov_shapes.ensure_generated(tmp_path, counts=counts, workers=1)
     folder = tmp_path / "ov_shapes"
     image = folder / "train2017" / "000000000001.jpg"
     whole, written = image.read_bytes(), image.stat().st_mtime_ns
-    assert generate.ensure_generated(tmp_path, counts=counts, workers=1) == manifest
+    assert ov_shapes.ensure_generated(tmp_path, counts=counts, workers=1) == manifest
     assert image.stat().st_mtime_ns == written
     (folder / "manifest.json").unlink()
     image.write_bytes(whole[:100])
-    assert generate.ensure_generated(tmp_path, counts=counts, workers=1) == manifest
+    assert ov_shapes.ensure_generated(tmp_path, counts=counts, workers=1) == manifest
     assert image.read_bytes() == whole
     (folder / "annotations" / "lvis_v1_val.json").unlink()
-    generate.ensure_generated(tmp_path, counts=counts, workers=1)
+    ov_shapes.ensure_generated(tmp_path, counts=counts, workers=1)
     assert (folder / "annotations" / "lvis_v1_val.json").is_file()
     with pytest.raises(DataError, match="delete that folder"):
-        generate.ensure_generated(tmp_path, seed=1, counts=counts)
+        ov_shapes.ensure_generated(tmp_path, seed=1, counts=counts)
     with pytest.raises(UsageError, match="seed >= 0"):
-        generate.ensure_generated(tmp_path, seed=-1)
+        ov_shapes.ensure_generated(tmp_path, seed=-1)
 
 
 def _generate_here(root, written):
-    generate.ensure_generated(root, counts={"train2017": 3, "val2017": 2}, workers=1)
+    ov_shapes.ensure_generated(root, counts={"train2017": 3, "val2017": 2}, workers=1)
     written.put((Path(root) / "ov_shapes" / "manifest.json").stat().st_mtime_ns)
 
 
@@ -274,7 +275,7 @@ def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor)
     import open_clip
 
     from ovdet2.vlm.crops import crop_regions
-    from ovdet2.vlm.templates import render
+    from ovdet2.vocabulary.templates import render
 
     teacher = Teacher.load(name, "embedded")
     assert open_clip.get_tokenizer(name)(["a photo of a moon"]).shape == (1, 32)
@@ -310,14 +311,14 @@ def test_a_batch_never_holds_a_caption_twice():
 
 
 def test_a_world_of_another_version_is_refused(tmp_path):
-    manifest = generate.ensure_generated(tmp_path, counts={"train2017": 2, "val2017": 1}, workers=1)
-    generate.ensure_current(tmp_path)  # another size is fine
+    manifest = ov_shapes.ensure_generated(tmp_path, counts={"train2017": 2, "val2017": 1}, workers=1)
+    ov_shapes.ensure_current(tmp_path)  # another size is fine
     path = tmp_path / "ov_shapes" / "manifest.json"
     path.write_text(json.dumps(manifest | {"schema": "ovdet2/ov-shapes/1"}))
     with pytest.raises(
         DataError, match="of ovdet2/ov-shapes/1, this version draws ovdet2/ov-shapes/2: delete that folder"
     ):
-        generate.ensure_current(tmp_path)
+        ov_shapes.ensure_current(tmp_path)
 
 
 def test_seed_zero_draws_the_pixels_of_this_version():

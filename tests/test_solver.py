@@ -13,7 +13,7 @@ from ovdet2.engine import Trainer, launch
 from ovdet2.engine.ema import WeightAverage
 from ovdet2.engine.optimizer import build_optimizer, mixed_precision
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import read_safetensors, write_safetensors
+from ovdet2.io.files import read_safetensors, write_safetensors
 from tests import micro_training
 from tests.micro_training import micro_cfg, micro_opts, write_data
 from tests.test_engine import train, weights

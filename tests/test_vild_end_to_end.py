@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from ovdet2 import Predictor
+from ovdet2.caches.region_cache import RegionCache
 from ovdet2.config import load_config
-from ovdet2.data.datasets.ov_shapes import OV_SHAPES
-from ovdet2.data.images import read_image
-from ovdet2.data.region_cache import RegionCache
-from ovdet2.data.shapes.generate import ensure_generated
+from ovdet2.data.datasets.ov_shapes import OV_SHAPES, ensure_generated
+from ovdet2.io.images import read_image
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import embed_regions
 from tests.test_end_to_end import CONFIG, SMALL, program, report_of
@@ -44,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def train(root, config, cache, output, *overrides):
-    distilled = ["MODEL.DISTILLATION.REGION_CACHE", cache, "OUTPUT_DIR", output, *overrides]
+    distilled = ["MODEL.VILD.REGION_CACHE", cache, "OUTPUT_DIR", output, *overrides]
     return program("train_net.py", "--config-file", f"configs/ovshapes/{config}.yaml", *SMALL, *distilled, root=root)
 
 
@@ -144,7 +143,7 @@ def test_variant_trains_evaluates_and_predicts(world, tmp_path, config):
 def test_weight_zero_is_vild_text_bit_for_bit(world, tmp_path):
     """Six steps of the ViLD configuration without its weight end in the very weights of ViLD-text."""
     root, weights, folder = world
-    assert train(root, "vild_r18", folder, tmp_path, "MODEL.DISTILLATION.WEIGHT", 0.0).returncode == 0
+    assert train(root, "vild_r18", folder, tmp_path, "MODEL.VILD.WEIGHT", 0.0).returncode == 0
     first, second = (torch.load(path, weights_only=True)["model"] for path in (weights, tmp_path / "model_final.pth"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -152,7 +151,7 @@ def test_weight_zero_is_vild_text_bit_for_bit(world, tmp_path):
 def test_two_processes_distil(world, tmp_path):
     root, _, folder = world
     arguments = ["--config-file", "configs/ovshapes/vild_ensemble_r18.yaml", "--num-gpus", 2, *SMALL]
-    paths = ["MODEL.DISTILLATION.REGION_CACHE", folder, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
+    paths = ["MODEL.VILD.REGION_CACHE", folder, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
     done = program("train_net.py", *arguments, *paths, "DATALOADER.NUM_WORKERS", 1, root=root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "loss_distillation" in (tmp_path / "metrics.json").read_text()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import write_safetensors
+from ovdet2.io.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
-from ovdet2.vlm.templates import article, clean_name, get_templates, render, template_set_names, templates_sha256
 from ovdet2.vocabulary import Vocabulary, check_words, from_buffers, manifest_bytes, parse_words
+from ovdet2.vocabulary.templates import article, clean_name, get_templates, render, template_set_names, templates_sha256
 from tests import micro
 
 ROOT = Path(__file__).resolve().parents[1]

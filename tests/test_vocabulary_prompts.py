@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 import ovdet2.vocabulary as vocabulary_module
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import read_safetensors, write_json, write_safetensors
+from ovdet2.io.files import read_safetensors, write_json, write_safetensors
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import get_templates, render, templates_sha256
 from ovdet2.vocabulary import SCHEMA, Vocabulary
+from ovdet2.vocabulary.templates import get_templates, render, templates_sha256
 from tests import micro
 from tests.vocabulary_cases import HashTeacher, reference, tool_runner
 

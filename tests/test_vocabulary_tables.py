@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import ovdet2.vlm.neighbours as neighbours
-from ovdet2.data.words import named_words
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
 from ovdet2.vlm.neighbours import close_pairs, nearest_words
 from ovdet2.vlm.tables import read_table
+from ovdet2.vocabulary.word_lists import named_words
 from tests import micro
 from tests.vocabulary_cases import CLIP_TEXT, DIM, SHARED, STATED, needs_shared, text_row, tool_runner
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
-from ovdet2.data.words import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
 from ovdet2.vocabulary import check_words
+from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
 from tests.vocabulary_cases import (
     CLIP_TEXT,
     needs_shared,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from build_vocabulary import main
 
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import render
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.templates import render
 from tests import micro
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

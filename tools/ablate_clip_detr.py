@@ -20,7 +20,7 @@ from pathlib import Path
 from ovdet2.command_line import add_run_arguments
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import read_json, write_json
+from ovdet2.io.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 _KEY = "MODEL.CLIP_DETR."

@@ -29,14 +29,14 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ovdet2.caches.region_boxes import BoxFilters, FoundBoxes
+from ovdet2.caches.region_cache import RegionCache, Regions, shard_name
+from ovdet2.caches.region_cache_writer import CacheWriter
+from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.config import get_cfg
-from ovdet2.data.images import image_size
 from ovdet2.data.mapper import OpenVocabularyMapper
-from ovdet2.data.region_boxes import BoxFilters, FoundBoxes
-from ovdet2.data.region_cache import RegionCache, Regions, shard_name
-from ovdet2.data.region_cache_writer import CacheWriter
-from ovdet2.engine.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.errors import DataError, exit_on_error
+from ovdet2.io.images import image_size
 from ovdet2.vlm.crops import scale_boxes
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher, embedded_models

@@ -36,7 +36,7 @@ from ovdet2.evaluation.columns import Truth
 from ovdet2.evaluation.evaluation import measure
 from ovdet2.evaluation.prediction_files import MERGED, PredictionWriter, merge
 from ovdet2.evaluation.predictions import read_predictions
-from ovdet2.files import read_json, write_json
+from ovdet2.io.files import read_json, write_json
 
 WIDTH, HEIGHT = 640, 480
 TRUTH = "truth.json"

@@ -32,11 +32,11 @@ from torch.nn import functional as F
 import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
 from ovdet2.config import load_config
 from ovdet2.errors import exit_on_error
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads, dataset_split
 from ovdet2.modeling.backbone.clip_pyramid import ALL_FROZEN, clip_pyramid
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 
 CONFIG = "ovcoco/fvlm_rn50.yaml"
 FREEZE_AT = {"frozen": ALL_FROZEN, "trained": 0}
@@ -91,7 +91,7 @@ def parse_args(argv):
 def build(name, args):
     """The detector in training mode, with random weights that are the same for both; embeddings are made up."""
     cfg = load_config(CONFIG, ["MODEL.DEVICE", args.device, "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT[name]])
-    cfg.merge_from_list(["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECOND_BRANCH", "none"])
+    cfg.merge_from_list(["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECONDARY_SCORES", "none"])
     cfg.merge_from_list(args.opts)
     torch.manual_seed(0)
     visual = open_clip.create_model(args.architecture).visual
@@ -101,7 +101,7 @@ def build(name, args):
     shapes, split = backbone.output_shape(), dataset_split(cfg)
     rows = F.normalize(torch.randn(len(split.names) + 1, visual.output_dim), dim=1)
     teacher = Fingerprint(args.architecture, "random")
-    words = VocabularyBuffer(Vocabulary(split.names, split.base_mask, rows[:-1], teacher, "single"), rows[-1])
+    words = WordBank(Vocabulary(split.names, split.base_mask, rows[:-1], teacher, "single"), rows[-1])
     return (
         FrozenVLMRCNN(
             backbone=backbone,

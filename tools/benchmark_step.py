@@ -20,10 +20,10 @@ from torch.nn import functional as F
 import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
 from ovdet2.config import load_config
 from ovdet2.errors import exit_on_error
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads, dataset_split
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 
 VARIANTS = {
     "ViLD-text": "ovcoco/vild_text_r50.yaml",
@@ -71,9 +71,7 @@ def open_vocabulary_model(cfg):
     """The model of ``cfg`` with made-up embeddings of the right shape: their values do not change the cost."""
     split = dataset_split(cfg)
     rows = F.normalize(torch.randn(len(split.names), DIM), dim=1)
-    words = VocabularyBuffer(
-        Vocabulary(split.names, split.base_mask, rows, Fingerprint("ViT-B-32", "openai"), "single")
-    )
+    words = WordBank(Vocabulary(split.names, split.base_mask, rows, Fingerprint("ViT-B-32", "openai"), "single"))
     plain = plain_model(cfg)
     return (
         OpenVocabularyRCNN(

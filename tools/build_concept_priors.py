@@ -29,13 +29,13 @@ from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
 from ovdet2.config import get_cfg
-from ovdet2.data.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 from ovdet2.priors.chat_server import ChatServer
 from ovdet2.priors.clip import RESIZE, ClipBackend
+from ovdet2.priors.concept_prior import ConceptPriors, PriorWriter
 from ovdet2.priors.from_file import FromFile
 from ovdet2.priors.local_model import LocalModel
 from ovdet2.priors.mllm import PROMPT, MllmBackend

@@ -28,7 +28,7 @@ from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import read_coco_json
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import sha256_file, write_json
+from ovdet2.io.files import sha256_file, write_json
 
 
 def main(argv=None):

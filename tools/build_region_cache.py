@@ -35,16 +35,16 @@ import torch
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
+from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes
+from ovdet2.caches.region_cache_writer import CacheWriter
+from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
-from ovdet2.data.images import read_image
 from ovdet2.data.records import load_records
-from ovdet2.data.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes
-from ovdet2.data.region_cache_writer import CacheWriter
 from ovdet2.engine import torchrun_rank
-from ovdet2.engine.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
+from ovdet2.io.images import read_image
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import POLICIES, crop_regions, pillow_crops
 from ovdet2.vlm.teacher import Teacher

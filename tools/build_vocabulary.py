@@ -31,14 +31,14 @@ from dataclasses import replace
 
 import torch
 
-from ovdet2.data.words import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.neighbours import close_pairs, nearest_words
 from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import clean_name, get_templates, render
 from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
+from ovdet2.vocabulary.templates import clean_name, get_templates, render
+from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
 
 CLOSE = 0.98  # cosine
 
@@ -128,7 +128,7 @@ def show_count(text):
 
 
 def wanted_words(args):
-    """The :class:`~ovdet2.data.words.WordList` to write; its synonyms are those to average, or None."""
+    """The :class:`~ovdet2.vocabulary.word_lists.WordList` to write; its synonyms are those to average, or None."""
     if args.dataset:
         words = words_of_dataset(args.dataset, bool(args.synonyms))
     elif args.words:
@@ -143,7 +143,7 @@ def wanted_words(args):
 
 
 def words_by_id(args):
-    """The :class:`~ovdet2.data.words.WordList` of --names or --json."""
+    """The :class:`~ovdet2.vocabulary.word_lists.WordList` of --names or --json."""
     return named_words(args.names, args.corrected) if args.names else words_of_json(args.json)
 
 

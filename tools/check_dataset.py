@@ -16,7 +16,7 @@ from ovdet2.data.datasets.check import check, check_json, problems
 from ovdet2.data.datasets.findings import KINDS, NOTES
 from ovdet2.data.datasets.repair import repair
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import read_json, sha256_file, write_json, write_text
+from ovdet2.io.files import read_json, sha256_file, write_json, write_text
 
 SCHEMA, SCHEMA_FIXED = "ovdet2/dataset-check/1", "ovdet2/fixed-json/1"
 

@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.evaluation.compare import as_html, as_text, compare, require_comparable
-from ovdet2.files import read_json, write_text
+from ovdet2.io.files import read_json, write_text
+from ovdet2.report.compare import as_html, as_text, compare, require_comparable
 
 SCHEMA = "ovdet2/report/"
 

@@ -18,10 +18,10 @@ from PIL import Image
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.evaluation.query_pictures import draw_query, query_view
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import to_rgb_array
+from ovdet2.report.query_pictures import draw_query, query_view
 
 
 def main(argv=None):
@@ -64,7 +64,7 @@ def parse_args(argv):
 
 @torch.no_grad()
 def best_queries(predictor, image, count):
-    """Yield (:class:`~ovdet2.evaluation.query_pictures.QueryView`, text) of the queries that are surest of a word.
+    """Yield (:class:`~ovdet2.report.query_pictures.QueryView`, text) of the queries that are surest of a word.
 
     Args:
         predictor: :class:`Predictor` of an OpenVocabularyDeformableDETR.

@@ -19,10 +19,10 @@ from PIL import Image
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.evaluation.score_maps import discriminative_scores, draw_detections, draw_scores, joint_scores
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import to_rgb_array
+from ovdet2.report.score_maps import discriminative_scores, draw_detections, draw_scores, joint_scores
 
 
 def main(argv=None):

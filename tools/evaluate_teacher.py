@@ -19,10 +19,10 @@ from detectron2.structures import Boxes, Instances
 from tqdm import tqdm
 
 from ovdet2.data.datasets import split_of
-from ovdet2.data.images import read_image
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
+from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense
 from ovdet2.vlm.teacher import Teacher

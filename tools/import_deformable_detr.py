@@ -18,9 +18,9 @@ import argparse
 
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.files import sha256_file, write_safetensors
+from ovdet2.io.files import sha256_file, write_safetensors
+from ovdet2.io.weights import read_weights
 from ovdet2.modeling.detr.import_weights import import_weights
-from ovdet2.weights import read_weights
 
 SCHEMA = "ovdet2/imported-detr/1"
 

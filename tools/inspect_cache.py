@@ -16,14 +16,14 @@ from detectron2.data import DatasetCatalog
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ovdet2.caches.region_cache import RegionCache
 from ovdet2.data.datasets import split_of
-from ovdet2.data.images import read_image
-from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import boxes_to_cut, crop_regions
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import clean_name
 from ovdet2.vocabulary import Vocabulary, parse_words
+from ovdet2.vocabulary.templates import clean_name
 
 _PER_IMAGE = 6  # regions printed and drawn
 

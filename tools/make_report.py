@@ -15,8 +15,8 @@ from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.evaluation.evaluation import REPORT, load_evaluation
-from ovdet2.evaluation.html_report import write_html
-from ovdet2.files import read_json
+from ovdet2.io.files import read_json
+from ovdet2.report.html_report import write_html
 
 
 def main(argv=None):

@@ -10,8 +10,8 @@ from detectron2.data import DatasetCatalog
 from PIL import Image
 from run_ovshapes import DATASET, ROWS, make_table, run, run_row
 
-from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, NOVEL_NAMES
 
 PICTURES = 4
 FREE_WORDS = "red star, blue star, moon, striped shape"

@@ -26,10 +26,10 @@ from tqdm import tqdm, trange
 from train_embedded_teacher import augment
 
 from ovdet2.config import load_config
-from ovdet2.data.shapes.classes import BASE_NAMES, SHAPES, TEXTURES, UNSEEN_SHAPES
-from ovdet2.data.shapes.scenes import render_pretraining
 from ovdet2.errors import NumericalError, exit_on_error
-from ovdet2.files import atomic_path, sha256_file, write_json
+from ovdet2.io.files import atomic_path, sha256_file, write_json
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, SHAPES, TEXTURES, UNSEEN_SHAPES
+from ovdet2.ov_shapes.world.scenes import render_pretraining
 
 SCHEMA = "ovdet2/embedded-backbone/1"
 CONFIG = "base/ovshapes_r18.yaml"

@@ -22,10 +22,10 @@ import yaml
 
 import ovdet2
 from ovdet2.config import load_config
+from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.register import data_root
-from ovdet2.data.shapes.generate import ensure_generated
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.files import read_json, sha256_file, write_json, write_text
+from ovdet2.io.files import read_json, sha256_file, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "ov_shapes_val_all"
@@ -36,7 +36,7 @@ TRAINING_SET = "ov_shapes_train_base"
 REGIONS, REGION_NMS = 10, 0.5
 # What rows read from disk, by the configuration key that names it: what it is, and where it is made.
 ARTEFACTS = {
-    "MODEL.DISTILLATION.REGION_CACHE": ("region cache", "region_cache"),
+    "MODEL.VILD.REGION_CACHE": ("region cache", "region_cache"),
     "MODEL.CCKT.REGION_CACHE": ("cache of annotated boxes", "annotation_cache"),
     "MODEL.CCKT.PRIOR_FILE": ("concept prior", "priors/clip.safetensors"),
     "MODEL.TEACHER.PRETRAINED": ("training by CLIM", "clim/clim_a1.safetensors"),
@@ -170,7 +170,7 @@ def artefacts_of(row):
         return []
     model = load_config(row.config, []).MODEL
     needed = {
-        "MODEL.DISTILLATION.REGION_CACHE": model.DISTILLATION.WEIGHT > 0,
+        "MODEL.VILD.REGION_CACHE": model.VILD.WEIGHT > 0,
         "MODEL.CCKT.REGION_CACHE": model.CCKT.ENABLED and model.CCKT.CONTRAST != "none" and not row.weights_of,
         "MODEL.CCKT.PRIOR_FILE": model.CCKT.ENABLED and model.CCKT.PRIORS,
         "MODEL.TEACHER.PRETRAINED": model.TEACHER.PRETRAINED.endswith(".safetensors"),

@@ -17,11 +17,11 @@ from pathlib import Path
 from detectron2.utils.logger import setup_logger
 
 from ovdet2.config import load_config
-from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.files import atomic_path, read_json, sha256_file, write_json, write_text
+from ovdet2.io.files import atomic_path, read_json, sha256_file, write_json, write_text
+from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.quality import quality
 from ovdet2.priors.truth import truth_of
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.files import read_json, write_text
+from ovdet2.io.files import read_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("AP50-novel", "AP50-base", "AP50-all")

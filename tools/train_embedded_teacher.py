@@ -22,14 +22,14 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from ovdet2.data.shapes.captions import CAPTION_COUNT, render_captions
-from ovdet2.data.shapes.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
-from ovdet2.data.shapes.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
 from ovdet2.errors import NumericalError, UsageError, exit_on_error
-from ovdet2.files import atomic_path, write_json
+from ovdet2.io.files import atomic_path, write_json
+from ovdet2.ov_shapes.world.captions import CAPTION_COUNT, render_captions
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
+from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
 from ovdet2.vlm.crops import crop_regions, scale_boxes
 from ovdet2.vlm.teacher import Teacher, register_embedded_models
-from ovdet2.vlm.templates import render
+from ovdet2.vocabulary.templates import render
 
 SCHEMA = "ovdet2/embedded-teacher/1"
 _INTERPOLATION = "bilinear"  # how training images are resized, which crops must then be, too

@@ -11,13 +11,13 @@ from detectron2.data import transforms as T
 from detectron2.data.dataset_mapper import DatasetMapper
 from detectron2.structures import Boxes, Instances
 
+from ovdet2.caches.region_cache import RegionCache
 from ovdet2.data.datasets import split_of
 from ovdet2.data.detr_augmentation import detr_crop
-from ovdet2.data.image_words import AnnotatedWords, open_prior_words
-from ovdet2.data.images import read_image
 from ovdet2.data.large_scale_jitter import large_scale_jitter
-from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import CacheError, DataError, UsageError
+from ovdet2.io.images import read_image, require_annotated_size
+from ovdet2.priors.image_words import AnnotatedWords, open_prior_words
 from ovdet2.vlm.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class OpenVocabularyMapper(DatasetMapper):
         """
         Args:
             is_train: whether annotations and cached regions are attached.
-            region_cache: :class:`~ovdet2.data.region_cache.RegionCache` of the training set, or None.
+            region_cache: :class:`~ovdet2.caches.region_cache.RegionCache` of the training set, or None.
             regions_per_image: cached regions kept per image, drawn at random where there are more.
             annotation_cache: the same with the annotated boxes of the training set, or None.
             image_words: function of the mapped record that gives its words, or None.
@@ -62,7 +62,7 @@ class OpenVocabularyMapper(DatasetMapper):
             UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
                 MODEL.MASK_ON for a training set without masks; or INPUT.LSJ together with another crop.
             CacheError: a region cache is incomplete, or of another teacher or data set; or see
-                :func:`~ovdet2.data.image_words.open_prior_words`.
+                :func:`~ovdet2.priors.image_words.open_prior_words`.
         """
         if cfg.MODEL.LOAD_PROPOSALS:
             raise UsageError("MODEL.LOAD_PROPOSALS reads pickled files, which ovdet2 does not open: set it to False.")
@@ -87,8 +87,8 @@ class OpenVocabularyMapper(DatasetMapper):
                 words = AnnotatedWords(_num_base(cfg), cckt.PRIOR_DROPOUT, cckt.PRIOR_DISTRACTORS)
         contrasts = is_train and cckt.ENABLED and cckt.CONTRAST != "none"
         return arguments | {
-            "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.DISTILLATION.WEIGHT > 0 else None,
-            "regions_per_image": cfg.MODEL.DISTILLATION.REGIONS_PER_IMAGE,
+            "region_cache": open_region_cache(cfg) if is_train and cfg.MODEL.VILD.WEIGHT > 0 else None,
+            "regions_per_image": cfg.MODEL.VILD.REGIONS_PER_IMAGE,
             "annotation_cache": open_annotation_cache(cfg) if contrasts else None,
             "image_words": words,
         }
@@ -186,14 +186,14 @@ def open_annotation_cache(cfg):
 
 
 def open_region_cache(cfg):
-    """The cache of MODEL.DISTILLATION.REGION_CACHE, checked against DATASETS.TRAIN and MODEL.TEACHER.
+    """The cache of MODEL.VILD.REGION_CACHE, checked against DATASETS.TRAIN and MODEL.TEACHER.
 
     Raises:
         UsageError: no cache is named, or several training sets, whose image ids one cache cannot tell apart.
         CacheError: see :class:`RegionCache`; or it is of another teacher or data set.
     """
-    key = "MODEL.DISTILLATION.REGION_CACHE"
-    return _checked_cache(cfg, cfg.MODEL.DISTILLATION.REGION_CACHE, "MODEL.DISTILLATION.WEIGHT", key)
+    key = "MODEL.VILD.REGION_CACHE"
+    return _checked_cache(cfg, cfg.MODEL.VILD.REGION_CACHE, "MODEL.VILD.WEIGHT", key)
 
 
 def _checked_cache(cfg, folder, asked_by, key):
@@ -226,7 +226,7 @@ def transform_regions(cached, transforms, image_size, limit):
     A region of which nothing is left inside the image is dropped; the others are clipped to it.
 
     Args:
-        cached: :class:`~ovdet2.data.region_cache.Regions`.
+        cached: :class:`~ovdet2.caches.region_cache.Regions`.
         transforms: Detectron2 TransformList that was applied to the image.
         image_size: (height, width) after it.
         limit: regions kept at most, drawn from numpy's global generator where there are more.
@@ -271,20 +271,4 @@ def _require_known(record, cached, folder):
         raise CacheError(
             f"{where}: regions were cut around the annotations {sorted(unknown)[:5]}, which the training set does not "
             "hold: a box of a novel class must not be trained on. Build the cache from the base-only annotations."
-        )
-
-
-def require_annotated_size(record, image):
-    """Compare an array [H, W, 3] with the annotated size (or fill it in): another one would misplace every box.
-
-    Raises:
-        DataError: names the file and both sizes.
-    """
-    height, width = image.shape[:2]
-    annotated = record.setdefault("width", width), record.setdefault("height", height)
-    if annotated != (width, height):
-        raise DataError(
-            f"{record['file_name']} (image id {record.get('image_id')}) is {width}x{height} pixels but the annotations "
-            f"say {annotated[0]}x{annotated[1]}: the file is not the annotated one, or its EXIF rotation was not "
-            "applied when it was annotated."
         )

@@ -11,8 +11,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
 from ovdet2.errors import DataError, SetupError, UsageError
-from ovdet2.files import atomic_path, write_text
-from ovdet2.weights import DamagedFile, read_weights, verify_archive
+from ovdet2.io.files import atomic_path, write_text
+from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
 
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")

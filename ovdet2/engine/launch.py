@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 from ovdet2 import errors
-from ovdet2.files import read_json, write_json
+from ovdet2.io.files import read_json, write_json
 
 _TIMEOUT = timedelta(minutes=30)
 

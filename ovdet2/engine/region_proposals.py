@@ -6,13 +6,13 @@ Shapes: R proposals of an image, in pixels of the original image.
 import torch
 from detectron2.data import transforms as T
 
+from ovdet2.caches.region_boxes import FoundBoxes
 from ovdet2.data.datasets import split_of
-from ovdet2.data.region_boxes import FoundBoxes
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.teacher import state_dict_sha256
-from ovdet2.vlm.templates import clean_name
+from ovdet2.vocabulary.templates import clean_name
 
 
 def proposing_config(cfg, filters):
@@ -20,7 +20,7 @@ def proposing_config(cfg, filters):
 
     Args:
         cfg: not changed.
-        filters: :class:`~ovdet2.data.region_boxes.BoxFilters`; ``nms`` is over all pyramid levels.
+        filters: :class:`~ovdet2.caches.region_boxes.BoxFilters`; ``nms`` is over all pyramid levels.
 
     Raises:
         UsageError: MODEL.WEIGHTS is empty.

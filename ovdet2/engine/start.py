@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from ovdet2.config import load_config, settle_device
 from ovdet2.errors import SetupError, UsageError
-from ovdet2.files import write_text
+from ovdet2.io.files import write_text
 
 logger = logging.getLogger(__name__)
 

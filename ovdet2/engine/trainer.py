@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ovdet2.config import settle_device, without_training_parts
 from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.datasets.splits import distractors
-from ovdet2.data.image_words import prior_facts
 from ovdet2.data.loader import build_test_loader, build_train_loader
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
@@ -23,7 +22,8 @@ from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_prec
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
-from ovdet2.vlm.templates import clean_name
+from ovdet2.priors.image_words import prior_facts
+from ovdet2.vocabulary.templates import clean_name
 
 logger = logging.getLogger(__name__)
 
@@ -277,7 +277,7 @@ class Trainer(DefaultTrainer):
 
 
 def _vocabulary_of(model):
-    """The :class:`~ovdet2.layers.VocabularyBuffer` of a model; None for one without words."""
+    """The :class:`~ovdet2.layers.WordBank` of a model; None for one without words."""
     return getattr(getattr(model, "module", model), "vocabulary", None)
 
 
@@ -314,7 +314,7 @@ def _draw_report(dataset_name, evaluation, folder):
     """Write report.html; a page that cannot be drawn must not cost the run its figures."""
     if evaluation is None:  # not the first process, or another kind of evaluator
         return
-    from ovdet2.evaluation.html_report import write_html
+    from ovdet2.report.html_report import write_html
 
     path = f"{folder}/report.html"
     try:

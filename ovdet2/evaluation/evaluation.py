@@ -13,7 +13,7 @@ from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.federation import Federation
 from ovdet2.evaluation.prediction_files import MERGED
 from ovdet2.evaluation.predictions import read_predictions
-from ovdet2.files import read_json, sha256_file
+from ovdet2.io.files import read_json, sha256_file
 
 REPORT = "report.json"
 

@@ -21,7 +21,7 @@ from ovdet2.evaluation.predictions import read_predictions
 from ovdet2.evaluation.proposal_recall import covered_iou
 from ovdet2.evaluation.provenance import provenance
 from ovdet2.evaluation.report import build_report, format_table, to_results
-from ovdet2.files import sha256_file, write_json
+from ovdet2.io.files import sha256_file, write_json
 
 PROPOSAL_LIMITS = (100, 300, 1000)
 DETECTION_LIMITS = {"ov_coco": 100, "ov_voc": 100, "ov_lvis": 300}

@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from ovdet2.errors import DataError
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
 
 MERGED = "predictions.jsonl"
 _LINE_START = re.compile(rb'\{"image_id": (-?\d+)[,}]')

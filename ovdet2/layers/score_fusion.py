@@ -21,7 +21,7 @@ def fusion_exponents(base_mask, base, novel):
     return torch.where(base_mask, float(base), float(novel))
 
 
-def fuse_scores(detector_probs, second_probs, exponents, renormalize=False):
+def fuse_scores(detector_probs, secondary_probs, exponents, renormalize=False):
     """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6; F-VLM, whose paper was not at hand,
     by its release).
 
@@ -29,7 +29,7 @@ def fuse_scores(detector_probs, second_probs, exponents, renormalize=False):
 
     Args:
         detector_probs: Tensor [R, K + 1], probabilities with background last.
-        second_probs: Tensor [R, K] or [R, K + 1], probabilities of the other branch; its background is not used.
+        secondary_probs: Tensor [R, K] or [R, K + 1], probabilities of the other branch; its background is not used.
         exponents: Tensor [K] or float, in [0, 1]: 0 keeps the detector's score, 1 takes the other's.
         renormalize: divide each row by its sum, background included (F-VLM).
 
@@ -37,7 +37,7 @@ def fuse_scores(detector_probs, second_probs, exponents, renormalize=False):
         Tensor [R, K + 1] float32, background last.
     """
     k = detector_probs.shape[1] - 1
-    first, second = detector_probs[:, :k].float(), second_probs[:, :k].float()
+    first, second = detector_probs[:, :k].float(), secondary_probs[:, :k].float()
     exponents = torch.as_tensor(exponents, dtype=torch.float32, device=first.device)
     fused = torch.cat([first ** (1 - exponents) * second**exponents, detector_probs[:, k:].float()], dim=1)
     return fused / fused.sum(dim=1, keepdim=True).clamp(min=1e-12) if renormalize else fused

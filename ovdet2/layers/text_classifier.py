@@ -84,7 +84,7 @@ class TextClassifier(_WordClassifier):
         """
         Args:
             input_dim: C.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; B in training is read from it.
+            vocabulary: :class:`~ovdet2.layers.WordBank`; B in training is read from it.
             temperature: tau > 0, the same in training and at test.
             per_word: logits for a sigmoid instead of a softmax.
         """
@@ -131,7 +131,7 @@ class TextBackgroundClassifier(_WordClassifier):
         """
         Args:
             input_dim: C.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` with a ``background``; B in training is read from it.
+            vocabulary: :class:`~ovdet2.layers.WordBank` with a ``background``; B in training is read from it.
             temperature: tau > 0.
 
         Raises:
@@ -139,7 +139,7 @@ class TextBackgroundClassifier(_WordClassifier):
         """
         super().__init__(input_dim, vocabulary, temperature, bias=False)
         if vocabulary.background is None:
-            raise UsageError("a text background needs the embedding of the word: give VocabularyBuffer a background.")
+            raise UsageError("a text background needs the embedding of the word: give WordBank a background.")
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def forward(self, features):
@@ -168,7 +168,7 @@ class ClosedSetClassifier(nn.Linear):
         """
         Args:
             input_dim: C.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`; K is fixed to its present length.
+            vocabulary: :class:`~ovdet2.layers.WordBank`; K is fixed to its present length.
         """
         super().__init__(input_dim, len(vocabulary.vocabulary) + 1)
         self.vocabulary = vocabulary

@@ -8,11 +8,12 @@ import torch
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import ClosedSetClassifier, TextBackgroundClassifier, TextClassifier, VocabularyBuffer
+from ovdet2.layers import ClosedSetClassifier, TextBackgroundClassifier, TextClassifier
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vlm.templates import template_set_names
 from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
+from ovdet2.vocabulary.templates import template_set_names
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def background_of(cfg, vocabulary, templates=None):
     Returns:
         Tensor [D]; None where no column of the detector is a text background.
     """
-    if cfg.MODEL.OVD.CLASSIFIER != "text_background" and cfg.MODEL.OVD.SECOND_BRANCH != "map":
+    if cfg.MODEL.OVD.CLASSIFIER != "text_background" and cfg.MODEL.OVD.SECONDARY_SCORES != "map":
         return None
     if templates is None:
         named = vocabulary.templates in template_set_names()
@@ -121,14 +122,14 @@ def background_of(cfg, vocabulary, templates=None):
 
 
 def build_vocabulary_buffer(cfg, vocabulary=None):
-    """The :class:`~ovdet2.layers.VocabularyBuffer` of a vocabulary, by default :func:`build_vocabulary`'s, with its
+    """The :class:`~ovdet2.layers.WordBank` of a vocabulary, by default :func:`build_vocabulary`'s, with its
     background where the detector has one in text."""
     vocabulary = build_vocabulary(cfg) if vocabulary is None else vocabulary
-    return VocabularyBuffer(vocabulary, background_of(cfg, vocabulary))
+    return WordBank(vocabulary, background_of(cfg, vocabulary))
 
 
 def build_classifier(cfg, input_dim, vocabulary):
-    """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.VocabularyBuffer`."""
+    """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.WordBank`."""
     kind = cfg.MODEL.OVD.CLASSIFIER
     if kind == "text":
         per_word = cfg.MODEL.OVD.CLS_LOSS == "sigmoid"

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from PIL import ExifTags, Image
 
-from ovdet2.data.images import read_image
 from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, parse_answer, yes_probability
 
 _PASSING = (408, 429, 500, 502, 503, 504)  # worth another try
@@ -184,7 +184,7 @@ def image_bytes(path):
     """(kind, bytes) to send of an image: the file itself where every reader sees the same in it, otherwise a PNG.
 
     Files that are turned by EXIF, animated, of 16 bits, CMYK, with a palette or transparency, or in a rarer format are
-    decoded by :func:`~ovdet2.data.images.read_image` and encoded anew without loss.
+    decoded by :func:`~ovdet2.io.images.read_image` and encoded anew without loss.
 
     Raises:
         DataError: the file cannot be read.

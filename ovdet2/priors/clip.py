@@ -6,8 +6,8 @@ Shapes: N images, V views of an image, K words, D embedding dimension, S side of
 import torch
 from torch.utils.data import DataLoader
 
-from ovdet2.data.images import read_image
 from ovdet2.errors import DataError, NumericalError
+from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import crop_regions
 
 RESIZE = {"crop": "centre_crop", "squash": "warp"}  # name here -> policy of ovdet2.vlm.crops

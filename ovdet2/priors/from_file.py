@@ -3,8 +3,8 @@
 import torch
 
 from ovdet2.errors import DataError
-from ovdet2.files import read_json, sha256_file
-from ovdet2.vlm.templates import clean_name
+from ovdet2.io.files import read_json, sha256_file
+from ovdet2.vocabulary.templates import clean_name
 
 _FORM = "the form is {image id: [[category id or word, score], ...]}, scores in [0, 1]"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ovdet2.data.images import read_image
 from ovdet2.errors import DataError, SetupError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
+from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, yes_or_no
 
 _READ = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what decides a model's answers

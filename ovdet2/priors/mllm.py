@@ -13,9 +13,9 @@ import torch
 from tqdm import tqdm
 
 from ovdet2.errors import CacheError, DataError, UsageError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 from ovdet2.priors.answers import AnswerBook
-from ovdet2.vlm.templates import clean_name
+from ovdet2.vocabulary.templates import clean_name
 
 PROMPT = "Question: Does [OBJ] exist in the image? Answer:"
 
@@ -41,7 +41,7 @@ class MllmBackend:
             folder: of the answers, see :mod:`~ovdet2.priors.answers`.
             words: K words.
             prompt: question with "[OBJ]" for the cleaned word.
-            candidates: :class:`~ovdet2.data.concept_prior.ConceptPriors`: only its ``top`` words are asked of an image.
+            candidates: :class:`~ovdet2.priors.concept_prior.ConceptPriors`: only its ``top`` words are asked of an image.
             top: see there.
             max_queries: questions to put in this run at most; None for no limit.
 

@@ -8,10 +8,10 @@ import zlib
 import numpy as np
 import torch
 
-from ovdet2.data.concept_prior import best, columns_of
-from ovdet2.data.image_words import WordOrder, ordered_words
 from ovdet2.errors import UsageError
 from ovdet2.priors.clip import RESIZE, ClipBackend, view_boxes
+from ovdet2.priors.concept_prior import best, columns_of
+from ovdet2.priors.image_words import WordOrder, ordered_words
 from ovdet2.vlm.crops import crop_regions
 from ovdet2.vlm.fingerprint import require_same_teacher
 
@@ -24,7 +24,7 @@ class OnlinePriors:
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
             vocabulary: :class:`~ovdet2.vocabulary.Vocabulary` of K words, embedded by the same teacher.
-            threshold, top, fill, seed: of :class:`~ovdet2.data.image_words.PriorWords`.
+            threshold, top, fill, seed: of :class:`~ovdet2.priors.image_words.PriorWords`.
             tiles: n; the teacher looks at the whole image and at n x n cells, the best counts.
 
         Raises:

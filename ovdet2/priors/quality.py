@@ -12,7 +12,7 @@ def quality(priors, truth, split, thresholds, tops):
     theirs. Classes that a federated data set (LVIS) did not look for in an image count neither way.
 
     Args:
-        priors: :class:`~ovdet2.data.concept_prior.ConceptPriors`.
+        priors: :class:`~ovdet2.priors.concept_prior.ConceptPriors`.
         truth: dict of image id to :class:`~ovdet2.priors.truth.Truth`.
         split: the data set's :class:`~ovdet2.data.datasets.coco_json.Split`.
         thresholds: values of rho.

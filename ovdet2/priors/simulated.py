@@ -6,8 +6,8 @@ They bound what a prior can do for a detector. What is drawn for an image depend
 import numpy as np
 import torch
 
-from ovdet2.data.concept_prior import columns_of
 from ovdet2.errors import DataError, UsageError
+from ovdet2.priors.concept_prior import columns_of
 
 
 class Oracle:

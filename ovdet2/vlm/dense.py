@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from ovdet2.errors import UsageError
-from ovdet2.layers.attention_pool import attention_pool_regions
+from ovdet2.vlm.attention_pool import attention_pool_regions
 from ovdet2.vlm.crops import scale_boxes
 
 
@@ -155,7 +155,7 @@ def pool_regions(visual, feature_map, boxes_xyxy, batch_size=128):
     """Embeddings of regions from :func:`dense_map`.
 
     A ViT: the map normalised per cell, RoIAlign 1x1 with adaptive sampling, normalised again (CLIM). A ModifiedResNet:
-    :func:`~ovdet2.layers.attention_pool.attention_pool_regions`.
+    :func:`~ovdet2.vlm.attention_pool.attention_pool_regions`.
 
     Args:
         visual: the tower that made the map.

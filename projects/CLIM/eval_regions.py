@@ -16,9 +16,9 @@ import torch
 from clim.regions import evaluate, table
 from clim.response import draw_responses, mosaic_of, response_maps
 
-from ovdet2.data.images import read_image
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
+from ovdet2.io.images import read_image
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 

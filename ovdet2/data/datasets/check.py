@@ -32,8 +32,8 @@ from ovdet2.data.datasets.findings import (
     show_field,
     usable_id,
 )
-from ovdet2.data.images import image_size, read_image
 from ovdet2.errors import DataError
+from ovdet2.io.images import image_size, read_image
 
 _NUMBERS = {int, float}  # by type, since a bool is an int
 _ENOUGH = 10  # boxes below which nothing is suspected of a whole file

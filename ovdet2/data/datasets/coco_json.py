@@ -13,7 +13,7 @@ import pycocotools.mask as mask_api
 from detectron2.structures import BoxMode
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import read_json
+from ovdet2.io.files import read_json
 
 _SHOWN = 5  # ids named in an error message
 _NO_AREA = "boxes of zero or negative size"

@@ -27,7 +27,7 @@ from ovdet2.data.datasets.coco_json import filter_coco_json, first_few, require_
 from ovdet2.data.datasets.prepare import read_annotations, write_prepared
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.errors import DataError
-from ovdet2.files import sha256_file
+from ovdet2.io.files import sha256_file
 
 _BASE = frozenset(name for _, name in OV_COCO.base)
 _NOVEL = frozenset(name for _, name in OV_COCO.novel)

@@ -1,15 +1,44 @@
 """OV-Shapes (48 base, 17 novel classes): ov_shapes_train_base and ov_shapes_val_all, generated on first use.
 
 Its classes carry the sparse category ids of OV-COCO, base on base and novel on novel, so that the code that maps ids is
-the same and is tested without COCO.
+the same and is tested without COCO. On disk it has the layout of COCO 2017:
+
+<root>/ov_shapes/train2017/000000000001.jpg ...     <root>/ov_shapes/val2017/...
+<root>/ov_shapes/annotations/instances_{train,val}2017.json      the whole truth, 65 classes
+<root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json made of them as OV-COCO's are of COCO's
+<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it, with masks
+<root>/ov_shapes/annotations/ov_lvis_train_base.json             made of it as OV-LVIS's is of LVIS's
+<root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
 """
 
+import fcntl
+from pathlib import Path
+
 from ovdet2.data.datasets.coco_json import Split
-from ovdet2.data.datasets.lvis_split import frequency_split
+from ovdet2.data.datasets.lvis_split import frequency_split, prepare_lvis_train
+from ovdet2.data.datasets.prepare import prepare_split
 from ovdet2.data.datasets.register import data_root, register_dataset
 from ovdet2.data.datasets.splits import OV_COCO
-from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
+from ovdet2.errors import DataError, UsageError
+from ovdet2.io.files import read_json, write_json
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
+from ovdet2.ov_shapes.world.draw import annotations_hash, draw_split
+from ovdet2.ov_shapes.world.lvis import lvis_json
+from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS
 
+# Raised whenever the images or boxes of a seed change: figures of two versions are not comparable.
+SCHEMA = "ovdet2/ov-shapes/2"
+FOLDER = "ov_shapes"
+ANNOTATION_FILES = (
+    "instances_train2017.json",
+    "instances_val2017.json",
+    "ov_shapes_train_base.json",
+    "ov_shapes_val_all.json",
+    "lvis_v1_train.json",
+    "lvis_v1_val.json",
+    "ov_lvis_train_base.json",
+)
+_REDO = "delete that folder and run python -m ovdet2.ov_shapes --root with its parent folder"
 _BASE = tuple(zip((category_id for category_id, _ in OV_COCO.base), BASE_NAMES, strict=True))
 _NOVEL = tuple(zip((category_id for category_id, _ in OV_COCO.novel), NOVEL_NAMES, strict=True))
 
@@ -24,9 +53,99 @@ OV_SHAPES = Split(
 )
 
 
-def _prepare():
-    from ovdet2.data.shapes.generate import ensure_current
+def ensure_generated(root, seed=0, counts=None, workers=2):
+    """Generate OV-Shapes below ``root`` unless it is there. Safe to call from several processes at once.
 
+    One process generates under a file lock, the others wait for it. A generation that was cut short has no manifest
+    and is begun again, as is one that has lost an annotation file; images are overwritten with equal ones.
+
+    Args:
+        root: folder of all data sets (the images go to ``root/ov_shapes``).
+        seed: of the data set, 0 for the benchmark.
+        counts: {"train2017": n, "val2017": n}; None for the benchmark's 2,000 and 500.
+        workers: processes that draw; 1 draws in this process. Any number gives the same files.
+
+    Returns:
+        The manifest, a dict.
+
+    Raises:
+        DataError: a finished data set of another seed or size is there.
+        UsageError: a negative seed or a count below 1.
+    """
+    counts = dict(counts or IMAGE_COUNTS)
+    if seed < 0 or set(counts) != set(IMAGE_COUNTS) or min(counts.values()) < 1:
+        raise UsageError(f"OV-Shapes needs a seed >= 0 and at least one image per split, not {seed} and {counts}.")
+    folder = Path(root) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        manifest_file = folder / "manifest.json"
+        if manifest_file.is_file():
+            manifest = read_json(manifest_file, _REDO)
+            found = {key: manifest.get(key) for key in ("schema", "seed", "images")}
+            if found != {"schema": SCHEMA, "seed": seed, "images": counts}:
+                raise DataError(f"{folder} holds OV-Shapes of {found}, not of seed {seed} with {counts}: {_REDO}.")
+            if _has_annotations(folder):
+                return manifest
+        return _generate(folder, seed, counts, workers)
+
+
+def ensure_current(root):
+    """Generate the benchmark below ``root`` if nothing is there; keep one of any seed or size that this version drew.
+
+    Annotation files that are missing, as in a folder of before they existed, are made again, of the same seed and size.
+
+    Raises:
+        DataError: another version of ovdet2 drew it, so its figures are not comparable.
+    """
+    manifest_file = Path(root) / FOLDER / "manifest.json"
+    if not manifest_file.is_file():
+        ensure_generated(root)
+        return
+    manifest = read_json(manifest_file, _REDO)
+    if manifest.get("schema") != SCHEMA:
+        raise DataError(
+            f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
+        )
+    if not _has_annotations(manifest_file.parent):  # nothing is written, not even a lock, to a folder that is whole
+        ensure_generated(root, manifest["seed"], manifest["images"])
+
+
+def _has_annotations(folder):
+    return all((folder / "annotations" / name).is_file() for name in ANNOTATION_FILES)
+
+
+def _generate(folder, seed, counts, workers):
+    annotations = folder / "annotations"
+    (folder / "manifest.json").unlink(missing_ok=True)
+    truth, masks, pixel_hashes = {}, {}, {}
+    for split, count in counts.items():
+        (folder / split).mkdir(exist_ok=True)
+        truth[split], pixel_hashes[split], masks[split] = draw_split(
+            seed, split, count, OV_SHAPES.category_ids, workers, folder / split
+        )
+        write_json(annotations / f"instances_{split}.json", truth[split])
+    for _ in prepare_split(annotations, FOLDER, OV_SHAPES, remedy=_REDO):
+        pass
+    novel_ids = {category_id for category_id, _ in OV_SHAPES.novel}
+    for split in counts:
+        lvis = lvis_json(truth[split], masks[split], truth["train2017"], novel_ids, split)
+        write_json(annotations / f"lvis_v1_{split.removesuffix('2017')}.json", lvis)
+    prepare_lvis_train(annotations / "lvis_v1_train.json", annotations / "ov_lvis_train_base.json", _REDO)
+    manifest = {
+        "schema": SCHEMA,
+        "seed": seed,
+        "images": counts,
+        "annotations": {split: len(data["annotations"]) for split, data in truth.items()},
+        "classes": {"base": len(BASE_NAMES), "all": len(CLASS_NAMES)},
+        "pixels_sha256": pixel_hashes,
+        "annotations_sha256": {split: annotations_hash(data) for split, data in truth.items()},
+    }
+    write_json(folder / "manifest.json", manifest, indent=1)
+    return manifest
+
+
+def _prepare():
     ensure_current(data_root())
 
 
@@ -38,7 +157,7 @@ for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all"
         OV_SHAPES,
         prepare=_prepare,
         base_only=_base_only,
-        remedy="run python -m ovdet2.data.shapes",
+        remedy="run python -m ovdet2.ov_shapes",
     )
 
 # The same images and truth in LVIS's form, with masks: rare classes are the novel ones.
@@ -52,5 +171,5 @@ for _name, _json, _base_only in (("train_base", "ov_lvis_train_base", True), ("v
         prepare=_prepare,
         base_only=_base_only,
         masks=True,
-        remedy="run python -m ovdet2.data.shapes",
+        remedy="run python -m ovdet2.ov_shapes",
     )

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ovdet2.data.datasets.coco_json import filter_coco_json
 from ovdet2.errors import DataError
-from ovdet2.files import atomic_path, read_json, sha256_file
+from ovdet2.io.files import atomic_path, read_json, sha256_file
 
 _SCHEMA = "ovdet2/split-json/1"
 
@@ -86,7 +86,7 @@ def prepare_split(annotations, prefix, split, remedy="check the folder", officia
 
 
 def read_annotations(path, remedy):
-    """:func:`~ovdet2.files.read_json` that says what it is busy with: parsing 1 GB takes half a minute."""
+    """:func:`~ovdet2.io.files.read_json` that says what it is busy with: parsing 1 GB takes half a minute."""
     with tqdm(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
         return read_json(path, remedy)
 

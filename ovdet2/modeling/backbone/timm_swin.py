@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.weights import read_weights
+from ovdet2.io.weights import read_weights
 
 _STAGES = ("res2", "res3", "res4", "res5")
 _PATCH = 4

@@ -21,7 +21,7 @@ def build_detr(cfg, backbone, vocabulary):
     Args:
         cfg: configuration.
         backbone: Detectron2 Backbone with the maps of MODEL.DETR.IN_FEATURES.
-        vocabulary: :class:`~ovdet2.layers.VocabularyBuffer`.
+        vocabulary: :class:`~ovdet2.layers.WordBank`.
 
     Raises:
         UsageError: maps that the backbone does not have, or has and are not used; sizes that do not fit; an unknown
@@ -79,8 +79,8 @@ def refuse_unused(cfg):
     ovd = cfg.MODEL.OVD
     unused = {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
-        "MODEL.DISTILLATION.WEIGHT": cfg.MODEL.DISTILLATION.WEIGHT > 0,
-        "MODEL.OVD.SECOND_BRANCH": ovd.SECOND_BRANCH != "none",
+        "MODEL.VILD.WEIGHT": cfg.MODEL.VILD.WEIGHT > 0,
+        "MODEL.OVD.SECONDARY_SCORES": ovd.SECONDARY_SCORES != "none",
         "MODEL.OVD.CLS_LOSS": ovd.CLS_LOSS != "softmax",
         "MODEL.OVD.CLS_LOSS_WEIGHT": ovd.CLS_LOSS_WEIGHT != 1,
         "MODEL.OVD.FEDERATED_WORDS": ovd.FEDERATED_WORDS > 0,

@@ -65,7 +65,7 @@ class TextBranch(nn.Module):
         """
         Args:
             dim: C.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` of the detector, which every layer's branch reads and
+            vocabulary: :class:`~ovdet2.layers.WordBank` of the detector, which every layer's branch reads and
                 none owns; base columns in training, all words at test.
             scale: initial s, at most 100, where it stays capped.
         """
@@ -79,7 +79,7 @@ class TextBranch(nn.Module):
 
     @property
     def vocabulary(self):
-        """The detector's :class:`~ovdet2.layers.VocabularyBuffer`."""
+        """The detector's :class:`~ovdet2.layers.WordBank`."""
         return self._shared[0]
 
     def embed(self, hidden):

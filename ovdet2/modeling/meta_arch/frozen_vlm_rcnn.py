@@ -48,8 +48,8 @@ class FrozenVLMRCNN(OpenVocabularyRCNN):
         words = arguments["roi_heads"].box_predictor.cls_score.vocabulary.vocabulary
         trunk = build_teacher(cfg).fingerprint
         require_same_teacher(trunk, "the trunk (MODEL.TEACHER)", words.teacher, "the vocabulary")
-        asks_clip = cfg.MODEL.OVD.SECOND_BRANCH == "map"
-        return arguments | {"vlm_temperature": cfg.MODEL.OVD.VLM_TEMPERATURE if asks_clip else None}
+        asks_clip = cfg.MODEL.OVD.SECONDARY_SCORES == "map"
+        return arguments | {"vlm_temperature": cfg.MODEL.FVLM.TEMPERATURE if asks_clip else None}
 
     def ask_second_branch(self, batched_inputs, features, proposals):
         """CLIP's probabilities [R, K + 1] of the proposals, background last; see :class:`OpenVocabularyRCNN`."""
@@ -60,7 +60,7 @@ class FrozenVLMRCNN(OpenVocabularyRCNN):
         columns = torch.cat([self.vocabulary.embeddings, self.vocabulary.background[None]])
         probs = column_probabilities(embeddings, columns, self.vlm_temperature)
         for found, of_image in zip(proposals, probs.split([len(found) for found in proposals])):
-            found.second_probs = of_image
+            found.secondary_probs = of_image
 
 
 def _require_consistent(cfg):
@@ -75,10 +75,10 @@ def _require_consistent(cfg):
             f"FrozenVLMRCNN has CLIP's image tower as its trunk, not {backbone.NAME}: set MODEL.BACKBONE.NAME to "
             "build_clip_fpn_backbone."
         )
-    if cfg.MODEL.OVD.SECOND_BRANCH == "map" and backbone.FREEZE_AT < ALL_FROZEN:
+    if cfg.MODEL.OVD.SECONDARY_SCORES == "map" and backbone.FREEZE_AT < ALL_FROZEN:
         raise UsageError(
-            f'MODEL.OVD.SECOND_BRANCH "map" reads a trunk that training must not change: set MODEL.BACKBONE.FREEZE_AT '
+            f'MODEL.OVD.SECONDARY_SCORES "map" reads a trunk that training must not change: set MODEL.BACKBONE.FREEZE_AT '
             f"to {ALL_FROZEN} (now {backbone.FREEZE_AT})."
         )
-    if cfg.MODEL.OVD.VLM_TEMPERATURE <= 0:
-        raise UsageError(f"MODEL.OVD.VLM_TEMPERATURE is {cfg.MODEL.OVD.VLM_TEMPERATURE}: it must be above 0.")
+    if cfg.MODEL.FVLM.TEMPERATURE <= 0:
+        raise UsageError(f"MODEL.FVLM.TEMPERATURE is {cfg.MODEL.FVLM.TEMPERATURE}: it must be above 0.")

@@ -10,10 +10,10 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import VocabularyBuffer
 from ovdet2.modeling.build import build_vocabulary
 from ovdet2.modeling.detr.criterion import mean_box_count, weighted
 from ovdet2.modeling.detr.targets import Targets
+from ovdet2.vocabulary.bank import WordBank
 
 
 @META_ARCH_REGISTRY.register()
@@ -47,14 +47,14 @@ class OpenVocabularyDeformableDETR(nn.Module):
         Args:
             network: :class:`~ovdet2.modeling.detr.model.DeformableDETR`, whose ``backbone`` says by what the sides of a
                 batch must be divisible.
-            vocabulary: :class:`~ovdet2.layers.VocabularyBuffer` that the network reads, too.
+            vocabulary: :class:`~ovdet2.layers.WordBank` that the network reads, too.
             criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
             postprocessor: (outputs, B (height, width), layer) -> list of :class:`Instances`.
             loss_weights: dict by kind of loss.
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of INPUT.FORMAT.
             every_layer: at test, give the detections of all decoder layers.
-            cckt: :class:`~ovdet2.modeling.detr.cckt.CCKT`, or None.
-            clip_detr: :class:`~ovdet2.modeling.detr.clip_detr.CLIPDETR`, which takes part in training alone, or None.
+            cckt: :class:`~ovdet2.methods.cckt.part.CCKT`, or None.
+            clip_detr: :class:`~ovdet2.methods.clip_detr.part.CLIPDETR`, which takes part in training alone, or None.
         """
         super().__init__()
         self.network = network
@@ -71,6 +71,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
     @classmethod
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
+        from ovdet2.methods.cckt.build import build_cckt, cckt_weights
+        from ovdet2.methods.clip_detr.build import build_clip_detr, clip_detr_weights
         from ovdet2.modeling.detr.build import (
             build_criterion,
             build_detr,
@@ -78,11 +80,9 @@ class OpenVocabularyDeformableDETR(nn.Module):
             loss_weights,
             refuse_unused,
         )
-        from ovdet2.modeling.detr.build_cckt import build_cckt, cckt_weights
-        from ovdet2.modeling.detr.build_clip_detr import build_clip_detr, clip_detr_weights
 
         refuse_unused(cfg)
-        vocabulary = VocabularyBuffer(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        vocabulary = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         network = build_detr(cfg, build_backbone(cfg), vocabulary)
         cckt, extra_costs = build_cckt(cfg, network, vocabulary)
         return {
@@ -115,7 +115,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
         Raises:
             UsageError: a closed set of classes is asked for another number of words, or see
-                :class:`~ovdet2.modeling.detr.cckt.CCKT`.
+                :class:`~ovdet2.methods.cckt.part.CCKT`.
             NumericalError: a matching cost is not finite; it names the image.
         """
         if self.training:
@@ -139,7 +139,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """Let the parts take what they need of the training set, a :class:`~ovdet2.data.loader.MappedRecords`.
 
         Raises:
-            UsageError, CacheError: see :meth:`~ovdet2.modeling.detr.cckt.CCKT.prepare_training`.
+            UsageError, CacheError: see :meth:`~ovdet2.methods.cckt.part.CCKT.prepare_training`.
         """
         if self.cckt is not None:
             self.cckt.prepare_training(dataset)
@@ -170,7 +170,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
         Returns:
             (:class:`ImageList`, outputs as of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`, with CCKT
-            those of :meth:`~ovdet2.modeling.detr.cckt.CCKT.scored`).
+            those of :meth:`~ovdet2.methods.cckt.part.CCKT.scored`).
         """
         images, memory, queries = self.encode(batched_inputs)
         outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)

@@ -11,8 +11,8 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 
 from ovdet2.errors import UsageError
+from ovdet2.methods.vild.crop_scorer import CropScorer
 from ovdet2.modeling.build import build_teacher, build_vocabulary_buffer
-from ovdet2.modeling.rcnn.crop_scorer import CropScorer
 
 
 @META_ARCH_REGISTRY.register()
@@ -42,7 +42,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         backbone = build_backbone(cfg)
         vocabulary = build_vocabulary_buffer(cfg, vocabulary)
         scorer = None
-        if cfg.MODEL.OVD.SECOND_BRANCH == "crops":
+        if cfg.MODEL.OVD.SECONDARY_SCORES == "crops":
             scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
         return {
@@ -59,7 +59,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     @property
     def vocabulary(self):
-        """The :class:`~ovdet2.layers.VocabularyBuffer`; ``model.vocabulary.set(v)`` changes the words."""
+        """The :class:`~ovdet2.layers.WordBank`; ``model.vocabulary.set(v)`` changes the words."""
         return self.roi_heads.box_predictor.cls_score.vocabulary
 
     def forward(self, batched_inputs):
@@ -72,8 +72,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             return super().forward(batched_inputs)
         if not all("regions" in record for record in batched_inputs):
             raise UsageError(
-                "MODEL.DISTILLATION.WEIGHT is above 0 but the records hold no cached regions: set "
-                "MODEL.DISTILLATION.REGION_CACHE and load the data with OpenVocabularyMapper."
+                "MODEL.VILD.WEIGHT is above 0 but the records hold no cached regions: set "
+                "MODEL.VILD.REGION_CACHE and load the data with OpenVocabularyMapper."
             )
         images = self.preprocess_image(batched_inputs)
         targets = [record["instances"].to(self.device) for record in batched_inputs]
@@ -115,7 +115,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         return outputs
 
     def ask_second_branch(self, batched_inputs, features, proposals):
-        """Attach ``second_probs`` [R, K] to the proposals of each image, where something but the heads gives them.
+        """Attach ``secondary_probs`` [R, K] to the proposals of each image, where something but the heads gives them.
 
         Args:
             batched_inputs: records.
@@ -125,7 +125,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         if self.region_scorer is None:
             return
         for inputs, found in zip(batched_inputs, proposals):
-            found.second_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
+            found.secondary_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
 
 
 def _to_original_pixels(proposals, inputs):

@@ -14,13 +14,13 @@ from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
 from ovdet2.modeling.losses import background_weighted_cross_entropy, federated_words, sigmoid_classification
 
-SECOND_BRANCH_USES = ("fuse", "only", "only_objectness")
+SECONDARY_USES = ("fuse", "only", "only_objectness")
 
 
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with a second branch.
 
-    A second branch leaves its probabilities as ``second_probs`` [R, K] of the proposals; without the field the
+    A second branch leaves its probabilities as ``secondary_probs`` [R, K] of the proposals; without the field the
     classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
     positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
     binary and may be federated.
@@ -32,7 +32,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         input_shape,
         *,
         classifier,
-        second_branch_use="fuse",
+        secondary_use="fuse",
         fusion_base=1 / 3,
         fusion_novel=2 / 3,
         renormalize=False,
@@ -46,7 +46,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             input_shape: :class:`ShapeSpec` of the box head's output.
             classifier: module, [R, C] -> logits with background last; has ``num_training_classes``, ``per_word`` and
                 ``vocabulary``.
-            second_branch_use: what to do with ``second_probs``, one of SECOND_BRANCH_USES.
+            secondary_use: what to do with ``secondary_probs``, one of SECONDARY_USES.
             fusion_base, fusion_novel: exponents of the second branch in "fuse".
             renormalize: in "fuse", let the fused scores and the background of a region sum to 1.
             background_weight: of a background region's cross-entropy; the mean is over the number of regions.
@@ -55,12 +55,12 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             kwargs: of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=classifier.num_training_classes, cls_agnostic_bbox_reg=True, **kwargs)
-        if second_branch_use not in SECOND_BRANCH_USES:
+        if secondary_use not in SECONDARY_USES:
             raise UsageError(
-                f"MODEL.OVD.SECOND_BRANCH_USE is {second_branch_use!r}: choose one of {', '.join(SECOND_BRANCH_USES)}."
+                f"MODEL.OVD.SECONDARY_USE is {secondary_use!r}: choose one of {', '.join(SECONDARY_USES)}."
             )
         self.cls_score = classifier
-        self.second_branch_use = second_branch_use
+        self.secondary_use = secondary_use
         self.fusion_base = fusion_base
         self.fusion_novel = fusion_novel
         self.renormalize = renormalize
@@ -75,7 +75,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         arguments["loss_weight"] = {**arguments["loss_weight"], "loss_cls": cfg.MODEL.OVD.CLS_LOSS_WEIGHT}
         return arguments | {
             "classifier": classifier,
-            "second_branch_use": cfg.MODEL.OVD.SECOND_BRANCH_USE,
+            "secondary_use": cfg.MODEL.OVD.SECONDARY_USE,
             "fusion_base": cfg.MODEL.OVD.FUSION_BASE,
             "fusion_novel": cfg.MODEL.OVD.FUSION_NOVEL,
             "renormalize": cfg.MODEL.OVD.FUSION_RENORMALIZE,
@@ -112,14 +112,14 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         return [self._with_second_branch(p, instances) for p, instances in zip(probs, proposals)]
 
     def _with_second_branch(self, probs, proposals):
-        if not proposals.has("second_probs"):
+        if not proposals.has("secondary_probs"):
             return probs
-        second = proposals.second_probs
-        if self.second_branch_use == "fuse":
+        second = proposals.secondary_probs
+        if self.secondary_use == "fuse":
             mask = self.cls_score.vocabulary.base_mask
             exponents = fusion_exponents(mask, self.fusion_base, self.fusion_novel)
             return fuse_scores(probs, second, exponents, self.renormalize)
-        if self.second_branch_use == "only_objectness":  # the geometric mean of objectness and class probability
+        if self.secondary_use == "only_objectness":  # the geometric mean of objectness and class probability
             second = (second * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
         return fuse_scores(probs, second, 1.0)
 

@@ -52,7 +52,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         Args:
             image_head: None for the classifier's own head, or an :class:`ImageHead`.
             distillation_weight: w of ViLD's loss.
-            scores_images: at test, attach the image branch's probabilities to the proposals as ``second_probs``.
+            scores_images: at test, attach the image branch's probabilities to the proposals as ``secondary_probs``.
             kwargs: of :class:`StandardROIHeads`.
         """
         super().__init__(**kwargs)
@@ -69,14 +69,14 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         classifier = build_classifier(cfg, width, vocabulary)
         arguments["num_classes"] = classifier.num_training_classes
         arguments["box_predictor"] = OpenVocabularyOutputLayers(cfg, head_shape, classifier)
-        if cfg.MODEL.DISTILLATION.OWN_HEAD:
+        if cfg.MODEL.VILD.OWN_HEAD:
             side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
             channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
             box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
             arguments["image_head"] = ImageHead(box_head, width, vocabulary.embeddings.shape[1])
         return arguments | {
-            "distillation_weight": cfg.MODEL.DISTILLATION.WEIGHT,
-            "scores_images": cfg.MODEL.OVD.SECOND_BRANCH == "image",
+            "distillation_weight": cfg.MODEL.VILD.WEIGHT,
+            "scores_images": cfg.MODEL.OVD.SECONDARY_SCORES == "image",
         }
 
     def forward(self, images, features, proposals, targets=None, regions=None):
@@ -125,7 +125,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         embeddings = classifier.embed(box_features) if self.image_head is None else self.image_head(pooled)
         probs = classifier.classify_without_background(embeddings)
         for found, of_image in zip(proposals, probs.split([len(p) for p in proposals])):
-            found.second_probs = of_image
+            found.secondary_probs = of_image
         return self.box_predictor.inference(self.box_predictor(box_features), proposals)[0]
 
 
@@ -135,14 +135,14 @@ def _require_consistent(cfg):
     Raises:
         UsageError: names the keys.
     """
-    ovd, distillation = cfg.MODEL.OVD, cfg.MODEL.DISTILLATION
-    if ovd.SECOND_BRANCH not in SECOND_BRANCHES:
+    ovd, distillation = cfg.MODEL.OVD, cfg.MODEL.VILD
+    if ovd.SECONDARY_SCORES not in SECOND_BRANCHES:
         raise UsageError(
-            f"MODEL.OVD.SECOND_BRANCH is {ovd.SECOND_BRANCH!r}: choose one of {', '.join(SECOND_BRANCHES)}."
+            f"MODEL.OVD.SECONDARY_SCORES is {ovd.SECONDARY_SCORES!r}: choose one of {', '.join(SECOND_BRANCHES)}."
         )
-    if ovd.SECOND_BRANCH == "map" and cfg.MODEL.META_ARCHITECTURE != "FrozenVLMRCNN":
+    if ovd.SECONDARY_SCORES == "map" and cfg.MODEL.META_ARCHITECTURE != "FrozenVLMRCNN":
         raise UsageError(
-            'MODEL.OVD.SECOND_BRANCH "map" needs a trunk that is CLIP: set MODEL.META_ARCHITECTURE to FrozenVLMRCNN.'
+            'MODEL.OVD.SECONDARY_SCORES "map" needs a trunk that is CLIP: set MODEL.META_ARCHITECTURE to FrozenVLMRCNN.'
         )
     if ovd.BACKGROUND_WEIGHT < 0 or (ovd.BACKGROUND_WEIGHT != 1.0 and ovd.CLS_LOSS == "sigmoid"):
         raise UsageError(
@@ -150,45 +150,41 @@ def _require_consistent(cfg):
             'MODEL.OVD.CLS_LOSS "sigmoid", which has no background, it must be 1.'
         )
     if distillation.WEIGHT < 0:
-        raise UsageError(f"MODEL.DISTILLATION.WEIGHT is {distillation.WEIGHT}: it must not be negative.")
+        raise UsageError(f"MODEL.VILD.WEIGHT is {distillation.WEIGHT}: it must not be negative.")
     if cfg.MODEL.MASK_ON and not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
         raise UsageError(
             "a mask per class cannot be asked for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
         )
     if cfg.MODEL.KEYPOINT_ON:
         raise UsageError("MODEL.KEYPOINT_ON is True: the open-vocabulary heads know no keypoints.")
-    image_branch = distillation.WEIGHT > 0 or ovd.SECOND_BRANCH == "image"
+    image_branch = distillation.WEIGHT > 0 or ovd.SECONDARY_SCORES == "image"
     if image_branch and ovd.CLASSIFIER != "text":
         raise UsageError(
             f'MODEL.OVD.CLASSIFIER is {ovd.CLASSIFIER!r}, but only "text" has an embedding to distil into: set '
-            "MODEL.DISTILLATION.WEIGHT to 0 and MODEL.OVD.SECOND_BRANCH to none."
+            "MODEL.VILD.WEIGHT to 0 and MODEL.OVD.SECONDARY_SCORES to none."
         )
     if distillation.WEIGHT == 0:
         if distillation.OWN_HEAD:
-            raise UsageError(
-                "MODEL.DISTILLATION.OWN_HEAD without a MODEL.DISTILLATION.WEIGHT: nothing trains that head."
-            )
+            raise UsageError("MODEL.VILD.OWN_HEAD without a MODEL.VILD.WEIGHT: nothing trains that head.")
         if ovd.CLS_LOSS_WEIGHT == 0:
             raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT and MODEL.DISTILLATION.WEIGHT are both 0: nothing learns what a region is."
+                "MODEL.OVD.CLS_LOSS_WEIGHT and MODEL.VILD.WEIGHT are both 0: nothing learns what a region is."
             )
         return
     if distillation.REGIONS_PER_IMAGE < 1:
         raise UsageError(
-            f"MODEL.DISTILLATION.REGIONS_PER_IMAGE is {distillation.REGIONS_PER_IMAGE}: at least 1, or set "
-            "MODEL.DISTILLATION.WEIGHT to 0."
+            f"MODEL.VILD.REGIONS_PER_IMAGE is {distillation.REGIONS_PER_IMAGE}: at least 1, or set "
+            "MODEL.VILD.WEIGHT to 0."
         )
-    if distillation.OWN_HEAD and ovd.SECOND_BRANCH != "image":
-        raise UsageError('MODEL.DISTILLATION.OWN_HEAD trains a head that only MODEL.OVD.SECOND_BRANCH "image" asks.')
+    if distillation.OWN_HEAD and ovd.SECONDARY_SCORES != "image":
+        raise UsageError('MODEL.VILD.OWN_HEAD trains a head that only MODEL.OVD.SECONDARY_SCORES "image" asks.')
     if ovd.CLS_LOSS_WEIGHT == 0:
         if distillation.OWN_HEAD:
-            raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.DISTILLATION.OWN_HEAD leaves the classifier untrained."
-            )
-        if ovd.SECOND_BRANCH != "image" or ovd.SECOND_BRANCH_USE == "fuse":
+            raise UsageError("MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.VILD.OWN_HEAD leaves the classifier untrained.")
+        if ovd.SECONDARY_SCORES != "image" or ovd.SECONDARY_USE == "fuse":
             raise UsageError(
                 "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves background untrained: score words by the image branch alone, "
-                'MODEL.OVD.SECOND_BRANCH "image" with SECOND_BRANCH_USE "only" or "only_objectness".'
+                'MODEL.OVD.SECONDARY_SCORES "image" with SECONDARY_USE "only" or "only_objectness".'
             )
     if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
         raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")

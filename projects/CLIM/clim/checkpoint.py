@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import write_safetensors
+from ovdet2.io.files import write_safetensors
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import state_dict_sha256
 from ovdet2.vlm.weight_files import file_architecture

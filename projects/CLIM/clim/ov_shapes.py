@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from ovdet2.data.shapes.captions import caption_pair, further_captions
-from ovdet2.data.shapes.scenes import render_images
-from ovdet2.files import atomic_path, write_json
+from ovdet2.io.files import atomic_path, write_json
+from ovdet2.ov_shapes.world.captions import caption_pair, further_captions
+from ovdet2.ov_shapes.world.scenes import render_images
 
 FOLDER = "ov_shapes/captions"
 _SEED = 0
@@ -20,7 +20,7 @@ def ensure_captions(root, count=10_000, each=5, workers=None):
     """Draw captioned images below ``root/ov_shapes/captions`` unless they are there: images/*.jpg and a json.
 
     The first 10,000 images, with the first caption of each, are what the embedded models were trained on
-    (:func:`~ovdet2.data.shapes.captions.caption_pair`), as JPEG files like the detection images. One process draws
+    (:func:`~ovdet2.ov_shapes.world.captions.caption_pair`), as JPEG files like the detection images. One process draws
     under a file lock, others wait for it; the json is written last, so a run that was cut short begins again.
 
     Args:

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ovdet2.data.datasets import split_of
-from ovdet2.data.images import read_image
-from ovdet2.data.shapes.classes import CLASS_NAMES
-from ovdet2.data.shapes.scenes import single_object_scene
 from ovdet2.errors import NumericalError, UsageError
-from ovdet2.files import read_json, write_json
+from ovdet2.io.files import read_json, write_json
+from ovdet2.io.images import read_image
+from ovdet2.ov_shapes.world.classes import CLASS_NAMES
+from ovdet2.ov_shapes.world.scenes import single_object_scene
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense, is_vit
 from ovdet2.vocabulary import Vocabulary

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch.nn import functional as F
 
 from ovdet2.data.mosaic import compose_mosaics, draw_mosaics
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
 from ovdet2.vlm.dense import dense_map, is_vit, pool_regions, resized_shape, stride_of
 
 _WINDOW = 3  # cells a side of the window that a ResNet's attention pool sees around each cell

@@ -12,9 +12,9 @@ import numpy as np
 from detectron2.data.common import DatasetFromList
 
 from ovdet2.data.datasets.register import data_root
-from ovdet2.data.images import read_image
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import read_json, sha256_file
+from ovdet2.io.files import read_json, sha256_file
+from ovdet2.io.images import read_image
 
 logger = logging.getLogger("ovdet2.clim")
 SOURCES = ("coco", "tsv", "tar", "ov_shapes")

@@ -20,9 +20,9 @@ from detectron2.utils import comm
 from tqdm import tqdm
 
 from clim.sources import require_few
-from ovdet2.data.images import decode_image
 from ovdet2.errors import DataError
-from ovdet2.files import read_safetensors, write_safetensors
+from ovdet2.io.files import read_safetensors, write_safetensors
+from ovdet2.io.images import decode_image
 
 SCHEMA = "ovdet2/clim-shards/1"
 _IMAGES = ("jpg", "jpeg", "png", "webp")

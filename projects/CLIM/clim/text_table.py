@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ovdet2.errors import DataError
-from ovdet2.files import atomic_path
+from ovdet2.io.files import atomic_path
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 
 SCHEMA = "ovdet2/clim-text/1"

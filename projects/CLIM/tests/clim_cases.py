@@ -12,7 +12,7 @@ from detectron2.engine import HookBase
 from PIL import Image
 
 from ovdet2.config import load_config
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
 from tests.micro import wave

@@ -12,7 +12,7 @@ from clim_cases import Stop
 from safetensors.torch import save_file
 
 from ovdet2.config import load_config
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
 
 MINI = Path(__file__).resolve().parents[4] / "shared" / "data" / "coco_mini"
 STEPS = 20
@@ -56,7 +56,7 @@ def run_of(tmp_path_factory):
 
 def join_captions(folder):
     """The captioned images of both splits as one json: 33 images, 165 captions."""
-    from ovdet2.files import read_json
+    from ovdet2.io.files import read_json
 
     images, annotations = [], []
     (folder / "images").mkdir()

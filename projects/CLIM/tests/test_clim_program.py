@@ -16,11 +16,11 @@ from clim.sources import build_source
 from detectron2.modeling import META_ARCH_REGISTRY
 from safetensors import safe_open
 
+from ovdet2.caches.region_cache import RegionCache
 from ovdet2.config import load_config
-from ovdet2.data.concept_prior import ConceptPriors
 from ovdet2.data.datasets.register import register_ov_dataset
-from ovdet2.data.region_cache import RegionCache
 from ovdet2.errors import UsageError
+from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.vlm.teacher import Teacher
 
 NAMES = ("red square", "blue square")

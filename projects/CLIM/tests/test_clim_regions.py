@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ovdet2.data.datasets.register import register_ov_dataset
-from ovdet2.data.shapes.classes import BASE_NAMES, NOVEL_NAMES
 from ovdet2.errors import NumericalError, UsageError
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, NOVEL_NAMES
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense
 from ovdet2.vocabulary import Vocabulary

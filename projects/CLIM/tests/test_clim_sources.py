@@ -14,9 +14,9 @@ from clim.sources import CocoCaptions, TsvCaptions, build_source
 from clim.tar_shards import ShuffleBuffer, TarShards
 from clim.text_table import TextTable, build_text_table
 
-from ovdet2.data.shapes.captions import caption_pair
 from ovdet2.errors import DataError, UsageError
-from ovdet2.files import write_json
+from ovdet2.io.files import write_json
+from ovdet2.ov_shapes.world.captions import caption_pair
 
 
 class NoTable:

@@ -1,0 +1,293 @@
+"""Offline region embeddings of the teacher: shards of safetensors under one manifest, written once, read by image id.
+
+Written by :mod:`ovdet2.caches.region_cache_writer`.
+
+A cache is a folder::
+
+    manifest.json                what it was made of, whether it is complete, each shard's ids, counts, size and hash
+    shard-00000.safetensors      about 200 images, by ascending image id
+
+Shapes: I images of a shard, R regions, D embedding dimension. A shard holds ``embeddings`` [R, D] float16 unit rows,
+``boxes_xyxy`` [R, 4] float32 in pixels of the original image, ``image_ids`` [I] int64, ``offsets`` [I + 1] int64 (the
+regions of image i are offsets[i] to offsets[i + 1]), ``ann_ids`` [R] int64 (-1 for proposals), ``scores`` [R] f32.
+"""
+
+import bisect
+import hashlib
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ovdet2.errors import CacheError, DataError
+from ovdet2.io.files import read_json, sha256_file
+from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
+
+SCHEMA = "ovdet2/region-cache/1"
+MANIFEST = "manifest.json"
+_MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
+_TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
+_BUILD = "build it with tools/build_region_cache.py"
+_OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allows 65,530 of
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions of one image.
+
+    Attributes:
+        boxes_xyxy: Tensor [R, 4] float32, pixels of the original image.
+        embeddings: Tensor [R, D] float16, unit rows.
+        ann_ids: Tensor [R] int64, the annotation a box was taken from, -1 for a proposal.
+        scores: Tensor [R] float32, in [0, 1].
+    """
+
+    boxes_xyxy: torch.Tensor
+    embeddings: torch.Tensor
+    ann_ids: torch.Tensor
+    scores: torch.Tensor
+
+    def __len__(self):
+        return len(self.boxes_xyxy)
+
+
+class MappedRegions:
+    """The :class:`Regions` of an image in a mapped file: each tensor is a view, cut out when it is asked for.
+
+    A view is to be copied before it is changed or sent to another process, which would send the whole shard.
+    """
+
+    __slots__ = ("_tensors", "_rows")
+
+    def __init__(self, tensors, rows):
+        self._tensors = tensors
+        self._rows = rows
+
+    def __len__(self):
+        return self._rows.stop - self._rows.start
+
+    boxes_xyxy = property(lambda self: self._tensors["boxes_xyxy"][self._rows])
+    embeddings = property(lambda self: self._tensors["embeddings"][self._rows])
+    ann_ids = property(lambda self: self._tensors["ann_ids"][self._rows])
+    scores = property(lambda self: self._tensors["scores"][self._rows])
+
+
+def shard_name(index):
+    """File name of a shard."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def recipe_digest(recipe):
+    """Hash of what a cache is made of; every shard carries it."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+class RegionCache:
+    """Reads a complete cache by image id; memory-mapped, so that only the rows asked for are read.
+
+    Picklable, and safe to carry into loader workers however they are started.
+
+    Attributes:
+        unreadable: {image id, a string: why} of the images that could not be read and have no regions.
+        missing: annotations asked for by :meth:`of_annotations` and not found, by this process.
+    """
+
+    def __init__(self, folder):
+        """
+        Args:
+            folder: of the cache.
+
+        Raises:
+            CacheError: no cache, another schema, an incomplete one, or a shard that is missing or has another size;
+                the message holds the command that completes it.
+        """
+        self.folder = Path(folder)
+        self.missing = 0
+        self.manifest = read_manifest(self.folder)
+        command = f"complete it with: {self.manifest['command']}"
+        if not self.manifest["complete"]:
+            there = sum((self.folder / shard_name(i)).is_file() for i in range(self.manifest["planned_shards"]))
+            raise CacheError(
+                f"the region cache {folder} is incomplete, {there} of {self.manifest['planned_shards']} shards are "
+                f"there: {command}"
+            )
+        for shard in self.manifest["shards"]:
+            path = self.folder / shard["file"]
+            if not path.is_file():
+                raise CacheError(f"the shard {path} is missing: {command}")
+            if path.stat().st_size != shard["bytes"]:
+                raise CacheError(
+                    f"the shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}, it was cut off or "
+                    f"replaced: {command}"
+                )
+        self.unreadable = {
+            k: why for shard in self.manifest["shards"] for k, why in shard.get("unreadable", {}).items()
+        }
+        self._first_ids = [shard["first_image_id"] for shard in self.manifest["shards"]]
+        self._digest = recipe_digest(self.manifest["recipe"])
+        self._open = OrderedDict()
+
+    @property
+    def teacher(self):
+        """:class:`Fingerprint` of the teacher."""
+        return Fingerprint.from_dict(self.manifest["recipe"].get("teacher"), f"the region cache {self.folder}")
+
+    def __len__(self):
+        """Images."""
+        return self.manifest["images"]
+
+    def require_teacher(self, fingerprint, owner):
+        """Raise CacheError, naming both, unless the embeddings are of the teacher ``owner`` (a text) has."""
+        try:
+            require_same_teacher(self.teacher, f"the region cache {self.folder}", fingerprint, owner)
+        except DataError as error:
+            raise CacheError(str(error)) from None
+
+    def require_dataset(self, name, json_file):
+        """Raise CacheError unless the cache was built from this very json."""
+        recipe, found = self.manifest["recipe"], sha256_file(json_file)
+        if recipe["dataset_sha256"] != found:
+            raise CacheError(
+                f"the region cache {self.folder} was built for {recipe['dataset']} with annotations of SHA-256 "
+                f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {found[:12]}: build one for it "
+                "(tools/build_region_cache.py --output another folder)."
+            )
+
+    def image_ids(self):
+        """The ids of all images, ascending, shard by shard; a generator."""
+        for index in range(len(self.manifest["shards"])):
+            yield from self._shard(index).image_ids
+
+    def regions(self, image_id):
+        """The :class:`MappedRegions` of an image.
+
+        Raises:
+            CacheError: the cache has no entry for it, or its shard is damaged.
+        """
+        index = bisect.bisect_right(self._first_ids, image_id) - 1
+        found = self._shard(index).regions(image_id) if index >= 0 else None
+        if found is None:
+            raise CacheError(
+                f"the region cache {self.folder} has no entry for image id {image_id}: it was built for other images; "
+                f"{_BUILD} from the annotations of this training."
+            )
+        return found
+
+    def of_annotations(self, image_id, ann_ids):
+        """Embeddings of annotated boxes, for losses on ground truth.
+
+        Args:
+            image_id: of the image.
+            ann_ids: list or int64 Tensor [M] of its annotations.
+
+        Returns:
+            (embeddings, found): Tensor [M, D] float16, unit rows, zero where there is none; Tensor [M] bool. Those not
+            found are counted in :attr:`missing`.
+
+        Raises:
+            CacheError: see :meth:`regions`.
+        """
+        cached = self.regions(image_id)
+        wanted = torch.as_tensor(ann_ids, dtype=torch.int64).reshape(-1)
+        matches = wanted[:, None] == cached.ann_ids
+        found = matches.any(dim=1) & (wanted >= 0)
+        embeddings = cached.embeddings.new_zeros((len(wanted), cached.embeddings.shape[1]))
+        if len(cached):  # argmax wants a column
+            embeddings[found] = cached.embeddings[matches[found].int().argmax(dim=1)]
+        self.missing += int((~found).sum())
+        return embeddings, found
+
+    def _shard(self, index):
+        if index not in self._open:
+            path = self.folder / self.manifest["shards"][index]["file"]
+            self._open[index] = Shard(path, self._digest, f"mend it with: {self.manifest['command']} --verify")
+            if len(self._open) > _OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(index)
+        return self._open[index]
+
+    def __getstate__(self):
+        return self.__dict__ | {"_open": OrderedDict()}  # a memory map is opened anew in another process
+
+
+class Shard:
+    """One shard, memory-mapped.
+
+    Attributes:
+        manifest: dict of the file's header.
+        image_ids: list of ints, ascending.
+    """
+
+    def __init__(self, path, digest, remedy=f"remove it and {_BUILD}"):
+        """
+        Args:
+            path: of the file.
+            digest: :func:`recipe_digest` of the cache it must belong to.
+            remedy: what error messages end with.
+
+        Raises:
+            CacheError: the file is damaged, or not a shard of this cache.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                self.manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+                self.tensors = {name: file.get_tensor(name) for name in _TENSORS}  # views of the mapped file
+            self.image_ids = self.tensors["image_ids"].tolist()
+            self._offsets = self.tensors["offsets"].tolist()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CacheError(f"{path} is not a whole shard ({error}): {remedy}.") from None
+        if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
+            raise CacheError(
+                f"{path} (schema {self.manifest.get('schema')!r}) is not a shard of this cache, whose schema is "
+                f"{SCHEMA!r}: {remedy}."
+            )
+        self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
+
+    def __len__(self):
+        """Regions."""
+        return self._offsets[-1]
+
+    def regions(self, image_id):
+        """The :class:`MappedRegions` of an image; None without an entry for it."""
+        row = self._rows.get(image_id)
+        if row is None:
+            return None
+        return MappedRegions(self.tensors, slice(self._offsets[row], self._offsets[row + 1]))
+
+    def is_sound(self):
+        """Whether header and tensors are, to the last bit, those that were written."""
+        stated = {key: value for key, value in self.manifest.items() if key != "sha256"}
+        return self.manifest.get("sha256") == shard_digest(self.tensors, stated)
+
+
+def shard_digest(tensors, manifest):
+    """Hash of a shard's tensors and of what its header says of it."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in _TENSORS:
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def read_manifest(folder):
+    """The manifest of a cache, complete or not.
+
+    Raises:
+        CacheError: there is none, or it is damaged or of another schema.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = read_json(path, _BUILD)
+    except DataError as error:
+        raise CacheError(f"there is no region cache to read: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise CacheError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD} anew.")
+    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise CacheError(f"{path} has no {', '.join(missing)}: remove the folder and {_BUILD}.")
+    return manifest

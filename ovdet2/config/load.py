@@ -1,0 +1,163 @@
+"""Safe loading of configurations: yaml files, overrides, keys of earlier versions, the device."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+
+from ovdet2.config.keys import OLD_KEYS, get_cfg
+from ovdet2.config.method import Method
+from ovdet2.config.methods import find_methods, methods_of
+from ovdet2.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def find_config(name: str | Path) -> Path:
+    """The path of a yaml file: as given, or below the package's own ``configs/`` ("ovshapes/vild_text.yaml").
+
+    Raises:
+        UsageError: there is no such file; the message lists the configurations that come with the package.
+    """
+    shipped = _configs_folder()
+    relative = Path(*Path(name).parts[1:]) if Path(name).parts[:1] == ("configs",) else Path(name)
+    for candidate in (Path(name), shipped / relative):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml")))
+    raise UsageError(f"there is no configuration file {name}. Those that come with ovdet2: {known}.")
+
+
+def load_config(
+    name: str | Path, overrides: Sequence[Any] = (), extend: Callable[[CfgNode], None] | None = None
+) -> CfgNode:
+    """Read a yaml file over the defaults and apply ``KEY VALUE ...`` overrides.
+
+    Keys of earlier versions are accepted, with a message that names today's.
+
+    Args:
+        name: path, or name below the package's ``configs/``; "" for the defaults alone.
+        overrides: list [key, value, key, value, ...] as from a command line.
+        extend: function that adds the keys of a system built on ovdet2 to the defaults (``extend(cfg)``), or None. A
+            method names itself in MODEL.PARTS instead.
+
+    Returns:
+        CfgNode, not frozen. The data sets of its DATASETS.OWN are registered.
+
+    Raises:
+        UsageError: unknown file, unknown key, a value of the wrong type, a module of MODEL.PARTS that is no method, or
+            a wrong entry of DATASETS.OWN; yaml tags that run code are refused.
+    """
+    try:
+        given = CfgNode(CfgNode.load_yaml_with_base(str(find_config(name)), allow_unsafe=False)) if name else CfgNode()
+        overrides = list(overrides)
+        cfg = get_cfg(_parts_of(given, overrides))
+        if extend is not None:
+            extend(cfg)
+        if given.get("VERSION", cfg.VERSION) != cfg.VERSION:
+            raise UsageError(f"{name} has VERSION {given.VERSION}, ovdet2 reads {cfg.VERSION}: bring it up to date.")
+        moved = old_keys(find_methods(cfg.MODEL.PARTS))
+        _rename(given, moved, name)
+        cfg.merge_from_other_cfg(given)
+        cfg.merge_from_list([_today(part, moved) if not n % 2 else part for n, part in enumerate(overrides)])
+    except (KeyError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
+        if isinstance(error, UsageError):
+            raise
+        reason = error if isinstance(error, yaml.YAMLError) or not error.args else error.args[0]
+        raise UsageError(
+            f"{reason} (in {name or 'the command line'} or its overrides). Keys are documented in "
+            "ovdet2/config/keys.py, in the __init__.py of each method, and in Detectron2's config/defaults.py."
+        ) from None
+    if cfg.DATASETS.OWN:
+        from ovdet2.data.datasets.register import register_own  # needs torch, which most errors above do not
+
+        register_own(cfg)
+    return cfg
+
+
+def old_keys(methods: Iterable[Method]) -> dict[str, str]:
+    """{key of an earlier version: today's} of the core and of methods."""
+    return OLD_KEYS | {old: new for method in methods for old, new in method.OLD_KEYS.items()}
+
+
+def _parts_of(given, overrides):
+    """MODEL.PARTS of a yaml file and of overrides, before the keys of these methods are known."""
+    probe = CfgNode({"MODEL": CfgNode({"PARTS": list(given.get("MODEL", {}).get("PARTS", []))})})
+    for key, value in zip(overrides[::2], overrides[1::2]):
+        if key == "MODEL.PARTS":
+            probe.merge_from_list([key, value])
+    return list(probe.MODEL.PARTS)
+
+
+def _rename(given, moved, name):
+    """Bring the keys of a yaml file up to date, in place."""
+    for old, new in moved.items():
+        *path, last = old.split(".")
+        node = given
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            continue
+        value = node.pop(last)
+        logger.warning("%s: %s is called %s now.", name, old, new)
+        *path, last = new.split(".")
+        node = given
+        for part in path:
+            node = node.setdefault(part, CfgNode())
+        if last in node:
+            raise UsageError(f"{name} gives {old} and {new}, the same key: leave the former out.")
+        node[last] = value
+    _drop_empty(given, {old.rpartition(".")[0] for old in moved})
+
+
+def _drop_empty(given, groups):
+    """Groups of keys that have all moved elsewhere."""
+    for group in sorted(groups, key=len, reverse=True):
+        *path, last = group.split(".")
+        node = given
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict) and last in node and not node[last]:
+            del node[last]
+
+
+def _today(key, moved):
+    if key not in moved:
+        return key
+    logger.warning("%s is called %s now.", key, moved[key])
+    return moved[key]
+
+
+def settle_device(cfg: CfgNode) -> bool:
+    """Let MODEL.DEVICE be the CPU where CUDA is asked for and there is none; returns whether that was so."""
+    lacking = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    if lacking:
+        cfg.MODEL.DEVICE = "cpu"
+    return lacking
+
+
+def without_training_parts(cfg: CfgNode) -> CfgNode:
+    """A copy of a configuration for evaluation and prediction.
+
+    Parts of a detector that training alone uses are not built, so that their files are not needed.
+    """
+    cfg = cfg.clone()
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    for method in methods_of(cfg):
+        method.for_evaluation(cfg)
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def _configs_folder() -> Path:
+    """``configs/`` inside an installed package, or beside the package in a checkout."""
+    installed = _PACKAGE / "configs"
+    return installed if installed.is_dir() else _PACKAGE.parent / "configs"

@@ -1,0 +1,88 @@
+"""Finding the methods: by directory, by entry point, by an import path in the configuration."""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+
+from detectron2.config import CfgNode
+
+import ovdet2.methods
+from ovdet2.config.method import Method
+from ovdet2.errors import UsageError
+
+GROUP = "ovdet2.parts"
+
+
+def find_methods(paths: Iterable[str] = ()) -> tuple[Method, ...]:
+    """The methods of ovdet2 by name, those of installed packages, then those of ``paths``.
+
+    Args:
+        paths: import paths of modules with a ``METHOD``, as of MODEL.PARTS; a module that is there already is
+            passed over.
+
+    Raises:
+        UsageError: a module cannot be imported or has no METHOD, or two methods have one name.
+    """
+    found = list(_installed())
+    for path in paths:
+        method = _method_of(path)
+        if method not in found:
+            found.append(method)
+    names = [method.name for method in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"several methods are named {', '.join(twice)}: rename one, or take it out of MODEL.PARTS.")
+    return tuple(found)
+
+
+def methods_of(cfg: CfgNode) -> tuple[Method, ...]:
+    """:func:`find_methods` with MODEL.PARTS."""
+    return find_methods(cfg.MODEL.PARTS)
+
+
+def check_methods(cfg: CfgNode) -> None:
+    """Refuse settings of any method that do not go together, or that its meta-architecture would ignore.
+
+    Raises:
+        UsageError: names the keys.
+    """
+    known = [name for method in methods_of(cfg) for name in method.secondary_scores]
+    chosen = cfg.MODEL.OVD.SECONDARY_SCORES
+    if chosen != "none" and chosen not in known:
+        raise UsageError(
+            f"MODEL.OVD.SECONDARY_SCORES is {chosen!r}: choose one of {', '.join(['none', *known])}, or name the "
+            "method that provides it in MODEL.PARTS."
+        )
+    for method in methods_of(cfg):
+        method.check(cfg)
+        host = cfg.MODEL.META_ARCHITECTURE
+        if method.is_on(cfg) and method.hosts and host not in method.hosts:
+            raise UsageError(
+                f"the configuration switches on {method.name}, which is for {' and '.join(method.hosts)}: {host} "
+                "would ignore it. Set its keys to their defaults, or choose another MODEL.META_ARCHITECTURE."
+            )
+
+
+@functools.lru_cache(maxsize=1)
+def _installed() -> tuple[Method, ...]:
+    own = sorted(module.name for module in pkgutil.iter_modules(ovdet2.methods.__path__) if module.ispkg)
+    others = sorted(point.value for point in entry_points(group=GROUP))
+    return tuple(_method_of(path) for path in (*(f"ovdet2.methods.{name}" for name in own), *others))
+
+
+def _method_of(path: str) -> Method:
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{path}.".startswith(f"{error.name}."):
+            raise  # the module itself is there, what it imports is not
+        raise UsageError(
+            f"MODEL.PARTS names {path}, which cannot be imported ({error}): start from the folder that its first part "
+            "lies in, or install its package."
+        ) from None
+    method = getattr(module, "METHOD", None)
+    if not isinstance(method, Method):
+        raise UsageError(f"{path} has no METHOD, an instance of ovdet2.config.Method: see docs/ARCHITECTURE.md.")
+    return method

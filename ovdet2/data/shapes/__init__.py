@@ -1,1 +1,0 @@
-"""OV-Shapes: the procedural open-vocabulary benchmark that ships with the project."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, json, safetensors, weight files, images."""

@@ -1,0 +1,175 @@
+"""The one place where image files are decoded, so that every reader sees the same pixels and the same errors.
+
+Pillow only: OpenCV returns an array for a truncated JPEG without saying so, which would train on half grey images.
+"""
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from ovdet2.errors import DataError, UsageError
+
+# The deepest feature map of the backbones has stride 32: a smaller image has less than one cell of it.
+MIN_SIDE = 32
+
+_FORMATS = ("RGB", "BGR", "L")
+_SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def read_image(path, format="RGB"):
+    """Decode an image file, upright, in 8 bits per channel.
+
+    The EXIF orientation is applied (a damaged EXIF block is ignored, the pixels being whole). Grayscale is repeated
+    over three channels, CMYK is converted, an alpha channel is dropped, 16-bit values are divided by 257 (Pillow alone
+    would clip them to white), and of an animation the first frame is taken.
+
+    Args:
+        path: the file.
+        format: "RGB", "BGR", or "L" (one channel).
+
+    Returns:
+        (H, W, C) uint8 array, C-contiguous, H and W as they are shown (after the EXIF rotation), C = 3, or 1 for "L".
+
+    Raises:
+        DataError: the file is missing, empty, truncated, no image, above Pillow's pixel limit, of floating-point
+            values, or has a side below :data:`MIN_SIDE` pixels; the message names the path.
+        UsageError: unknown ``format``.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+    return decode_image(path, path, format)
+
+
+def decode_image(file, name, format="RGB"):
+    """:func:`read_image` of an open binary file, as of a member of an archive.
+
+    Args:
+        file: path, or binary file object at its start.
+        name: what messages call it.
+        format: as of :func:`read_image`.
+
+    Raises:
+        DataError, UsageError: as of :func:`read_image`.
+    """
+    if format not in _FORMATS:
+        raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
+    with _explained(file, name), Image.open(file) as image:
+        image.load()
+        image = _upright(_to_eight_bits(image, name))
+    _require_side(name, image.size)
+    pixels = np.asarray(image.convert("L" if format == "L" else "RGB"))
+    if format == "L":
+        pixels = pixels[:, :, None]
+    elif format == "BGR":
+        pixels = pixels[:, :, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def image_size(path):
+    """Size of an image file from its header: what :func:`read_image` would return of a whole file, without decoding it.
+
+    Returns:
+        (width, height) in pixels as they are shown, after the EXIF rotation.
+
+    Raises:
+        DataError: as :func:`read_image`, except for what shows in the pixels alone, truncation above all.
+    """
+    if not Path(path).is_file():
+        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+    with _explained(path, path), Image.open(path) as image:
+        if image.format == "TIFF":  # Pillow turns these itself, some versions in the header's size already
+            image.load()
+        width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
+    _require_side(path, (width, height))
+    return width, height
+
+
+def require_annotated_size(record, image):
+    """Compare an array [H, W, 3] with the annotated size (or fill it in): another one would misplace every box.
+
+    Raises:
+        DataError: names the file and both sizes.
+    """
+    height, width = image.shape[:2]
+    annotated = record.setdefault("width", width), record.setdefault("height", height)
+    if annotated != (width, height):
+        raise DataError(
+            f"{record['file_name']} (image id {record.get('image_id')}) is {width}x{height} pixels but the annotations "
+            f"say {annotated[0]}x{annotated[1]}: the file is not the annotated one, or its EXIF rotation was not "
+            "applied when it was annotated."
+        )
+
+
+@contextlib.contextmanager
+def _explained(file, path):
+    """Turn what Pillow raises for a file into a DataError that names it by ``path``."""
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{path} is not an image ({_look(file)}): download it again or remove it from the data set."
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large to decode safely ({error}): scale it down.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        # Pillow's PNG reader raises SyntaxError and its other readers ValueError or EOFError for damaged streams.
+        raise DataError(
+            f"{path} cannot be decoded ({error}): it is damaged or truncated; download it again or remove it."
+        ) from None
+
+
+def _require_side(path, size):
+    if min(size) < MIN_SIDE:
+        raise DataError(
+            f"{path} is {size[0]}x{size[1]} pixels, below the {MIN_SIDE} px a side that the detectors need: "
+            "enlarge it or remove it from the data set."
+        )
+
+
+def _to_eight_bits(image, path):
+    """Bring 16-bit grayscale to 8 bits; other modes are left to Pillow's own conversion."""
+    if image.mode == "F":
+        raise DataError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 or 16 bits.")
+    if image.mode not in _SIXTEEN_BIT_MODES:
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(f"{path} holds 32-bit pixels, whose range is unknown: convert it to 8 or 16 bits.")
+    eight_bits = Image.fromarray((values // 257).astype(np.uint8))
+    eight_bits.info.update(image.info)
+    eight_bits.getexif().update(image.getexif())
+    return eight_bits
+
+
+def _upright(image):
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the EXIF parser raises almost anything on damaged tags; the pixels are whole
+        return image.copy()
+
+
+def _lies_on_its_side(image):
+    """Whether the EXIF orientation swaps width and height; a damaged block is ignored, as in :func:`_upright`."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:
+        return False
+
+
+def _look(file):
+    """What the first bytes suggest, for the error message."""
+    if hasattr(file, "seek"):
+        file.seek(0)
+        head = file.read(64)
+    else:
+        with open(file, "rb") as handle:
+            head = handle.read(64)
+    if not head:
+        return "the file is empty"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it holds HTML or XML, perhaps the error page of a download"
+    return "Pillow knows no reader for its first bytes"

@@ -1,0 +1,1 @@
+"""The methods that come with ovdet2, one directory each."""

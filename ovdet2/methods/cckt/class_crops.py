@@ -1,0 +1,81 @@
+"""Crops that stand for a class: a few annotated boxes of each, from many images of the training set.
+
+Shapes: K classes, m crops of each, D embedding dimension.
+"""
+
+import logging
+
+import numpy as np
+import torch
+
+from ovdet2.errors import CacheError
+
+logger = logging.getLogger(__name__)
+
+
+def class_crops(records, cache, num_classes, per_class=32, seed=0):
+    """The teacher's embeddings of some annotated boxes of each class.
+
+    The images are taken in a random order, one box of a class from each; a class of fewer images is filled up from
+    them in a second round. Of an image only annotations of classes that lack some are read, and no more than K x m
+    embeddings are ever held.
+
+    Args:
+        records: sequence of Detectron2 records with "image_id" and "annotations", whose "category_id" is below K.
+        cache: :class:`~ovdet2.caches.region_cache.RegionCache` of annotated boxes.
+        num_classes: K.
+        per_class: m.
+        seed: of the order.
+
+    Returns:
+        (crops, counts): Tensor [K, m, D] float16, unit rows, zero beyond a class's ``counts``, Tensor [K] int64.
+
+    Raises:
+        CacheError: no class has a crop; or see :meth:`RegionCache.regions`.
+    """
+    crops = torch.zeros((num_classes, per_class, cache.manifest["recipe"]["dim"]), dtype=torch.float16)
+    counts = np.zeros(num_classes, dtype=np.int64)
+    generator = np.random.default_rng(seed)
+    order, taken = generator.permutation(len(records)).tolist(), set()
+    for most in (1, per_class):
+        for index in order:
+            if counts.min() == per_class:
+                break
+            record = records[index]
+            for label, ann_ids in _boxes_by_class(record, generator).items():
+                missing = min(most, per_class - counts[label])
+                wanted = [ann_id for ann_id in ann_ids if ann_id not in taken][:missing]
+                if wanted:
+                    rows, found = cache.of_annotations(record["image_id"], wanted)
+                    there = int(found.sum())
+                    crops[label, counts[label] : counts[label] + there] = rows[found]
+                    counts[label] += there
+                    taken.update(wanted)
+    _report(counts, cache)
+    return crops, torch.from_numpy(counts)
+
+
+def _boxes_by_class(record, generator):
+    """{class: annotation ids in a random order}, without crowds."""
+    boxes = {}
+    annotations = record.get("annotations", ())
+    for place in generator.permutation(len(annotations)).tolist():
+        annotation = annotations[place]
+        if not annotation.get("iscrowd", 0) and "id" in annotation:
+            boxes.setdefault(annotation["category_id"], []).append(annotation["id"])
+    return boxes
+
+
+def _report(counts, cache):
+    if not counts.any():
+        raise CacheError(
+            f"the region cache {cache.folder} has no crop of any annotation of the training set: build one with "
+            "tools/build_region_cache.py --boxes annotations."
+        )
+    logger.info("%d crops stand for %d classes, %d for the rarest.", counts.sum(), len(counts), counts.min())
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        logger.warning(
+            "%d of %d base classes have no crop in %s and take no part in the contrast, such as those of index %s.",
+            len(empty), len(counts), cache.folder, ", ".join(map(str, empty[:5])),
+        )  # fmt: skip

@@ -1,0 +1,60 @@
+"""CLIP-DETR: AlignNet and dynamic queries, losses of training that change nothing at test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from detectron2.config import CfgNode
+from detectron2.config import CfgNode as CN
+
+from ovdet2.config.method import Method
+
+if TYPE_CHECKING:
+    pass
+
+
+class CLIPDETRMethod(Method):
+    """AlignNet and dynamic queries on Deformable DETR, for training alone."""
+
+    name = "clip_detr"
+    hosts = ("OpenVocabularyDeformableDETR",)
+
+    def add_keys(self, cfg: CfgNode) -> None:
+        """MODEL.CLIP_DETR.*"""
+        # CLIP-DETR: losses of training that change nothing at test.
+        cfg.MODEL.CLIP_DETR = CN()
+        # Weight of AlignNet's loss; 0: off.
+        cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = 0.0
+        # What the detector's loss weights are multiplied by for the dynamic queries; 0: there are none.
+        cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
+        # Attributes of an object: "label", "label+scale" (width and height, too) or "label+box".
+        cfg.MODEL.CLIP_DETR.ATTRIBUTES = "label+scale"
+        # Vocabulary file, of any teacher, that has the base words and is used for the attributes alone; empty: the
+        # detector's own embeddings are.
+        cfg.MODEL.CLIP_DETR.LABEL_TABLE = ""
+        # Bins per side in which AlignNet pools an object on each level.
+        cfg.MODEL.CLIP_DETR.ROI_SIZE = 7
+        # AlignNet, objects that are no negatives of each other: "none", as in the paper; "near", those of one label and
+        # nearly one size; "label", all of one label.
+        cfg.MODEL.CLIP_DETR.IGNORED_PAIRS = "none"
+        # AlignNet: over the objects of all processes.
+        cfg.MODEL.CLIP_DETR.GATHER = False
+        # Share of noise in the content of dynamic queries, one number for each set.
+        cfg.MODEL.CLIP_DETR.BETAS = [0.1, 0.3, 0.5, 0.7, 0.9]
+        # Most that dynamic queries are shifted, in half sides of their object, and stretched, in sides.
+        cfg.MODEL.CLIP_DETR.RHO = 1.0
+        # "signed": either way; "literal": to the right, down and larger alone, as the paper writes it.
+        cfg.MODEL.CLIP_DETR.SHIFT = "signed"
+        # Objects of an image that have dynamic queries, drawn at random where there are more.
+        cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
+
+    def is_on(self, cfg: CfgNode) -> bool:
+        """Whether a weight is above 0."""
+        return bool(cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT or cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT)
+
+    def for_evaluation(self, cfg: CfgNode) -> None:
+        """Both weights 0: nothing of it is built."""
+        cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
+
+
+METHOD = CLIPDETRMethod()

@@ -1,0 +1,44 @@
+"""CLIP on cropped regions: the R-CNN style reference of the ViLD paper, as a test-time branch.
+
+Shapes: R proposals, K words, H x W network input.
+"""
+
+import torch
+from torch import nn
+
+from ovdet2.vlm.crops import embed_regions
+from ovdet2.vlm.fingerprint import require_same_teacher
+
+
+class CropScorer(nn.Module):
+    """Scores proposals by the teacher's embedding of their crops (1x and 1.5x). Slow: one CLIP pass per crop."""
+
+    def __init__(self, teacher, vocabulary, input_format):
+        """
+        Args:
+            teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+            vocabulary: :class:`~ovdet2.layers.WordBank` of the same teacher.
+            input_format: "RGB" or "BGR", channel order of the network input.
+        """
+        super().__init__()
+        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.vocabulary.teacher, "the vocabulary")
+        # Tuples hide the teacher and the shared buffer from state_dict: neither is a weight of this detector.
+        self._frozen = (teacher, vocabulary)
+        self.input_format = input_format
+
+    @torch.no_grad()
+    def forward(self, image, boxes_xyxy):
+        """
+        Args:
+            image: Tensor [3, H, W] uint8, network input before normalisation.
+            boxes_xyxy: Tensor [R, 4] in its pixels.
+
+        Returns:
+            Tensor [R, K]: softmax over the vocabulary of cosine times the teacher's own logit scale.
+        """
+        teacher, vocabulary = self._frozen
+        teacher = teacher.to(boxes_xyxy.device)
+        rgb = image.to(boxes_xyxy.device)
+        if self.input_format == "BGR":
+            rgb = rgb.flip(0)
+        return teacher.classify(embed_regions(teacher, rgb, boxes_xyxy), vocabulary.embeddings)

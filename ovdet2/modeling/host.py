@@ -1,0 +1,30 @@
+"""What a host tells the methods that build a part for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ovdet2.vocabulary.bank import WordBank
+
+
+@dataclass(frozen=True)
+class Host:
+    """The built pieces of a detector that parts may read when they are built; nothing here is owned by a part.
+
+    Attributes:
+        bank: :class:`WordBank` of the detector's words.
+        backbone: Detectron2 Backbone.
+        network: of a DETR host, the :class:`~ovdet2.modeling.detr.model.DeformableDETR`; None elsewhere.
+        roi_heads: of an R-CNN host, the :class:`~ovdet2.modeling.rcnn.roi_heads.OpenVocabularyROIHeads`; None
+            elsewhere.
+        build_box_head: of an R-CNN host, a function that builds another box head like the detector's; None elsewhere.
+    """
+
+    bank: WordBank
+    backbone: nn.Module
+    network: Any = None
+    roi_heads: Any = None
+    build_box_head: Any = None

@@ -1,0 +1,1 @@
+"""OV-Shapes, the embedded benchmark: a generated world, its teachers, rows and runner."""

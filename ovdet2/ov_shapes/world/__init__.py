@@ -1,0 +1,1 @@
+"""The world of OV-Shapes: classes, geometry, renderer, scenes, captions."""

@@ -1,0 +1,134 @@
+"""What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
+
+import contextlib
+import multiprocessing
+from functools import partial
+
+import numpy as np
+
+from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES
+from ovdet2.ov_shapes.world.render import render_scene
+
+# The number of a split is part of its images' seeds: captions never share one with the detection images.
+_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4, "further captions": 5}
+IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
+# (width, height) of the detection images with their shares; not all are square, so that nothing downstream assumes it.
+_SIZES = ((224, 224), (256, 192), (192, 256))
+_SIZE_SHARES = (0.5, 0.25, 0.25)
+_DIAMETERS = (36.0, 130.0)
+
+
+def stream(seed, split, index):
+    """The random numbers of one image.
+
+    Args:
+        seed: of the whole data set, >= 0.
+        split: "train2017", "val2017", "captions", "single", "pretraining" or "further captions".
+        index: of the image in its split, >= 0.
+
+    Returns:
+        numpy Generator; distinct arguments give independent ones.
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, _STREAMS[split], index))))
+
+
+def class_weights(split):
+    """(65,) probabilities of the classes: uniform for validation; in training base has a mild long tail, 3 to 1."""
+    weights = np.ones(len(CLASS_NAMES))
+    if split == "train2017":
+        count = len(BASE_NAMES)
+        # 7 is prime to 48: neighbours in the list (textures of one shape) spread over the tail.
+        rank = (np.arange(count) * 7) % count
+        weights[:count] = 3.0 ** (0.5 - rank / (count - 1))
+    return weights / weights.sum()
+
+
+def detection_scene(seed, split, index):
+    """The scene of one detection image: 1 to 6 objects (2 to 6 are tried) of 36 to 130 pixels.
+
+    Args: as of :func:`stream`; split is "train2017" or "val2017".
+
+    Returns:
+        :class:`~ovdet2.ov_shapes.world.render.Scene` with at least one object.
+    """
+    rng = stream(seed, split, index)
+    width, height = _SIZES[rng.choice(len(_SIZES), p=_SIZE_SHARES)]
+    weights = class_weights(split)
+    while True:
+        names = [CLASS_NAMES[i] for i in rng.choice(len(CLASS_NAMES), size=int(rng.integers(2, 7)), p=weights)]
+        diameters = np.exp(rng.uniform(*np.log(_DIAMETERS), size=len(names)))
+        wanted = [
+            (name.split()[1], name.split()[0], float(diameter)) for name, diameter in zip(names, diameters, strict=True)
+        ]
+        # Large objects first: they are painted below the small ones and the occlusion cap leaves room for all.
+        wanted.sort(key=lambda entry: -entry[2])
+        scene = render_scene(rng, height, width, wanted, min_visible=0.75, margin=0.35)
+        if scene.objects:
+            return scene
+
+
+def class_index(placed):
+    """Base-first index 0..64 of a :class:`~ovdet2.ov_shapes.world.render.PlacedObject`."""
+    return CLASS_NAMES.index(f"{placed.texture} {placed.shape}")
+
+
+def single_object_scene(seed, index, side=128):
+    """A clean test image of one class: one whole object that fills 50 to 95% of the frame.
+
+    Args:
+        seed, index: as of :func:`stream`; the class is ``index`` modulo 65, in base-first order.
+        side: width and height in pixels.
+
+    Returns:
+        :class:`~ovdet2.ov_shapes.world.render.Scene`.
+    """
+    return _one_object(stream(seed, "single", index), CLASS_NAMES[index % len(CLASS_NAMES)], side, least=0.5)
+
+
+def pretraining_scene(seed, index, side=128):
+    """An image for the pre-training of a trunk: one object of a base class that fills 35 to 95% of the frame.
+
+    Args:
+        seed, index: as of :func:`stream`; the class is ``index`` modulo 48, in the order of BASE_NAMES.
+        side: width and height in pixels.
+
+    Returns:
+        :class:`~ovdet2.ov_shapes.world.render.Scene`.
+    """
+    return _one_object(stream(seed, "pretraining", index), BASE_NAMES[index % len(BASE_NAMES)], side, least=0.35)
+
+
+def _one_object(rng, name, side, least):
+    texture, shape = name.split()
+    return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(least, 0.95))], margin=0.5)
+
+
+def render_images(draw, count, workers=1, progress=None):
+    """``draw(index)`` for 0..count-1, in order.
+
+    Args:
+        draw: picklable function of an index.
+        count: of the results.
+        workers: processes that draw; any number gives the same results.
+        progress: optional wrapper of an iterator that takes ``total``, such as tqdm.
+
+    Yields:
+        what ``draw`` returns.
+    """
+    with contextlib.ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.get_context("fork").Pool(workers))
+            drawn = pool.imap(draw, range(count), chunksize=64)
+        else:
+            drawn = map(draw, range(count))
+        yield from progress(drawn, total=count) if progress else drawn
+
+
+def render_pretraining(seed, count, side=128, workers=1, progress=None):
+    """Images (count, side, side, 3) uint8 of :func:`pretraining_scene`; arguments as of :func:`render_images`."""
+    draw = partial(_pretraining_image, seed, side)
+    return np.stack(list(render_images(draw, count, workers, progress)))
+
+
+def _pretraining_image(seed, side, index):
+    return pretraining_scene(seed, index, side).image

@@ -1,0 +1,342 @@
+"""Which words exist in an image: one file per data set, scored lists, whoever said so.
+
+A prior is a statement about words, not a vector: it serves a detector of any teacher and of any vocabulary, matched by
+cleaned name. Lists are kept long and sorted, so that threshold and top L are chosen by the reader, without rebuilding.
+
+Shapes: I images, W words of the prior, E entries of all images, K words of a caller. The file is a safetensors with
+``image_ids`` [I] int64 ascending, ``offsets`` [I + 1] int64 (the entries of image i are offsets[i] to offsets[i + 1]),
+``word_index`` [E] int32 into the manifest's words, ``score`` [E] float32 in (0, 1]; within an image by descending
+score, ties by ascending word index.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ovdet2.errors import CacheError
+from ovdet2.io.files import sha256_file, write_safetensors
+from ovdet2.vocabulary import check_words
+from ovdet2.vocabulary.templates import clean_name
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = "ovdet2/concept-prior/1"
+KINDS = ("prediction", "ground truth", "simulation", "control")
+_DTYPES = {"image_ids": torch.int64, "offsets": torch.int64, "word_index": torch.int32, "score": torch.float32}
+_MANIFEST_KEYS = ("words", "kind", "source", "dataset", "dataset_sha256", "missing_image_ids", "content_sha256")
+_BUILD = "build it with tools/build_concept_priors.py"
+
+
+class PriorWriter:
+    """Collects the lists of a data set, cut to the best, and writes them: I x top entries are held, not I x W."""
+
+    def __init__(self, words, image_ids, top=100):
+        """
+        Args:
+            words: W words, unique after cleaning.
+            image_ids: of the whole data set; those never added are written as missing.
+            top: entries kept per image, at least 1.
+        """
+        check_words(words)
+        self.words = tuple(words)
+        self.top = top
+        self._wanted = frozenset(image_ids)
+        self._lists = {}
+        self._all = torch.arange(len(self.words))
+
+    def add(self, image_id, word_index, score):
+        """Add the list of one image. Words of score 0 are not listed.
+
+        Args:
+            image_id: one of the data set, not added before.
+            word_index: Tensor [n] of indices into the words, each once, in any order; None for all W in order.
+            score: Tensor [n], in [0, 1].
+
+        Raises:
+            ValueError: an argument is not as said.
+        """
+        score = score.detach().float().cpu()
+        if image_id not in self._wanted or image_id in self._lists:
+            raise ValueError(f"image id {image_id} is not of the data set, or was added before")
+        if word_index is None:
+            index = self._all
+        else:
+            index = word_index.long().cpu()
+            if ((index < 0) | (index >= len(self.words))).any() or len(index.unique()) != len(index):
+                raise ValueError(f"the word indices of image id {image_id} are not different ones of {len(self.words)}")
+        if index.shape != score.shape or not torch.all((score >= 0) & (score <= 1)):  # false for NaN, too
+            raise ValueError(f"the scores of image id {image_id} are not one per word in [0, 1]")
+        self._lists[image_id] = best(index, score, self.top)
+
+    def save(self, path, dataset, dataset_sha256, source, kind):
+        """Write the file atomically.
+
+        Args:
+            path: the file.
+            dataset: name of the data set.
+            dataset_sha256: of its json.
+            source: JSON-serialisable dict that says where the scores come from, with "backend".
+            kind: one of :data:`KINDS`.
+
+        Returns:
+            The manifest.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"the kind of a prior is one of {KINDS}, not {kind!r}")
+        ids = sorted(self._lists)
+        lists = [self._lists[image_id] for image_id in ids]
+        tensors = {
+            "image_ids": torch.tensor(ids, dtype=torch.int64),
+            "offsets": torch.tensor([0] + [len(index) for index, _ in lists], dtype=torch.int64).cumsum(0),
+            "word_index": torch.cat([torch.zeros(0, dtype=torch.int32)] + [index for index, _ in lists]),
+            "score": torch.cat([torch.zeros(0)] + [score for _, score in lists]),
+        }
+        manifest = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "source": source,
+            "dataset": dataset,
+            "dataset_sha256": dataset_sha256,
+            "images": len(ids),
+            "entries": len(tensors["score"]),
+            "config": {"top": self.top},
+            "missing_image_ids": sorted(self._wanted - set(ids)),
+            "content_sha256": content_sha256(tensors, self.words),
+            "words": list(self.words),
+        }
+        write_safetensors(path, tensors, manifest)
+        return manifest
+
+
+def best(index, score, top):
+    """The ``top`` entries above 0 by descending score, ties by ascending index.
+
+    Args:
+        index: Tensor [n] int64; score: Tensor [n] float32.
+
+    Returns:
+        (index int32, score float32), at most ``top`` each.
+    """
+    least = score.topk(top).values[-1] if len(score) > top else score.new_zeros(())
+    kept = (score >= least) & (score > 0)
+    index, score = index[kept], score[kept]
+    order = index.argsort()
+    order = order[score[order].argsort(descending=True, stable=True)][:top]
+    return index[order].int(), score[order]
+
+
+def columns_of(words, names):
+    """Where each word stands among ``names``, by cleaned name: Tensor [W] int64, -1 for a word that is not there.
+
+    Raises:
+        UsageError: two of ``names`` clean to the same text.
+    """
+    check_words(names)
+    position = {clean_name(name): index for index, name in enumerate(names)}
+    return torch.tensor([position.get(clean_name(word), -1) for word in words], dtype=torch.int64)
+
+
+class Coverage(NamedTuple):
+    """How the words of a prior and those of a caller go together; lists of words.
+
+    Attributes:
+        shared: in both.
+        dropped: the prior's, which the caller does not have.
+        unknown: the caller's, of which the prior says nothing: they are never selected.
+    """
+
+    shared: list
+    dropped: list
+    unknown: list
+
+
+class ConceptPriors:
+    """Reads a prior by image id; memory-mapped, picklable, safe to carry into loader workers however they start.
+
+    Attributes:
+        path: the file.
+        manifest: dict.
+        words: W words.
+        kind: one of :data:`KINDS`.
+        missing: frozenset of image ids of the data set that have no list, since they could not be read or were not
+            given; nothing is ever selected for them.
+    """
+
+    def __init__(self, path):
+        """
+        Args:
+            path: the file.
+
+        Raises:
+            CacheError: no file, another schema, or a damaged one.
+        """
+        self.path = Path(path)
+        self._file = None
+        self.manifest = self._open_manifest()
+        tensors = {name: self._file.get_tensor(name) for name in _DTYPES}
+        self.words = tuple(self.manifest["words"])
+        self.kind = self.manifest["kind"]
+        self.missing = frozenset(self.manifest["missing_image_ids"])
+        fault = _fault(tensors, len(self.words))
+        if not fault and content_sha256(tensors, self.words) != self.manifest["content_sha256"]:
+            fault = "its content does not have the SHA-256 of its manifest"
+        if fault:
+            raise CacheError(f"the concept prior {path} is damaged ({fault}): {_BUILD} anew.")
+        self._offsets = tensors["offsets"].tolist()
+        self._rows = {image_id: row for row, image_id in enumerate(tensors["image_ids"].tolist())}
+        self._matched = None  # the names last asked with, and the column of each word among them
+
+    def __len__(self):
+        """Images with a list."""
+        return len(self._rows)
+
+    def __str__(self):
+        """One line for a log: what says so, of what, and how much is missing."""
+        label = "" if self.kind == "prediction" else f"{self.kind.upper()}, "
+        source = ", ".join(f"{key} {_short(value)}" for key, value in self.manifest["source"].items())
+        return (
+            f"{self.path}: {label}{source}; {len(self.words)} words, {len(self)} images of {self.manifest['dataset']}, "
+            f"{len(self.missing)} missing"
+        )
+
+    def scores(self, image_id):
+        """The whole list of an image.
+
+        Args:
+            image_id: of the data set; one of ``missing`` gives an empty list.
+
+        Returns:
+            (word_index [n] int64 into ``words``, score [n] float32), by descending score.
+
+        Raises:
+            CacheError: the image is not of this prior's data set.
+        """
+        row = self._rows.get(image_id)
+        if row is None and image_id not in self.missing:
+            raise CacheError(
+                f"the concept prior {self.path} has no entry for image id {image_id}: it was made for other images "
+                f"({self.manifest['dataset']}); {_BUILD} for this data set."
+            )
+        start, end = (0, 0) if row is None else self._offsets[row : row + 2]
+        if self._file is None:
+            self._open_manifest()
+        word_index, score = (self._file.get_slice(name)[start:end] for name in ("word_index", "score"))
+        return word_index.long(), score
+
+    def ranked(self, image_id, names):
+        """The list of an image in a caller's words.
+
+        Args:
+            image_id: as of :meth:`scores`.
+            names: K names, in any order, unique after cleaning.
+
+        Returns:
+            (index [n] int64 into ``names``, score [n] float32), by descending score; words that the caller does not
+            have are dropped (see :meth:`coverage`).
+        """
+        word_index, score = self.scores(image_id)
+        column = self._columns(names)[word_index]
+        return column[column >= 0], score[column >= 0]
+
+    def select(self, image_id, threshold=0.0, top=None, names=None):
+        """The words that exist in an image, CCKT's {c: score >= rho}, the best L of them.
+
+        Args:
+            image_id: as of :meth:`scores`.
+            threshold: rho, compared in float32 as scores are stored.
+            top: L, counted after words that the caller does not have were dropped; None for no limit.
+            names: the caller's K names; None for this prior's words.
+
+        Returns:
+            Tensor [n] int64 of indices into ``names``, n <= L, by descending score; may be empty.
+        """
+        index, score = self.scores(image_id) if names is None else self.ranked(image_id, names)
+        return index[score >= torch.tensor(threshold, dtype=torch.float32)][:top]
+
+    def coverage(self, names):
+        """:class:`Coverage` of a caller's names."""
+        column = self._columns(names).tolist()
+        met = set(column)
+        return Coverage(
+            [word for word, position in zip(self.words, column) if position >= 0],
+            [word for word, position in zip(self.words, column) if position < 0],
+            [name for position, name in enumerate(names) if position not in met],
+        )
+
+    def require_dataset(self, name, json_file):
+        """Raise CacheError unless the prior was made for this very json."""
+        found, stated = sha256_file(json_file), self.manifest["dataset_sha256"]
+        if stated != found:
+            raise CacheError(
+                f"the concept prior {self.path} was made for {self.manifest['dataset']} with annotations of SHA-256 "
+                f"{stated[:12]}, but {name} reads {json_file} with {found[:12]}: {_BUILD} for it."
+            )
+
+    def _columns(self, names):
+        names = tuple(names)
+        if self._matched is None or self._matched[0] != names:
+            self._matched = names, columns_of(self.words, names)
+            dropped, unknown = (len(part) for part in self.coverage(names)[1:])
+            if dropped or unknown:
+                logger.warning(
+                    "%s: %d of its %d words are not in the vocabulary and are left out; of %d of the vocabulary's %d "
+                    "words it says nothing",
+                    *(self.path, dropped, len(self.words), unknown, len(names)),
+                )
+        return self._matched[1]
+
+    def _open_manifest(self):
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.is_file():
+            raise CacheError(f"the concept prior {self.path} does not exist: {_BUILD}.")
+        try:
+            self._file = safe_open(str(self.path), framework="pt")
+            manifest = json.loads((self._file.metadata() or {}).get("manifest", "{}"))
+            names = set(self._file.keys())
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise CacheError(f"{self.path} is not a whole concept prior ({error}): {_BUILD} anew.") from None
+        schema = manifest.get("schema") if isinstance(manifest, dict) else None
+        if schema != SCHEMA:
+            raise CacheError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD}.")
+        lacking = [key for key in _MANIFEST_KEYS if key not in manifest] + sorted(set(_DTYPES) - names)
+        if lacking:
+            raise CacheError(f"{self.path} has no {', '.join(lacking)}: {_BUILD} anew.")
+        return manifest
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None}  # a memory map is opened anew in another process
+
+
+def content_sha256(tensors, words):
+    """Hash of the words and the four tensors."""
+    digest = hashlib.sha256("\n".join(words).encode())
+    for name in sorted(_DTYPES):
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _fault(tensors, num_words):
+    """What is wrong with the tensors of a file, or None."""
+    for name, dtype in _DTYPES.items():
+        if tensors[name].dtype != dtype or tensors[name].ndim != 1:
+            return f"{name} is {tensors[name].dtype} of shape {list(tensors[name].shape)}"
+    ids, offsets, word_index, score = tensors.values()
+    if len(offsets) != len(ids) + 1 or offsets[0] != 0 or offsets[-1] != len(score) or len(score) != len(word_index):
+        return f"{len(ids)} images, {len(offsets)} offsets, {len(word_index)} words and {len(score)} scores"
+    if (offsets.diff() < 0).any() or (ids.diff() <= 0).any():
+        return "offsets or image ids do not ascend"
+    if ((word_index < 0) | (word_index >= num_words)).any() or not ((score >= 0) & (score <= 1)).all():
+        return "a word index or a score is out of range"
+    return None
+
+
+def _short(value):
+    """A value of a manifest's source as text; of a fingerprint, the first digits."""
+    if isinstance(value, dict):
+        return "/".join(_short(part) for part in value.values())
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

@@ -1,0 +1,1 @@
+"""All drawing: html reports, pictures of detections and queries, score maps."""

@@ -1,0 +1,92 @@
+"""Images of a report: ground truth and detections drawn by Detectron2's Visualizer, as JPEG data URIs."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
+
+from ovdet2.evaluation.matching import LEFT_OUT, TRUE
+from ovdet2.io.images import read_image
+from ovdet2.report.html_parts import printable
+
+SIDE = 480  # longest side of a picture, pixels
+# RGB in [0, 1], Okabe and Ito: novel orange, base sky blue, as in the report's style sheet on dark ground.
+_COLOURS = {"novel": (0.90, 0.62, 0.0), "base": (0.34, 0.71, 0.91), "other": (0.80, 0.47, 0.65)}
+
+
+def picture(path, boxes_xyxy, labels, subsets):
+    """An image with labelled boxes.
+
+    Args:
+        path: image file.
+        boxes_xyxy: [N, 4], pixels of the image as :func:`~ovdet2.io.images.read_image` gives it.
+        labels: N strings.
+        subsets: N of "novel", "base", "other", for the colour.
+
+    Returns:
+        data URI of a JPEG, its longest side :data:`SIDE` pixels.
+
+    Raises:
+        DataError: the file is missing, damaged or too small.
+    """
+    image = read_image(path, "RGB")
+    visualizer = Visualizer(image, scale=SIDE / max(image.shape[:2]))
+    boxes, colours = np.asarray(boxes_xyxy, dtype=np.float64), [_COLOURS[subset] for subset in subsets]
+    for box, colour in zip(boxes, colours):
+        visualizer.draw_box(box, alpha=1, edge_color=colour)  # overlay_instances alone leaves them half transparent
+    if len(labels):
+        visualizer.overlay_instances(
+            boxes=boxes,
+            # matplotlib reads $...$ as a formula and fails at lone surrogates
+            labels=[printable(label).replace("$", r"\$") for label in labels],
+            assigned_colors=colours,
+        )
+    pixels = visualizer.get_output().get_image()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+class Pictures:
+    """Draws the images of one evaluation.
+
+    Args:
+        truth: :class:`~ovdet2.evaluation.columns.Truth`, whose image records name the files.
+        detections: :class:`~ovdet2.evaluation.columns.Detections`.
+        split: :class:`~ovdet2.data.datasets.coco_json.Split`.
+        matches: :class:`~ovdet2.evaluation.matching.Matches` of them.
+    """
+
+    def __init__(self, truth, detections, split, matches):
+        self._truth, self._detections, self._outcome = truth, detections, matches.outcome
+        self._names = dict(zip(split.category_ids, split.names))
+        self._subsets = dict(zip(split.category_ids, ("base" if is_base else "novel" for is_base in split.base_mask)))
+
+    def file_name(self, image_id):
+        """Name of an image's file, without its folder."""
+        return Path(self._truth.images[image_id]["file_name"]).name
+
+    def truth(self, image_id):
+        """:func:`picture` of the ground truth of an image, crowds apart."""
+        rows = (self._truth.image_ids == image_id) & ~self._truth.crowd
+        ids = self._truth.category_ids[rows].tolist()
+        return self._draw(image_id, self._truth.boxes_xyxy[rows], ids, [self._names[i] for i in ids])
+
+    def detections(self, image_id, count):
+        """:func:`picture` of the ``count`` best detections that count, those that are true marked."""
+        found = self._detections
+        rows = np.flatnonzero((found.image_ids == image_id) & (self._outcome != LEFT_OUT))
+        rows = rows[np.argsort(-found.scores[rows], kind="stable")][:count]
+        ids = found.category_ids[rows].tolist()
+        labels = [
+            f"{'✓' if outcome == TRUE else '✗'} {self._names.get(i, f'category {i}')} {score:.2f}"
+            for i, outcome, score in zip(ids, self._outcome[rows].tolist(), found.scores[rows].tolist())
+        ]
+        return self._draw(image_id, found.boxes_xyxy[rows], ids, labels)
+
+    def _draw(self, image_id, boxes, category_ids, labels):
+        subsets = [self._subsets.get(category_id, "other") for category_id in category_ids]
+        return picture(self._truth.images[image_id]["file_name"], boxes, labels, subsets)

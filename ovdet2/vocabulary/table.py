@@ -1,0 +1,365 @@
+"""The words a detector is asked for, with their text embeddings and the teacher they come from.
+
+Shapes: K words, B of them base, D embedding dimension.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ovdet2.errors import DataError, OVDetError, UsageError
+from ovdet2.io.files import read_safetensors, write_safetensors
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vocabulary.templates import (
+    clean_name,
+    get_templates,
+    render,
+    set_title,
+    template_set_names,
+    templates_sha256,
+)
+
+SCHEMA = "ovdet2/vocabulary/1"
+PROMPTS_AT_ONCE = 1024
+_SHOWN = 10  # repeated words in a message
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Names and unit text embeddings; classes are an input of every open-vocabulary module.
+
+    Attributes:
+        names: K class names, unique after cleaning, none empty.
+        base_mask: Tensor [K] bool, True where training boxes exist.
+        embeddings: Tensor [K, D] float32, unit rows.
+        teacher: :class:`Fingerprint` of the model that embedded them.
+        templates: name of the prompt template set, or a statement for imported tables.
+        category_ids: K data set category ids, or None for free words.
+        synonyms: K tuples of the names whose embeddings were averaged for each word, its own name first; None: every
+            word stands for itself.
+        templates_sha256: hash of the templates; by default that of the set of this name, None where there is none.
+
+    Raises:
+        UsageError: empty vocabulary, empty or duplicate word.
+        DataError: shapes that disagree, or embeddings that are not finite unit vectors.
+    """
+
+    names: tuple
+    base_mask: torch.Tensor
+    embeddings: torch.Tensor
+    teacher: Fingerprint
+    templates: str
+    category_ids: tuple | None = field(default=None)
+    synonyms: tuple | None = None
+    templates_sha256: str | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "base_mask", torch.as_tensor(self.base_mask, dtype=torch.bool))
+        if self.category_ids is not None:
+            object.__setattr__(self, "category_ids", tuple(self.category_ids))
+        if self.synonyms is not None:
+            object.__setattr__(self, "synonyms", tuple(map(tuple, self.synonyms)))
+        if self.templates_sha256 is None:
+            object.__setattr__(self, "templates_sha256", _sha_of_known_set(self.templates))
+        check_words(self.names)
+        k = len(self.names)
+        if self.embeddings.ndim != 2 or len(self.embeddings) != k or self.base_mask.shape != (k,):
+            raise DataError(
+                f"a vocabulary of {k} words has embeddings of shape {list(self.embeddings.shape)} and a base mask of "
+                f"shape {list(self.base_mask.shape)}: give one row and one mask entry per word."
+            )
+        norms = self.embeddings.norm(dim=1)
+        wrong = torch.nonzero(~((norms - 1).abs() < 1e-3)).flatten().tolist()  # NaN fails the comparison too
+        if wrong:
+            raise DataError(
+                f"the embedding of {self.names[wrong[0]]!r} (row {wrong[0]}) has norm {norms[wrong[0]]:.4f}, not 1."
+            )
+        if self.category_ids is not None and len(self.category_ids) != k:
+            raise DataError(f"{k} words but {len(self.category_ids)} category ids.")
+        if self.synonyms is not None and len(self.synonyms) != k:
+            raise DataError(f"{k} words but {len(self.synonyms)} lists of synonyms.")
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def num_base(self):
+        """B."""
+        return int(self.base_mask.sum())
+
+    @property
+    def names_sha256(self):
+        """Hash of the words in their order."""
+        return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+    @property
+    def synonyms_sha256(self):
+        """Hash of the names averaged for each word; None where every word stands for itself."""
+        if self.synonyms is None:
+            return None
+        return hashlib.sha256("\n".join("\t".join(names) for names in self.synonyms).encode()).hexdigest()
+
+    def base(self):
+        """The vocabulary of the base words only, in order."""
+        return self.select(self.base_mask)
+
+    def select(self, mask):
+        """The sub-vocabulary of a boolean mask [K]."""
+        keep = torch.nonzero(mask).flatten().tolist()
+        ids = None if self.category_ids is None else tuple(self.category_ids[i] for i in keep)
+        synonyms = None if self.synonyms is None else tuple(self.synonyms[i] for i in keep)
+        return replace(
+            self,
+            names=tuple(self.names[i] for i in keep),
+            base_mask=self.base_mask[keep],
+            embeddings=self.embeddings[keep],
+            category_ids=ids,
+            synonyms=synonyms,
+        )
+
+    def joined(self, others):
+        """Followed by the words of ``others``, of the same teacher, whose category ids become -1, -2, ..."""
+        ids = self.category_ids and (*self.category_ids, *range(-1, -1 - len(others), -1))
+        synonyms = None
+        if self.synonyms or others.synonyms:
+            pairs = ((words.synonyms or ((name,) for name in words.names)) for words in (self, others))
+            synonyms = tuple(names for part in pairs for names in part)
+        return replace(
+            self,
+            names=(*self.names, *others.names),
+            base_mask=torch.cat([self.base_mask, others.base_mask]),
+            embeddings=torch.cat([self.embeddings, others.embeddings]),
+            category_ids=ids,
+            synonyms=synonyms,
+        )
+
+    def manifest(self):
+        """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
+        return {
+            "schema": SCHEMA,
+            "names": list(self.names),
+            "category_ids": None if self.category_ids is None else list(self.category_ids),
+            "templates": self.templates,
+            "templates_sha256": self.templates_sha256,
+            "names_sha256": self.names_sha256,
+            "synonyms": None if self.synonyms is None else list(map(list, self.synonyms)),
+            "synonyms_sha256": self.synonyms_sha256,
+            "teacher": self.teacher.to_dict(),
+        }
+
+    def save(self, path):
+        """Write the vocabulary file (safetensors, schema 1)."""
+        write_safetensors(path, {"embeddings": self.embeddings.float(), "base_mask": self.base_mask}, self.manifest())
+
+    @classmethod
+    def load(cls, path):
+        """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
+        tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
+        try:
+            vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
+        except (KeyError, OVDetError) as error:
+            reason = f"it has no {error}." if isinstance(error, KeyError) else error
+            raise DataError(f"{path}: {reason} Rebuild it with tools/build_vocabulary.py.") from None
+        stated = manifest.get("names_sha256"), manifest.get("synonyms_sha256")  # files from before synonyms: None
+        if (vocabulary.names_sha256, vocabulary.synonyms_sha256) != stated:
+            raise DataError(
+                f"{path}: its words were changed after it was written. Rebuild it with tools/build_vocabulary.py."
+            )
+        return vocabulary
+
+    @classmethod
+    def build(
+        cls, names, teacher, templates="vild63", base_mask=None, category_ids=None, progress=False, synonyms=None
+    ):
+        """Embed words: each prompt normalised, averaged over the set, normalised again (ViLD, F-VLM).
+
+        With synonyms a word's embedding is the mean over its names of that, normalised once more. The file name of
+        ViLD's published LVIS classifier ("clip_synonym_prompt") says that it averages synonyms; in which order it
+        normalises is not published. Detic's and F-VLM's tables use the first name alone.
+
+        Args:
+            names: K words.
+            teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+            templates: template set name, or a template file.
+            base_mask: [K] bool; default: every word is novel.
+            category_ids: optional K ids.
+            progress: show a progress bar.
+            synonyms: optional K lists of further names; a name that cleans to one before it is passed over.
+
+        Raises:
+            UsageError: no word, an empty or duplicate word, an empty synonym, an unknown template set.
+            DataError: the template file cannot be read.
+        """
+        names = tuple(names)
+        check_words(names)
+        averaged = averaged_names(names, synonyms)
+        rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
+        word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
+        sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
+        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
+        return cls(
+            names,
+            mask,
+            F.normalize(sums, dim=1),  # of a sum as of a mean
+            teacher.fingerprint,
+            set_title(templates),
+            category_ids,
+            averaged if len(rows) > len(names) else None,
+            templates_sha256(templates),
+        )
+
+    @classmethod
+    def from_table(cls, names, table, teacher, templates, base_mask=None, category_ids=None):
+        """Import raw embedding rows made elsewhere; they are normalised here.
+
+        Args:
+            names: K words in row order.
+            table: array [K, D], any float type, no zero row.
+            teacher: :class:`Fingerprint` as stated by the user, ``weights_sha256`` None.
+            templates: what the rows were made with, in the user's words.
+
+        Raises:
+            DataError: the row count differs from the number of words, or a row is zero or not finite.
+        """
+        names = tuple(names)
+        rows = torch.from_numpy(np.array(table, dtype=np.float32))
+        if rows.ndim != 2 or len(rows) != len(names):
+            raise DataError(
+                f"the table has shape {list(rows.shape)} but there are {len(names)} words: give one row per word."
+            )
+        for fault, wrong in (("not finite", ~rows.isfinite().all(1)), ("zero", (rows == 0).all(1))):
+            at = torch.nonzero(wrong).flatten().tolist()
+            if at:
+                raise DataError(
+                    f"the embedding of {names[at[0]]!r} (row {at[0]} of the table) is {fault}; such rows: {len(at)}. "
+                    "Make the table again, or leave these words out."
+                )
+        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
+        return cls(names, mask, F.normalize(rows, dim=1), teacher, templates, category_ids)
+
+
+def check_words(names):
+    """Raise :class:`UsageError` for an empty vocabulary, an empty word, or two words that clean to the same text."""
+    repeated = repeated_words(names)
+    if repeated:
+        shown = ", ".join(f"{names[i]!r} twice (words {first} and {i})" for i, first in repeated[:_SHOWN])
+        more = f", and {len(repeated) - _SHOWN} more words" if len(repeated) > _SHOWN else ""
+        raise UsageError(f"the vocabulary holds {shown}{more}: leave out one of each.")
+
+
+def repeated_words(names):
+    """The words that clean to the same text as one before: [(position, position of the first such word)].
+
+    Raises:
+        UsageError: no word, or an empty one.
+    """
+    if not names:
+        raise UsageError("the vocabulary is empty: give at least one word.")
+    seen, repeated = {}, []
+    for position, name in enumerate(names):
+        cleaned = clean_name(name)
+        if not cleaned:
+            raise UsageError(f"word {position} of the vocabulary is empty ({name!r}): remove it.")
+        first = seen.setdefault(cleaned, position)
+        if first != position:
+            repeated.append((position, first))
+    return repeated
+
+
+def averaged_names(names, synonyms=None):
+    """K tuples of the different names of each class, by what they clean to, its own first.
+
+    Raises:
+        UsageError: an empty synonym, or not one list of synonyms per word.
+    """
+    if synonyms is None:
+        return tuple((name,) for name in names)
+    synonyms = tuple(map(tuple, synonyms))
+    if len(synonyms) != len(names):
+        raise UsageError(f"there are {len(names)} words but {len(synonyms)} lists of synonyms: give one list per word.")
+    groups = []
+    for name, others in zip(names, synonyms):
+        known = {}
+        for text in (name, *others):
+            known.setdefault(clean_name(text), text)
+        if "" in known:
+            raise UsageError(f"a synonym of {name!r} is empty ({known['']!r}): remove it.")
+        groups.append(tuple(known.values()))
+    return tuple(groups)
+
+
+def _embed_names(names, teacher, templates, progress):
+    """Tensor [M, D] on the CPU: the unit embedding of each name over a template set."""
+    count = len(get_templates(templates))
+    step = max(1, PROMPTS_AT_ONCE // count)  # names at once: memory stays bounded for any M
+    rows = []
+    with tqdm(total=len(names), desc="embedding words", unit="word", disable=not progress) as bar:
+        for start in range(0, len(names), step):
+            chunk = names[start : start + step]
+            encoded = teacher.encode_text([text for name in chunk for text in render(name, templates)])
+            rows.append(F.normalize(encoded.view(len(chunk), count, -1).mean(dim=1), dim=1).cpu())
+            bar.update(len(chunk))
+    return torch.cat(rows)
+
+
+def parse_words(text):
+    """Words from a comma-separated string, or from a ".txt" file with one word per line (UTF-8, "#" starts a comment).
+
+    Raises:
+        DataError: the file is missing or not UTF-8.
+        UsageError: the text is an existing file of another suffix.
+    """
+    text = str(text)
+    if "," in text or not text.endswith(".txt"):
+        if "," not in text and os.path.isfile(text):  # isfile: no error for a text too long for a path
+            raise UsageError(
+                f"{text} is a file, not a word: words are read from a .txt file, one per line (by "
+                "tools/build_vocabulary.py also from a .json file). For the word of that name, add a comma."
+            )
+        return [word.strip() for word in text.split(",") if word.strip()]
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the word list {text} cannot be read ({error}): give a UTF-8 file, one word per line."
+        ) from None
+    return [word for word in (line.split("#")[0].strip() for line in lines) if word]
+
+
+def _sha_of_known_set(templates):
+    """None for the user's own words about the prompts of an imported table."""
+    return templates_sha256(templates) if templates in template_set_names() else None
+
+
+def manifest_bytes(vocabulary):
+    """The manifest and base mask as a uint8 tensor, so that a checkpoint can carry them beside the embeddings."""
+    text = json.dumps(vocabulary.manifest(), ensure_ascii=False)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+
+def from_buffers(embeddings, base_mask, manifest):
+    """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
+    values = json.loads(bytes(manifest.cpu().tolist()).decode())
+    return _from_parts(values, base_mask.cpu(), embeddings.cpu().float(), "the checkpoint's vocabulary")
+
+
+def _from_parts(manifest, base_mask, embeddings, source):
+    teacher = Fingerprint.from_dict(manifest.get("teacher"), source)
+    return Vocabulary(
+        manifest["names"],
+        base_mask,
+        embeddings,
+        teacher,
+        manifest["templates"],
+        manifest["category_ids"],
+        manifest.get("synonyms"),
+        manifest.get("templates_sha256"),
+    )

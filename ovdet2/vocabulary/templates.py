@@ -1,0 +1,117 @@
+"""Prompt template sets and how a class name is put into them.
+
+The sets are data (``ovdet2/assets/prompts/*.json``, each naming its source); "openclip80" comes from open_clip itself.
+Wherever a set's name is asked for, the path of a template file of the user's own will do.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from ovdet2.errors import DataError, UsageError
+from ovdet2.io.files import read_json
+
+_PROMPTS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
+
+
+def template_set_names():
+    """Sorted names of the known template sets."""
+    return sorted([path.stem for path in _PROMPTS.glob("*.json")] + ["openclip80"])
+
+
+def get_templates(set_name):
+    """The templates of a set: a tuple of strings with "{}" for the name and optionally "{article}".
+
+    Args:
+        set_name: one of :func:`template_set_names`, or the path of a file: ".txt" with a template per line (UTF-8, "#"
+            starts a comment line), or ".json", a list or {"templates": list}.
+
+    Raises:
+        UsageError: unknown set; the message lists the known ones.
+        DataError: the file is missing or damaged, holds no template, or one without "{}".
+    """
+    if str(set_name).endswith((".txt", ".json")):
+        path = Path(set_name)
+        state = path.stat() if path.is_file() else None
+        return _read_templates(path, state and (state.st_mtime_ns, state.st_size))
+    return _known_templates(set_name)
+
+
+@functools.cache
+def _known_templates(set_name):
+    if set_name == "openclip80":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
+    path = _PROMPTS / f"{set_name}.json"
+    if not path.is_file():
+        raise UsageError(
+            f"unknown template set {set_name!r}; choose one of {', '.join(template_set_names())}, or give a .txt or "
+            ".json file."
+        )
+    return tuple(json.loads(path.read_text(encoding="utf-8"))["templates"])
+
+
+@functools.lru_cache(maxsize=8)  # asked for once per word; the stamp makes an edited file another one
+def _read_templates(path, stamp):
+    if path.suffix == ".json":
+        templates = read_json(path, "give a list of templates")
+        templates = templates.get("templates") if isinstance(templates, dict) else templates
+    else:
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"the template file {path} cannot be read ({error}): give a UTF-8 file.") from None
+        templates = [line for line in lines if line and not line.startswith("#")]
+    if not templates or not isinstance(templates, list):
+        raise DataError(f"{path} holds no templates: give one or more, such as 'a photo of {{article}} {{}}.'.")
+    for number, template in enumerate(templates):
+        if not isinstance(template, str) or "{}" not in template:
+            raise DataError(f"template {number} of {path}, {template!r}, has no {{}} for the class name: add it.")
+    return tuple(templates)
+
+
+def set_title(set_name):
+    """What artefacts call a template set: its name; of a path the file's name (the hash tells two such files apart)."""
+    return Path(set_name).name
+
+
+def templates_sha256(set_name):
+    """Hex SHA-256 of a set's templates, so that an edited set is seen as another one."""
+    return hashlib.sha256("\n".join(get_templates(set_name)).encode()).hexdigest()
+
+
+def clean_name(name):
+    """ViLD's cleaning of a class name: lower case, "_" to space, "/" to " or ", no trailing full stop, single spaces.
+
+    Text in parentheses is kept: LVIS tells "bow (weapon)" from "bow (decorative ribbons)" by it.
+    """
+    name = name.replace("_", " ").replace("/", " or ").lower()
+    return " ".join(name.split()).rstrip(".").rstrip()
+
+
+def article(name):
+    """ "an" before a, e, i, o, u, else "a": ViLD's rule goes by the letter, not the sound ("a hour", "an unicorn")."""
+    return "an" if name[:1] in "aeiou" and name else "a"
+
+
+def render(name, set_name):
+    """All prompts of a set for one class name.
+
+    In ViLD's set a text that begins with "a" or "the" gets "This is " in front, as in its official demo.
+
+    Args:
+        name: class name as in the data set; cleaned here.
+        set_name: a template set or file.
+
+    Returns:
+        list of strings, one per template.
+    """
+    cleaned = clean_name(name)
+    texts = [
+        template.replace("{article}", article(cleaned)).replace("{}", cleaned) for template in get_templates(set_name)
+    ]
+    if set_name == "vild63":
+        texts = ["This is " + text if text.startswith(("a", "the")) else text for text in texts]
+    return texts
