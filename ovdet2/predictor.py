@@ -55,7 +55,7 @@ class Predictor:
     @property
     def names(self):
         """Words that ``pred_classes`` index."""
-        return self.model.vocabulary.vocabulary.names
+        return self.model.vocabulary.words.names
 
     def set_vocabulary(self, words, templates=None):
         """Ask for other words from now on; they need not be in any data set.
@@ -91,7 +91,7 @@ class Predictor:
         Raises:
             DataError: an unreadable image file, or a vocabulary of another teacher than MODEL.TEACHER.
         """
-        vocabulary = self.model.vocabulary.vocabulary
+        vocabulary = self.model.vocabulary.words
         if self._online_priors is None or self._online_priors.clip.vocabulary is not vocabulary:
             chosen = self.cfg.MODEL.CCKT
             self._online_priors = OnlinePriors(

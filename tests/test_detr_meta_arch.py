@@ -178,7 +178,7 @@ def test_checkpoint_keeps_the_weights_and_takes_the_words_of_the_run(tmp_path):
         parameter.zero_()
     AtomicCheckpointer(other).load_all(str(tmp_path / "model.pth"))
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(other.parameters(), model.parameters()))
-    assert other.vocabulary.vocabulary.names == ("star", "moon")
+    assert other.vocabulary.words.names == ("star", "moon")
     assert other.vocabulary.trained_base_names == {"red star", "blue moon", "striped ring"}
     saved = torch.load(tmp_path / "model.pth", weights_only=True)["model"]
     assert sum(name.endswith("embeddings") for name in saved) == 1

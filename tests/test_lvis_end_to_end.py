@@ -132,4 +132,4 @@ def test_a_transfer_target_changes_the_vocabulary_alone(run, target, tmp_path, m
     assert model.vocabulary.base_mask.tolist() == [False, False]
     AtomicCheckpointer(model, tmp_path).resume_or_load(str(weights), resume=False)
     assert model.vocabulary.base_mask.tolist() == [True, False]
-    assert model.vocabulary.vocabulary.base_mask.tolist() == [True, False]
+    assert model.vocabulary.words.base_mask.tolist() == [True, False]

@@ -59,7 +59,7 @@ class _WordClassifier(nn.Module):
     @property
     def num_training_classes(self):
         """B: the label that means background in training."""
-        return self.vocabulary.vocabulary.num_base
+        return self.vocabulary.words.num_base
 
     @property
     def words(self):
@@ -170,7 +170,7 @@ class ClosedSetClassifier(nn.Linear):
             input_dim: C.
             vocabulary: :class:`~ovdet2.layers.WordBank`; K is fixed to its present length.
         """
-        super().__init__(input_dim, len(vocabulary.vocabulary) + 1)
+        super().__init__(input_dim, len(vocabulary.words) + 1)
         self.vocabulary = vocabulary
         nn.init.normal_(self.weight, std=0.01)
         nn.init.zeros_(self.bias)
@@ -191,9 +191,9 @@ class ClosedSetClassifier(nn.Linear):
         Raises:
             UsageError: the vocabulary is no longer the one the layer was built for.
         """
-        if len(self.vocabulary.vocabulary) != self.num_training_classes:
+        if len(self.vocabulary.words) != self.num_training_classes:
             raise UsageError(
                 f"a closed-set head of {self.num_training_classes} classes cannot take "
-                f'{len(self.vocabulary.vocabulary)} words: use MODEL.OVD.CLASSIFIER "text".'
+                f'{len(self.vocabulary.words)} words: use MODEL.OVD.CLASSIFIER "text".'
             )
         return super().forward(features)

@@ -45,7 +45,7 @@ class WordBank(nn.Module):
         Raises:
             DataError: other teacher or other D than the present one.
         """
-        require_same_teacher(self.vocabulary.teacher, "the model", vocabulary.teacher, "the new vocabulary")
+        require_same_teacher(self.words.teacher, "the model", vocabulary.teacher, "the new vocabulary")
         if vocabulary.embeddings.shape[1] != self.embeddings.shape[1]:
             raise DataError(
                 f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model "
@@ -60,10 +60,10 @@ class WordBank(nn.Module):
         Raises:
             UsageError: no base word, or a novel word before a base one: contiguous class ids would be shifted.
         """
-        count = self.vocabulary.num_base
-        if count == 0 or not bool(self.vocabulary.base_mask[:count].all()):
+        count = self.words.num_base
+        if count == 0 or not bool(self.words.base_mask[:count].all()):
             raise UsageError(
-                f"training needs base words first, but the base mask is {self.vocabulary.base_mask.tolist()}."
+                f"training needs base words first, but the base mask is {self.words.base_mask.tolist()}."
             )
         return self.embeddings[:count]
 
@@ -87,7 +87,7 @@ class WordBank(nn.Module):
             raise DataError(
                 f"the checkpoint's vocabulary cannot be read ({error}): it is damaged or not ovdet2's."
             ) from None
-        require_same_teacher(trained.teacher, "the checkpoint", self.vocabulary.teacher, "the vocabulary of this run")
+        require_same_teacher(trained.teacher, "the checkpoint", self.words.teacher, "the vocabulary of this run")
         if trained.embeddings.shape[1] != self.embeddings.shape[1]:
             raise DataError(
                 f"the checkpoint was trained with embeddings of {trained.embeddings.shape[1]} dimensions, that of "
@@ -95,16 +95,16 @@ class WordBank(nn.Module):
             )
         self.trained_base_names = base_names(trained)
         self.from_checkpoint = True
-        if self.vocabulary.num_base == 0:
-            known = [clean_name(name) in self.trained_base_names for name in self.vocabulary.names]
+        if self.words.num_base == 0:
+            known = [clean_name(name) in self.trained_base_names for name in self.words.names]
             logger.info("%d of %d words were base classes in training, by name.", sum(known), len(known))
-            self._store(replace(self.vocabulary, base_mask=torch.tensor(known)))
+            self._store(replace(self.words, base_mask=torch.tensor(known)))
 
     def _store(self, vocabulary, background=None):
         device = self.embeddings.device if self.embeddings is not None else None
         if not isinstance(vocabulary, Vocabulary):
             raise UsageError(f"expected a Vocabulary, got {type(vocabulary).__name__}.")
-        self.vocabulary = vocabulary
+        self.words = vocabulary
         self.embeddings = vocabulary.embeddings.float().to(device)
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)
@@ -113,7 +113,7 @@ class WordBank(nn.Module):
 
     def extra_repr(self):
         """Shown when the model is printed."""
-        return f"{len(self.vocabulary)} words, {self.vocabulary.num_base} base, teacher {self.vocabulary.teacher}"
+        return f"{len(self.words)} words, {self.words.num_base} base, teacher {self.words.teacher}"
 
 
 def base_names(vocabulary):

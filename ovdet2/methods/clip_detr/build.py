@@ -43,8 +43,8 @@ def build_clip_detr(cfg, network, vocabulary):
     if not clip.ALIGN_WEIGHT and not clip.DYNAMIC_WEIGHT:
         return None
     table = None
-    if clip.LABEL_TABLE and vocabulary.vocabulary.num_base:
-        table = WordBank(label_table(clip.LABEL_TABLE, vocabulary.vocabulary.base()))
+    if clip.LABEL_TABLE and vocabulary.words.num_base:
+        table = WordBank(label_table(clip.LABEL_TABLE, vocabulary.words.base()))
     attributes = ObjectAttributes(dim, vocabulary, clip.ATTRIBUTES, table)
     align_net = dynamic_queries = None
     if clip.ALIGN_WEIGHT:

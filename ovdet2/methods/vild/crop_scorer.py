@@ -21,7 +21,7 @@ class CropScorer(nn.Module):
             input_format: "RGB" or "BGR", channel order of the network input.
         """
         super().__init__()
-        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.vocabulary.teacher, "the vocabulary")
+        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.words.teacher, "the vocabulary")
         # Tuples hide the teacher and the shared buffer from state_dict: neither is a weight of this detector.
         self._frozen = (teacher, vocabulary)
         self.input_format = input_format

@@ -127,4 +127,4 @@ def _class_branch(cfg, vocabulary) -> nn.Module:
         raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')
     if cfg.TEST.DISTRACTORS:
         raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
-    return ClosedSetBranch(cfg.MODEL.DETR.DIM, len(vocabulary.vocabulary))
+    return ClosedSetBranch(cfg.MODEL.DETR.DIM, len(vocabulary.words))

@@ -45,7 +45,7 @@ class FrozenVLMRCNN(OpenVocabularyRCNN):
         """
         _require_consistent(cfg)
         arguments = super().from_config(cfg, vocabulary)
-        words = arguments["roi_heads"].box_predictor.cls_score.vocabulary.vocabulary
+        words = arguments["roi_heads"].box_predictor.cls_score.vocabulary.words
         trunk = build_teacher(cfg).fingerprint
         require_same_teacher(trunk, "the trunk (MODEL.TEACHER)", words.teacher, "the vocabulary")
         asks_clip = cfg.MODEL.OVD.SECONDARY_SCORES == "map"

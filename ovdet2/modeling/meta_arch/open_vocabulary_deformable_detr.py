@@ -175,9 +175,9 @@ class OpenVocabularyDeformableDETR(nn.Module):
         images, memory, queries = self.encode(batched_inputs)
         outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
         words = outputs["pred_logits"].shape[-1]
-        if words != len(self.vocabulary.vocabulary):
+        if words != len(self.vocabulary.words):
             raise UsageError(
-                f"a closed-set head of {words} classes cannot take {len(self.vocabulary.vocabulary)} words: use "
+                f"a closed-set head of {words} classes cannot take {len(self.vocabulary.words)} words: use "
                 'MODEL.OVD.CLASSIFIER "text".'
             )
         return images, outputs if self.cckt is None else self.cckt.scored(outputs, queries)
