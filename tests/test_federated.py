@@ -8,7 +8,8 @@ from detectron2.data import MetadataCatalog
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.layers import TextClassifier
+from ovdet2.layers import CosineClassifier
+from ovdet2.layers.cosine_classifier import RARE_BIAS
 from ovdet2.modeling.losses import federated_words, sigmoid_classification
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
@@ -79,7 +80,7 @@ def test_draw_follows_the_weights():
 
 def test_classifier_per_word_is_cosine_over_tau_plus_bias():
     words = micro.vocabulary()
-    classifier = TextClassifier(6, WordBank(words), 0.1, per_word=True).eval()
+    classifier = CosineClassifier(6, WordBank(words), temperature=0.1, bias=RARE_BIAS, background="zero").eval()
     features = torch.randn(3, 6)
     weight, bias = classifier.projection.weight.double(), classifier.projection.bias.double()
     embeddings = F.normalize(features.double() @ weight.T + bias, dim=1)

@@ -13,7 +13,7 @@ from ovdet2 import Predictor
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import TextBackgroundClassifier
+from ovdet2.layers import CosineClassifier
 from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
 from ovdet2.modeling.losses import background_weighted_cross_entropy
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -308,7 +308,7 @@ class TestByConfiguration:
 
     def test_a_text_background_needs_its_embedding(self):
         with pytest.raises(UsageError, match="WordBank a background"):
-            TextBackgroundClassifier(12, WordBank(micro.vocabulary()))
+            CosineClassifier(12, WordBank(micro.vocabulary()), temperature=0.01, background="text")
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import ClosedSetClassifier, TextClassifier, class_wise_nms, fuse_scores, fusion_exponents
+from ovdet2.layers import ClosedSetClassifier, CosineClassifier, class_wise_nms, fuse_scores, fusion_exponents
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
@@ -30,7 +30,7 @@ def reference_logits(features, classifier, rows):
 
 
 def classifier(words=None):
-    layer = TextClassifier(12, WordBank(words or micro.vocabulary()))
+    layer = CosineClassifier(12, WordBank(words or micro.vocabulary()), temperature=0.01, background="learned")
     with torch.no_grad():
         layer.projection.weight.copy_(micro.wave((8, 12)))
         layer.background.copy_(micro.wave((8,), 0.9))
@@ -147,7 +147,7 @@ def test_saved_vocabulary_of_another_k_is_fine_of_another_teacher_is_not():
     saved = WordBank(micro.vocabulary()).state_dict()
     buffer = WordBank(micro.vocabulary(("cat", "dog"), 0))
     buffer.adopt_saved_vocabulary(saved)
-    assert buffer.vocabulary.names == ("cat", "dog")
+    assert buffer.names == ("cat", "dog")
     assert buffer.trained_base_names == set(micro.NAMES[:3])
     other = WordBank(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
     with pytest.raises(DataError, match="the checkpoint is of teacher micro / other"):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ovdet2.vocabulary as vocabulary_module
+import ovdet2.vocabulary.table as vocabulary_module
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_safetensors, write_json, write_safetensors
 from ovdet2.vlm.teacher import Teacher

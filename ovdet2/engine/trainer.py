@@ -277,7 +277,7 @@ class Trainer(DefaultTrainer):
 
 
 def _vocabulary_of(model):
-    """The :class:`~ovdet2.layers.WordBank` of a model; None for one without words."""
+    """The :class:`~ovdet2.vocabulary.bank.WordBank` of a model; None for one without words."""
     return getattr(getattr(model, "module", model), "vocabulary", None)
 
 
@@ -286,9 +286,9 @@ def _require_words(cfg, model):
     vocabulary = _vocabulary_of(model)
     for name in cfg.DATASETS.TEST if vocabulary is not None else ():
         wanted = (*split_of(name).names, *distractors(cfg))
-        if vocabulary.words.names != wanted:
+        if vocabulary.names != wanted:
             raise UsageError(
-                f"the model is asked for the {len(vocabulary.words)} words of {cfg.DATASETS.TEST[0]}, {name} has "
+                f"the model is asked for the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
                 f"{len(wanted)}, or others: evaluate one data set at a time, with DATASETS.TEST of it alone."
             )
 
@@ -301,8 +301,8 @@ def _facts_of(model, weights):
     if vocabulary is not None:
         stated = vocabulary.words.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
-        facts["vocabulary"] = {"words": len(vocabulary.words), **{key: stated[key] for key in kept}}
-        pairs = zip(vocabulary.words.names, vocabulary.words.base_mask.tolist())
+        facts["vocabulary"] = {"words": len(vocabulary), **{key: stated[key] for key in kept}}
+        pairs = zip(vocabulary.names, vocabulary.words.base_mask.tolist())
         trained = [n for n, base in pairs if not base and clean_name(n) in vocabulary.trained_base_names]
         if trained and vocabulary.from_checkpoint:
             logger.warning("%d novel words were trained on (%s, ...): they are not novel.", len(trained), trained[0])
@@ -371,4 +371,4 @@ def _require_cached_teacher(data_loader, model):
     mapper = getattr(getattr(data_loader, "dataset", None), "mapper", None)
     for cache in (getattr(mapper, name, None) for name in ("region_cache", "annotation_cache")):
         if cache is not None:
-            cache.require_teacher(model.vocabulary.words.teacher, "the vocabulary")
+            cache.require_teacher(model.vocabulary.teacher, "the vocabulary")

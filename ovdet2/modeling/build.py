@@ -1,17 +1,25 @@
-"""From configuration to the parts every family shares: teacher, vocabulary, classifier."""
+"""From configuration to what every family of detectors shares: teacher, vocabulary, word bank, classifier."""
+
+from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 
 import torch
+from detectron2.config import CfgNode
+from torch import Tensor
 
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.errors import DataError, UsageError
-from ovdet2.layers import ClosedSetClassifier, TextBackgroundClassifier, TextClassifier
+from ovdet2.layers import ClosedSetClassifier, CosineClassifier
+from ovdet2.layers.cosine_classifier import RARE_BIAS
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary import Vocabulary, parse_words
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import template_set_names
 
@@ -23,7 +31,7 @@ def _load_teacher(architecture, pretrained):
     return Teacher.load(architecture, pretrained)
 
 
-def build_teacher(cfg):
+def build_teacher(cfg: CfgNode) -> Teacher:
     """The teacher of MODEL.TEACHER, loaded once per process, on the CPU.
 
     Raises:
@@ -36,7 +44,7 @@ def build_teacher(cfg):
     return _load_teacher(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
 
 
-def require_teacher_pixels(cfg, teacher):
+def require_teacher_pixels(cfg: CfgNode, teacher: Teacher) -> None:
     """Refuse images prepared otherwise than the teacher's were: they give other features, and nothing fails.
 
     Raises:
@@ -53,7 +61,7 @@ def require_teacher_pixels(cfg, teacher):
         )
 
 
-def dataset_split(cfg):
+def dataset_split(cfg: CfgNode) -> Split:
     """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first test set (else the first training set)."""
     for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         split = split_of(name)
@@ -63,7 +71,7 @@ def dataset_split(cfg):
     raise UsageError("DATASETS.TEST and DATASETS.TRAIN are empty: there are no class names to build a vocabulary from.")
 
 
-def build_vocabulary(cfg):
+def build_vocabulary(cfg: CfgNode) -> Vocabulary:
     """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's names embedded by the teacher.
 
     TEST.DISTRACTORS follow as further novel words, whose category ids are -1, -2, ...
@@ -77,16 +85,7 @@ def build_vocabulary(cfg):
     if not cfg.MODEL.VOCABULARY.FILE:
         ids = (*split.category_ids, *range(-1, -1 - len(extra), -1))
         return Vocabulary.build(names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, base_mask, ids)
-    path = cfg.MODEL.VOCABULARY.FILE
-    vocabulary = Vocabulary.load(path)
-    configured = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
-    require_same_teacher(
-        vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration"
-    )
-    if vocabulary.teacher.weights_sha256 is None:
-        logger.warning(
-            "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
-        )
+    path, vocabulary = cfg.MODEL.VOCABULARY.FILE, load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)
     if extra and vocabulary.names == tuple(split.names):  # a file of the data set alone: embed the others
         words = Vocabulary.build(extra, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES)
         require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", words.teacher, "MODEL.TEACHER")
@@ -101,7 +100,49 @@ def build_vocabulary(cfg):
     return vocabulary
 
 
-def background_of(cfg, vocabulary, templates=None):
+def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
+    """Read a vocabulary file, of any words, for a detector.
+
+    Raises:
+        DataError: the file cannot be read, or is of another teacher than MODEL.TEACHER.
+    """
+    vocabulary = Vocabulary.load(path)
+    configured = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+    require_same_teacher(
+        vocabulary.teacher, f"the vocabulary file {path}", configured, "MODEL.TEACHER of the configuration"
+    )
+    if vocabulary.teacher.weights_sha256 is None:
+        logger.warning(
+            "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
+        )
+    return vocabulary
+
+
+def words_to_vocabulary(
+    cfg: CfgNode, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None
+) -> Vocabulary:
+    """Words as a user gives them, embedded by MODEL.TEACHER unless they are already.
+
+    Args:
+        cfg: configuration.
+        words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
+            :class:`Vocabulary`.
+        templates: prompt template set of words to embed; default MODEL.VOCABULARY.TEMPLATES.
+
+    Raises:
+        UsageError: no word, a duplicate word, an unknown template set.
+        DataError: a file cannot be read, or is of another teacher.
+    """
+    if isinstance(words, Vocabulary):
+        return words
+    if isinstance(words, (str, Path)):
+        if "," not in str(words) and str(words).endswith(".safetensors"):
+            return load_vocabulary(cfg, words)
+        words = parse_words(words)
+    return Vocabulary.build(list(words), build_teacher(cfg), templates or cfg.MODEL.VOCABULARY.TEMPLATES)
+
+
+def background_of(cfg: CfgNode, vocabulary: Vocabulary, templates: str | None = None) -> Tensor | None:
     """The teacher's embedding of the word "background" in the prompts of a vocabulary.
 
     Args:
@@ -121,23 +162,35 @@ def background_of(cfg, vocabulary, templates=None):
     return Vocabulary.build(("background",), build_teacher(cfg), templates).embeddings[0]
 
 
-def build_vocabulary_buffer(cfg, vocabulary=None):
-    """The :class:`~ovdet2.layers.WordBank` of a vocabulary, by default :func:`build_vocabulary`'s, with its
-    background where the detector has one in text."""
+def build_word_bank(cfg: CfgNode, vocabulary: Vocabulary | None = None) -> WordBank:
+    """The :class:`WordBank` of a vocabulary, by default :func:`build_vocabulary`'s, with its background where the
+    detector has one in text."""
     vocabulary = build_vocabulary(cfg) if vocabulary is None else vocabulary
     return WordBank(vocabulary, background_of(cfg, vocabulary))
 
 
-def build_classifier(cfg, input_dim, vocabulary):
-    """The classifier of MODEL.OVD.CLASSIFIER over a :class:`~ovdet2.layers.WordBank`."""
-    kind = cfg.MODEL.OVD.CLASSIFIER
-    if kind == "text":
-        per_word = cfg.MODEL.OVD.CLS_LOSS == "sigmoid"
-        return TextClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE, per_word=per_word)
-    if kind == "text_background":
-        return TextBackgroundClassifier(input_dim, vocabulary, cfg.MODEL.OVD.TEMPERATURE)
-    if kind == "closed_set":
+def build_classifier(cfg: CfgNode, input_dim: int, bank: WordBank) -> CosineClassifier | ClosedSetClassifier:
+    """The classifier of MODEL.OVD.CLASSIFIER over regions of ``input_dim`` features, background last.
+
+    Raises:
+        UsageError: another classifier, or distractors for a closed set.
+    """
+    ovd = cfg.MODEL.OVD
+    if ovd.CLASSIFIER == "text":
+        if ovd.CLS_LOSS == "sigmoid":
+            return CosineClassifier(input_dim, bank, temperature=ovd.TEMPERATURE, bias=RARE_BIAS, background="zero")
+        return CosineClassifier(input_dim, bank, temperature=ovd.TEMPERATURE, background="learned")
+    if ovd.CLASSIFIER == "text_background":
+        return CosineClassifier(
+            input_dim,
+            bank,
+            temperature=ovd.TEMPERATURE,
+            learns_temperature=True,
+            background="text",
+            projection_bias=False,
+        )
+    if ovd.CLASSIFIER == "closed_set":
         if cfg.TEST.DISTRACTORS:
             raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
-        return ClosedSetClassifier(input_dim, vocabulary)
-    raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text", "text_background" or "closed_set".')
+        return ClosedSetClassifier(input_dim, bank)
+    raise UsageError(f'MODEL.OVD.CLASSIFIER is {ovd.CLASSIFIER!r}: choose "text", "text_background" or "closed_set".')

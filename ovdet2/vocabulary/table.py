@@ -3,9 +3,12 @@
 Shapes: K words, B of them base, D embedding dimension.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from ovdet2.vocabulary.templates import (
 )
 
 SCHEMA = "ovdet2/vocabulary/1"
+_FURTHER = "further_trained_names"  # key of a checkpoint's manifest
 PROMPTS_AT_ONCE = 1024
 _SHOWN = 10  # repeated words in a message
 
@@ -339,16 +343,37 @@ def _sha_of_known_set(templates):
     return templates_sha256(templates) if templates in template_set_names() else None
 
 
-def manifest_bytes(vocabulary):
-    """The manifest and base mask as a uint8 tensor, so that a checkpoint can carry them beside the embeddings."""
-    text = json.dumps(vocabulary.manifest(), ensure_ascii=False)
+def manifest_bytes(vocabulary: Vocabulary, further_trained: Iterable[str] = ()) -> torch.Tensor:
+    """The manifest as a uint8 tensor, so that a checkpoint can carry it beside the embeddings.
+
+    Args:
+        vocabulary: :class:`Vocabulary`.
+        further_trained: cleaned names of words that had training boxes, beside the base words; stated if any.
+    """
+    further = {_FURTHER: sorted(further_trained)} if further_trained else {}
+    text = json.dumps(vocabulary.manifest() | further, ensure_ascii=False)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
 
 
-def from_buffers(embeddings, base_mask, manifest):
+def further_trained_names(manifest: torch.Tensor) -> frozenset[str]:
+    """Cleaned names of words that had training boxes, beside the base words, of :func:`manifest_bytes`.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    names = _manifest_of(manifest).get(_FURTHER, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{_FURTHER} is no list of words")
+    return frozenset(map(clean_name, names))
+
+
+def from_buffers(embeddings: torch.Tensor, base_mask: torch.Tensor, manifest: torch.Tensor) -> Vocabulary:
     """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
-    values = json.loads(bytes(manifest.cpu().tolist()).decode())
-    return _from_parts(values, base_mask.cpu(), embeddings.cpu().float(), "the checkpoint's vocabulary")
+    return _from_parts(_manifest_of(manifest), base_mask.cpu(), embeddings.cpu().float(), "the checkpoint's vocabulary")
+
+
+def _manifest_of(buffer):
+    return json.loads(bytes(buffer.cpu().tolist()).decode())
 
 
 def _from_parts(manifest, base_mask, embeddings, source):

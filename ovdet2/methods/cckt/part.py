@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from ovdet2.errors import UsageError
-from ovdet2.layers.text_classifier import EmbeddingProjection
+from ovdet2.layers import EmbeddingProjection, cosine_logits
 from ovdet2.methods.cckt.class_crops import class_crops
 from ovdet2.methods.cckt.region_contrast import ClassCrops, class_contrast, pair_contrast
 from ovdet2.modeling.detr.criterion import class_targets
@@ -39,9 +39,7 @@ def similarity_logits(embeddings, words, temperature, bias=0.0):
     Returns:
         Tensor [..., K], float32 (float64 if ``embeddings`` is).
     """
-    embeddings = _full_precision(embeddings)
-    with torch.autocast(embeddings.device.type, enabled=False):
-        return embeddings @ words.mT.to(embeddings) / temperature + bias
+    return cosine_logits(embeddings, words, temperature=temperature, bias=bias)
 
 
 def product_logits(first, second):
@@ -278,7 +276,3 @@ class CCKT(nn.Module):
             return self.contrast != "none" and get_event_storage().iter >= self.contrast_start
         except AssertionError:  # Detectron2's way to say that there is no loop
             return True
-
-
-def _full_precision(tensor):
-    return tensor.float() if tensor.dtype.itemsize < 4 else tensor

@@ -6,6 +6,7 @@ Shapes: R proposals, K words, H x W network input.
 import torch
 from torch import nn
 
+from ovdet2.layers import column_probabilities
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.fingerprint import require_same_teacher
 
@@ -41,4 +42,5 @@ class CropScorer(nn.Module):
         rgb = image.to(boxes_xyxy.device)
         if self.input_format == "BGR":
             rgb = rgb.flip(0)
-        return teacher.classify(embed_regions(teacher, rgb, boxes_xyxy), vocabulary.embeddings)
+        embeddings = teacher.logit_scale * embed_regions(teacher, rgb, boxes_xyxy)
+        return column_probabilities(embeddings, vocabulary.embeddings, 1.0)

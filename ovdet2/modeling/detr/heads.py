@@ -3,19 +3,17 @@
 Shapes: B images, N queries, C channels, D embedding, K words.
 """
 
-import math
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ovdet2.errors import UsageError
-from ovdet2.layers.text_classifier import EmbeddingProjection
-
-_PRIOR_BIAS = -math.log(99)  # a probability of 0.01, so that the many negatives do not drown the first steps
-_MAX_LOG_SCALE = math.log(100)
+from ovdet2.layers.cosine_classifier import RARE_BIAS, CosineClassifier, TextRows
 
 
-def inverse_sigmoid(x, eps=1e-5):
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of values in [0, 1]; a value or its complement below ``eps`` counts as ``eps``."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
@@ -24,7 +22,7 @@ def inverse_sigmoid(x, eps=1e-5):
 class BoxHead(nn.Module):
     """Three layers from a query to the logits of (cx, cy, w, h), or to a change of a reference's logits."""
 
-    def __init__(self, dim, size_bias=0.0):
+    def __init__(self, dim: int, size_bias: float = 0.0) -> None:
         """
         Args:
             dim: C.
@@ -36,7 +34,7 @@ class BoxHead(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
         nn.init.constant_(self.layers[-1].bias[2:], size_bias)
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         """Tensor [..., C] -> [..., 4], float32 at least."""
         return in_full_precision(self.layers[2], self.layers[1](self.layers[0](hidden).relu()).relu())
 
@@ -44,60 +42,40 @@ class BoxHead(nn.Module):
 class ClosedSetBranch(nn.Linear):
     """A column of weights per class: the closed-set detector, and the sanity row that knows no novel class."""
 
-    def __init__(self, dim, num_classes):
+    def __init__(self, dim: int, num_classes: int) -> None:
         """
         Args:
             dim: C.
             num_classes: K.
         """
         super().__init__(dim, num_classes)
-        nn.init.constant_(self.bias, _PRIOR_BIAS)
+        nn.init.constant_(self.bias, RARE_BIAS)
 
-    def forward(self, hidden):
+    def forward(self, hidden: Tensor) -> Tensor:
         """Tensor [B, N, C] -> logits [B, N, K], float32 at least."""
         return in_full_precision(super().forward, hidden)
 
 
-class TextBranch(nn.Module):
-    """Logits ``s cos(e, t_k) + b`` with learned s and b, for a sigmoid per word."""
+class TextBranch(CosineClassifier):
+    """The class branch over words: logits ``s cos(e, t_k) + b`` with learned s and b, for a sigmoid per word.
 
-    def __init__(self, dim, vocabulary, scale=1 / 0.07):
+    Every decoder layer has one, and all read the detector's word bank, which none owns.
+    """
+
+    def __init__(self, dim: int, bank: TextRows, scale: float = 1 / 0.07) -> None:
         """
         Args:
             dim: C.
-            vocabulary: :class:`~ovdet2.layers.WordBank` of the detector, which every layer's branch reads and
-                none owns; base columns in training, all words at test.
+            bank: :class:`~ovdet2.vocabulary.bank.WordBank` of the detector.
             scale: initial s, at most 100, where it stays capped.
+
+        Raises:
+            UsageError: the scale is outside (0, 100].
         """
-        super().__init__()
-        if not 0 < scale <= 100:
-            raise UsageError(f"the scale of the text branch starts at {scale}: choose one in (0, 100].")
-        self._shared = (vocabulary,)  # a tuple hides it from state_dict, where it would stand once for each layer
-        self.projection = EmbeddingProjection(dim, vocabulary.embeddings.shape[1])
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(_PRIOR_BIAS))
-
-    @property
-    def vocabulary(self):
-        """The detector's :class:`~ovdet2.layers.WordBank`."""
-        return self._shared[0]
-
-    def embed(self, hidden):
-        """Tensor [B, N, C] -> unit embeddings e [B, N, D], float32."""
-        return self.projection(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-
-    def forward(self, hidden):
-        """Tensor [B, N, C] -> logits [B, N, base words] in training, [B, N, K] at test; float32."""
-        words = self.vocabulary.training_embeddings if self.training else self.vocabulary.embeddings
-        embeddings = self.embed(hidden)
-        with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
-            self.log_scale.clamp_(max=_MAX_LOG_SCALE)
-        with torch.autocast(hidden.device.type, enabled=False):  # half precision cannot resolve cosines times 100
-            scale = self.log_scale.float().exp()
-            return scale * (embeddings @ words.T.to(embeddings.dtype)) + self.bias.float()
+        super().__init__(dim, bank, scale=scale, bias=RARE_BIAS, owns_bank=False)
 
 
-def in_full_precision(layer, hidden):
+def in_full_precision(layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     """``layer(hidden)`` in float32 at least, under autocast too: in bfloat16 a logit of 3 is known to 0.016."""
     with torch.autocast(hidden.device.type, enabled=False):
         return layer(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

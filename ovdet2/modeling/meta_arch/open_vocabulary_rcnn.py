@@ -12,7 +12,7 @@ from detectron2.utils.events import get_event_storage
 
 from ovdet2.errors import UsageError
 from ovdet2.methods.vild.crop_scorer import CropScorer
-from ovdet2.modeling.build import build_teacher, build_vocabulary_buffer
+from ovdet2.modeling.build import build_teacher, build_word_bank
 
 
 @META_ARCH_REGISTRY.register()
@@ -40,7 +40,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def from_config(cls, cfg, vocabulary=None):
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
         backbone = build_backbone(cfg)
-        vocabulary = build_vocabulary_buffer(cfg, vocabulary)
+        vocabulary = build_word_bank(cfg, vocabulary)
         scorer = None
         if cfg.MODEL.OVD.SECONDARY_SCORES == "crops":
             scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)

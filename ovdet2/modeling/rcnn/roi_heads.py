@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads import StandardROIHeads, build_box_head
 from torch import nn
 
 from ovdet2.errors import UsageError
-from ovdet2.layers.text_classifier import EmbeddingProjection
+from ovdet2.layers import EmbeddingProjection
 from ovdet2.modeling.build import build_classifier
 from ovdet2.modeling.losses import embedding_l1
 from ovdet2.modeling.rcnn.output_layers import OpenVocabularyOutputLayers

@@ -118,7 +118,7 @@ def test_two_processes_train_and_publish(options, tmp_path):
     cfg = load_config("ovshapes/fvlm_vit.yaml", ["MODEL.TEACHER.PRETRAINED", str(published), "MODEL.DEVICE", "cpu"])
     detector = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)  # F-VLM, on the published weights
     teacher = Teacher.load("ovshapes-vit", published)
-    assert detector.vocabulary.words.teacher == teacher.fingerprint
+    assert detector.vocabulary.teacher == teacher.fingerprint
     trunk = {name: tensor for name, tensor in detector.state_dict().items() if name.endswith("conv1.weight")}
     assert any(torch.equal(tensor, teacher.clip.visual.conv1.weight) for tensor in trunk.values())
     losses = [json.loads(line)["total_loss"] for line in (tmp_path / "metrics.json").read_text().splitlines()]

@@ -1,0 +1,55 @@
+"""The closed-set layer that classifiers over text are compared with.
+
+Shapes: R regions, C channels, K words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+
+from torch import Tensor, nn
+
+from ovdet2.errors import UsageError
+
+
+class ClosedSetClassifier(nn.Linear):
+    """A linear layer over the fixed words it was built with: the sanity row whose novel AP must be about 0.
+
+    It has a column for every word, novel ones too, but no training box ever supports those.
+    """
+
+    per_word = False  # its logits are for a softmax
+
+    def __init__(self, input_dim: int, bank: Sized) -> None:
+        """
+        Args:
+            input_dim: C.
+            bank: :class:`~ovdet2.vocabulary.bank.WordBank`; K is fixed to its present length.
+        """
+        super().__init__(input_dim, len(bank) + 1)
+        self.vocabulary = bank
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+    @property
+    def num_training_classes(self) -> int:
+        """K: every word has a column in training."""
+        return self.out_features - 1
+
+    def forward(self, features: Tensor) -> Tensor:
+        """
+        Args:
+            features: Tensor [R, C].
+
+        Returns:
+            Tensor [R, K + 1], background last.
+
+        Raises:
+            UsageError: the vocabulary is no longer the one the layer was built for.
+        """
+        if len(self.vocabulary) != self.num_training_classes:
+            raise UsageError(
+                f"a closed-set head of {self.num_training_classes} classes cannot take "
+                f'{len(self.vocabulary)} words: use MODEL.OVD.CLASSIFIER "text".'
+            )
+        return super().forward(features)

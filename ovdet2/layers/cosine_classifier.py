@@ -1,0 +1,234 @@
+"""The classifier of every open-vocabulary detector: cosines of region embeddings to text embeddings.
+
+Shapes: R regions, C channels, K words, B base words, D embedding dimension; "..." any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ovdet2.errors import UsageError
+
+Background = Literal["none", "zero", "learned", "text"]
+
+RARE_BIAS = -math.log(99)  # a probability of 0.01, as for focal loss: many negatives would drown the first steps
+MAX_SCALE = 100.0
+
+
+class TextRows(Protocol):
+    """What a classifier reads from the word bank it is given, :class:`~ovdet2.vocabulary.bank.WordBank`."""
+
+    embeddings: Tensor
+    background: Tensor | None
+
+    @property
+    def num_base(self) -> int: ...
+
+    def rows(self, training: bool) -> Tensor: ...
+
+
+class EmbeddingProjection(nn.Linear):
+    """Region features into the teacher's space, at unit length."""
+
+    def __init__(self, input_dim: int, embed_dim: int, bias: bool = True) -> None:
+        """
+        Args:
+            input_dim: C, of the flattened features.
+            embed_dim: D.
+            bias: whether the linear map has one.
+        """
+        super().__init__(input_dim, embed_dim, bias)
+        nn.init.normal_(self.weight, std=0.01)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Tensor [R, C], or [R, ...] of C values each -> unit Tensor [R, D], float32."""
+        return F.normalize(super().forward(features.flatten(1)).float(), dim=1)
+
+
+def cosine_logits(
+    embeddings: Tensor,
+    rows: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    scale: float | Tensor | None = None,
+    bias: float | Tensor | None = None,
+) -> Tensor:
+    """``cos(e, t) / tau + b``, or ``s cos(e, t) + b``: in float32 under autocast, too, since half precision cannot
+    resolve cosines over 0.01.
+
+    Args:
+        embeddings: e, Tensor [..., D], unit rows.
+        rows: t, Tensor [K, D], unit rows; or [..., K, D], with the leading dimensions of ``embeddings``.
+        temperature: tau > 0; None: 1.
+        scale: s; None: 1.
+        bias: b; None: none.
+
+    Returns:
+        Tensor [..., K], float32 (float64 if ``embeddings`` is).
+    """
+    embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    with torch.autocast(embeddings.device.type, enabled=False):
+        logits = embeddings @ rows.mT.to(embeddings)
+        if temperature is not None:
+            logits = logits / temperature
+        if scale is not None:
+            logits = scale * logits
+        return logits if bias is None else logits + bias
+
+
+def column_probabilities(embeddings: Tensor, columns: Tensor, temperature: float | Tensor) -> Tensor:
+    """Softmax of :func:`cosine_logits` over the columns.
+
+    Args:
+        embeddings: Tensor [R, D], unit rows.
+        columns: Tensor [K, D], unit rows.
+        temperature: tau > 0.
+
+    Returns:
+        Tensor [R, K] float32.
+    """
+    return cosine_logits(embeddings, columns, temperature=temperature).softmax(dim=1)
+
+
+class CosineClassifier(nn.Module):
+    """Projects region features and compares them with the rows of a word bank by :func:`cosine_logits`.
+
+    In training the columns are the B base words, at test all K words. The classifiers of the methods are settings:
+
+    =====================  ===============  ==================  ===============  ==========
+    classifier             logits           learned factor      bias             background
+    =====================  ===============  ==================  ===============  ==========
+    ViLD (Eq. 2)           cos / tau        no                  no               "learned"
+    R-CNN, sigmoid         cos / tau + b    no                  yes              "zero"
+    F-VLM                  cos / (s tau)    of the temperature  no               "text"
+    DETR                   s cos + b        scale               yes              "none"
+    =====================  ===============  ==================  ===============  ==========
+
+    Attributes:
+        vocabulary: the word bank, under its name in checkpoints.
+        background_kind: see the constructor's ``background``.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        bank: TextRows,
+        *,
+        temperature: float | None = None,
+        scale: float | None = None,
+        learns_temperature: bool = False,
+        bias: float | None = None,
+        background: Background = "none",
+        projection_bias: bool = True,
+        owns_bank: bool = True,
+    ) -> None:
+        """
+        Args:
+            input_dim: C.
+            bank: :class:`~ovdet2.vocabulary.bank.WordBank`; the words may change at any time.
+            temperature: tau > 0, the same in training and at test. Either this or ``scale`` is given.
+            scale: initial value of a learned s, which is kept at or below 100.
+            learns_temperature: learn a factor s of tau, which starts at 1. It is learned as its logarithm, which keeps
+                it positive and lets weight decay pull it to 1.
+            bias: initial value of a learned b; None: no bias.
+            background: the last column. "none": there is none; "zero": its logit is 0, which wins where no word reaches
+                a probability of one half; "learned": an embedding; "text": the bank's embedding of "background".
+            projection_bias: whether the projection of the features has a bias.
+            owns_bank: whether the bank is a sub-module, saved and moved with the classifier; not where several
+                classifiers of a detector share it.
+
+        Raises:
+            UsageError: a scale outside (0, 100], or a text background of a bank without one.
+        """
+        super().__init__()
+        if (temperature is None) == (scale is None) or (learns_temperature and temperature is None):
+            raise ValueError("give either a temperature, fixed or learned, or a scale")
+        if scale is not None and not 0 < scale <= MAX_SCALE:
+            raise UsageError(f"the scale of the text branch starts at {scale}: choose one in (0, {MAX_SCALE:.0f}].")
+        if background == "text" and bank.background is None:
+            raise UsageError("a text background needs the embedding of the word: give WordBank a background.")
+        if owns_bank:
+            self.vocabulary = bank
+        else:
+            object.__setattr__(
+                self, "vocabulary", bank
+            )  # no sub-module: it would stand in state_dict once a classifier
+        self.temperature = temperature
+        self.background_kind = background
+        embed_dim = bank.embeddings.shape[1]
+        self.projection = EmbeddingProjection(input_dim, embed_dim, projection_bias)
+        self.log_scale = self.bias = self.background = None
+        if scale is not None:
+            self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        elif learns_temperature:
+            self.log_scale = nn.Parameter(torch.zeros(()))
+        if bias is not None:
+            self.bias = nn.Parameter(torch.tensor(bias))
+        if background == "learned":
+            self.background = nn.Parameter(torch.empty(embed_dim))
+            nn.init.normal_(self.background, std=0.01)
+
+    @property
+    def per_word(self) -> bool:
+        """Whether the logits are for a sigmoid of each word instead of a softmax."""
+        return self.background_kind in ("none", "zero")
+
+    @property
+    def num_training_classes(self) -> int:
+        """B: the label that means background in training."""
+        return self.vocabulary.num_base
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Region embeddings.
+
+        Args:
+            features: Tensor [..., C], or maps [R, c, h, w] of C values each.
+
+        Returns:
+            Tensor [..., D] or [R, D], unit rows, float32.
+        """
+        if features.ndim < 3 or features.shape[-1] != self.projection.in_features:
+            return self.projection(features)
+        return self.projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
+
+    def classify_without_background(self, embeddings: Tensor) -> Tensor:
+        """Softmax over all words without background, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
+        return cosine_logits(embeddings, self.vocabulary.embeddings, **self._factor()).softmax(dim=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """
+        Args:
+            features: Tensor [..., C], or maps [R, c, h, w] of C values each.
+
+        Returns:
+            Tensor [..., B] in training, [..., K] at test, and one more where there is a background, the last; float32.
+        """
+        embeddings = self.embed(features)
+        with torch.autocast(features.device.type, enabled=False):
+            logits = cosine_logits(embeddings, self._columns(), **self._factor(), bias=self.bias)
+            return F.pad(logits, (0, 1)) if self.background_kind == "zero" else logits
+
+    def _columns(self) -> Tensor:
+        words = self.vocabulary.rows(self.training)
+        if self.background_kind == "learned":
+            return torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
+        if self.background_kind == "text":
+            return torch.cat([words, self.vocabulary.background[None]])
+        return words
+
+    def _factor(self) -> dict[str, float | Tensor]:
+        """tau or s, as :func:`cosine_logits` takes them."""
+        if self.log_scale is None:
+            return {"temperature": self.temperature}
+        if self.temperature is not None:
+            return {"temperature": self.temperature * self.log_scale.exp()}
+        with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
+            self.log_scale.clamp_(max=math.log(MAX_SCALE))
+        return {"scale": self.log_scale.exp()}
