@@ -27,6 +27,8 @@ class Method:
             weights in a checkpoint.
         hosts: meta-architectures that it can be switched on for; empty: all.
         secondary_scores: values of MODEL.OVD.SECONDARY_SCORES that it provides.
+        reads_background: when switched on, it needs the teacher's embedding of the word "background" in the word bank.
+        training_only: its part is used in training alone: a checkpoint may have its weights and the detector not.
         OLD_KEYS: {key of an earlier version: today's}; they are accepted with a message.
         OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: today's}.
     """
@@ -34,6 +36,8 @@ class Method:
     name: str = ""
     hosts: tuple[str, ...] = ()
     secondary_scores: tuple[str, ...] = ()
+    reads_background: bool = False
+    training_only: bool = False
     OLD_KEYS: dict[str, str] = {}
     OLD_WEIGHTS: dict[str, str] = {}
 

@@ -18,6 +18,7 @@ class CLIPDETRMethod(Method):
 
     name = "clip_detr"
     hosts = ("OpenVocabularyDeformableDETR",)
+    training_only = True
 
     def add_keys(self, cfg: CfgNode) -> None:
         """MODEL.CLIP_DETR.*"""
