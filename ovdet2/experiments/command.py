@@ -1,5 +1,6 @@
 """Programs run in their own process, from the installed package or from a checkout."""
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ovdet2
+from ovdet2.command_line import add_run_arguments
 from ovdet2.errors import UsageError
 
 # The folder of configs/, projects/ and demo/ in a checkout.
@@ -34,6 +36,13 @@ def fill(command: Sequence[str], values: Mapping[str, object]) -> list[str]:
     for name, value in values.items():
         words = [word.replace(f"{{{name}}}", str(value)) for word in words]
     return words
+
+
+def overrides_in(passed_on: Sequence[str]) -> list[str]:
+    """The KEY VALUE ... in further arguments of the training program, such as "--num-gpus 8 SOLVER.MAX_ITER 9"."""
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    return parser.parse_args(list(passed_on)).opts
 
 
 def run_program(command: Sequence[str]) -> None:

@@ -1,13 +1,11 @@
 """The runner: makes what entries need, runs entries for seeds, goes on where it stopped, and gives their results."""
 
-import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from ovdet2.command_line import add_run_arguments
 from ovdet2.config import load_config
 from ovdet2.errors import DataError
 from ovdet2.experiments import command
@@ -18,6 +16,7 @@ from ovdet2.experiments.table import make_table, value_of
 from ovdet2.io.files import read_json
 
 TRAINING_PROGRAM = "ovdet2.programs.train"
+Results = dict[str, list[dict[str, Any]]]
 
 
 class Runner:
@@ -31,11 +30,9 @@ class Runner:
             passed_on: further arguments of the training program, "--num-gpus 8 KEY VALUE".
         """
         self.experiment, self.output, self._passed_on = experiment, Path(output), list(passed_on)
-        parser = argparse.ArgumentParser()
-        add_run_arguments(parser)
-        self._overrides = parser.parse_args(self._passed_on).opts
+        self._overrides = command.overrides_in(passed_on)
         self._artefacts: dict[str, Path] = {}
-        self._configs: dict[tuple[str, int], CfgNode | None] = {}
+        self._configs: dict[tuple[str, int], tuple[CfgNode | None, dict[str, str]]] = {}
         self._detector = SharedDetector()
 
     def run(self, name: str, seed: int = 0) -> Path:
@@ -88,24 +85,23 @@ class Runner:
         Raises:
             DataError: it is of another configuration, or does not record its configuration.
         """
-        state = self._state(name, seed, self._configuration(name, seed))
+        state = self._state(name, seed, self._config(name, seed)[1])
         if not self._is_done(name, seed, state):
             return None
         known = {key: state[key] for key in ("minutes", "facts") if key in state}
         return read_json(self._report(name, seed)) | known
 
-    def results(self, names: Iterable[str], seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+    def results(self, names: Iterable[str], seeds: Sequence[int]) -> Results:
         """{name: results of the seeds that are done}, each with its "seed"."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        results: Results = {}
         for name in names:
             chosen = seeds if self.experiment.entries[name].is_seeded else seeds[:1]
-            results = [(seed, self.result(name, seed)) for seed in chosen]
-            found[name] = [result | {"seed": seed} for seed, result in results if result is not None]
-        return found
+            reports = [(seed, self.result(name, seed)) for seed in chosen]
+            results[name] = [report | {"seed": seed} for seed, report in reports if report is not None]
+        return results
 
-    def table(self, names: Iterable[str], seeds: Sequence[int]) -> str:
-        """Markdown table of what is done, and the minutes that artefacts took."""
-        results = self.results(names, seeds)
+    def table(self, results: Results) -> str:
+        """Markdown table of :meth:`results`, and the minutes that artefacts took."""
         lines = [make_table(self.experiment, results)]
         needed = {need for name in results for need in self.experiment.entries[name].needs}
         for name, artefact in self.experiment.artefacts.items():
@@ -117,11 +113,11 @@ class Runner:
                 lines.append(f"\nThe {artefact.title}, made once for all rows and seeds, took {minutes:.1f} minutes.")
         return "\n".join(lines)
 
-    def rows(self, names: Iterable[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """A flat dict for each entry and seed that is done: "row", "seed", "minutes", its facts, its figures by key."""
+    def rows(self, results: Results) -> list[dict[str, Any]]:
+        """A flat dict for each of :meth:`results`: "row", "seed", "minutes", its facts, its figures by key."""
         rows = []
-        for name, results in self.results(names, seeds).items():
-            for result in results:
+        for name, seeds in results.items():
+            for result in seeds:
                 row = {"row": name, "seed": result["seed"], "minutes": result.get("minutes")}
                 if not self.experiment.entries[name].is_seeded:
                     del row["seed"]
@@ -168,11 +164,11 @@ class Runner:
             )
         return weights
 
-    def _config(self, name: str, seed: int) -> CfgNode | None:
-        """The configuration of an entry, without the claim of its yaml file; None for one with a program."""
+    def _config(self, name: str, seed: int) -> tuple[CfgNode | None, dict[str, str]]:
+        """(configuration of an entry, without the claim of its yaml file, its hash); None for one with a program."""
         if (name, seed) not in self._configs:
-            runs_program = bool(self.experiment.entries[name].command)
-            self._configs[name, seed] = None if runs_program else self._load(name, seed)
+            cfg = None if self.experiment.entries[name].command else self._load(name, seed)
+            self._configs[name, seed] = cfg, {"configuration": text_hash(cfg.dump())} if cfg else {}
         return self._configs[name, seed]
 
     def _load(self, name: str, seed: int, given: Sequence[str] = ()) -> CfgNode:
@@ -181,13 +177,10 @@ class Runner:
         overrides = [*self._overrides, *entry.overrides, *seeded, "TEST.EXPECTED_RESULTS", "[]", *given]
         return load_config(entry.config, overrides)
 
-    def _configuration(self, name: str, seed: int) -> dict[str, str]:
-        cfg = self._config(name, seed)
-        return {} if cfg is None else {"configuration": text_hash(cfg.dump())}
-
     def _inputs(self, name: str, seed: int, weights: Path | None, artefacts: dict[str, Path]) -> dict[str, str]:
         """Hashes of all that decides the result of an entry."""
-        inputs = self._configuration(name, seed) | self.experiment.inputs(self._config(name, seed))
+        cfg, inputs = self._config(name, seed)
+        inputs = inputs | self.experiment.inputs(cfg)
         inputs |= {"weights": content_hash(weights)} if weights else {}
         titles = {need: self.experiment.artefacts[need].title for need in artefacts}
         return inputs | {titles[need]: content_hash(path) for need, path in artefacts.items()}
@@ -225,7 +218,7 @@ class Runner:
 
     def _report(self, name: str, seed: int) -> Path:
         """Where the evaluator of an entry writes."""
-        folder, cfg = self.folder(name, seed), self._config(name, seed)
+        folder, (cfg, _) = self.folder(name, seed), self._config(name, seed)
         return folder / "report.json" if cfg is None else folder / "inference" / cfg.DATASETS.TEST[0] / "report.json"
 
     def _given(self, weights: Path | None, artefacts: dict[str, Path]) -> list[str]:

@@ -53,7 +53,7 @@ def run_demo(output: Path) -> None:
     after = draw(runner, "vild_ensemble", images, drawn / "vild_ensemble")
     free_words = draw(runner, "vild_ensemble", images, drawn / "free_words", "--vocabulary", FREE_WORDS)
     sheet = contact_sheet([*before, *after], drawn / "detections.png")
-    print("\n" + runner.table(rows, [0]))
+    print("\n" + runner.table(runner.results(rows, [0])))
     print(
         f"\n{PICTURES} validation images, above by ViLD-text ({novel_detections(before)} detections of words that had no "
         f"training box), below by ViLD-ensemble ({novel_detections(after)}): {sheet}"

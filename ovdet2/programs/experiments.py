@@ -53,13 +53,14 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str,
     for seed in () if args.tabulate else args.seeds:
         for row in names:
             runner.run(row, seed)
-    table, rows = runner.table(names, args.seeds), runner.rows(names, args.seeds)
+    results = runner.results(names, args.seeds)
+    table, rows = runner.table(results), runner.rows(results)
     write_text(args.output / "table.md", table + "\n")
     write_json(args.output / "results.json", {"rows": rows}, indent=1)
     for file, draw in experiment.pictures.items():
         draw(rows, args.output / file)
     print(table)
-    left = [row for row in names if not any(result["row"] == row for result in rows)]
+    left = [row for row in names if not results[row]]
     if left:
         print(f"\nNot run to the end: {', '.join(left)}.")
     if args.table:

@@ -11,6 +11,7 @@ from typing import Any
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError
 from ovdet2.experiments import Column, Entry, Experiment, Plan
+from ovdet2.experiments.command import overrides_in
 
 WHOLE = "CLIP-DETR"
 
@@ -57,12 +58,13 @@ def build_ablations(args: Namespace) -> Experiment:
     cfg = load_config(args.config_file)
     if not cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT or not cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT:
         raise UsageError(f"{args.config_file} lacks a part of CLIP-DETR: give one with both weights above 0.")
-    complete = load_config(args.config_file, overrides_of({})).dump()
+    complete = load_config(args.config_file, [*overrides_in(args.passed_on), *overrides_of({})])
     entries = {}
     for name, keys in ((name, keys) for number in args.tables for name, keys in TABLES[number].items()):
         overrides = overrides_of(keys)
-        changes_nothing = load_config(args.config_file, overrides).dump() == complete
-        folder = f"{WHOLE}/seed{{seed}}" if changes_nothing else "{name}/seed{seed}"
+        changed = complete.clone()
+        changed.merge_from_list(list(overrides))
+        folder = f"{WHOLE}/seed{{seed}}" if changed == complete else "{name}/seed{seed}"
         entries[name] = Entry(name, args.config_file, overrides, folder=folder)
     return Experiment(entries, {args.figure: Column(("bbox", args.figure), required=True)})
 
