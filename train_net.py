@@ -1,65 +1,10 @@
 #!/usr/bin/env python
-"""Train and evaluate a detector.
+"""Train and evaluate a detector: see ovdet2/programs/train.py, or --help."""
 
-    train_net.py --config-file configs/ovcoco/vild_text_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
-    train_net.py --config-file ... --resume                              go on after an interruption
-    train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
-
-Several machines: the same command on each, with --num-machines M --machine-rank R --dist-url tcp://<machine 0>:<port>;
-or torchrun, which needs none of these. Without CUDA, --num-gpus N starts N processes on the CPU.
-
-Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a loss that is not finite.
-"""
-
-import argparse
-
-from ovdet2.command_line import add_run_arguments, launch_run
-from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import exit_on_error
+from ovdet2.programs.train import main, parse_args, run
 
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
-    add_run_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def main(args):
-    """One process of the run.
-
-    Returns:
-        dict of results, as of Detectron2's trainer.
-
-    Raises:
-        UsageError: --eval-only without weights.
-        DataError: --eval-only with weights that are not those of the model.
-    """
-    from detectron2.evaluation import verify_results
-    from detectron2.utils import comm
-
-    from ovdet2.engine import AtomicCheckpointer, Trainer, setup
-
-    cfg = setup(args)
-    if args.eval_only:
-        model = Trainer.build_model(without_training_parts(cfg))
-        checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
-        results = Trainer.test(cfg, model, weights=checkpointer.loaded)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
-
-def run(argv=None):
-    """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
-    args = parse_args(argv)
-    cfg = load_config(args.config_file, args.opts)
-    launch_run(main, args, cfg.MODEL.DEVICE)
-
+__all__ = ["main", "parse_args", "run"]
 
 if __name__ == "__main__":
     with exit_on_error():

@@ -1,6 +1,7 @@
 """The programs around CCKT-Det: pseudo labels and their mark, sweeps, and priors of a photograph at once."""
 
 import json
+from pathlib import Path
 
 import build_pseudo_labels
 import numpy as np
@@ -19,9 +20,15 @@ from ovdet2.data.records import load_records
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import _facts_of
 from ovdet2.errors import DataError, UsageError
+from ovdet2.experiments import command
+from ovdet2.experiments.evaluation import SharedDetector
+from ovdet2.experiments.find import find_plan
+from ovdet2.io.files import write_json
+from ovdet2.methods.cckt.experiments import build_prior_sweep
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.image_words import WordOrder, ordered_words
 from ovdet2.priors.online import OnlinePriors, said_words
+from ovdet2.programs import experiments
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
@@ -180,34 +187,64 @@ class TestSweeps:
         assert all(0 <= row["AP50-novel"] <= 100 for row in rows) and rows[0]["base"][0] == 1.0
         table = (data / "sweep" / "table.md").read_text()
         assert table.count("ground truth") == 1 and table.count("control") == 1
+        assert table.startswith(
+            "| prior | kind | rho | L | words | novel P / R | base P / R | novel AP50 | base AP50 |"
+        )
+        assert "| oracle | ground truth | 0.5 | 1 | " in table
         assert Image.open(data / "sweep" / "curve.png").size[0] > 100
-        monkeypatch.setattr(sweep, "evaluated", None)
-        assert sweep.as_markdown(sweep.main(arguments)) == table
+        assert json.loads((data / "sweep" / "results.json").read_text())["rows"] == rows
+        monkeypatch.setattr(SharedDetector, "evaluate", None)
+        assert sweep.main(arguments) == rows and (data / "sweep" / "table.md").read_text() == table
+
+    def test_files_of_one_name(self, data, trained):
+        overrides, weights = trained
+        paths = [data / "a" / "clip.safetensors", data / "b" / "clip.safetensors", data / "b" / "llm.safetensors"]
+        words = ["--config-file", "", "--output", str(data), "--priors", *map(str, paths), str(paths[0]), *overrides]
+        args = experiments.parse_args(find_plan("cckt.priors"), [*words, "MODEL.WEIGHTS", weights], "")
+        entries = build_prior_sweep(args).entries
+        assert list(entries) == ["a_clip_rho0.7_top6", "b_clip_rho0.7_top6", "llm_rho0.7_top6"]
 
     def test_nothing_to_vary(self):
         with pytest.raises(UsageError, match="no semantic priors"):
             sweep.main(["--config-file", "", "--priors", "a", "--output", "b"])
+        with pytest.raises(UsageError, match="no detector to evaluate"):
+            sweep.main(["--config-file", "", "--priors", "a", "--output", "b", "MODEL.CCKT.ENABLED", "True"])
 
     def test_teachers(self, tmp_path, monkeypatch):
-        """The commands of each teacher, and the table of their reports."""
+        """The commands of each teacher, and the table of their reports; what was run by earlier versions counts."""
         asked = []
 
-        def run(command):
-            asked.append(command)
-            if command[0] == "train_net.py":
-                folder = tmp_path / command[command.index("OUTPUT_DIR") + 1] / "inference" / "ov_shapes_val_all"
-                folder.mkdir(parents=True)
+        def run(words):
+            asked.append(words)
+            path = Path(words[words.index("OUTPUT_DIR" if "OUTPUT_DIR" in words else "--output") + 1])
+            (path if "--boxes" in words or "OUTPUT_DIR" in words else path.parent).mkdir(parents=True, exist_ok=True)
+            if "--boxes" in words:
+                write_json(path / "manifest.json", {"shards": []})
+            elif "OUTPUT_DIR" in words:
                 figures = {"AP50-novel": 3.0 + len(asked), "AP50-base": 2.0, "AP50-all": 1.0}
-                (folder / "report.json").write_text(json.dumps({"bbox": figures}))
+                write_json(path / "inference" / "ov_shapes_val_all" / "report.json", {"bbox": figures})
+                (path / "model_final.pth").touch()
+            else:
+                path.write_text("priors")
 
-        monkeypatch.setattr(sweep_cckt_teachers, "run", run)
+        monkeypatch.setattr(command, "run_program", run)
         arguments = ["--config-file", "ovshapes/cckt_full_r18.yaml", "--output", str(tmp_path), "--teachers"]
-        table = sweep_cckt_teachers.main([*arguments, "ovshapes-resnet:embedded", "ovshapes-vit:embedded"])
-        kinds = ["tools/build_region_cache.py", "tools/build_concept_priors.py", "train_net.py"]
-        assert [command[0] for command in asked] == 2 * kinds
+        sweep_cckt_teachers.main([*arguments, "ovshapes-resnet:embedded", "ovshapes-vit:embedded"])
+        table = (tmp_path / "table.md").read_text()
+        kinds = ["ovdet2.programs.build_region_cache", "ovdet2.programs.build_concept_priors", "ovdet2.programs.train"]
+        assert [words[0] for words in asked] == 2 * kinds
         assert "| ovshapes-resnet:embedded | 6.0 | 2.0 | 1.0 |" in table and "| ovshapes-vit:embedded | 9.0" in table
         cache = str(tmp_path / "ovshapes-vit_embedded" / "annotation_cache")
         assert asked[3][asked[3].index("--output") + 1] == cache and cache in asked[5]
+        assert asked[5][asked[5].index("OUTPUT_DIR") + 1] == str(tmp_path / "ovshapes-vit_embedded" / "run")
+        assert "SEED" not in asked[5]
+        for path in tmp_path.rglob("*.json"):
+            if path.name in ("row.json", "annotation_cache.json", "priors.json"):  # earlier versions wrote none
+                path.unlink()
         asked.clear()
         sweep_cckt_teachers.main([*arguments, "ovshapes-vit:embedded"])
-        assert [command[0] for command in asked] == ["tools/build_region_cache.py", "tools/build_concept_priors.py"]
+        assert asked == [] and "| ovshapes-vit:embedded | 9.0 | 2.0 | 1.0 |" in (tmp_path / "table.md").read_text()
+        with pytest.raises(SystemExit):
+            sweep_cckt_teachers.main([*arguments, "ovshapes-vit"])
+        with pytest.raises(UsageError, match="no CCKT-Det with priors and contrast"):
+            sweep_cckt_teachers.main([*arguments, "a:b", "MODEL.CCKT.CONTRAST", "none"])

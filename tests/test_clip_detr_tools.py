@@ -9,38 +9,47 @@ import pytest
 
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError
+from ovdet2.experiments import command
+from ovdet2.methods.clip_detr.experiments import TABLES
 
 CONFIG = "configs/ovshapes/clip_detr_both_closed_r18.yaml"
 
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Commands of train_net.py, which is not run: it is as if it had reached an AP of 10 times its seed."""
-    run = []
+    """Commands of the training program, which is not run: it is as if it had reached an AP of 10 times its seed."""
+    commands = []
 
-    def stand_in(command):
-        options = dict(zip(command[-4::2], command[-3::2]))
+    def stand_in(words):
+        options = dict(zip(words[-4::2], words[-3::2]))
         report = Path(options["OUTPUT_DIR"]) / "inference" / "ov_shapes_val_all" / "report.json"
         report.parent.mkdir(parents=True)
         report.write_text(json.dumps({"bbox": {"AP-base": 10.0 * int(options["SEED"])}}))
-        (Path(options["OUTPUT_DIR"]) / "model_final.pth").touch()
-        run.append(command)
+        commands.append(words)
 
-    monkeypatch.setattr(ablate_clip_detr, "run", stand_in)
-    return run
+    monkeypatch.setattr(command, "run_program", stand_in)
+    return commands
+
+
+def means(rows):
+    """{row: mean figure over its seeds}."""
+    figures = {}
+    for row in rows:
+        figures.setdefault(row["row"], []).append(row["AP-base"])
+    return {name: sum(values) / len(values) for name, values in figures.items()}
 
 
 def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     options = ["--config-file", CONFIG, "--output", str(tmp_path), "--figure", "AP-base", "--seeds", "1", "2"]
     rows = ["--rows", "+ AlignNet", "rho 0.1", "mixed x 2", "CLIP-DETR"]
-    found = ablate_clip_detr.main([*options, *rows, "--", "--num-gpus", "2"])
-    assert found == dict.fromkeys(rows[1:], 15.0) and "| rho 0.1 | 15.0 |" in capsys.readouterr().out
-    assert len(commands) == 8 and len({command[-1] for command in commands}) == 8
-    for command in commands:
-        assert command[command.index("--num-gpus") + 1] == "2"
-        made = load_config(CONFIG, command[command.index("--num-gpus") + 2 :])  # the keys exist, the values fit
+    results = means(ablate_clip_detr.main([*options, *rows, "--", "--num-gpus", "2"]))
+    assert results == dict.fromkeys(rows[1:], 15.0) and "| rho 0.1 | 15.0 ± 7.1 |" in capsys.readouterr().out
+    assert len(commands) == 8 and len({words[-1] for words in commands}) == 8
+    for words in commands:
+        assert words[0] == "ovdet2.programs.train" and words[words.index("--num-gpus") + 1] == "2"
+        made = load_config(CONFIG, words[words.index("--num-gpus") + 2 :])  # the keys exist, the values fit
         assert load_config(CONFIG).TEST.EXPECTED_RESULTS and not made.TEST.EXPECTED_RESULTS
-    keys = commands[4][commands[4].index("--num-gpus") + 2 :]
+    keys = commands[2][commands[2].index("--num-gpus") + 2 :]
     clip = load_config(CONFIG, keys).MODEL.CLIP_DETR
     assert (
         clip.BETAS == [0.1, 0.3, 0.5, 0.7, 0.9] * 2
@@ -48,9 +57,13 @@ def test_rows_are_run_once_with_their_keys(commands, tmp_path, capsys):
     )
     assert load_config(CONFIG, commands[0][-6:]).MODEL.CLIP_DETR.DYNAMIC_WEIGHT == 0
     ablate_clip_detr.main([*options, *rows])  # the number of processes is no setting
-    tabulated = ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate"])
-    assert len(commands) == 8 and tabulated["mixed x 2"] == 15.0 and tabulated["0.9 x 1"] is None
-    assert ablate_clip_detr.main([*options, "--rows", "rho 1.0"]) == {"rho 1.0": 15.0}  # the whole method
+    tabulated = means(ablate_clip_detr.main([*options, "--tables", "6", "7", "--tabulate"]))
+    assert len(commands) == 8 and tabulated["mixed x 2"] == 15.0 and "0.9 x 1" not in tabulated
+    assert "Not run to the end: 0.3 x 5, 0.5 x 5, 0.9 x 5, 0.3 x 1, 0.5 x 1, 0.9 x 1." in capsys.readouterr().out
+    assert means(ablate_clip_detr.main([*options, "--rows", "rho 1.0"])) == {"rho 1.0": 15.0}  # the complete method
+    assert (
+        len(commands) == 8 and not (tmp_path / "rho_1.0").exists() and (tmp_path / "plus_AlignNet" / "seed2").is_dir()
+    )
 
 
 def test_a_row_counts_when_it_was_run_to_its_end_with_these_settings(commands, tmp_path):
@@ -58,19 +71,21 @@ def test_a_row_counts_when_it_was_run_to_its_end_with_these_settings(commands, t
     ablate_clip_detr.main([*options, "--figure", "AP-base"])
     with pytest.raises(UsageError, match="no figure 'AP-bas': the report has AP-base"):
         ablate_clip_detr.main([*options, "--figure", "AP-bas"])
-    with pytest.raises(DataError, match="rho_0.1.seed1 holds a row of another configuration"):
+    with pytest.raises(DataError, match="rho_0.1.seed1 holds a row made with another configuration"):
         ablate_clip_detr.main([*options, "--figure", "AP-base", "--", "SOLVER.MAX_ITER", "5"])
     (tmp_path / "rho_0.4" / "seed1").mkdir(parents=True)
-    with pytest.raises(DataError, match="rho_0.4.seed1 holds a row of another"):  # it does not say of which
+    with pytest.raises(DataError, match="rho_0.4.seed1 holds a run that does not record"):
         ablate_clip_detr.main([*options[:-1], "rho 0.4", "--figure", "AP-base", "--tabulate"])
-    (tmp_path / "rho_0.1" / "seed1" / "model_final.pth").unlink()
-    assert ablate_clip_detr.main([*options, "--figure", "AP-base", "--tabulate"]) == {"rho 0.1": None}
+    state = tmp_path / "rho_0.1" / "seed1" / "row.json"
+    unfinished = {key: value for key, value in json.loads(state.read_text()).items() if key != "done"}
+    state.write_text(json.dumps(unfinished))  # a report of before the end
+    assert ablate_clip_detr.main([*options, "--figure", "AP-base", "--tabulate"]) == []
     assert len(commands) == 1
 
 
 def test_every_row_of_the_paper_is_a_configuration():
     found = {}
-    for table, rows in ablate_clip_detr.TABLES.items():
+    for table, rows in TABLES.items():
         for name, keys in rows.items():
             overrides = [part for key, value in keys.items() for part in (f"MODEL.CLIP_DETR.{key}", str(value))]
             found[table, name] = load_config(CONFIG, overrides).MODEL.CLIP_DETR
@@ -79,7 +94,7 @@ def test_every_row_of_the_paper_is_a_configuration():
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--tables", "5", "--rows", "rho 0.1"], "rho 0.1: no row of tables"),
+    (["--tables", "5", "--rows", "rho 0.1"], "unknown rows .'rho 0.1'.; there are label, label.box, CLIP-DETR"),
     (["--config-file", "configs/ovshapes/clip_detr_align_closed_r18.yaml"], "lacks a part"),
 ])  # fmt: skip
 def test_what_cannot_be_run(options, words, tmp_path):

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import train_embedded_teacher
 from torch.nn import functional as F
 
 from ovdet2.data.datasets import ov_shapes
 from ovdet2.data.datasets.ov_shapes import OV_SHAPES
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.errors import DataError, UsageError
+from ovdet2.ov_shapes.caption_batches import BatchPlan
 from ovdet2.ov_shapes.world import draw
 from ovdet2.ov_shapes.world.captions import caption_pair
 from ovdet2.ov_shapes.world.classes import (
@@ -236,7 +236,7 @@ def test_registered_and_generated_on_first_use(tmp_path, monkeypatch):
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    monkeypatch.setattr(generate, "IMAGE_COUNTS", {"train2017": 3, "val2017": 2})
+    monkeypatch.setattr(ov_shapes, "IMAGE_COUNTS", {"train2017": 3, "val2017": 2})
     train = DatasetCatalog.get("ov_shapes_train_base")
     assert 1 <= len(train) <= 3
     assert all(annotation["category_id"] < 48 for record in train for annotation in record["annotations"])
@@ -301,12 +301,11 @@ def test_embedded_teacher_tells_the_classes_apart(name, whole_floor, crop_floor)
 
 def test_a_batch_never_holds_a_caption_twice():
     captions = [f"text {index % 37}" for index in range(200)]
-    batch_plan = train_embedded_teacher.BatchPlan
-    plan = batch_plan(captions, 20, seed=0)
+    plan = BatchPlan(captions, 20, seed=0)
     batches = [plan.batch(step) for step in range(20)]
     for batch in batches:
         assert len({captions[index] for index in batch}) == len(batch)
-    assert batches[3] == batch_plan(captions, 20, seed=0).batch(3)
+    assert batches[3] == BatchPlan(captions, 20, seed=0).batch(3)
     assert batches[0] != batches[10]  # another epoch, another order
 
 

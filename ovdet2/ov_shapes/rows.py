@@ -1,0 +1,152 @@
+"""The rows of the OV-Shapes benchmark as entries of an experiment, and the artefacts that they read.
+
+    python -m ovdet2.programs.experiments ovdet2.ov_shapes.rows:PLAN --rows vild_text vild --seeds 0 1 2
+
+tools/run_ovshapes.py is the same program.
+"""
+
+from pathlib import Path
+
+import yaml
+from detectron2.config import CfgNode
+
+import ovdet2
+from ovdet2.data.datasets.ov_shapes import ensure_generated
+from ovdet2.data.datasets.register import data_root
+from ovdet2.experiments import Artefact, Column, Entry, Experiment, Plan
+from ovdet2.experiments.command import CHECKOUT, checkout_file
+from ovdet2.experiments.state import content_hash, settings_hash
+
+OUTPUT = "output/ovshapes"
+TRAINING_SET, TEST_SET = "ov_shapes_train_base", "ov_shapes_val_all"
+TEACHER = "ovshapes-resnet"
+ASSETS = Path(ovdet2.__file__).parent / "assets"
+CLIM_CONFIG = "projects/CLIM/configs/ovshapes_vit.yaml"
+
+
+def _teacher_weights(architecture: str) -> Path:
+    return ASSETS / "open_clip" / f"{architecture}.safetensors"
+
+
+def _clim_settings() -> str:
+    """Hash of the settings of CLIM's training, whatever the layout of the yaml file."""
+    return settings_hash(yaml.safe_load(checkout_file(CLIM_CONFIG).read_text(encoding="utf-8")))
+
+
+_OF_TEACHER = {"teacher": _teacher_weights(TEACHER)}
+_REGION_CACHE = ("ovdet2.programs.build_region_cache", "--dataset", TRAINING_SET, "--output", "{path}", "--config-file")
+_CLIP = ("--architecture", TEACHER, "--pretrained", "embedded")
+
+ARTEFACTS = {
+    # Of the proposals of ViLD-text. The paper proposes 300 regions per image; here the 10 best after a stricter NMS,
+    # which are embedded in minutes.
+    "region_cache": Artefact(
+        "region cache", "MODEL.VILD.REGION_CACHE", "region_cache",
+        (*_REGION_CACHE, "ovshapes/vild_text_r18.yaml", "--top", "10", "--nms", "0.5", "MODEL.WEIGHTS", "{weights}"),
+        _OF_TEACHER, weights_of="vild_text",
+    ),
+    "annotation_cache": Artefact(
+        "cache of annotated boxes", "MODEL.CCKT.REGION_CACHE", "annotation_cache",
+        (*_REGION_CACHE, "ovshapes/detr_text_r18.yaml", "--boxes", "annotations"), _OF_TEACHER,
+    ),
+    "clip_priors": Artefact(
+        "concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors",
+        ("ovdet2.programs.build_concept_priors", "--backend", "clip", *_CLIP, "--tiles", "3", "--dataset", TEST_SET,
+         "--output", "{path}"),
+        _OF_TEACHER,
+    ),
+    "clim": Artefact(
+        "training by CLIM", "MODEL.TEACHER.PRETRAINED", "clim/clim_a1.safetensors",
+        ("projects/CLIM/train.py", "--config-file", str(CHECKOUT / CLIM_CONFIG), "--resume", "OUTPUT_DIR", "{folder}"),
+        {"teacher": _teacher_weights("ovshapes-vit"), "configuration": _clim_settings},
+    ),
+}  # fmt: skip
+
+
+def _detr_rows() -> dict[str, Entry]:
+    """Deformable DETR, and CCKT-Det and CLIP-DETR on it."""
+    cache, priors = "annotation_cache", "clip_priors"
+    rows = {
+        "detr_closed_set": Entry("Deformable DETR, closed-set head (sanity)", "ovshapes/detr_closed_set_r18.yaml"),
+        "detr_text": Entry("Deformable DETR, text head", "ovshapes/detr_text_r18.yaml"),
+        "cckt_similarity": Entry("CCKT-Det: similarity alone (control)", "ovshapes/cckt_similarity_r18.yaml"),
+        "cckt_priors": Entry("CCKT-Det: priors", "ovshapes/cckt_priors_r18.yaml", needs=(priors,)),
+        "cckt_contrast": Entry("CCKT-Det: contrast, similarity", "ovshapes/cckt_contrast_r18.yaml", needs=(cache,)),
+        "cckt_full": Entry(
+            "CCKT-Det: priors, contrast, similarity", "ovshapes/cckt_full_r18.yaml", needs=(cache, priors)
+        ),
+        "cckt_full_class": Entry(
+            "CCKT-Det: priors, contrast, class branch",
+            "ovshapes/cckt_full_class_r18.yaml",
+            needs=(priors,),
+            weights_of="cckt_full",
+        ),
+    }
+    heads = {"closed": ("closed head", ()), "text": ("text head", ()), "cckt": ("on CCKT-Det", (cache, priors))}
+    for head, (of, needs) in heads.items():
+        for part, title in (("align", "AlignNet"), ("dynql", "DynQL"), ("both", "both")):
+            config = f"ovshapes/clip_detr_{part}_{head}_r18.yaml"
+            rows[f"clip_detr_{part}_{head}"] = Entry(f"CLIP-DETR: {title}, {of}", config, needs=needs)
+    return rows
+
+
+def _on_vild_text(title: str, config: str) -> Entry:
+    return Entry(title, config, weights_of="vild_text")
+
+
+ENTRIES = {
+    "teacher": Entry(
+        "CLIP on ground-truth boxes (upper bound of the teacher)",
+        command=("ovdet2.programs.evaluate_teacher", "--dataset", TEST_SET, *_CLIP, "--output", "{folder}"),
+        folder="{name}/seed0",  # nothing in it is random
+    ),
+    "closed_set": Entry("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
+    "vild_text": Entry("ViLD-text", "ovshapes/vild_text_r18.yaml"),
+    "vild_image": Entry("ViLD-image", "ovshapes/vild_image_r18.yaml", needs=("region_cache",)),
+    "vild": Entry("ViLD", "ovshapes/vild_r18.yaml", needs=("region_cache",)),
+    "vild_ensemble": Entry("ViLD-ensemble", "ovshapes/vild_ensemble_r18.yaml", needs=("region_cache",)),
+    "clip_on_crops": _on_vild_text("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml"),
+    "clip_on_crops_objectness": _on_vild_text(
+        "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml"
+    ),
+    "vild_text_clip": _on_vild_text("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml"),
+    **_detr_rows(),
+    "fvlm": Entry("F-VLM", "ovshapes/fvlm_resnet.yaml"),
+    "fvlm_detector": Entry("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", weights_of="fvlm"),
+    "fvlm_clip": Entry(
+        "CLIP's map at the proposals of F-VLM, with objectness", "ovshapes/fvlm_resnet_clip.yaml", weights_of="fvlm"
+    ),
+    "fvlm_vit": Entry("F-VLM on the ViT", "ovshapes/fvlm_vit.yaml"),
+    "fvlm_vit_clim": Entry("F-VLM on the ViT after CLIM", "ovshapes/fvlm_vit_clim.yaml", needs=("clim",)),
+}
+
+COLUMNS = {
+    "novel AP50": Column(("bbox", "AP50-novel")),
+    "unseen nouns": Column(("bbox", "AP50-unseen_nouns")),
+    "unseen combinations": Column(("bbox", "AP50-unseen_combinations")),
+    "base AP50": Column(("bbox", "AP50-base")),
+    "base AP": Column(("bbox", "AP-base")),
+    "all AP50": Column(("bbox", "AP50-all")),
+    "novel AR@100": Column(("proposals", "AR@100-novel")),
+    "base AR@100": Column(("proposals", "AR@100-base")),
+}
+
+
+def inputs_of(cfg: CfgNode | None) -> dict[str, str]:
+    """Hashes of the trunk, the data set and the teacher of a row; ``cfg`` is None for the teacher's own."""
+    inputs = {
+        "OV-Shapes": ensure_generated(data_root())["pixels_sha256"]["train2017"],
+        "teacher": content_hash(_teacher_weights(cfg.MODEL.TEACHER.ARCHITECTURE if cfg else TEACHER)),
+    }
+    trunk = cfg.MODEL.WEIGHTS.removeprefix("ovdet2://") if cfg else ""
+    return inputs | {"trunk": content_hash(ASSETS / trunk) if trunk else ""}
+
+
+OV_SHAPES_ROWS = Experiment(ENTRIES, COLUMNS, ARTEFACTS, inputs_of, marker="ov-shapes")
+
+PLAN = Plan(
+    "Run rows of the OV-Shapes benchmark, and write their table. A row that is done is not run again; an interrupted one "
+    "goes on where it stopped.",
+    lambda args: OV_SHAPES_ROWS,
+    output=OUTPUT,
+)

@@ -1,0 +1,119 @@
+r"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of what it can teach on a data set.
+
+    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+        --architecture ovshapes-resnet --pretrained embedded --output out/
+    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+        --architecture ovshapes-resnet --pretrained embedded --regions dense --side 256 --output out/
+
+Prints top-1 accuracy over base and novel boxes and the evaluator's table (each box with its probability for each word).
+Run it before training anything: a wrong CLIP or a wrong prompt shows here at once.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.structures import Boxes, Instances
+from tqdm import tqdm
+
+from ovdet2.data.datasets import split_of
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.evaluation import OpenVocabularyEvaluator
+from ovdet2.io.files import write_json
+from ovdet2.io.images import read_image
+from ovdet2.vlm.crops import embed_regions
+from ovdet2.vlm.dense import embed_regions_dense
+from ovdet2.vlm.teacher import Teacher
+from ovdet2.vocabulary import Vocabulary
+
+
+def main(argv=None):
+    """Command line; returns {"accuracy-novel": percent, "accuracy-base": percent, ...}."""
+    args = parse_args(argv)
+    split = split_of(args.dataset)
+    if split is None:
+        raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
+    teacher = Teacher.load(args.architecture, args.pretrained, args.device)
+    vocabulary = Vocabulary.build(split.names, teacher, args.templates, split.base_mask, split.category_ids)
+    evaluator = OpenVocabularyEvaluator(args.dataset, args.output)
+    evaluator.reset()
+    if args.regions == "dense":
+        embed = partial(embed_regions_dense, side=args.side)
+    else:
+        embed = partial(embed_regions, factors=args.factors)
+    hits = []
+    for record in tqdm(DatasetCatalog.get(args.dataset), desc="classifying boxes", unit="image"):
+        boxes, classes = truth_of(record)
+        probs = classify(teacher, vocabulary, record["file_name"], boxes, embed)
+        hits.append(torch.stack([classes, probs.argmax(1).cpu() == classes], dim=1))
+        evaluator.process(
+            [record], [{"instances": every_pair(boxes, probs.cpu(), (record["height"], record["width"]))}]
+        )
+    evaluator.evaluate()
+    accuracy = accuracies(torch.cat(hits), split)
+    write_json(
+        Path(args.output) / "accuracy.json",
+        {"teacher": str(teacher.fingerprint), "templates": args.templates, "regions": args.regions} | accuracy,
+        indent=1,
+    )
+    print(", ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
+    return accuracy
+
+
+def parse_args(argv):
+    """The command line of this program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--architecture", required=True, help="open_clip architecture")
+    parser.add_argument("--pretrained", required=True, help="tag, 'embedded' or a weight file")
+    parser.add_argument("--templates", default="vild63", help="prompt template set")
+    parser.add_argument(
+        "--regions",
+        choices=["crops", "dense"],
+        default="crops",
+        help="a pass per crop, or pooled from one of the image",
+    )
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
+    parser.add_argument("--side", type=int, default=1024, help="dense: longest edge of the resized image, in pixels")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", required=True)
+    return parser.parse_args(argv)
+
+
+def truth_of(record):
+    """(boxes [G, 4] XYXY float, contiguous classes [G] long) of the objects of a record that are not crowd."""
+    annotations = [annotation for annotation in record["annotations"] if not annotation.get("iscrowd", 0)]
+    boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.long)
+
+
+def classify(teacher, vocabulary, path, boxes, embed):
+    """Zero-shot probabilities [G, K] of the boxes of an image file; ``embed(teacher, image, boxes)`` gives [G, D]."""
+    pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1)
+    return teacher.classify(embed(teacher, pixels, boxes), vocabulary.embeddings)
+
+
+def every_pair(boxes, probs, image_size):
+    """Instances with each box once per word, scored by its probability."""
+    regions, words = torch.meshgrid(torch.arange(len(boxes)), torch.arange(probs.shape[1]), indexing="ij")
+    return Instances(
+        image_size, pred_boxes=Boxes(boxes[regions.flatten()]), scores=probs.flatten(), pred_classes=words.flatten()
+    )
+
+
+def accuracies(hits, split):
+    """Percent of boxes whose best word is right, per subset; ``hits`` is [G, 2] of (class, right)."""
+    classes, right = hits[:, 0], hits[:, 1].float()
+    ids = torch.tensor(split.category_ids)[classes]
+    base = torch.tensor(split.base_mask)[classes]
+    subsets = {"novel": ~base, "base": base, "all": torch.ones_like(base)}
+    subsets |= {group: torch.isin(ids, torch.tensor(wanted)) for group, wanted in split.groups.items()}
+    return {f"accuracy-{name}": 100 * right[mask].mean().item() for name, mask in subsets.items()}
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

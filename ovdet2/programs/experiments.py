@@ -1,0 +1,103 @@
+r"""Run an experiment, a table of entries as data: train, evaluate, tabulate.
+
+    python -m ovdet2.programs.experiments                                         list the experiments
+    python -m ovdet2.programs.experiments clip_detr.ablations --help
+    python -m ovdet2.programs.experiments ovdet2.ov_shapes.rows:PLAN --rows vild_text vild --seeds 0 1 2
+    python -m ovdet2.programs.experiments NAME ... -- --num-gpus 8 KEY VALUE      arguments of the training program
+
+An experiment is named as <method>.<name> (PLANS in experiments.py of a method's directory), or by an import path. What
+entries read is made once for all of them. An entry that is done is not run again, an interrupted one goes on where it
+stopped, and one whose folder was made with other inputs is refused. Writes <output>/table.md and <output>/results.json.
+Exit codes as of train_net.py.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.experiments.entry import Plan
+from ovdet2.experiments.find import find_plan, known_plans
+from ovdet2.experiments.runner import Runner
+from ovdet2.experiments.table import insert_table
+from ovdet2.io.files import write_json, write_text
+
+
+def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str, Any]]:
+    """Command line.
+
+    Args:
+        argv: name of the experiment and its options; None: those of the process.
+        program: what a user typed before the options, for messages and tables; empty: this module and the name.
+
+    Returns:
+        A flat dict for each entry and seed that is done, see :meth:`~ovdet2.experiments.runner.Runner.rows`.
+    """
+    name, *argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nExperiments: {', '.join(known_plans())}")
+        return []
+    plan, program = find_plan(name), program or f"-m ovdet2.programs.experiments {name}"
+    args = parse_args(plan, argv, program)
+    experiment = plan.build(args)
+    names = list(experiment.entries) if args.rows == ["all"] else args.rows
+    unknown = [row for row in names if row not in experiment.entries]
+    if unknown:
+        raise UsageError(f"unknown rows {unknown}; there are {', '.join(experiment.entries)}.")
+    if args.table and not experiment.marker:
+        raise UsageError(f"the table of {name} goes to no file: leave out --table, and take {args.output}/table.md.")
+    runner = Runner(experiment, args.output, args.passed_on)
+    for seed in () if args.tabulate else args.seeds:
+        for row in names:
+            runner.run(row, seed)
+    results = runner.results(names, args.seeds)
+    table, rows = runner.table(results), runner.rows(results)
+    write_text(args.output / "table.md", table + "\n")
+    write_json(args.output / "results.json", {"rows": rows}, indent=1)
+    for file, draw in experiment.pictures.items():
+        draw(rows, args.output / file)
+    print(table)
+    left = [row for row in names if not results[row]]
+    if left:
+        print(f"\nNot run to the end: {', '.join(left)}.")
+    if args.table:
+        insert_table(Path(args.table), experiment.marker, table, f"python {program} {shlex.join(shown(argv))}")
+    return rows
+
+
+def parse_args(plan: Plan, argv: Sequence[str], program: str) -> argparse.Namespace:
+    """The options of an experiment."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=plan.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    plan.add_arguments(parser)
+    parser.add_argument("--rows", nargs="+", default=["all"], help="entries by name; default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", required=not plan.output, default=plan.output, type=Path, help="folder of the runs")
+    parser.add_argument("--table", help="markdown file whose table of this experiment is replaced")
+    parser.add_argument("--tabulate", action="store_true", help="run nothing, write the table of what is done")
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:cut])
+    args.passed_on = list(argv[cut + 1 :])
+    return args
+
+
+def shown(argv: Sequence[str]) -> list[str]:
+    """A command line without the options that say where its table goes."""
+    words, skip = [], False
+    for word in argv:
+        if skip:
+            skip = False
+        elif word in ("--table", "--output"):
+            skip = True
+        elif word != "--tabulate" and not word.startswith(("--table=", "--output=")):
+            words.append(word)
+    return words
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
