@@ -62,9 +62,7 @@ class WordBank(nn.Module):
         """
         count = self.words.num_base
         if count == 0 or not bool(self.words.base_mask[:count].all()):
-            raise UsageError(
-                f"training needs base words first, but the base mask is {self.words.base_mask.tolist()}."
-            )
+            raise UsageError(f"training needs base words first, but the base mask is {self.words.base_mask.tolist()}.")
         return self.embeddings[:count]
 
     def adopt_saved_vocabulary(self, saved):
