@@ -1,0 +1,244 @@
+"""What all benchmarks share: a benchmark is data, candidates and cases, and this module runs it.
+
+Candidates take turns in one process (:mod:`ovdet2.bench.turns`). The first turn warms up. For every case and candidate
+one row of a markdown table is printed: the median of the seconds, its ratio to the reference's median with the range of
+the ratios within a turn, and the peak memory of two passes above what is held when the candidate is built, measured in
+a separate process. On a machine that others use, --cpu-time with --threads 1 counts the work instead of the wait.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ovdet2
+from ovdet2.bench.memory import peak_above
+from ovdet2.bench.turns import Clock, Row, Times, naming, rows_of, take_turns
+from ovdet2.errors import SetupError, UsageError
+
+Results = dict[tuple[str, ...], Row]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One of the things compared.
+
+    Attributes:
+        name: in the table.
+        build: makes its state, once for all cases, such as a model.
+        run: (state, inputs of a case) -> anything; one pass. It may return :class:`~ovdet2.bench.turns.Elapsed`.
+    """
+
+    name: str
+    build: Callable[[], Any]
+    run: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs on which all candidates run.
+
+    Attributes:
+        columns: {heading: value} in the table, such as the size of the images.
+        inputs: given to :attr:`Candidate.run`.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    inputs: Any = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates and cases of one table.
+
+    Attributes:
+        candidates: in the order of the rows.
+        cases: likewise.
+        reference: name of the candidate whose time divides those of the others; "": the first.
+        title: printed above the table.
+        report: (case, {candidate: :class:`~ovdet2.bench.turns.Times`}) -> None; called after the rows of a case, for
+            what else there is to print or to check.
+    """
+
+    candidates: Sequence[Candidate]
+    cases: Sequence[Case] = (Case(),)
+    reference: str = ""
+    title: str = ""
+    report: Callable[[Case, Mapping[str, Times]], None] | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A program that compares.
+
+    Attributes:
+        module: that ``python -m`` runs; the processes that measure memory are started with it.
+        description: of --help.
+        add_arguments: adds its options to those that all have.
+        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested.
+        turns, warm_up: by default, timed and before them.
+        memory: whether peak memory is measured.
+        device: whether it may run on a GPU.
+        turn_options: further names of --turns.
+    """
+
+    module: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    plan: Callable[[argparse.Namespace], Iterator[Comparison]]
+    turns: int = 5
+    warm_up: int = 1
+    memory: bool = True
+    device: bool = True
+    turn_options: tuple[str, ...] = ()
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """The command line.
+
+        Raises:
+            UsageError: numbers out of range.
+        """
+        parser = argparse.ArgumentParser(
+            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, metavar="N",
+                            help=f"timed turns, after {self.warm_up} to warm up (default: {self.turns})")  # fmt: skip
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+        parser.add_argument("--cpu-time", action="store_true", help="processor time of the process, not the clock")
+        parser.set_defaults(device="cpu", no_memory=True, peak=None)
+        if self.device:
+            parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        if self.memory:
+            parser.add_argument("--no-memory", action="store_true", default=False, help="measure times only")
+            parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of the processes that measure memory
+        self.add_arguments(parser)
+        args = parser.parse_args(argv)
+        if args.turns < 0 or args.threads < 1 or (args.turns == 0 and args.no_memory):
+            raise UsageError(
+                f"--turns is {args.turns} and --threads {args.threads}: both must be at least 1 (--turns 0 measures "
+                "memory only, where a benchmark measures memory)."
+            )
+        return args
+
+    def main(self, argv: Sequence[Any] | None = None) -> Results:
+        """Run, and print the tables.
+
+        Args:
+            argv: command line; None: of the process.
+
+        Returns:
+            {(value of each column of the case ..., candidate): :class:`~ovdet2.bench.turns.Row`}.
+
+        Raises:
+            UsageError: wrong options.
+            SetupError: memory cannot be measured.
+        """
+        argv = [str(part) for part in (sys.argv[1:] if argv is None else argv)]
+        args = self.parse(argv)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(args.threads)
+        try:
+            with contextlib.closing(self.plan(args)) as plan:
+                if args.peak:
+                    print(json.dumps(_peak_here(plan, args)))
+                    return {}
+                results: Results = {}
+                for number, comparison in enumerate(plan):
+                    results |= self._compare(comparison, args, partial(_peak_elsewhere, self.module, argv, number))
+                return results
+        finally:
+            torch.set_num_threads(threads)
+
+    def _compare(self, comparison: Comparison, args: argparse.Namespace, peak: Callable[[int, str], float]) -> Results:
+        names = [candidate.name for candidate in comparison.candidates]
+        reference = comparison.reference or names[0]
+        states, clock = {}, Clock(args.device, args.cpu_time)
+        for candidate in comparison.candidates if args.turns else ():
+            with naming(candidate.name):
+                states[candidate.name] = candidate.build()
+        _print_head(comparison, reference, args)
+        results: Results = {}
+        for place, case in enumerate(comparison.cases):
+            rows, times = dict.fromkeys(names, Row()), {}
+            if args.turns:
+                passes = {c.name: partial(c.run, states[c.name], case.inputs) for c in comparison.candidates}
+                label = ", ".join(case.columns.values()) or comparison.title or "turns"
+                times = take_turns(passes, args.turns, clock, self.warm_up, label)
+                rows = rows_of(times, reference)
+            for name, row in rows.items():
+                if not args.no_memory:
+                    row = replace(row, peak=peak(place, name))
+                results[(*case.columns.values(), name)] = row
+                print(row_text(case.columns.values(), name, row), flush=True)
+            if comparison.report is not None and times:
+                comparison.report(case, times)
+        return results
+
+
+def table_head(columns: Sequence[str]) -> str:
+    """The first two lines of a table whose rows are those of :func:`row_text`."""
+    headings = [*columns, "candidate", "median, s", "ratio (range)", "peak, MiB"]
+    return f"| {' | '.join(headings)} |\n|{'---|' * (len(headings) - 3)}---:|---:|---:|"
+
+
+def row_text(columns: Sequence[str], name: str, row: Row) -> str:
+    """A line of the table; what was not measured is "-"."""
+    seconds = ratio = peak = "-"
+    if row.seconds is not None:
+        seconds = f"{row.seconds:.3f}" if row.seconds >= 0.1 else f"{row.seconds:.3g}"
+        ratio = "1" if row.low == row.high == 1 else f"{row.ratio:.3f} ({row.low:.3f} to {row.high:.3f})"
+    if row.peak is not None:
+        peak = f"{row.peak:.0f}"
+    return f"| {' | '.join([*columns, name, seconds, ratio, peak])} |"
+
+
+def _print_head(comparison: Comparison, reference: str, args: argparse.Namespace) -> None:
+    clock = "processor time" if args.cpu_time else "wall clock"
+    threads = f"{args.threads} thread{'s' * (args.threads > 1)}"
+    facts = [comparison.title, args.device, threads, clock, f"timed turns: {args.turns}", f"ratios to {reference}"]
+    print(", ".join(fact for fact in facts if fact))
+    print(table_head(list(comparison.cases[0].columns)), flush=True)
+
+
+def _peak_here(plan: Iterator[Comparison], args: argparse.Namespace) -> float:
+    """MiB of two passes, of which the second has what the first leaves behind, such as an optimizer's state."""
+    number, place, name = int(args.peak[0]), int(args.peak[1]), args.peak[2]
+    comparison = next(found for index, found in enumerate(plan) if index == number)
+    candidate = next(candidate for candidate in comparison.candidates if candidate.name == name)
+    inputs = comparison.cases[place].inputs
+    state = candidate.build()
+
+    def passes():
+        for _ in range(2):
+            candidate.run(state, inputs)
+
+    return peak_above(passes, args.device)
+
+
+def _peak_elsewhere(module: str, argv: Sequence[str], number: int, place: int, name: str) -> float:
+    """:func:`_peak_here` in a process that holds only this candidate.
+
+    Raises:
+        SetupError: the process failed; the end of what it wrote is quoted.
+    """
+    package = str(Path(ovdet2.__file__).resolve().parents[1])
+    paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", module, "--peak", str(number), str(place), name, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    if done.returncode:
+        raise SetupError(
+            f"the process that measures the memory of the candidate {name!r} ended with code {done.returncode} (give "
+            f"--no-memory to do without). It wrote:\n{done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,114 @@
+"""Paired turns: candidates run one after the other, again and again, so that a busy machine slows all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ovdet2.errors import OVDetError
+
+
+class Clock:
+    """Seconds of the wall clock or of this process' processors, read once the device has finished its work."""
+
+    def __init__(self, device: str = "cpu", cpu_time: bool = False) -> None:
+        self.on_cuda = device.startswith("cuda")
+        self.read = time.process_time if cpu_time else time.perf_counter
+
+    def __call__(self) -> float:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        return self.read()
+
+
+@dataclass(frozen=True)
+class Elapsed:
+    """What a pass returns that measures its own time, as it prepares something first or runs in another process."""
+
+    seconds: float
+    value: Any = None
+
+
+@dataclass
+class Times:
+    """Seconds and returned values of the counted turns of one candidate."""
+
+    seconds: list[float] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in one case.
+
+    Attributes:
+        seconds: median over the turns; None where no turn was timed.
+        ratio: this median divided by that of the reference.
+        low, high: least and greatest ratio within a turn.
+        peak: MiB of memory that a pass needs beyond what is held before it; None where it was not measured.
+    """
+
+    seconds: float | None = None
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+    peak: float | None = None
+
+
+def take_turns(
+    passes: Mapping[str, Callable[[], Any]],
+    turns: int,
+    clock: Callable[[], float],
+    warm_up: int = 1,
+    label: str = "turns",
+) -> dict[str, Times]:
+    """Run all candidates in every turn, in an order that alternates.
+
+    Args:
+        passes: by name of the candidate, a function that runs one pass; it may return :class:`Elapsed`.
+        turns: counted turns.
+        clock: gives seconds.
+        warm_up: turns before them that are not counted.
+        label: of the progress bar.
+    """
+    times = {name: Times() for name in passes}
+    for turn in tqdm(range(warm_up + turns), desc=label, leave=False):
+        for name in passes if turn % 2 else reversed(passes):
+            with naming(name):
+                started = clock()
+                value = passes[name]()
+                elapsed = value if isinstance(value, Elapsed) else Elapsed(clock() - started, value)
+            if turn >= warm_up:
+                times[name].seconds.append(elapsed.seconds)
+                times[name].values.append(elapsed.value)
+    return times
+
+
+def rows_of(times: Mapping[str, Times], reference: str) -> dict[str, Row]:
+    """Ratio of medians to those of the reference, and the range of the ratios within a turn."""
+    base = times[reference].seconds
+    rows = {}
+    for name, mine in times.items():
+        pairs = [one / other for one, other in zip(mine.seconds, base)]
+        median = statistics.median(mine.seconds)
+        rows[name] = Row(median, median / statistics.median(base), min(pairs), max(pairs))
+    return rows
+
+
+@contextlib.contextmanager
+def naming(candidate: str) -> Iterator[None]:
+    """Name the candidate in whatever is raised inside."""
+    try:
+        yield
+    except OVDetError as error:
+        raise type(error)(f"candidate {candidate!r}: {error}") from error
+    except Exception as error:
+        error.add_note(f"raised by the candidate {candidate!r} of this benchmark")
+        raise

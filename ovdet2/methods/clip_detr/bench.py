@@ -1,0 +1,74 @@
+r"""Training steps of CLIP-DETR: with AlignNet, with dynamic queries and with both, against the detector without them.
+
+    python -m ovdet2.methods.clip_detr.bench --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml \
+        --size 160x160 --batch 8 --objects 4 --turns 10
+    python -m ovdet2.methods.clip_detr.bench --config-file configs/coco/clip_detr_r50_12ep.yaml \
+        --size 512x512 --batch 1 --objects 7 --turns 3
+
+All have the same weights and get the same images of noise; a step is forward, backward and an update of size 0. At test
+there is no difference to measure: the parts are not run.
+"""
+
+import argparse
+from collections.abc import Iterator
+
+import torch
+
+from ovdet2.bench.detectors import (
+    TrainingStep,
+    build_detector,
+    noise_samples,
+    random_words,
+    require_positive,
+    size_of,
+    size_text,
+)
+from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
+from ovdet2.config import load_config
+from ovdet2.errors import UsageError, exit_on_error
+
+ALIGN, DYNAMIC = "MODEL.CLIP_DETR.ALIGN_WEIGHT", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT"
+ALONE = "detector alone"
+PARTS = {
+    ALONE: [ALIGN, 0.0, DYNAMIC, 0.0],
+    "AlignNet": [ALIGN, 1.0, DYNAMIC, 0.0],
+    "dynamic queries": [ALIGN, 0.0, DYNAMIC, 1.0],
+    "both": [ALIGN, 1.0, DYNAMIC, 1.0],
+}
+WORDS = [f"word {number}" for number in range(80)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--config-file", default="configs/ovshapes/clip_detr_both_closed_r18.yaml")
+    parser.add_argument("--size", type=size_of, default="160x160", help="height x width of the images")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--objects", type=int, default=4, help="of each image")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+
+
+def plan(args: argparse.Namespace) -> Iterator[Comparison]:
+    """One case; a candidate for each combination of parts."""
+    require_positive(args, "batch")
+    if not 0 <= args.objects <= len(WORDS):
+        raise UsageError(f"--objects must be 0 to {len(WORDS)}.")
+    columns = {"image": size_text(args.size), "batch": str(args.batch), "objects": str(args.objects)}
+    candidates = [Candidate(name, lambda name=name: build(args, name), TrainingStep.__call__) for name in PARTS]
+    case = Case(columns, noise_samples(args.size, args.batch, args.objects))
+    yield Comparison(candidates, [case], title=args.config_file)
+
+
+def build(args: argparse.Namespace, name: str) -> TrainingStep:
+    """Steps of the detector with some of the parts, which are built last: the weights of the detector are the same."""
+    fixed = ["MODEL.DEVICE", args.device, "MODEL.CLIP_DETR.LABEL_TABLE", "", "MODEL.WEIGHTS", ""]
+    cfg = load_config(args.config_file, [*args.overrides, *fixed, *PARTS[name]])
+    words = random_words(WORDS, [True] * len(WORDS))
+    return TrainingStep(build_detector(cfg, words), torch.optim.AdamW, foreach=True)
+
+
+BENCHMARK = Benchmark("ovdet2.methods.clip_detr.bench", __doc__, add_arguments, plan, turns=10)
+main = BENCHMARK.main
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()

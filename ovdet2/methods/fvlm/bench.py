@@ -1,0 +1,140 @@
+"""What freezing the trunk of F-VLM saves: training steps and peak memory against the same network with CLIP trained.
+
+    python -m ovdet2.methods.fvlm.bench --size 800x1066 --turns 5
+
+Both are configs/ovcoco/fvlm_rn50.yaml with equal random weights, in float32, and get the same images of 20 objects,
+hence the same proposals; the learning rate is 0, so they stay equal. There is no cache of features: the frozen trunk
+runs in every step. Both trunks are channels_last as a teacher is; on a CPU that slows the gradients of the trained one,
+and --trained-contiguous measures against one without that handicap. Printed, too, is where a step's time goes, and the
+memory of the weights.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
+from ovdet2.bench.detectors import (
+    TrainingStep,
+    build_detector,
+    noise_samples,
+    random_words,
+    require_positive,
+    size_of,
+    size_text,
+)
+from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, Results
+from ovdet2.bench.memory import MIB
+from ovdet2.bench.turns import Clock, Times
+from ovdet2.config import load_config
+from ovdet2.errors import exit_on_error
+from ovdet2.modeling import dataset_split
+from ovdet2.modeling.backbone.clip_pyramid import ALL_FROZEN
+from ovdet2.modeling.build import build_teacher
+
+CONFIG = "ovcoco/fvlm_rn50.yaml"
+FREEZE_AT = {"frozen": ALL_FROZEN, "trained": 0}
+STAGES = {"trunk": "backbone.trunk", "pyramid": "backbone.pyramid", "RPN": "proposal_generator", "heads": "roi_heads"}
+SETTINGS = ["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECONDARY_SCORES", "none"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--architecture", default="RN50", help="open_clip ResNet or ViT")
+    parser.add_argument("--size", type=size_of, default="800x1066", help="height x width")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--trained-contiguous", action="store_true", help="do not give the trained trunk channels_last")
+    parser.add_argument("--weights", type=Path, required=True, help=argparse.SUPPRESS)  # of CLIP, made by main
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the configuration")
+
+
+def plan(args: argparse.Namespace) -> Iterator[Comparison]:
+    """One case, two candidates."""
+    require_positive(args, "batch")
+    if not args.weights.is_file():
+        torch.manual_seed(0)
+        weights = open_clip.create_model(args.architecture).state_dict()
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.weights)
+    clock = Clock(args.device, args.cpu_time)
+    candidates = [Candidate(name, lambda name=name: StagedStep(build(name, args), clock), StagedStep.__call__)
+                  for name in FREEZE_AT]  # fmt: skip
+    case = Case({"image": size_text(args.size), "batch": str(args.batch)}, noise_samples(args.size, args.batch))
+    yield Comparison(candidates, [case], "trained", args.architecture, print_stages)
+
+
+def build(name: str, args: argparse.Namespace) -> nn.Module:
+    """The detector in training mode, with random weights that are the same for both; embeddings are made up."""
+    teacher = ["MODEL.TEACHER.ARCHITECTURE", args.architecture, "MODEL.TEACHER.PRETRAINED", str(args.weights)]
+    fixed = ["MODEL.DEVICE", args.device, "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT[name], *teacher]
+    cfg = load_config(CONFIG, [*fixed, *SETTINGS, *args.opts])
+    split, clip = dataset_split(cfg), build_teacher(cfg)
+    words = random_words(split.names, split.base_mask, clip.embed_dim, clip.fingerprint)
+    model = copy.deepcopy(build_detector(cfg, words))  # the trunk of a detector is that of the teacher, which is shared
+    if name == "trained" and args.trained_contiguous:
+        model.backbone.trunk.to(memory_format=torch.contiguous_format)
+    return model.train()
+
+
+class StagedStep(TrainingStep):
+    """Training steps that return {stage: seconds}."""
+
+    def __init__(self, model: nn.Module, clock: Clock) -> None:
+        super().__init__(model, momentum=0.9)
+        weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        print(f"{'trained' if any(p.requires_grad for p in model.backbone.trunk.parameters()) else 'frozen'}: weights "
+              f"of {weights / MIB:.0f} MiB")  # fmt: skip
+        self._clock, self._started, self._stages = clock, {}, {}
+        for stage, path in STAGES.items():
+            module = model.get_submodule(path)
+            module.register_forward_pre_hook(lambda *_, stage=f"{stage} forward": self._start(stage))
+            module.register_forward_hook(lambda *_, stage=f"{stage} forward": self._stop(stage))
+        model.register_forward_hook(lambda *_: self._start("backward"))
+        self.optimizer.register_step_pre_hook(self._before_update)
+        self.optimizer.register_step_post_hook(lambda *_: self._stop("update"))
+
+    def __call__(self, samples: Sequence[Any]) -> dict[str, float]:
+        super().__call__(samples)
+        return dict(self._stages)
+
+    def _before_update(self, *_):
+        self._stop("backward")
+        self._start("update")
+
+    def _start(self, stage):
+        self._started[stage] = self._clock()
+
+    def _stop(self, stage):
+        self._stages[stage] = self._clock() - self._started[stage]
+
+
+def print_stages(case: Case, times: Mapping[str, Times]) -> None:
+    """Share of each stage in the median step."""
+    for name, mine in times.items():
+        step = statistics.median(mine.seconds)
+        medians = {stage: statistics.median(seconds[stage] for seconds in mine.values) for stage in mine.values[0]}
+        print(f"{name}: {', '.join(f'{stage} {100 * seconds / step:.0f}%' for stage, seconds in medians.items())}")
+
+
+BENCHMARK = Benchmark("ovdet2.methods.fvlm.bench", __doc__, add_arguments, plan)
+
+
+def main(argv: Sequence[Any] | None = None) -> Results:
+    """See :meth:`~ovdet2.bench.harness.Benchmark.main`."""
+    argv = sys.argv[1:] if argv is None else argv
+    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
+        return BENCHMARK.main(["--weights", Path(folder) / "clip.safetensors", *argv])
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
