@@ -46,7 +46,12 @@ MODULES = dict(modules())
 def imports(tree):
     """(module below ovdet2, name or None, line) of every import of ovdet2, whatever function it stands in."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ovdet2" and not node.level:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.split(".")[0] == "ovdet2"
+            and not node.level
+        ):
             for alias in node.names:
                 below = node.module.partition(".")[2]
                 inner = f"{below}.{alias.name}".strip(".")
@@ -152,7 +157,10 @@ def test_the_core_defines_nothing_that_one_method_alone_uses():
 
 # Imports within functions that look up: a registry is filled, or a file is read, only when it is needed.
 LATE = {
-    ("config.load", "data.datasets.register"): "the data sets of DATASETS.OWN are registered once a configuration is read",
+    (
+        "config.load",
+        "data.datasets.register",
+    ): "the data sets of DATASETS.OWN are registered once a configuration is read",
     ("config.methods", "methods"): "the folder of methods is listed",
 }
 

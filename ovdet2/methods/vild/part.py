@@ -14,8 +14,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ovdet2.data.samples import Sample
-from ovdet2.layers import column_probabilities
-from ovdet2.layers import EmbeddingProjection
+from ovdet2.layers import EmbeddingProjection, column_probabilities
 from ovdet2.methods.vild.crop_scorer import CropScorer
 from ovdet2.methods.vild.losses import embedding_l1
 from ovdet2.methods.vild.sample import CachedRegions
