@@ -1,0 +1,34 @@
+"""Example of a method: relational distillation of regions, a new loss on the R-CNN host, all of it in this directory."""
+
+from ovdet2.config.method import Method
+
+
+class Example(Method):
+    """The angles between regions are to be those that the teacher sees (after Park et al., CVPR 2019, Eq. 7)."""
+
+    name = "example"
+    hosts = ("OpenVocabularyRCNN",)
+
+    def add_keys(self, cfg):
+        # Weight of the loss, 0: off; folder of a region cache of DATASETS.TRAIN.
+        cfg.MODEL.EXAMPLE = type(cfg)({"WEIGHT": 0.0, "REGION_CACHE": ""})
+
+    def is_on(self, cfg):
+        return cfg.MODEL.EXAMPLE.WEIGHT > 0
+
+    def steps(self, cfg, source, is_train):
+        if not (is_train and self.is_on(cfg) and source.kind == "boxes"):
+            return []
+        from ovdet2.caches.training_cache import open_training_cache
+        from projects.Example.example.relations import AttachRelated
+
+        keys = "MODEL.EXAMPLE.REGION_CACHE", "MODEL.EXAMPLE.WEIGHT"  # for messages
+        return [AttachRelated(open_training_cache(cfg.MODEL.EXAMPLE.REGION_CACHE, source.datasets, cfg, *keys))]
+
+    def build(self, cfg, host):
+        from projects.Example.example.relations import Relations
+
+        return Relations({"loss_relations": cfg.MODEL.EXAMPLE.WEIGHT}) if self.is_on(cfg) else None
+
+
+METHOD = Example()
