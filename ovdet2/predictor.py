@@ -14,10 +14,9 @@ from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
-from ovdet2.modeling.build import background_of, build_teacher
+from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.priors.online import OnlinePriors, said_words
-from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
-from ovdet2.vocabulary.templates import clean_name
+from ovdet2.vocabulary import from_buffers
 
 
 class Predictor:
@@ -49,33 +48,32 @@ class Predictor:
         self.cfg = cfg
         self.model = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
+        if cfg.MODEL.VOCABULARY.FILE:  # its base mask may be of another data set than the weights
+            self.model.vocabulary.set(self.model.vocabulary.words)
         self._online_priors = None
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
     def names(self):
         """Words that ``pred_classes`` index."""
-        return self.model.vocabulary.words.names
+        return self.model.vocabulary.names
 
     def set_vocabulary(self, words, templates=None):
         """Ask for other words from now on; they need not be in any data set.
 
-        A word that had training boxes counts as base, every other as novel (this matters only to score fusion).
+        A word that had training boxes counts as base, every other as novel, whatever the base mask of a vocabulary is
+        (this matters only to score fusion).
 
         Args:
-            words: "cat, red mug", a list, a text file with a word per line, or a :class:`Vocabulary`.
+            words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
+                :class:`~ovdet2.vocabulary.Vocabulary`.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
 
         Raises:
             UsageError: no word, a duplicate word, an unknown template set.
-            DataError: a Vocabulary of another teacher.
+            DataError: a file that cannot be read, or a vocabulary of another teacher.
         """
-        if not isinstance(words, Vocabulary):
-            templates = templates or self.cfg.MODEL.VOCABULARY.TEMPLATES
-            names = parse_words(words) if isinstance(words, str) else list(words)
-            trained = self.model.vocabulary.trained_base_names
-            base = [clean_name(name) in trained for name in names]
-            words = Vocabulary.build(names, build_teacher(self.cfg), templates, base)
+        words = words_to_vocabulary(self.cfg, words, templates)
         self.model.vocabulary.set(words, background_of(self.cfg, words, templates))
 
     @property
@@ -171,7 +169,9 @@ def to_rgb_array(image):
 def _build(cfg, weights):
     """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
-    if not cfg.MODEL.VOCABULARY.FILE and Path(weights).is_file():
+    if cfg.MODEL.VOCABULARY.FILE:
+        words = {"vocabulary": load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)}
+    elif Path(weights).is_file():
         tensors = read_weights(weights)["model"]
         prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
         if prefix is not None:

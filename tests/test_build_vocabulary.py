@@ -9,10 +9,10 @@ import pytest
 from build_vocabulary import main
 
 from ovdet2.config import get_cfg
+from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import UsageError
 from ovdet2.io.files import write_json
 from ovdet2.modeling import build_vocabulary
-from ovdet2.vocabulary.word_lists import words_of_dataset
 from tests.vocabulary_cases import HashTeacher, tool_runner, write_lvis
 
 ROOT = Path(__file__).resolve().parents[1]

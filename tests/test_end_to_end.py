@@ -17,9 +17,10 @@ from ovdet2.config import find_config, load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import DataError, UsageError
 from ovdet2.modeling import build_vocabulary
-from ovdet2.modeling.build import build_classifier
+from ovdet2.modeling.build import build_classifier, build_teacher
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
+from ovdet2.vocabulary.templates import clean_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -149,6 +150,57 @@ def test_predictor_takes_any_words(run, predictor):
     assert predictor.predict([]) == []
 
 
+def test_predictor_knows_the_words_of_training_however_they_come(run, predictor, tmp_path):
+    """Names, a list, a text file, a Vocabulary, a vocabulary file, MODEL.VOCABULARY.FILE: whatever mask a file has."""
+    names, known = ["striped moon", "Plain_Circle", "red mug"], [False, True, False]
+    cfg = load_config(CONFIG, SMALL)
+    words = Vocabulary.build(names, build_teacher(cfg), "single", [True, False, False])
+    words.save(tmp_path / "v.safetensors")
+    (tmp_path / "w.txt").write_text("\n".join(names), encoding="utf-8")
+    bank = predictor.model.vocabulary
+    for given in (
+        ", ".join(names), names, tmp_path / "w.txt", str(tmp_path / "w.txt"), words, tmp_path / "v.safetensors",
+        str(tmp_path / "v.safetensors"),
+    ):  # fmt: skip
+        predictor.set_vocabulary(["moon"])
+        predictor.set_vocabulary(given)
+        assert predictor.names == tuple(names) and bank.base_mask.tolist() == known
+        assert torch.allclose(bank.embeddings, words.embeddings, atol=1e-6)
+    other = Predictor(
+        CONFIG, run[1] / "model_final.pth", [*SMALL, "MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")]
+    )
+    assert other.names == tuple(names) and other.model.vocabulary.base_mask.tolist() == known
+    assert bank.trained_base_names == other.model.vocabulary.trained_base_names and len(bank.trained_base_names) == 48
+
+
+def test_fine_tuning_on_fewer_classes_forgets_no_trained_word(run, tmp_path):
+    """The checkpoint of a training on one class, from weights that had seen boxes of 48."""
+    root, output = run
+    data = json.loads((root / "ov_shapes" / "annotations" / "instances_train2017.json").read_text())
+    ids = {name: number for number, name in load_split().base}
+    kept = [a for a in data["annotations"] if a["category_id"] != ids["plain circle"]]
+    chosen = next(name for name, number in ids.items() if number == kept[0]["category_id"])
+    kept = [a for a in kept if a["category_id"] == ids[chosen]]
+    (tmp_path / "fewer.json").write_text(json.dumps(data | {"annotations": kept}))
+    images = str(root / "ov_shapes" / "train2017")
+    own = {"json": str(tmp_path / "fewer.json"), "images": images, "base": [chosen]}
+    own["novel"] = ["plain circle", next(name for _, name in load_split().novel)]
+    options = [
+        "DATASETS.OWN", [own | {"name": "fewer", "base_only": True}], "DATASETS.TRAIN", "('fewer',)",
+        "DATASETS.TEST", "('fewer',)", "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path,
+        "MODEL.WEIGHTS", output / "model_final.pth",
+    ]  # fmt: skip
+    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *SMALL, *options, root=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "inference" / "fewer" / "report.json").read_text())
+    assert report["novel_words_trained_on"] == ["plain circle"]  # the split's mask stays, the report says what it hides
+    tuned = Predictor(CONFIG, tmp_path / "model_final.pth", SMALL)
+    assert tuned.names == (chosen, *own["novel"]) and tuned.model.vocabulary.base_mask.tolist() == [True, False, False]
+    assert tuned.model.vocabulary.trained_base_names == {clean_name(name) for name in ids}
+    tuned.set_vocabulary(["plain circle", chosen, own["novel"][1], "red mug"])
+    assert tuned.model.vocabulary.base_mask.tolist() == [True, True, False, False]
+
+
 def test_predictor_refuses(run, predictor, tmp_path):
     for words, message in (("", "empty"), ("cat, Cat", "twice")):
         with pytest.raises(UsageError, match=message):
@@ -183,7 +235,9 @@ def test_vocabulary_file_must_fit(run, tmp_path):
     )
     words.save(tmp_path / "v.safetensors")
     with pytest.raises(DataError, match="holds 3 words .3 base., OV-Shapes 48/17 has 65"):
-        Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
+        build_vocabulary(load_config(CONFIG, [*SMALL, *teacherless]))
+    predictor = Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])  # which needs no data set
+    assert predictor.names == names[:3]
 
 
 def test_a_vocabulary_file_is_joined_by_the_distractors(run, tmp_path):

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
+from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import write_json
 from ovdet2.vocabulary import check_words
-from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
+from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_json, words_of_text
 from tests.vocabulary_cases import (
     CLIP_TEXT,
     needs_shared,
@@ -49,7 +50,7 @@ def test_named_sets(name, count, known):
 
 def test_every_list_of_the_package_names_its_source():
     files = sorted((ROOT / "ovdet2" / "assets" / "words").glob("*.json"))
-    assert {path.stem for path in files} == set(NAMED) - {"coco", "lvis", "voc"}
+    assert {path.stem for path in files} == set(NAMED) - {"coco", "lvis"}
     for path in files:
         data = json.loads(path.read_text(encoding="utf-8"))
         assert len(data["source"]) > 50 and set(data) <= {"source", "corrections", "words"}

@@ -31,6 +31,7 @@ from dataclasses import replace
 
 import torch
 
+from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.neighbours import close_pairs, nearest_words
@@ -38,7 +39,7 @@ from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
 from ovdet2.vocabulary.templates import clean_name, get_templates, render
-from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_dataset, words_of_json, words_of_text
+from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_json, words_of_text
 
 CLOSE = 0.98  # cosine
 

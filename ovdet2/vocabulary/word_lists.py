@@ -1,5 +1,7 @@
 """Lists of words with their ids and synonyms: classes of public data sets by name, of any COCO json, the user's own."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,28 +25,28 @@ class WordList:
         base_mask: K booleans, or None.
     """
 
-    names: tuple
-    category_ids: tuple | None = None
-    synonyms: tuple | None = None
-    base_mask: tuple | None = None
+    names: tuple[str, ...]
+    category_ids: tuple[int | str, ...] | None = None
+    synonyms: tuple[tuple[str, ...], ...] | None = None
+    base_mask: tuple[bool, ...] | None = None
 
 
-def named_words(name, corrected=False):
+def named_words(name: str, corrected: bool = False) -> WordList:
     """The classes of a public data set, by ascending id (Open Images: in the order of its class list).
 
-    COCO and LVIS v1 (with synonyms) come from Detectron2, VOC from ovdet2's reader of it, the others from
+    COCO and LVIS v1 (with synonyms) come from Detectron2, the others from
     ``ovdet2/assets/words``, where each file names its source.
 
     Args:
         name: one of :data:`NAMED`: 80, 1203, 365, 365, 601 and 20 classes.
-        corrected: mend the spelling mistakes that a data set's own names have (objects365_v2 has 16).
+        corrected: correct the spelling mistakes that a data set's own names have (objects365_v2 has 16).
 
     Raises:
         UsageError: an unknown name, or no corrections are known for it.
     """
     if name not in NAMED:
         raise UsageError(f"there are no words named {name!r}: choose one of {', '.join(NAMED)}.")
-    if name in ("coco", "lvis", "voc"):
+    if name in ("coco", "lvis"):
         words, corrections = _from_libraries(name), {}
     else:
         data = json.loads((_ASSETS / f"{name}.json").read_text(encoding="utf-8"))
@@ -58,7 +60,7 @@ def named_words(name, corrected=False):
     return WordList(tuple(corrections.get(str(number), name) for number, name in pairs), words.category_ids)
 
 
-def words_of_json(path):
+def words_of_json(path: str | Path) -> WordList:
     """The categories of a COCO or LVIS json by ascending id, with LVIS's synonyms.
 
     Raises:
@@ -71,34 +73,7 @@ def words_of_json(path):
     return _of_categories(categories)
 
 
-def words_of_dataset(name, with_synonyms=False):
-    """The classes of a registered data set in the order of its split, base first.
-
-    Args:
-        name: a data set of Detectron2's catalog with a base/novel split.
-        with_synonyms: read its annotation json for them.
-
-    Raises:
-        UsageError: no such data set.
-        DataError: the json is needed and missing.
-    """
-    from detectron2.data import MetadataCatalog
-
-    from ovdet2.data.datasets import split_of
-
-    split = split_of(name)
-    if split is None:
-        raise UsageError(f"{name!r} is not a registered open-vocabulary data set: see datasets/README.md.")
-    synonyms = None
-    if with_synonyms:
-        described = words_of_json(MetadataCatalog.get(name).ov_files()[0])
-        if described.synonyms is not None:
-            known = dict(zip(described.category_ids, described.synonyms))
-            synonyms = tuple(known.get(category_id, ()) for category_id in split.category_ids)
-    return WordList(split.names, split.category_ids, synonyms, split.base_mask)
-
-
-def words_of_text(text):
+def words_of_text(text: str | Path) -> WordList:
     """Words from "cat, red mug", a ".txt" file with a word per line, or a ".json" file, each with synonyms if wished.
 
     In the first two a word's synonyms follow it after semicolons ("sofa; couch; settee"). A json file is a list of
@@ -127,10 +102,6 @@ def words_of_text(text):
 
 
 def _from_libraries(name):
-    if name == "voc":
-        from ovdet2.data.datasets.voc import NAMES
-
-        return WordList(tuple(NAMES.values()), tuple(range(1, len(NAMES) + 1)))
     if name == "coco":
         from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 

@@ -6,33 +6,10 @@ from xml.etree import ElementTree
 from tqdm import tqdm
 
 from ovdet2.errors import DataError
-
-# Class names in the order of the challenge, those of two words written as such: they are prompts.
-NAMES = {
-    "aeroplane": "aeroplane",
-    "bicycle": "bicycle",
-    "bird": "bird",
-    "boat": "boat",
-    "bottle": "bottle",
-    "bus": "bus",
-    "car": "car",
-    "cat": "cat",
-    "chair": "chair",
-    "cow": "cow",
-    "diningtable": "dining table",
-    "dog": "dog",
-    "horse": "horse",
-    "motorbike": "motorbike",
-    "person": "person",
-    "pottedplant": "potted plant",
-    "sheep": "sheep",
-    "sofa": "sofa",
-    "train": "train",
-    "tvmonitor": "tv monitor",
-}
+from ovdet2.vocabulary.word_lists import named_words
 
 
-def voc_json(folder, subset):
+def voc_json(folder: str | Path, subset: str) -> dict:
     """Turn a VOC folder into a COCO json.
 
     VOC counts pixels from 1 and includes the last one: (xmin, xmax) = (1, w) is a box of x 0 and width w. Objects
@@ -57,14 +34,15 @@ def voc_json(folder, subset):
             f"{listing} cannot be read ({error}): unpack the archive of the challenge so that {folder} holds "
             "Annotations, ImageSets and JPEGImages."
         ) from None
-    ids = {name: number for number, name in enumerate(NAMES, start=1)}
+    words = named_words("voc")
+    ids = {name.replace(" ", ""): number for number, name in zip(words.category_ids, words.names)}
     images, annotations = [], []
     for image_id, stem in enumerate(tqdm(stems, desc=f"reading VOC {subset}", unit="image", leave=False), start=1):
         path = Path(folder) / "Annotations" / f"{stem}.xml"
         image, objects = _read(path, ids)
         images.append({"id": image_id, "file_name": f"{stem}.jpg", **image})
         annotations.extend({"id": len(annotations) + n, "image_id": image_id, **o} for n, o in enumerate(objects, 1))
-    categories = [{"id": ids[name], "name": prompt} for name, prompt in NAMES.items()]
+    categories = [{"id": number, "name": name} for number, name in zip(words.category_ids, words.names)]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
