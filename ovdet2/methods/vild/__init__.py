@@ -10,7 +10,8 @@ from detectron2.config import CfgNode as CN
 from ovdet2.config.method import Method
 
 if TYPE_CHECKING:
-    pass
+    from ovdet2.data.source_spec import SourceSpec
+    from ovdet2.data.steps.step import Step
 
 
 class ViLD(Method):
@@ -41,6 +42,15 @@ class ViLD(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """Whether it distils, or gives the secondary scores."""
         return cfg.MODEL.VILD.WEIGHT > 0 or cfg.MODEL.OVD.SECONDARY_SCORES in self.secondary_scores
+
+    def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
+        """Cached regions of training images with boxes, where the weight is above 0."""
+        from ovdet2.data.samples import BOXES
+        from ovdet2.methods.vild.sample import AttachCachedRegions, open_region_cache
+
+        if not is_train or source.kind != BOXES or cfg.MODEL.VILD.WEIGHT <= 0:
+            return []
+        return [AttachCachedRegions(open_region_cache(cfg, source.datasets), cfg.MODEL.VILD.REGIONS_PER_IMAGE)]
 
 
 METHOD = ViLD()
