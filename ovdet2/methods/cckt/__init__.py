@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
@@ -10,7 +10,8 @@ from detectron2.config import CfgNode as CN
 from ovdet2.config.method import Method
 
 if TYPE_CHECKING:
-    pass
+    from ovdet2.data.source_spec import SourceSpec
+    from ovdet2.data.steps.step import Step
 
 
 class CCKTDet(Method):
@@ -74,6 +75,19 @@ class CCKTDet(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """MODEL.CCKT.ENABLED."""
         return cfg.MODEL.CCKT.ENABLED
+
+    def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
+        """See :func:`~ovdet2.methods.cckt.sample.build_steps`; nothing for images without boxes."""
+        from ovdet2.data.samples import BOXES
+        from ovdet2.methods.cckt.sample import build_steps
+
+        return build_steps(cfg, source.datasets, is_train) if self.is_on(cfg) and source.kind == BOXES else []
+
+    def facts(self, cfg: CfgNode) -> dict[str, Any]:
+        """See :func:`~ovdet2.methods.cckt.sample.prior_facts`."""
+        from ovdet2.methods.cckt.sample import prior_facts
+
+        return prior_facts(cfg)
 
 
 METHOD = CCKTDet()

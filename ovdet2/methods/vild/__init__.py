@@ -11,6 +11,8 @@ from ovdet2.config.method import Method
 from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
+    from ovdet2.data.source_spec import SourceSpec
+    from ovdet2.data.steps.step import Step
     from ovdet2.methods.vild.part import ViLDPart
     from ovdet2.modeling.host import Host
 
@@ -74,6 +76,16 @@ class ViLD(Method):
         from ovdet2.methods.vild.part import build_part
 
         return build_part(cfg, host)
+
+    def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
+        """Cached regions of training images with boxes, where the weight is above 0."""
+        from ovdet2.data.samples import BOXES
+        from ovdet2.methods.vild.sample import AttachCachedRegions, open_region_cache
+
+        if not is_train or source.kind != BOXES or cfg.MODEL.VILD.WEIGHT <= 0:
+            return []
+        return [AttachCachedRegions(open_region_cache(cfg, source.datasets), cfg.MODEL.VILD.REGIONS_PER_IMAGE)]
+
 
 
 def _check_distillation(cfg):
