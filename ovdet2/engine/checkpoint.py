@@ -201,7 +201,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             if name and hasattr(module, "adopt_saved_vocabulary")
         ]
         weights = checkpoint["model"]
-        lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1]) is None)
+        lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1], None) is None)
         for name in [name for name in weights if name.startswith(lacking)]:
             del weights[name]
         for prefix, module in adopting:

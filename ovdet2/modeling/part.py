@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from ovdet2.config.method import Method
 from ovdet2.data.samples import Sample
+from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-    from ovdet2.data.loader import TrainSource
+    from ovdet2.data.sources import TrainSource
     from ovdet2.modeling.host import Host
     from ovdet2.vlm.teacher import Teacher
 
@@ -30,7 +31,8 @@ class Part(nn.Module):
     Attributes:
         name: of the method, the prefix of the part's weights in a checkpoint.
         training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way round.
-        takes_present_words: whether it reads the words that are present in an image (semantic priors).
+        takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
+            have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
         sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.
         loss_weights: weight of each kind of its losses; 1 where a kind is not named.
     """
@@ -79,8 +81,24 @@ def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Par
         part = method.build(cfg, host)
         if part is not None:
             part.name = method.name
+            part.training_only = part.training_only or method.training_only
             built.append(part)
     return built
+
+
+def joined_losses(groups: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses of several owners in their order.
+
+    Raises:
+        UsageError: two have one name.
+    """
+    joined: dict[str, Tensor] = {}
+    for losses in groups:
+        twice = joined.keys() & losses.keys()
+        if twice:
+            raise UsageError(f"several losses are called {', '.join(sorted(twice))}: rename those of one part.")
+        joined.update(losses)
+    return joined
 
 
 def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str] = str) -> dict[str, Tensor]:

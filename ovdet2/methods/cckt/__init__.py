@@ -12,6 +12,8 @@ from ovdet2.config.method import Method
 if TYPE_CHECKING:
     from ovdet2.data.source_spec import SourceSpec
     from ovdet2.data.steps.step import Step
+    from ovdet2.methods.cckt.part import CCKT
+    from ovdet2.modeling.host import Host
 
 
 class CCKTDet(Method):
@@ -75,6 +77,19 @@ class CCKTDet(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """MODEL.CCKT.ENABLED."""
         return cfg.MODEL.CCKT.ENABLED
+
+    def check(self, cfg: CfgNode) -> None:
+        """See :func:`~ovdet2.methods.cckt.check.check_choices`; nothing is checked where it is off."""
+        from ovdet2.methods.cckt.check import check_choices
+
+        if self.is_on(cfg):
+            check_choices(cfg.MODEL.CCKT.CONTRAST, cfg.MODEL.CCKT.CLASS_LOSS_ON, cfg.MODEL.CCKT.SCORE)
+
+    def build(self, cfg: CfgNode, host: Host) -> CCKT | None:
+        """See :func:`~ovdet2.methods.cckt.build.build_cckt`."""
+        from ovdet2.methods.cckt.build import build_cckt
+
+        return build_cckt(cfg, host) if self.is_on(cfg) else None
 
     def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
         """See :func:`~ovdet2.methods.cckt.sample.build_steps`; nothing for images without boxes."""
