@@ -99,8 +99,8 @@ class Predictor:
         return [part for part in getattr(self.model, "parts", ()) if part.takes_present_words]
 
     def predict_present_words(self, image: Picture) -> list[str]:
-        """The words present in an image, best first, as the detector predicts them when none are given: with the teacher
-        of MODEL.TEACHER. A file of priors, which is of a data set, is not read.
+        """The words present in an image, best first, as the detector predicts them when none are given: with the
+        teacher of MODEL.TEACHER. A file of priors, which is of a data set, is not read.
 
         Raises:
             UsageError: the detector takes no semantic priors.

@@ -119,7 +119,7 @@ def run_pass(model, name, images):
 
         def call():
             output = model(images, sizes)
-            return output["pred_logits"][-1], output["pred_boxes"][-1]
+            return output.pred_logits[-1], output.pred_boxes[-1]
     else:
 
         def call():

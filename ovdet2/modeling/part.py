@@ -30,7 +30,8 @@ class Part(nn.Module):
 
     Attributes:
         name: of the method, the prefix of the part's weights in a checkpoint.
-        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way round.
+        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way
+            round.
         takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
             have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
         sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.

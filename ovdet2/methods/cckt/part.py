@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "cckt_embeddings"  # in DetrOutputs.added
 NO_CROPS = (
-    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: load the training set with the "
-    "steps of this configuration, which read MODEL.CCKT.REGION_CACHE."
+    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: load the training set with "
+    "the steps of this configuration, which read MODEL.CCKT.REGION_CACHE."
 )
 
 
@@ -237,7 +237,8 @@ class CCKT(DetrPart):
     def losses(
         self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer as the criterion's.
+        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer as those of the
+        criterion.
 
         Raises:
             UsageError: the contrast needs crops of objects, and samples come without; or of classes, which have none.

@@ -1,11 +1,12 @@
 """From MODEL.DETR.* to the parts of the query-based detectors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from torch import nn
 
+from ovdet2.config.method import Method
 from ovdet2.errors import UsageError
 from ovdet2.layers.ms_deform_attn import KERNELS, MultiScaleDeformableAttention
 from ovdet2.modeling.detr.criterion import SetCriterion
@@ -13,8 +14,11 @@ from ovdet2.modeling.detr.heads import ClosedSetBranch, TextBranch
 from ovdet2.modeling.detr.matcher import HungarianMatcher, MatchingCost
 from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
+from ovdet2.modeling.detr.part import DetrPart
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.transformer import DeformableTransformer
+from ovdet2.modeling.host import Host
+from ovdet2.modeling.part import build_parts
 from ovdet2.vocabulary.bank import WordBank
 
 _GROUPS = 32  # of the neck's group norm
@@ -73,6 +77,23 @@ def build_detr(cfg: CfgNode, backbone: Any, vocabulary: WordBank) -> DeformableD
     neck = MultiScaleNeck([shapes[name].channels for name in detr.IN_FEATURES], detr.DIM, detr.LEVELS, _GROUPS)
     branches = [_class_branch(cfg, vocabulary) for _ in range(transformer.num_branches)]
     return DeformableDETR(backbone, neck, transformer, branches, detr.IN_FEATURES)
+
+
+def build_detr_parts(cfg: CfgNode, methods: Sequence[Method], host: Host) -> list[DetrPart]:
+    """The parts of a configuration.
+
+    Raises:
+        UsageError: a method has a part that is for another host.
+    """
+    parts = []
+    for part in build_parts(cfg, methods, host):
+        if not isinstance(part, DetrPart):
+            raise UsageError(
+                f"the method {part.name} builds a {type(part).__name__}, which is no DetrPart: state its hosts in its "
+                "METHOD, or choose another MODEL.META_ARCHITECTURE."
+            )
+        parts.append(part)
+    return parts
 
 
 def refuse_unused(cfg: CfgNode) -> None:

@@ -28,8 +28,8 @@ def decode_with(
         parts: of the detector, which may alter the outputs of all queries.
 
     Returns:
-        (outputs of the detector's queries, those of each part's extra queries), the logits of every layer. The encoder's
-        outputs stay with the former.
+        (outputs of the detector's queries, those of each part's extra queries), with the logits of every layer. The
+        encoder's outputs stay with the former.
     """
     network, queries, mask = step.network, step.queries, None
     given = [group for group in extra if group is not None]

@@ -100,8 +100,8 @@ class HungarianMatcher:
             valid: Tensor [B, N] bool, the queries that may be matched; None: all.
 
         Returns:
-            The pairs of each of the L layers, on the device of the outputs. An image has as many pairs as it has objects,
-            or queries if those are fewer.
+            The pairs of each of the L layers, on the device of the outputs. An image has as many pairs as it has
+            objects, or queries if those are fewer.
 
         Raises:
             NumericalError: a cost is not finite; the message names the image. It is a FloatingPointError raised within

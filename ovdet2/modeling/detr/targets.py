@@ -40,8 +40,8 @@ class Targets:
     def of_samples(cls, samples: Sequence[Sample], device: torch.device | str) -> Targets:
         """
         Args:
-            samples: B samples with ``instances`` on the CPU; the loading has left out crowds and boxes that were cropped
-                away.
+            samples: B samples with ``instances`` on the CPU; the loading has left out crowds and boxes that were
+                cropped away.
             device: of the tensors.
 
         Raises:

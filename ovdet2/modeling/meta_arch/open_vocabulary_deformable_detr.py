@@ -19,7 +19,14 @@ from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
 from ovdet2.data.sources import TrainSource
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_vocabulary
-from ovdet2.modeling.detr.build import build_criterion, build_detr, build_postprocessor, loss_weights, refuse_unused
+from ovdet2.modeling.detr.build import (
+    build_criterion,
+    build_detr,
+    build_detr_parts,
+    build_postprocessor,
+    loss_weights,
+    refuse_unused,
+)
 from ovdet2.modeling.detr.criterion import SetCriterion, kind_of, mean_box_count
 from ovdet2.modeling.detr.criterion import weighted as weighted_core
 from ovdet2.modeling.detr.extra_queries import decode_with
@@ -30,7 +37,7 @@ from ovdet2.modeling.detr.part import DetrPart, DetrStep
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.targets import Targets
 from ovdet2.modeling.host import Host
-from ovdet2.modeling.part import build_parts, joined_losses, weighted
+from ovdet2.modeling.part import joined_losses, weighted
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -104,7 +111,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         bank = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         network = build_detr(cfg, build_backbone(cfg), bank)
         methods = methods_of(cfg)
-        parts = build_parts(cfg, methods, Host(bank, network.backbone, network))
+        parts = build_detr_parts(cfg, methods, Host(bank, network.backbone, network))
         return {
             "network": network,
             "vocabulary": bank,
