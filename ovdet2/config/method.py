@@ -29,14 +29,16 @@ class Method:
         training_only: nothing of its part is used at test: a checkpoint may have the part and the model not, or the
             other way round.
         secondary_scores: values of MODEL.OVD.SECONDARY_SCORES that it provides.
+        reads_background: when switched on, it needs the teacher's embedding of the word "background" in the word bank.
         OLD_KEYS: {key of an earlier version: today's}; they are accepted with a message.
         OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: today's}.
     """
 
     name: str = ""
     hosts: tuple[str, ...] = ()
-    training_only: bool = False
     secondary_scores: tuple[str, ...] = ()
+    reads_background: bool = False
+    training_only: bool = False
     OLD_KEYS: dict[str, str] = {}
     OLD_WEIGHTS: dict[str, str] = {}
 

@@ -37,7 +37,7 @@ from ovdet2.modeling.detr.part import DetrPart, DetrStep
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.targets import Targets
 from ovdet2.modeling.host import Host
-from ovdet2.modeling.part import joined_losses, weighted
+from ovdet2.modeling.part import joined, register_parts, require_seen, weighted
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -51,7 +51,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
     layers before the last, from the first on.
 
     Attributes:
-        training_only: names of parts that a checkpoint may have and the model not, or the other way round.
+        parts: tuple of :class:`DetrPart` in their order, each also a module under the name of its method.
     """
 
     @configurable
@@ -67,7 +67,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
         pixel_std: Sequence[float],
         every_layer: bool = False,
         parts: Iterable[DetrPart] = (),
-        training_only: Iterable[str] = (),
     ) -> None:
         """
         Args:
@@ -79,7 +78,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of INPUT.FORMAT.
             every_layer: at test, give the detections of all decoder layers.
             parts: each with the name of its method, which begins its weights in a checkpoint.
-            training_only: names of methods that only training uses, beside those of ``parts``.
 
         Raises:
             UsageError: two parts have one name, or a part that of something else of the detector.
@@ -91,15 +89,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.postprocessor = postprocessor
         self.loss_weights = dict(loss_weights)
         self.every_layer = every_layer
-        self._part_names: list[str] = []
-        for part in parts:
-            if not part.name or hasattr(self, part.name):
-                raise UsageError(f"a part of the detector cannot be called {part.name!r}: rename its method.")
-            self.add_module(part.name, part)
-            self._part_names.append(part.name)
-        self.training_only = tuple(
-            dict.fromkeys([*training_only, *(part.name for part in self.parts if part.training_only)])
-        )
+        self.parts: tuple[DetrPart, ...] = register_parts(self, parts)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
@@ -110,8 +100,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         refuse_unused(cfg)
         bank = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
         network = build_detr(cfg, build_backbone(cfg), bank)
-        methods = methods_of(cfg)
-        parts = build_detr_parts(cfg, methods, Host(bank, network.backbone, network))
+        parts = build_detr_parts(cfg, methods_of(cfg), Host(bank, network.backbone, network))
         return {
             "network": network,
             "vocabulary": bank,
@@ -122,13 +111,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "every_layer": cfg.TEST.DECODER_LAYERS,
             "parts": parts,
-            "training_only": [method.name for method in methods if method.training_only],
         }
-
-    @property
-    def parts(self) -> tuple[DetrPart, ...]:
-        """In the order that they were given in."""
-        return tuple(getattr(self, name) for name in self._part_names)
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +137,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         if self.training:
             found = self._losses(samples)
             core = weighted_core(found[0][1], self.loss_weights)
-            return joined_losses([core, *(weighted(losses, part, kind_of) for part, losses in found[1:])])
+            return joined(core, *(weighted(losses, part, kind_of) for part, losses in found[1:]))
         images, outputs, queries = self.infer(samples, all_layers=self.every_layer)
         sizes = [
             (sample.height or size[0], sample.width or size[1]) for sample, size in zip(samples, images.image_sizes)
@@ -181,7 +164,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     def losses(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Unweighted losses of a training batch, a dict of scalar Tensors; arguments as of :meth:`forward`."""
-        return joined_losses([losses for _, losses in self._losses(as_samples(batched_inputs))])
+        return joined(*(losses for _, losses in self._losses(as_samples(batched_inputs))))
 
     def infer(
         self,
@@ -242,7 +225,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         prepared = [part.before_decoding(step) for part in self.parts]
         outputs, of_parts = decode_with(step, [before.extra for before in prepared], self.parts)
         before_matching = [
-            (part, joined_losses([before.losses, part.losses_before_matching(step, before, own)]))
+            (part, joined(before.losses, part.losses_before_matching(step, before, own)))
             for part, before, own in zip(self.parts, prepared, of_parts)
         ]
         num_boxes = mean_box_count(len(targets), self.device)
@@ -252,12 +235,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     def _weak_losses(self, samples):
         """:meth:`_losses` of images without boxes, which are encoded and not decoded."""
-        unseen = {sample.kind for sample in samples} - {kind for part in self.parts for kind in part.sees}
-        if unseen:
-            raise UsageError(
-                f"no part of the detector has a loss of {' or '.join(sorted(unseen))}: leave the source of "
-                f"{samples[0].name} out of DATASETS.SOURCES, or switch on a method that reads it."
-            )
+        require_seen(self.parts, [sample.kind for sample in samples])
         images = self.preprocess(samples)
         memory = self.network.encode(images.tensor, images.image_sizes)
         found = []
