@@ -1,9 +1,10 @@
-"""Small detectors with CCKT-Det's additions, and what their records carry beside images."""
+"""Small detectors with CCKT-Det's part, and what their samples carry beside images."""
 
 import torch
-from detectron2.structures import Boxes, Instances
 from torch.nn import functional as F
 
+from ovdet2.data.samples import Sample
+from ovdet2.methods.cckt.sample import ObjectCrops, PresentWords
 from tests import micro
 from tests.test_detr_build import model_of
 
@@ -22,24 +23,20 @@ def model(*overrides, words=None):
     return result
 
 
-def records(count=2, words=((4, 1), (0,)), objects=None):
-    """Micro records with prior words and embeddings of their objects; the second object of each has none.
+def samples(count=2, words=((4, 1), (0,)), objects=None):
+    """Micro samples with present words and crops of their objects; the second object of each has none.
 
     Args:
         count: images.
         words: of each image, in turn.
         objects: how many each image has, at most 2; None: both.
     """
-    found = micro.images(count)
-    for index, record in enumerate(found):
-        record["file_name"] = f"{index}.jpg"
-        record["prior_words"] = torch.tensor(words[index % len(words)], dtype=torch.int64)
-        instances = record["instances"][: 2 if objects is None else objects[index]]
-        instances.gt_embeddings = F.normalize(micro.wave((2, 8), 0.53 + index), dim=1).half()[: len(instances)]
-        instances.gt_embedded = torch.tensor([True, False])[: len(instances)]
-        record["instances"] = instances
-    return found
-
-
-def instances(boxes, classes, size=(60, 100)):
-    return Instances(size, gt_boxes=Boxes(torch.tensor(boxes)), gt_classes=torch.tensor(classes))
+    made = [Sample.of(record) for record in micro.images(count)]
+    for index, sample in enumerate(made):
+        sample.file_name = f"{index}.jpg"
+        sample.instances = sample.instances[: 2 if objects is None else objects[index]]
+        kept = len(sample.instances)
+        rows = F.normalize(micro.wave((2, 8), 0.53 + index), dim=1).half()
+        sample.attach(ObjectCrops(rows[:kept], torch.tensor([True, False])[:kept]))
+        sample.attach(PresentWords(torch.tensor(words[index % len(words)], dtype=torch.int64)))
+    return made

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ovdet2.engine.launch import launch
 from ovdet2.errors import UsageError
-from ovdet2.methods.clip_detr.align_net import AlignNet, duplicates, pooled_objects
+from ovdet2.methods.clip_detr.align_net import AlignNet, near_duplicates, pooled_objects
 from ovdet2.methods.clip_detr.object_attributes import ObjectAttributes
 from ovdet2.modeling.detr.memory import Memory
 from ovdet2.modeling.detr.targets import Targets
@@ -143,7 +143,7 @@ def test_loss_equals_the_reference(ignored, most, pairs):
     module = AlignNet(STRIDES, 3, ignored).double()
     attributes = attributes_of()(targets)
     log_sides = targets.boxes_cxcywh[:, 2:].double().log()
-    same = duplicates(targets.labels, log_sides, most).numpy()
+    same = near_duplicates(targets.labels, log_sides, most).numpy()
     for i, j in np.ndindex(5, 5):
         near = np.abs((log_sides[i] - log_sides[j]).numpy()).max() < most
         assert same[i, j] == (near and targets.labels[i] == targets.labels[j])

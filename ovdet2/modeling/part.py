@@ -18,7 +18,7 @@ from ovdet2.errors import UsageError
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-    from ovdet2.data.loader import TrainSource
+    from ovdet2.data.sources import TrainSource
     from ovdet2.modeling.host import Host
     from ovdet2.vlm.teacher import Teacher
 
@@ -31,8 +31,10 @@ class Part(nn.Module):
     Attributes:
         name: of the method, the prefix of the part's weights in a checkpoint.
         old_weights: {prefix of entries in checkpoints of an earlier version: today's}, the method's OLD_WEIGHTS.
-        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way round.
-        takes_present_words: whether it reads the words that are present in an image (semantic priors).
+        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way
+            round.
+        takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
+            have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
         sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.
         loss_weights: weight of each kind of its losses; 1 where a kind is not named.
     """

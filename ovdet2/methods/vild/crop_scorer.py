@@ -33,7 +33,7 @@ class CropScorer(nn.Module):
             DataError: the vocabulary is of another teacher.
         """
         super().__init__()
-        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.words.teacher, "the vocabulary")
+        require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.teacher, "the vocabulary")
         # Tuples hide the teacher and the shared buffer from state_dict: neither is a weight of this detector.
         self._frozen = (teacher, vocabulary)
         self.input_format = input_format
