@@ -15,7 +15,7 @@ from PIL import Image
 import demo
 from ovdet2 import Predictor
 from ovdet2.config import get_cfg
-from ovdet2.data.datasets.register import register_own
+from ovdet2.data.datasets.own import register_own
 from ovdet2.data.records import load_records
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import _facts_of

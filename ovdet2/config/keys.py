@@ -208,7 +208,8 @@ def _add_solver(cfg):
 def _add_data_and_test(cfg):
     """Data sets, loading and evaluation."""
     # Data sets of your own, each {name, json, images, base: [class names], novel: [...], base_only: True for training,
-    # masks, metric, pseudo_labels}; paths are below the data folder or absolute. See datasets/README.md.
+    # masks, metric, pseudo_labels}; paths are below the data folder or absolute. Captions are {kind: captions, name,
+    # captions, images, format}, image labels {kind: image_labels, name, labels, images, base}. See datasets/README.md.
     cfg.DATASETS.OWN = []
 
     # Sources of training images beside DATASETS.TRAIN, each {name, images}: a registered data set of boxes, captions or

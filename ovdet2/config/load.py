@@ -75,7 +75,7 @@ def load_config(
             "ovdet2/config/keys.py, in the __init__.py of each method, and in Detectron2's config/defaults.py."
         ) from None
     if cfg.DATASETS.OWN:
-        from ovdet2.data.datasets.register import register_own  # needs torch, which most errors above do not
+        from ovdet2.data.datasets.own import register_own  # needs torch, which most errors above do not
 
         register_own(cfg)
     return cfg

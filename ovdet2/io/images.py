@@ -10,6 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ovdet2.errors import DataError, UsageError
+from ovdet2.io.members import open_member
 
 # The deepest feature map of the backbones has stride 32: a smaller image has less than one cell of it.
 MIN_SIDE = 32
@@ -26,7 +27,7 @@ def read_image(path, format="RGB"):
     would clip them to white), and of an animation the first frame is taken.
 
     Args:
-        path: the file.
+        path: the file, or the address of a member of a tar file (:mod:`ovdet2.io.members`).
         format: "RGB", "BGR", or "L" (one channel).
 
     Returns:
@@ -37,6 +38,9 @@ def read_image(path, format="RGB"):
             values, or has a side below :data:`MIN_SIDE` pixels; the message names the path.
         UsageError: unknown ``format``.
     """
+    member = open_member(path)
+    if member is not None:
+        return decode_image(member, path, format)
     if not Path(path).is_file():
         raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
     return decode_image(path, path, format)

@@ -1,27 +1,39 @@
-"""Registration of data sets in Detectron2's catalogs. No file is read before a data set is asked for."""
+"""Registration of data sets of boxes in Detectron2's catalogs. No file is read before a data set is loaded."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ovdet2.data.datasets.coco_json import Split, first_few, read_coco_json, records_of
+from ovdet2.data.samples import BOXES
 from ovdet2.errors import DataError, UsageError
 
 METRICS = ("ov_coco", "ov_lvis", "ov_voc")
-_OWN = ("name", "json", "images", "base")
-_OPTIONS = ("base_only", "masks", "metric", "pseudo_labels")
-_OWN_ENTRIES = {}  # name -> entry of DATASETS.OWN that it was registered from
-_SPLITS = {}  # (data set, json path, time of its last change, size) -> Split, where the json defines it
+Location = str | Path | Callable[[], str | Path]
+ReadSplit = Callable[[list[dict[str, Any]], Any], Split]
+# (data set, json path, time of its last change, size) -> Split, where the json defines it
+_SPLITS: dict[tuple[str, str, int, int], Split] = {}
 
 
-def data_root():
+def data_root() -> Path:
     """The folder of all data sets: $DETECTRON2_DATASETS, or ``datasets`` below the working folder."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
-def register_ov_dataset(name, json_file, image_root, base_names, novel_names=(), **options):
+def register_ov_dataset(
+    name: str,
+    json_file: Location,
+    image_root: Location,
+    base_names: Sequence[str],
+    novel_names: Sequence[str] = (),
+    **options: Any,
+) -> None:
     """Register a data set of your own, whose classes are told apart by their names.
 
     Args:
@@ -39,51 +51,23 @@ def register_ov_dataset(name, json_file, image_root, base_names, novel_names=(),
     register_dataset(name, json_file, image_root, split, **options)
 
 
-def register_own(cfg):
-    """Register the data sets of DATASETS.OWN; one that is registered alike already is passed over.
-
-    Args:
-        cfg: configuration. DATASETS.OWN is a list of dicts with "name", "json", "images" and "base" (class names), and
-            optionally "novel" (class names), "base_only", "masks" (bool) and "metric": the arguments of
-            :func:`register_ov_dataset`; "pseudo_labels" likewise.
-
-    Raises:
-        UsageError: an entry of another form, or another data set of that name.
-    """
-    for entry in cfg.DATASETS.OWN:
-        unknown = set(entry) - {*_OWN, "novel", *_OPTIONS} if isinstance(entry, dict) else {entry}
-        lacking = set(_OWN) - set(entry) if isinstance(entry, dict) else ()
-        if unknown or lacking:
-            raise UsageError(
-                f"an entry of DATASETS.OWN has {sorted(map(str, unknown))} that is not known and lacks "
-                f"{sorted(lacking)}: it is {{name, json, images, base}} with novel, {', '.join(_OPTIONS)} if needed."
-            )
-        if _OWN_ENTRIES.get(entry["name"]) == entry:
-            continue
-        options = {key: entry[key] for key in _OPTIONS if key in entry}
-        register_ov_dataset(
-            entry["name"], entry["json"], entry["images"], entry["base"], entry.get("novel", ()), **options
-        )
-        _OWN_ENTRIES[entry["name"]] = entry
-
-
 def register_dataset(
-    name,
-    json_file,
-    image_root,
-    split,
+    name: str,
+    json_file: Location,
+    image_root: Location,
+    split: Split | ReadSplit,
     *,
-    metric="ov_coco",
-    prepare=None,
-    base_only=False,
-    masks=False,
-    pseudo_labels=False,
-    remedy="see datasets/README.md",
-):
+    metric: str = "ov_coco",
+    prepare: Callable[[], object] | None = None,
+    base_only: bool = False,
+    masks: bool = False,
+    pseudo_labels: bool = False,
+    remedy: str = "see datasets/README.md",
+) -> None:
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
 
-    Metadata: evaluator_type (``metric``), ov_masks, ov_files (a callable giving (json path, image root) as they resolve
-    now), and, where the split is known or once the data set is loaded, thing_classes (K names, base first) and
+    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, ov_files (a callable giving (json path, image root) as they
+    resolve now), and, where the split is known or once the data set is loaded, thing_classes (K names, base first) and
     thing_dataset_id_to_contiguous_id; once loaded also json_file, image_root and ov_image_counts (images with each
     class). The split is asked of :func:`split_of`.
 
@@ -105,25 +89,19 @@ def register_dataset(
     Raises:
         UsageError: the name is taken, or there is no such metric.
     """
-    if name in DatasetCatalog.list():
-        raise UsageError(f"a data set named {name!r} is registered already: choose another name.")
+    require_free(name)
     if metric not in METRICS:
         raise UsageError(f"the metric of {name!r} is {metric!r}: choose one of {', '.join(METRICS)}.")
 
     def files():
-        return tuple(data_root() / (path() if callable(path) else path) for path in (json_file, image_root))
+        return resolve(json_file), resolve(image_root)
 
     def prepared_files():
-        if prepare is not None:
-            prepare()
-        for path in files():
-            if not path.exists():
-                raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
-        return files()
+        return existing(name, files, prepare, remedy)
 
     def load():
         json_path, image_path = prepared_files()
-        stamp = _stamp(name, json_path)
+        stamp = stamp_of(name, json_path)
         data = read_coco_json(json_path)
         _require_said(name, data, json_path, pseudo_labels)
         found = split(data["categories"], json_path) if callable(split) else split
@@ -135,28 +113,25 @@ def register_dataset(
             ov_image_counts=_image_counts(records, found),
         )
         if callable(split):
-            MetadataCatalog.get(name).__dict__.update(_class_metadata(found))
-            _SPLITS[stamp] = found
+            MetadataCatalog.get(name).__dict__.update(class_metadata(found))
+            remember_split(stamp, found)
         return records
 
     def resolve_split():
         if not callable(split):
             return split
-        json_path, _ = prepared_files()
-        stamp = _stamp(name, json_path)
-        if stamp not in _SPLITS:
-            _SPLITS[stamp] = split(read_coco_json(json_path)["categories"], json_path)
-        return _SPLITS[stamp]
+        return split_of_json(name, prepared_files()[0], split, read_coco_json)
 
     DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name)
-    metadata.set(evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
+    metadata.set(ov_kind=BOXES, evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
     if not callable(split):
-        metadata.set(**_class_metadata(split))
+        metadata.set(**class_metadata(split))
 
 
-def split_of(name):
-    """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set; None for one not registered here.
+def split_of(name: str) -> Split | None:
+    """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set; None for one
+    not registered here, and for one of captions.
 
     Raises:
         DataError: its json, which defines the split, is missing or damaged.
@@ -165,7 +140,9 @@ def split_of(name):
     return None if resolve is None else resolve()
 
 
-def split_by_names(title, base_names, novel_names, categories, source):
+def split_by_names(
+    title: str, base_names: Sequence[str], novel_names: Sequence[str], categories: list[dict[str, Any]], source: Any
+) -> Split:
     """The split of a json whose classes are told apart by their names.
 
     Args:
@@ -194,12 +171,12 @@ def split_by_names(title, base_names, novel_names, categories, source):
     return Split(title, base, novel)
 
 
-def all_novel(title, categories, source):
+def all_novel(title: str, categories: list[dict[str, Any]], source: Any) -> Split:
     """The split of a transfer target: every class of the json, by ascending id, is novel."""
     return _one_sided(title, categories, source, novel=True)
 
 
-def all_base(title, categories, source):
+def all_base(title: str, categories: list[dict[str, Any]], source: Any) -> Split:
     """The split of a closed set: every class of the json, by ascending id, is base."""
     return _one_sided(title, categories, source, novel=False)
 
@@ -228,13 +205,6 @@ def _require_said(name, data, json_path, pseudo_labels):
         )
 
 
-def _class_metadata(split):
-    return {
-        "thing_classes": list(split.names),
-        "thing_dataset_id_to_contiguous_id": split.id_to_contiguous,
-    }
-
-
 def _image_counts(records, split):
     counts = [0] * len(split.names)
     for record in records:
@@ -243,6 +213,55 @@ def _image_counts(records, split):
     return counts
 
 
-def _stamp(name, json_path):
+def require_free(name: str) -> None:
+    """Raises UsageError where a data set of that name is registered."""
+    if name in DatasetCatalog.list():
+        raise UsageError(f"a data set named {name!r} is registered already: choose another name.")
+
+
+def resolve(path: Location) -> Path:
+    """A path below :func:`data_root`, as it is now; an absolute one stays."""
+    return data_root() / (path() if callable(path) else path)
+
+
+def existing(
+    name: str, files: Callable[[], tuple[Path, ...]], prepare: Callable[[], object] | None, remedy: str
+) -> tuple[Path, ...]:
+    """Files of a data set, after its preparation.
+
+    Raises:
+        DataError: one is missing; the message ends with ``remedy``.
+    """
+    if prepare is not None:
+        prepare()
+    for path in files():
+        if not path.exists():
+            raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
+    return files()
+
+
+def class_metadata(split: Split) -> dict[str, Any]:
+    """What Detectron2's metadata hold of the classes."""
+    return {
+        "thing_classes": list(split.names),
+        "thing_dataset_id_to_contiguous_id": split.id_to_contiguous,
+    }
+
+
+def stamp_of(name: str, json_path: Path) -> tuple[str, str, int, int]:
+    """What tells a json of a data set from another one at its path."""
     state = json_path.stat()
     return name, str(json_path), state.st_mtime_ns, state.st_size
+
+
+def remember_split(stamp: tuple[str, str, int, int], split: Split) -> None:
+    """Keep a split that a json of :func:`stamp_of` defines, so that the json is not read again for it."""
+    _SPLITS[stamp] = split
+
+
+def split_of_json(name: str, json_path: Path, read_split: ReadSplit, read: Callable[[Path], dict[str, Any]]) -> Split:
+    """The split that a json defines; it is read (by ``read``) once."""
+    stamp = stamp_of(name, json_path)
+    if stamp not in _SPLITS:
+        _SPLITS[stamp] = read_split(read(json_path)["categories"], json_path)
+    return _SPLITS[stamp]

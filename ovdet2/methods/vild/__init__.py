@@ -87,7 +87,6 @@ class ViLD(Method):
         return [AttachCachedRegions(open_region_cache(cfg, source.datasets), cfg.MODEL.VILD.REGIONS_PER_IMAGE)]
 
 
-
 def _check_distillation(cfg):
     """What goes together with a MODEL.VILD.WEIGHT above 0."""
     ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD

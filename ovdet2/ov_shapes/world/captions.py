@@ -4,15 +4,23 @@ An image is mostly one object that fills much of the frame. A caption is a loose
 the colour, and sometimes leaves out the texture, as captions of the web do. There are no boxes.
 """
 
+from __future__ import annotations
+
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
+from ovdet2.io.files import atomic_path
 from ovdet2.ov_shapes.world.classes import SHAPES, TEXTURES
 from ovdet2.ov_shapes.world.render import render_scene
 from ovdet2.ov_shapes.world.scenes import render_images, stream
 
 CAPTION_COUNT = 10_000
+_FILES_SEED = 0  # of the images that are drawn as files
 
 _QUALITIES = tuple(
     "good bad nice cool weird clean dirty bright dark blurry pixelated cropped small large big tiny corrupted rendered "
@@ -133,3 +141,40 @@ def render_captions(seed, count, side=128, workers=1, progress=None):
 
 def _image_and_caption(seed, side, index):
     return caption_pair(seed, index, side)[:2]
+
+
+def draw_captions(folder: Path, count: int, each: int, workers: int = 1) -> dict[str, Any]:
+    """Write the first ``count`` images as JPEG files, 000000.jpg and so on.
+
+    Args:
+        folder: of the files.
+        count: of the images.
+        each: captions of an image: that of :func:`caption_pair`, then :func:`further_captions`.
+        workers: processes that draw.
+
+    Returns:
+        The content of a COCO-captions json, of images 0..count-1.
+    """
+    draw = partial(_draw_file, folder, each)
+    captions = list(render_images(draw, count, workers, partial(tqdm, desc="captions")))
+    return {
+        "info": {"description": "OV-Shapes captions", "seed": _FILES_SEED},
+        "images": [{"id": index, "file_name": _file_name(index)} for index in range(count)],
+        "annotations": [
+            {"id": index * each + number, "image_id": index, "caption": caption}
+            for index, of_image in enumerate(captions)
+            for number, caption in enumerate(of_image)
+        ],
+    }
+
+
+def _draw_file(folder, each, index):
+    """Write an image, completely or not at all; returns its captions."""
+    image, caption, scene = caption_pair(_FILES_SEED, index)
+    with atomic_path(folder / _file_name(index)) as temporary:
+        Image.fromarray(image).save(temporary, format="JPEG", quality=95)
+    return [caption, *further_captions(_FILES_SEED, index, scene.objects, each - 1)]
+
+
+def _file_name(index):
+    return f"{index:06d}.jpg"

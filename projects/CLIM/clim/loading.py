@@ -5,8 +5,8 @@ import torch
 from detectron2.data.samplers import TrainingSampler
 from torchvision.transforms import InterpolationMode, v2
 
-from clim.tar_shards import ShuffleBuffer
 from ovdet2.data.mapped_records import MappedRecords
+from ovdet2.data.readers.shuffle_buffer import ShuffleBuffer
 from ovdet2.data.stream import SourceStream
 
 
@@ -16,7 +16,7 @@ class CaptionMapper:
     def __init__(self, source, table, size, interpolation, scale, flip):
         """
         Args:
-            source: see :mod:`clim.sources`.
+            source: see :class:`~ovdet2.data.readers.reader.CaptionReader`.
             table: :class:`~clim.text_table.TextTable`.
             size: side of the cropped image in pixels, the model's own.
             interpolation: "bicubic" or "bilinear".
@@ -38,7 +38,7 @@ class CaptionMapper:
             DataError: the image cannot be used.
         """
         pixels = torch.from_numpy(self.source.read(record).copy()).permute(2, 0, 1)
-        text = self.table[record["first"] + np.random.randint(record["captions"])]
+        text = self.table[record["first_text"] + np.random.randint(len(record["captions"]))]
         names = {key: record[key] for key in ("file_name", "image_id")}
         return {"image": self.augment(pixels).numpy(), "text": text.numpy(), **names}
 

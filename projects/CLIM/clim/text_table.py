@@ -70,7 +70,7 @@ def build_text_table(path, source, teacher, batch_size=1024):
 
     Args:
         path: file to write, atomically.
-        source: see :mod:`clim.sources`.
+        source: see :class:`~ovdet2.data.readers.reader.CaptionReader`.
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
         batch_size: captions embedded, and held, at once.
     """

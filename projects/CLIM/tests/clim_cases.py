@@ -1,18 +1,13 @@
-"""A captioned data set and two CLIP models of a few kilobytes, for the tests."""
+"""Two CLIP models of a few kilobytes and a configuration, for the tests."""
 
-import io
 import json
-import tarfile
 
-import numpy as np
 import open_clip
 import torch
 from clim.config import add_clim_config
 from detectron2.engine import HookBase
-from PIL import Image
 
 from ovdet2.config import load_config
-from ovdet2.io.files import write_json
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
 from tests.micro import wave
@@ -24,7 +19,6 @@ VISION = {
     "clim-vit-64px": {"image_size": 64, "layers": 3, "width": 32, "head_width": 16, "patch_size": 8},
     "clim-resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
 }
-COLOURS = ("red", "green", "blue", "grey")
 
 
 def register_models(folder):
@@ -53,50 +47,6 @@ def teacher_of(name, dtype=torch.float32):
     clip = clip_of(name, dtype)
     fingerprint = Fingerprint(name, "test", state_dict_sha256(clip.state_dict()))
     return Teacher(clip, open_clip.get_tokenizer(name), fingerprint).to(dtype)
-
-
-def image_of(index, height=40, width=48):
-    """(H, W, 3) uint8 of one of four colours with some texture."""
-    rows, columns = np.mgrid[:height, :width]
-    image = np.zeros((height, width, 3), np.uint8)
-    image[..., index % 3] = 160 + (10 * index + 3 * rows + 5 * columns) % 90
-    return image + np.uint8(40 * (index % 4 == 3))
-
-
-def caption_of(index):
-    return f"a {COLOURS[index % 4]} square of number {index}"
-
-
-def write_coco(folder, count, captions_each=2):
-    """captions.json and images/ of ``count`` images; returns the json's content."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for index in range(count):
-        Image.fromarray(image_of(index)).save(folder / "images" / f"{index}.png")
-    data = {
-        "images": [{"id": 100 + index, "file_name": f"{index}.png"} for index in range(count)],
-        "annotations": [
-            {"id": each * count + index, "image_id": 100 + index, "caption": f"{caption_of(index)}, {each}"}
-            for each in range(captions_each)
-            for index in range(count)
-        ],
-    }
-    write_json(folder / "captions.json", data)
-    return data
-
-
-def write_shard(path, samples):
-    """A tar file; ``samples`` is a list of (name, bytes)."""
-    with tarfile.open(path, "w") as tar:
-        for name, content in samples:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def png_of(index):
-    buffer = io.BytesIO()
-    Image.fromarray(image_of(index)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def config(folder, weights, output, *overrides):

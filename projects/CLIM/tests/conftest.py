@@ -4,6 +4,8 @@ import clim_cases
 import pytest
 from safetensors.torch import save_file
 
+from tests.caption_cases import write_coco
+
 
 @pytest.fixture(scope="session", autouse=True)
 def models(tmp_path_factory):
@@ -22,5 +24,5 @@ def weights(tmp_path_factory, models):
 def captioned(tmp_path_factory):
     """Folder of 12 images with two captions each, as COCO's."""
     folder = tmp_path_factory.mktemp("captioned")
-    clim_cases.write_coco(folder, 12)
+    write_coco(folder, 12)
     return folder

@@ -18,6 +18,7 @@ from ovdet2.ov_shapes.world.classes import BASE_NAMES, NOVEL_NAMES
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense
 from ovdet2.vocabulary import Vocabulary
+from tests.caption_cases import image_of, write_coco
 from tests.micro import wave
 
 NAMES = ("red star", "blue moon", "grey key", "fish", "green ring", "crown", "bolt", "heart")
@@ -26,7 +27,7 @@ BOXES = ([4, 3, 20, 18], [10, 12, 30, 20], [0, 0, 48, 40])
 
 def register(name, folder, names, base):
     """Three images with three boxes each, and a crowd that does not count."""
-    cases.write_coco(folder, 3)
+    write_coco(folder, 3)
     categories = [{"id": 7 * index + 3, "name": word} for index, word in enumerate(names)]
     annotations = []
     for image in range(3):
@@ -63,7 +64,7 @@ def test_accuracies_against_a_loop(dataset, name, way):
     for key, region in embed.items():
         right = {"all": [], "base": [], "novel": []}
         for number in range(3):
-            image = torch.from_numpy(cases.image_of(number)).permute(2, 0, 1)
+            image = torch.from_numpy(image_of(number)).permute(2, 0, 1)
             for index, (x, y, width, height) in enumerate(BOXES):
                 row = region(image, torch.tensor([[x, y, x + width, y + height]], dtype=torch.float32))
                 truth = (3 * number + index) % len(NAMES)
@@ -142,7 +143,7 @@ def test_comparison(dataset, tmp_path, monkeypatch, capsys):
 def test_response_of_a_cell(name, cells):
     """A ViT's cell is its own embedding; a ResNet's is pooled from the window around it."""
     teacher = cases.teacher_of(name)
-    image = torch.from_numpy(cases.image_of(1, 48, 64)).permute(2, 0, 1)
+    image = torch.from_numpy(image_of(1, 48, 64)).permute(2, 0, 1)
     words = F.normalize(wave((3, 16), 0.4), dim=1)
     found = response_maps(teacher, image, words, side=64)
     assert found.shape == (3, *cells)
@@ -163,7 +164,7 @@ def test_mosaic_of_images():
 
 
 def test_picture(tmp_path):
-    image = torch.from_numpy(cases.image_of(2)).permute(2, 0, 1)
+    image = torch.from_numpy(image_of(2)).permute(2, 0, 1)
     maps = [torch.rand(2, 5, 6), torch.rand(2, 5, 6)]
     draw_responses(tmp_path / "out.png", image, ["red $tar", "moon"], maps, ["before", "after"])
     with Image.open(tmp_path / "out.png") as picture:

@@ -218,7 +218,7 @@ def test_resumed_run_is_the_same(tmp_path, weights, captioned, source):
     """Stopped after 5 of 6 steps, a run goes on from the checkpoint of step 3: equal losses and equal weights."""
     options = []
     if source == "tar":
-        from test_clim_sources import make_shards
+        from tests.caption_cases import make_shards
 
         pattern, _ = make_shards(tmp_path, per_shard=(5, 6))
         options = ["CLIM.SOURCE", "tar", "CLIM.CAPTIONS", str(pattern), "CLIM.SHUFFLE_BUFFER", 4]

@@ -1,0 +1,87 @@
+"""The data sets of DATASETS.OWN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from ovdet2.data.datasets.register import register_ov_dataset
+from ovdet2.data.datasets.register_readers import register_captions, register_image_labels
+from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, KINDS
+from ovdet2.errors import UsageError
+
+# kind -> (keys that an entry must have, keys that it may have), beside "kind"
+_KEYS = {
+    BOXES: (("name", "json", "images", "base"), ("novel", "base_only", "masks", "metric", "pseudo_labels")),
+    CAPTIONS: (("name", "captions"), ("images", "format", "max_bad", "index_file")),
+    IMAGE_LABELS: (("name", "images", "base"), ("labels", "novel", "novel_labels", "max_bad")),
+}
+_ENTRIES: dict[str, dict[str, Any]] = {}  # name -> entry that the data set was registered from
+
+
+def register_own(cfg: CfgNode) -> None:
+    """Register the data sets of DATASETS.OWN; one that is registered alike already is passed over.
+
+    Args:
+        cfg: configuration. DATASETS.OWN is a list of dicts with a "kind", "boxes" where there is none.
+
+            - "boxes": "name", "json", "images" and "base" (class names), and optionally "novel" (class names),
+              "base_only", "masks", "metric" and "pseudo_labels", as of :func:`register_ov_dataset`;
+            - "captions": "name", "captions" (the file or pattern), and optionally "images" (the folder), "format",
+              "max_bad" and "index_file", as of :func:`register_captions`;
+            - "image_labels": "name", "images" and "base", and optionally "labels" (the json), "novel", "novel_labels"
+              and "max_bad", as of :func:`register_image_labels`.
+
+    Raises:
+        UsageError: an entry of another form, or another data set of that name.
+    """
+    for entry in cfg.DATASETS.OWN:
+        kind = entry.get("kind", BOXES) if isinstance(entry, Mapping) else BOXES
+        if kind not in KINDS:
+            raise UsageError(f"an entry of DATASETS.OWN is of kind {kind!r}: choose one of {', '.join(KINDS)}.")
+        _require_keys(entry, kind)
+        if _ENTRIES.get(entry["name"]) == entry:
+            continue
+        _REGISTER[kind](entry)
+        _ENTRIES[entry["name"]] = entry
+
+
+def _require_keys(entry, kind):
+    required, optional = _KEYS[kind]
+    if isinstance(entry, Mapping):
+        unknown, lacking = set(entry) - {"kind", *required, *optional}, set(required) - set(entry)
+    else:
+        unknown, lacking = {str(entry)}, set()
+    if unknown or lacking:
+        forms = "; ".join(
+            f"{each}: {{{', '.join(needed)}}} with {', '.join(more)} if needed"
+            for each, (needed, more) in _KEYS.items()
+        )
+        raise UsageError(
+            f"an entry of DATASETS.OWN of kind {kind} has {sorted(map(str, unknown))} that is not known and lacks "
+            f"{sorted(lacking)}. What each kind takes: {forms}."
+        )
+
+
+def _options(entry, *keys):
+    return {key: entry[key] for key in keys if key in entry}
+
+
+def _boxes(entry):
+    options = _options(entry, "base_only", "masks", "metric", "pseudo_labels")
+    register_ov_dataset(entry["name"], entry["json"], entry["images"], entry["base"], entry.get("novel", ()), **options)
+
+
+def _captions(entry):
+    options = _options(entry, "format", "max_bad", "index_file")
+    register_captions(entry["name"], entry["captions"], entry.get("images"), **options)
+
+
+def _image_labels(entry):
+    options = _options(entry, "novel_labels", "max_bad") | {"novel_names": tuple(entry.get("novel", ()))}
+    register_image_labels(entry["name"], entry.get("labels"), entry["images"], entry["base"], **options)
+
+
+_REGISTER = {BOXES: _boxes, CAPTIONS: _captions, IMAGE_LABELS: _image_labels}

@@ -1,0 +1,194 @@
+"""Registration of data sets without boxes: captioned images, and images with labels.
+
+What is loaded is a :class:`~ovdet2.data.readers.reader.Reader`, a sequence of records. No file is read before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import (
+    Location,
+    ReadSplit,
+    class_metadata,
+    existing,
+    remember_split,
+    require_free,
+    resolve,
+    split_by_names,
+    split_of_json,
+    stamp_of,
+)
+from ovdet2.data.readers.coco_captions import CocoCaptions
+from ovdet2.data.readers.image_labels import (
+    CocoImageLabels,
+    FolderImageLabels,
+    ImageLabels,
+    read_label_json,
+    read_mapping,
+)
+from ovdet2.data.readers.reader import CaptionReader
+from ovdet2.data.readers.tar_shards import TarShards
+from ovdet2.data.readers.tsv_captions import TsvCaptions
+from ovdet2.data.samples import CAPTIONS, IMAGE_LABELS
+from ovdet2.errors import UsageError
+
+FORMATS = ("coco", "tsv", "tar")
+_REMEDY = "see datasets/README.md"
+_MAX_BAD = 10  # the default of DATALOADER.MAX_BAD_IMAGES
+
+
+def register_captions(
+    name: str,
+    file: Location,
+    image_root: Location | None = None,
+    format: str = "coco",
+    *,
+    max_bad: int = _MAX_BAD,
+    index_file: Location | None = None,
+    prepare: Callable[[], object] | None = None,
+    remedy: str = _REMEDY,
+) -> None:
+    """Register captioned images.
+
+    Metadata: ov_kind and evaluator_type ("captions", of which there is no evaluation) and ov_files, a callable giving
+    (file, image root) as they resolve now. A load gives a :class:`~ovdet2.data.readers.reader.CaptionReader`.
+
+    Args:
+        name: name for a source of training images (DATASETS.SOURCES).
+        file: a COCO-captions json, a tsv file, or a glob pattern of tar shards; a path, or a callable returning one; a
+            relative path is below :func:`~ovdet2.data.datasets.register.data_root` at the time of loading.
+        image_root: folder that the names of images are relative to, likewise; None for shards.
+        format: "coco" (:class:`CocoCaptions`), "tsv" (:class:`TsvCaptions`) or "tar" (:class:`TarShards`).
+        max_bad: images without a usable caption that are left out with a warning; more are an error.
+        index_file: with "tar", where the index of the shards is kept; None: beside them.
+        prepare: see :func:`~ovdet2.data.datasets.register.register_dataset`.
+        remedy: what to do when the data set is missing.
+
+    Raises:
+        UsageError: the name is taken, there is no such format, or the folder of images is lacking.
+    """
+    require_free(name)
+    if format not in FORMATS:
+        raise UsageError(f"the format of {name!r} is {format!r}: choose one of {', '.join(FORMATS)}.")
+    if (image_root is None) != (format == "tar"):
+        raise UsageError(
+            f"the captions {name!r} of the format {format!r} have the folder of images {image_root!r}: give one for "
+            "coco and tsv, and none for tar, whose shards hold the images."
+        )
+
+    def files() -> tuple[Path, ...]:
+        return tuple(resolve(path) for path in (file, image_root) if path is not None)
+
+    def load() -> CaptionReader:
+        if format == "tar":
+            if prepare is not None:
+                prepare()
+            return TarShards(resolve(file), None if index_file is None else resolve(index_file), max_bad)
+        return {"coco": CocoCaptions, "tsv": TsvCaptions}[format](*existing(name, files, prepare, remedy), max_bad)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(ov_kind=CAPTIONS, evaluator_type=CAPTIONS, ov_files=files)
+
+
+def register_image_labels(
+    name: str,
+    source: Location | None,
+    image_root: Location,
+    split: Split | ReadSplit | Sequence[str],
+    *,
+    novel_names: Sequence[str] = (),
+    novel_labels: bool = False,
+    max_bad: int = _MAX_BAD,
+    prepare: Callable[[], object] | None = None,
+    remedy: str = _REMEDY,
+) -> None:
+    """Register images with labels and without boxes.
+
+    Metadata: ov_kind and evaluator_type ("image_labels", of which there is no evaluation), ov_novel_labels, ov_split,
+    ov_files (a callable giving (json or None, image root) as they resolve now), and once loaded ov_image_counts (images
+    with each class) and those of the classes, see :func:`~ovdet2.data.datasets.register.register_dataset`. A load gives
+    an :class:`~ovdet2.data.readers.image_labels.ImageLabels`.
+
+    Args:
+        name: name for a source of training images (DATASETS.SOURCES).
+        source: a COCO- or LVIS-like json, see :class:`CocoImageLabels`; or a json {folder: class name} for folders
+            below ``image_root``; or None, where these folders are named as the classes or by their category ids, see
+            :class:`FolderImageLabels`. A path, or a callable returning one; a relative path is below
+            :func:`~ovdet2.data.datasets.register.data_root` at the time of loading.
+        image_root: folder of the images, likewise.
+        split: the classes, by which labels are numbered: :class:`~ovdet2.data.datasets.coco_json.Split`; or names of
+            base classes; or, for a COCO- or LVIS-like json, a function of (category records, source), such as
+            :func:`~ovdet2.data.datasets.lvis_split.frequency_split`.
+        novel_names: with names as ``split``, those of novel classes.
+        novel_labels: accept labels of novel classes, whose names a detector then is trained on; otherwise they are an
+            error.
+        max_bad: images of a json without a label that are left out with a warning; more are an error.
+        prepare, remedy: see :func:`~ovdet2.data.datasets.register.register_dataset`.
+
+    Raises:
+        UsageError: the name is taken, or the classes are no split.
+    """
+    require_free(name)
+    if isinstance(split, str) or (novel_names and (callable(split) or isinstance(split, Split))):
+        raise UsageError(f"the classes of {name!r} are {split!r} and {novel_names!r}: give a Split, or lists of names.")
+    by_names = not (callable(split) or isinstance(split, Split))
+    read_split = partial(split_by_names, name, tuple(split), tuple(novel_names)) if by_names else split
+
+    def files() -> tuple[Path | None, Path]:
+        return None if source is None else resolve(source), resolve(image_root)
+
+    def prepared() -> tuple[Path | None, Path, dict[str, str] | None]:
+        """(json, image root, mapping where the json is one)."""
+        existing(name, lambda: tuple(path for path in files() if path is not None), prepare, remedy)
+        json_path, folder = files()
+        return json_path, folder, None if json_path is None else read_mapping(json_path)
+
+    def split_of_folders() -> Split:
+        if by_names:
+            return _numbered(name, split, novel_names)
+        if callable(split):
+            raise UsageError(f"{name} has folders of classes: give their split as a Split or as names of classes.")
+        return split
+
+    def load() -> ImageLabels:
+        json_path, folder, mapping = prepared()
+        if json_path is None or mapping is not None:
+            reader: ImageLabels = FolderImageLabels(folder, split_of_folders(), mapping, novel_labels, json_path)
+        else:
+            stamp = stamp_of(name, json_path)
+            reader = CocoImageLabels(json_path, folder, read_split, novel_labels, max_bad)
+            remember_split(stamp, reader.split)
+        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+        counts = {"ov_image_counts": reader.image_counts().tolist()}
+        MetadataCatalog.get(name).__dict__.update(counts | class_metadata(reader.split))
+        return reader
+
+    def resolve_split() -> Split:
+        if isinstance(split, Split):
+            return split
+        json_path, _, mapping = prepared()
+        if json_path is None or mapping is not None:
+            return split_of_folders()
+        return split_of_json(name, json_path, read_split, read_label_json)
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(
+        ov_kind=IMAGE_LABELS,
+        evaluator_type=IMAGE_LABELS,
+        ov_files=files,
+        ov_split=resolve_split,
+        ov_novel_labels=novel_labels,
+    )
+
+
+def _numbered(title, base_names: Sequence[Any], novel_names: Sequence[Any]) -> Split:
+    """The split of classes without category ids: their positions."""
+    pairs = tuple(enumerate((*base_names, *novel_names)))
+    return Split(title, pairs[: len(base_names)], pairs[len(base_names) :])

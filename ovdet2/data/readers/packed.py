@@ -1,0 +1,47 @@
+"""Many values in few arrays: a list of millions of Python objects takes gigabytes and is copied by loading processes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+
+class PackedStrings(Sequence[str]):
+    """An immutable list of strings as one array of bytes: 8 bytes a string and their UTF-8."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        """
+        Args:
+            strings: consumed one by one. Lone surrogates are kept, as in names of files that are no UTF-8.
+        """
+        content, ends = bytearray(), array("q", [0])
+        for string in strings:
+            content += string.encode("utf-8", "surrogatepass")
+            ends.append(len(content))
+        self._bytes = np.frombuffer(bytes(content), dtype=np.uint8)
+        self._ends = as_int64(ends)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        index = require_index(index, len(self))
+        start, end = self._ends[index : index + 2]
+        return self._bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+def as_int64(values: array) -> np.ndarray:
+    """An array of the type "q" as numpy's, without a copy."""
+    return np.frombuffer(values, dtype=np.int64) if len(values) else np.empty(0, dtype=np.int64)
+
+
+def require_index(index: int, count: int) -> int:
+    """``index`` as an int, as of a sequence of ``count``; IndexError where it is none of it."""
+    if not -count <= index < count:
+        raise IndexError(f"index {index} of {count} entries")
+    return int(index) % count

@@ -1,0 +1,72 @@
+"""The protocol of readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ovdet2.data.samples import CAPTIONS
+from ovdet2.io.images import read_image
+
+
+class Reader:
+    """A sequence of records, picklable.
+
+    A record is a new dict at each access:
+
+    - "file_name": what :func:`~ovdet2.io.images.read_image` decodes: a path, or the address of a member of a tar file
+      (:mod:`ovdet2.io.members`);
+    - "image_id": int, unique in the data set;
+    - "height", "width": pixels of the image as it is shown, where the data set states both;
+    - what the kind of the data set knows, see the subclasses.
+
+    Attributes:
+        kind: one of :data:`~ovdet2.data.samples.KINDS`.
+    """
+
+    kind: str = ""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[index] for index in range(len(self)))
+
+    def read(self, record: Mapping[str, Any], image_format: str = "RGB") -> np.ndarray:
+        """Image of a record, array [H, W, C] uint8, see :func:`~ovdet2.io.images.read_image`. Raises DataError."""
+        return read_image(record["file_name"], image_format)
+
+
+class CaptionReader(Reader):
+    """Images with captions. Records have further:
+
+    - "captions": tuple of str, at least one;
+    - "first_text": row of the first of them in :meth:`texts`; the others follow.
+    """
+
+    kind = CAPTIONS
+
+    @property
+    def num_texts(self) -> int:
+        """Captions of all images."""
+        raise NotImplementedError
+
+    def texts(self) -> Iterator[str]:
+        """All captions, image by image in the order of the records: the order of tables of their embeddings."""
+        raise NotImplementedError
+
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes these captions from those of another file, ready for json."""
+        raise NotImplementedError
+
+
+def stated_size(image: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels of an entry of COCO's "images"; zeros where it does not state both."""
+    height, width = image.get("height"), image.get("width")
+    stated = all(type(side) is int and 0 < side < 2**31 for side in (height, width))
+    return (height, width) if stated else (0, 0)

@@ -1,0 +1,51 @@
+"""Addresses of members of uncompressed tar files, in the place of a path: ``000.tar#12@1536+20480``.
+
+That is sample 12 of the file 000.tar, the 20,480 bytes from byte 1,536 on. A record with such a file name is read
+without the reader that made it, in whichever process.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+
+from ovdet2.errors import DataError
+
+_ADDRESS = re.compile(r"(?s)(?P<tar>.+)#\d+@(?P<start>\d+)\+(?P<size>\d+)")
+
+
+def member_address(tar: str | Path, number: int, start: int, size: int) -> str:
+    """
+    Args:
+        tar: the file.
+        number: of the sample in it, for people.
+        start, size: of the member's content in bytes.
+    """
+    return f"{tar}#{number}@{start}+{size}"
+
+
+def open_member(address: str | Path) -> io.BytesIO | None:
+    """The content of a member; None where ``address`` is not one.
+
+    Raises:
+        DataError: the tar file is missing or ends too early.
+    """
+    match = _ADDRESS.fullmatch(str(address))
+    if match is None or Path(address).is_file():
+        return None
+    start, size = int(match["start"]), int(match["size"])
+    try:
+        content = read_bytes(match["tar"], start, size)
+    except OSError as error:
+        raise DataError(f"the shard of {address} cannot be read ({error.strerror}): put it back there.") from None
+    if len(content) < size:
+        raise DataError(f"the shard of {address} ends before the image does: it was changed; download it again.")
+    return io.BytesIO(content)
+
+
+def read_bytes(path: str | Path, start: int, size: int) -> bytes:
+    """``size`` bytes of a file from ``start`` on; fewer at its end."""
+    with open(path, "rb") as handle:
+        handle.seek(start)
+        return handle.read(size)
