@@ -6,12 +6,12 @@ import pytest
 import torch
 from build_concept_priors import main as build_priors
 from detectron2.data import transforms as T
+from ovdet2.data.mapper import OpenVocabularyMapper
 from torch.nn import functional as F
 
 from ovdet2.caches.region_cache import RegionCache, Regions
 from ovdet2.config import get_cfg
 from ovdet2.data.loader import build_test_loader, build_train_loader
-from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import CacheError, UsageError
 from ovdet2.io.files import read_json, sha256_file
@@ -254,7 +254,7 @@ class TestWords:
     def test_source_and_kind_are_logged(self, data, caplog):
         options = ("--backend", "noisy-oracle", "--precision", "0.9", "--recall", "0.5")
         cfg = configured(data, PRIOR_FILE=priors(data, *options))
-        with caplog.at_level("INFO", "ovdet2.priors.image_words"):
+        with caplog.at_level("INFO", "ovdet2.methods.cckt.prior_words"):
             OpenVocabularyMapper(cfg, False)
         assert "SIMULATION, backend noisy-oracle" in caplog.text and "no results of a method" in caplog.text
 

@@ -25,9 +25,9 @@ from ovdet2.experiments.evaluation import SharedDetector
 from ovdet2.experiments.find import find_plan
 from ovdet2.io.files import write_json
 from ovdet2.methods.cckt.experiments import build_prior_sweep
+from ovdet2.methods.cckt.online_priors import OnlinePriors, said_words
+from ovdet2.methods.cckt.prior_words import WordOrder, ordered_words
 from ovdet2.priors.concept_prior import ConceptPriors
-from ovdet2.priors.image_words import WordOrder, ordered_words
-from ovdet2.priors.online import OnlinePriors, said_words
 from ovdet2.programs import experiments
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank

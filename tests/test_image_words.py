@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ovdet2.errors import CacheError, UsageError
+from ovdet2.methods.cckt.prior_words import AnnotatedWords, PriorWords, WordOrder, ordered_words
 from ovdet2.methods.cckt.semantic_priors import assign_words
-from ovdet2.priors.image_words import AnnotatedWords, PriorWords, WordOrder, ordered_words
 from tests.priors_cases import write
 
 NAMES = ("red mug", "car", "cat", "tree", "dog", "boat")

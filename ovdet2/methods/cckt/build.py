@@ -6,10 +6,10 @@ from functools import partial
 
 from detectron2.config import CfgNode
 
+from ovdet2.methods.cckt.online_priors import OnlinePriors
 from ovdet2.methods.cckt.part import CCKT
 from ovdet2.methods.cckt.semantic_priors import SemanticPriors
 from ovdet2.modeling.host import Host
-from ovdet2.priors.online import OnlinePriors
 
 
 def build_cckt(cfg: CfgNode, host: Host) -> CCKT:

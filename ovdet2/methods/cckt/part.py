@@ -25,6 +25,7 @@ from ovdet2.errors import UsageError
 from ovdet2.layers import EmbeddingProjection, cosine_logits
 from ovdet2.methods.cckt.check import check_choices, trains_embeddings
 from ovdet2.methods.cckt.class_crops import class_crops
+from ovdet2.methods.cckt.online_priors import OnlinePriors, word_indices
 from ovdet2.methods.cckt.region_contrast import ClassCrops, class_contrast, pair_contrast
 from ovdet2.methods.cckt.sample import AttachObjectCrops, ObjectCrops, PresentWords
 from ovdet2.methods.cckt.semantic_priors import CarriedWords, SemanticPriors
@@ -34,7 +35,6 @@ from ovdet2.modeling.detr.memory import Queries
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.part import DetrPart, DetrStep
 from ovdet2.modeling.detr.targets import Matches
-from ovdet2.priors.online import OnlinePriors, word_indices
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -161,7 +161,7 @@ class CCKT(DetrPart):
         raise UsageError(NO_CROPS)
 
     def predict_present_words(self, image: np.ndarray, teacher: Callable[[], Teacher]) -> list[str]:
-        """See :class:`~ovdet2.priors.online.OnlinePriors`; the teacher is loaded for the first image.
+        """See :class:`~ovdet2.methods.cckt.online_priors.OnlinePriors`; the teacher is loaded for the first image.
 
         Raises:
             DataError: the words are of another teacher.
@@ -175,7 +175,7 @@ class CCKT(DetrPart):
         """Attach :class:`PresentWords`.
 
         Raises:
-            UsageError: see :func:`~ovdet2.priors.online.word_indices`.
+            UsageError: see :func:`~ovdet2.methods.cckt.online_priors.word_indices`.
         """
         sample.attach(PresentWords(word_indices(words, self.bank.names)))
 

@@ -23,8 +23,8 @@ from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
 from ovdet2.errors import CacheError, UsageError
+from ovdet2.methods.cckt.prior_words import FILLS, PriorWords, few
 from ovdet2.priors.concept_prior import ConceptPriors
-from ovdet2.priors.image_words import FILLS, PriorWords, few
 from ovdet2.vlm.fingerprint import Fingerprint
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ovdet2.errors import UsageError
+from ovdet2.methods.cckt.prior_words import WordOrder, ordered_words
 from ovdet2.priors.clip import RESIZE, ClipBackend, view_boxes
 from ovdet2.priors.concept_prior import best, columns_of
-from ovdet2.priors.image_words import WordOrder, ordered_words
 from ovdet2.vlm.crops import crop_regions
 from ovdet2.vlm.fingerprint import require_same_teacher
 from ovdet2.vlm.teacher import Teacher
@@ -42,7 +42,7 @@ class OnlinePriors:
         Args:
             teacher: that embedded the words, too.
             vocabulary: of K words.
-            threshold, top, fill, seed: of :class:`~ovdet2.priors.image_words.PriorWords`.
+            threshold, top, fill, seed: of :class:`~ovdet2.methods.cckt.prior_words.PriorWords`.
             tiles: n; CLIP scores the image and n x n cells of it, the best score counts.
 
         Raises:
