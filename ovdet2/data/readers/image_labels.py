@@ -299,7 +299,7 @@ def _name_of(image):
 
 
 def _stays_inside(name):
-    return isinstance(name, str) and name != "" and not os.path.isabs(name) and ".." not in Path(name).parts
+    return isinstance(name, str) and name != "" and not os.path.isabs(name) and ".." not in name.split("/")
 
 
 def _positions(known, values, what, json_file):
