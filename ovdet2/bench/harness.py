@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +26,7 @@ import torch
 import ovdet2
 from ovdet2.bench.memory import peak_above
 from ovdet2.bench.turns import Clock, Row, Times, naming, rows_of, take_turns
-from ovdet2.errors import SetupError, UsageError
+from ovdet2.errors import SetupError, UsageError, exit_on_error
 
 Results = dict[tuple[str, ...], Row]
 
@@ -85,8 +86,9 @@ class Benchmark:
     Attributes:
         module: that ``python -m`` runs; the processes that measure memory are started with it.
         description: of --help.
-        add_arguments: adds its options to those that all have.
-        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested.
+        options: beside those that all have, {flag or name: arguments of add_argument}.
+        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested. The
+            arguments have ``folder``, a temporary one that the processes that measure memory see, too.
         turns, warm_up: by default, timed and before them.
         memory: whether peak memory is measured.
         device: whether it may run on a GPU.
@@ -95,7 +97,7 @@ class Benchmark:
 
     module: str
     description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    options: Mapping[str, Mapping[str, Any]]
     plan: Callable[[argparse.Namespace], Iterator[Comparison]]
     turns: int = 5
     warm_up: int = 1
@@ -107,35 +109,36 @@ class Benchmark:
         """The command line.
 
         Raises:
-            UsageError: numbers out of range.
+            UsageError: a value out of range or of another form.
         """
-        parser = argparse.ArgumentParser(
-            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, metavar="N",
-                            help=f"timed turns, after {self.warm_up} to warm up (default: {self.turns})")  # fmt: skip
-        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+        form = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=self.description, formatter_class=form, exit_on_error=False)
+        turns = f"timed turns, after {self.warm_up} to warm up (default: {self.turns}; 0: measure memory only)"
+        parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, help=turns)
+        parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
         parser.add_argument("--cpu-time", action="store_true", help="processor time of the process, not the clock")
+        parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
         parser.set_defaults(device="cpu", no_memory=True, peak=None)
         if self.device:
             parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         if self.memory:
             parser.add_argument("--no-memory", action="store_true", default=False, help="measure times only")
             parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of the processes that measure memory
-        self.add_arguments(parser)
-        args = parser.parse_args(argv)
-        if args.turns < 0 or args.threads < 1 or (args.turns == 0 and args.no_memory):
-            raise UsageError(
-                f"--turns is {args.turns} and --threads {args.threads}: both must be at least 1 (--turns 0 measures "
-                "memory only, where a benchmark measures memory)."
-            )
+        for name, arguments in self.options.items():
+            parser.add_argument(name, **arguments)
+        try:
+            args = parser.parse_args(argv)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{error}.") from None
+        if args.turns < 0 or (args.turns == 0 and args.no_memory):
+            raise UsageError(f"--turns {args.turns} measures nothing: it must be at least 1.")
         return args
 
     def main(self, argv: Sequence[Any] | None = None) -> Results:
         """Run, and print the tables.
 
         Args:
-            argv: command line; None: of the process.
+            argv: command line; None: of the process, whose exit code an error then becomes.
 
         Returns:
             {(value of each column of the case ..., candidate): :class:`~ovdet2.bench.turns.Row`}.
@@ -144,21 +147,25 @@ class Benchmark:
             UsageError: wrong options.
             SetupError: memory cannot be measured.
         """
-        argv = [str(part) for part in (sys.argv[1:] if argv is None else argv)]
-        args = self.parse(argv)
+        if argv is None:
+            with exit_on_error():
+                return self.main(sys.argv[1:])
         threads = torch.get_num_threads()
-        torch.set_num_threads(args.threads)
-        try:
-            with contextlib.closing(self.plan(args)) as plan:
-                if args.peak:
-                    print(json.dumps(_peak_here(plan, args)))
-                    return {}
-                results: Results = {}
-                for number, comparison in enumerate(plan):
-                    results |= self._compare(comparison, args, partial(_peak_elsewhere, self.module, argv, number))
-                return results
-        finally:
-            torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
+            argv = ["--folder", folder, *map(str, argv)]  # the last one given counts
+            args = self.parse(argv)
+            torch.set_num_threads(args.threads)
+            try:
+                with contextlib.closing(self.plan(args)) as plan:
+                    if args.peak:
+                        print(json.dumps(_peak_here(plan, args)))
+                        return {}
+                    results: Results = {}
+                    for number, comparison in enumerate(plan):
+                        results |= self._compare(comparison, args, partial(_peak_elsewhere, self.module, argv, number))
+                    return results
+            finally:
+                torch.set_num_threads(threads)
 
     def _compare(self, comparison: Comparison, args: argparse.Namespace, peak: Callable[[int, str], float]) -> Results:
         names = [candidate.name for candidate in comparison.candidates]
@@ -184,6 +191,38 @@ class Benchmark:
             if comparison.report is not None and times:
                 comparison.report(case, times)
         return results
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1; a type of options.
+
+    Raises:
+        argparse.ArgumentTypeError: another text.
+    """
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of "HxW"; a type of options.
+
+    Raises:
+        argparse.ArgumentTypeError: another text.
+    """
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give height x width in pixels, such as 800x1066")
+    return positive(sides[0]), positive(sides[1])
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """What :func:`size_of` reads."""
+    return f"{size[0]}x{size[1]}"
+
+
+OVERRIDES = {"nargs": argparse.REMAINDER, "help": "KEY VALUE ... of the configuration"}
+SIZE = {"type": size_of, "help": "height x width of the images, in pixels"}
 
 
 def table_head(columns: Sequence[str]) -> str:
