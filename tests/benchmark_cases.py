@@ -17,10 +17,13 @@ def plan(args):
         return np.ones(mebibytes * scale * MIB, np.uint8).sum()
 
     candidates = [Candidate(str(size), lambda size=size: size, fill) for size in args.sizes]
-    yield Comparison(candidates, [Case({"scale": str(scale)}, scale) for scale in (1, 2)], title="filling")
+    yield Comparison(candidates, [Case({"scale": str(scale)}, scale) for scale in args.scales], title="filling")
 
 
-OPTIONS = {"--sizes": {"type": int, "nargs": "+", "default": [40]}}
+OPTIONS = {
+    "--sizes": {"type": int, "nargs": "+", "default": [40]},
+    "--scales": {"type": int, "nargs": "+", "default": [1, 2]},
+}
 main = Benchmark("tests.benchmark_cases", "Fill memory.", OPTIONS, plan, turns=2, turn_options=("--rounds",)).main
 
 if __name__ == "__main__":

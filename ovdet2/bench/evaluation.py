@@ -20,13 +20,13 @@ import argparse
 import contextlib
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from ovdet2.bench.evaluation_set import TRUTH, write_set
 from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, positive
-from ovdet2.bench.turns import Times
+from ovdet2.bench.turns import Elapsed
 from ovdet2.data.datasets.coco_json import load_ov_json
 from ovdet2.data.datasets.lvis_split import frequency_split
 from ovdet2.data.datasets.register import all_novel
@@ -71,13 +71,13 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     yield Comparison(candidates, [case], title=f"skew {args.skew}", report=compare_figures)
 
 
-def compare_figures(case: Case, times: Mapping[str, Times]) -> None:
+def compare_figures(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Print the figures of both.
 
     Raises:
         DataError: they differ.
     """
-    figures = {name: mine.values[-1] for name, mine in times.items()}
+    figures = {name: mine[-1].value for name, mine in times.items()}
     (_, ours), (reference, theirs) = figures.items()
     for name, values in figures.items():
         print(f"{name}: {', '.join(f'{key} {values[key]:.7f}' for key in ('AP', 'AP50', 'APs'))}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -25,7 +26,7 @@ import torch
 
 import ovdet2
 from ovdet2.bench.memory import peak_above
-from ovdet2.bench.turns import Clock, Row, Times, naming, rows_of, take_turns
+from ovdet2.bench.turns import Clock, Elapsed, Row, naming, rows_of, take_turns
 from ovdet2.errors import SetupError, UsageError, exit_on_error
 
 Results = dict[tuple[str, ...], Row]
@@ -68,15 +69,15 @@ class Comparison:
         cases: likewise.
         reference: name of the candidate whose time divides those of the others; "": the first.
         title: printed above the table.
-        report: (case, {candidate: :class:`~ovdet2.bench.turns.Times`}) -> None; called after the rows of a case, for
-            what else there is to print or to check.
+        report: {candidate: :class:`~ovdet2.bench.turns.Elapsed` of each turn} -> None; called after the rows of a case,
+            for what else there is to print or to check.
     """
 
     candidates: Sequence[Candidate]
     cases: Sequence[Case] = (Case(),)
     reference: str = ""
     title: str = ""
-    report: Callable[[Case, Mapping[str, Times]], None] | None = None
+    report: Callable[[Mapping[str, Sequence[Elapsed]]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,7 @@ class Benchmark:
             rows, times = dict.fromkeys(names, Row()), {}
             if args.turns:
                 passes = {c.name: partial(c.run, states[c.name], case.inputs) for c in comparison.candidates}
-                label = ", ".join(case.columns.values()) or comparison.title or "turns"
-                times = take_turns(passes, args.turns, clock, self.warm_up, label)
+                times = take_turns(passes, args.turns, clock, self.warm_up, ", ".join(case.columns.values()))
                 rows = rows_of(times, reference)
             for name, row in rows.items():
                 if not args.no_memory:
@@ -189,27 +189,19 @@ class Benchmark:
                 results[(*case.columns.values(), name)] = row
                 print(row_text(case.columns.values(), name, row), flush=True)
             if comparison.report is not None and times:
-                comparison.report(case, times)
+                comparison.report(times)
         return results
 
 
 def positive(text: str) -> int:
-    """A whole number of at least 1; a type of options.
-
-    Raises:
-        argparse.ArgumentTypeError: another text.
-    """
+    """A whole number of at least 1; a type of options."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
     return int(text)
 
 
 def size_of(text: str) -> tuple[int, int]:
-    """(height, width) of "HxW"; a type of options.
-
-    Raises:
-        argparse.ArgumentTypeError: another text.
-    """
+    """(height, width) of "HxW"; a type of options."""
     sides = text.split("x")
     if len(sides) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: give height x width in pixels, such as 800x1066")
@@ -252,17 +244,11 @@ def _print_head(comparison: Comparison, reference: str, args: argparse.Namespace
 
 def _peak_here(plan: Iterator[Comparison], args: argparse.Namespace) -> float:
     """MiB of two passes, of which the second has what the first leaves behind, such as an optimizer's state."""
-    number, place, name = int(args.peak[0]), int(args.peak[1]), args.peak[2]
-    comparison = next(found for index, found in enumerate(plan) if index == number)
-    candidate = next(candidate for candidate in comparison.candidates if candidate.name == name)
-    inputs = comparison.cases[place].inputs
-    state = candidate.build()
-
-    def passes():
-        for _ in range(2):
-            candidate.run(state, inputs)
-
-    return peak_above(passes, args.device)
+    number, place, name = args.peak
+    comparison = next(itertools.islice(plan, int(number), None))
+    (candidate,) = (candidate for candidate in comparison.candidates if candidate.name == name)
+    state, inputs = candidate.build(), comparison.cases[int(place)].inputs
+    return peak_above(lambda: [candidate.run(state, inputs) for _ in range(2)], args.device)
 
 
 def _peak_elsewhere(module: str, argv: Sequence[str], number: int, place: int, name: str) -> float:

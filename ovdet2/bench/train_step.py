@@ -16,13 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ovdet2
 from ovdet2.bench.harness import OVERRIDES, Benchmark, Candidate, Case, Comparison
-from ovdet2.bench.turns import Elapsed, Times
+from ovdet2.bench.turns import Elapsed
 from ovdet2.errors import SetupError, UsageError
 
 _WORKER = importlib.resources.files("ovdet2.bench") / "train_step_worker.py"
@@ -49,9 +49,9 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
         yield Comparison(candidates, [Case({"configuration": args.config_file})], report=compare_losses)
 
 
-def compare_losses(case: Case, times: Mapping[str, Times]) -> None:
+def compare_losses(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Print whether the losses of all steps are equal in both."""
-    before, after = (times[name].values for name in ("before", "after"))
+    before, after = ([elapsed.value for elapsed in times[name]] for name in ("before", "after"))
     different = [step for step, pair in enumerate(zip(before, after)) if pair[0] != pair[1]]
     if different:
         first = different[0]

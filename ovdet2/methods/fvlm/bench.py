@@ -24,7 +24,7 @@ import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are
 from ovdet2.bench.detectors import TrainingStep, build_detector, noise_samples, random_words
 from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.bench.memory import MIB
-from ovdet2.bench.turns import Clock, Times
+from ovdet2.bench.turns import Clock, Elapsed
 from ovdet2.config import load_config
 from ovdet2.modeling import dataset_split
 from ovdet2.modeling.backbone.clip_pyramid import ALL_FROZEN
@@ -101,11 +101,11 @@ class StagedStep(TrainingStep):
         self._stages[stage] = self._clock() - self._started[stage]
 
 
-def print_stages(case: Case, times: Mapping[str, Times]) -> None:
+def print_stages(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Share of each stage in the median step."""
     for name, mine in times.items():
-        step = statistics.median(mine.seconds)
-        medians = {stage: statistics.median(seconds[stage] for seconds in mine.values) for stage in mine.values[0]}
+        step = statistics.median(elapsed.seconds for elapsed in mine)
+        medians = {stage: statistics.median(elapsed.value[stage] for elapsed in mine) for stage in mine[0].value}
         print(f"{name}: {', '.join(f'{stage} {100 * seconds / step:.0f}%' for stage, seconds in medians.items())}")
 
 
