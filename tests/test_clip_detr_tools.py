@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import ablate_clip_detr
-import benchmark_clip_detr
 import pytest
 
 from ovdet2.config import load_config
@@ -100,12 +99,3 @@ def test_every_row_of_the_paper_is_a_configuration():
 def test_what_cannot_be_run(options, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         ablate_clip_detr.main(["--config-file", CONFIG, "--output", str(tmp_path), *options])
-
-
-@pytest.mark.slow
-def test_every_combination_is_measured(capsys):
-    options = ["--size", "64x64", "--batch", "1", "--objects", "2", "--turns", "1", "--device", "cpu"]
-    found = benchmark_clip_detr.main([*options, "MODEL.DETR.DIM", "32"])
-    assert set(found) == set(benchmark_clip_detr.PARTS) and found["detector alone"][0] == 1
-    assert all(ratio > 0 and peak > 0 for ratio, peak in found.values())
-    assert capsys.readouterr().out.count("| both |") == 1

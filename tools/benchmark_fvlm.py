@@ -1,8 +1,6 @@
 """Time and memory of F-VLM's training steps, trunk frozen or trained. See ``python -m ovdet2.methods.fvlm.bench --help``."""
 
-from ovdet2.errors import exit_on_error
 from ovdet2.methods.fvlm.bench import main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

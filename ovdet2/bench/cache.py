@@ -13,11 +13,9 @@ Then the ratio of copying the embeddings of random images straight out of memory
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +27,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovdet2.bench.detectors import require_positive
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, Results
+from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, Results, positive
 from ovdet2.caches.region_boxes import BoxFilters, FoundBoxes
 from ovdet2.caches.region_cache import RegionCache, Regions, shard_name
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
-from ovdet2.errors import DataError, exit_on_error
+from ovdet2.errors import DataError
 from ovdet2.io.files import sha256_file, write_json
 from ovdet2.io.images import image_size
 from ovdet2.vlm.crops import scale_boxes
@@ -44,43 +41,39 @@ from ovdet2.vlm.teacher import Teacher, embedded_models
 
 TRUTH, CACHE = "truth.json", "cache"  # in the folder of the made-up cache
 _FACTORS, _IMAGES_PER_SHARD = (1.0, 1.5), 200
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--images", required=True, type=Path, help="folder of image files")
-    parser.add_argument("--count", type=int, default=16, help="images used")
-    parser.add_argument("--boxes", type=int, default=6, help="boxes an image, embedded at 1x and 1.5x")
-    parser.add_argument("--architectures", nargs="+", default=["ovshapes-vit", "ViT-B-32"])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--dtype", default="fp32", choices=sorted(DTYPES))
-    parser.add_argument("--regions", type=int, default=300, help="regions an image, for reading")
-    parser.add_argument("--dim", type=int, default=512, help="dimensions, for reading")
-    parser.add_argument("--cached-images", type=int, default=2000, help="images of the cache that is read at random")
-    parser.add_argument("--side", type=int, default=800, help="shorter side of a training image")
-    parser.add_argument("--no-reading", action="store_true", help="leave out all that reads a cache")
+OPTIONS = {
+    "--images": {"type": Path, "required": True, "help": "folder of image files"},
+    "--count": {"type": positive, "default": 16, "help": "images used"},
+    "--boxes": {"type": positive, "default": 6, "help": "boxes an image, embedded at 1x and 1.5x"},
+    "--architectures": {"nargs": "+", "default": ["ovshapes-vit", "ViT-B-32"]},
+    "--batch-size": {"type": positive, "default": 64},
+    "--dtype": {"default": "fp32", "choices": sorted(DTYPES)},
+    "--regions": {"type": positive, "default": 300, "help": "regions an image, for reading"},
+    "--dim": {"type": positive, "default": 512, "help": "dimensions, for reading"},
+    "--cached-images": {"type": int, "default": 2000, "help": "images of the cache that is read at random"},
+    "--side": {"type": positive, "default": 800, "help": "shorter side of a training image"},
+    "--no-reading": {"action": "store_true", "help": "leave out all that reads a cache"},
+}
 
 
 def plan(
-    args: argparse.Namespace, more: Sequence[Callable[[argparse.Namespace, Path], Comparison]] = ()
+    args: argparse.Namespace, more: Sequence[Callable[[argparse.Namespace], Comparison]] = ()
 ) -> Iterator[Comparison]:
     """Each teacher, then reading, then ``more``.
 
     Args:
         args: options.
-        more: functions of the options and the folder of a made-up cache of the images: TRUTH, a COCO file of them,
+        more: functions of the options; their ``folder`` has a made-up cache of the images: TRUTH, a COCO file of them,
             and CACHE, of the teacher ViT-B-32 / openai.
     """
-    require_positive(args, "count", "boxes", "batch_size", "regions", "dim")
     records = records_of(args.images, args.count)
     for architecture in args.architectures:
         yield embedding(args, architecture, records)
     if not args.no_reading:
-        with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
-            make_cache(Path(folder), records, args)
-            yield reading(Path(folder) / CACHE, args)
-            for comparison_of in more:
-                yield comparison_of(args, Path(folder))
+        make_cache(args.folder, records, args)
+        yield reading(args.folder / CACHE, args)
+        for comparison_of in more:
+            yield comparison_of(args)
 
 
 def records_of(folder: Path, count: int) -> list[dict[str, Any]]:
@@ -216,14 +209,11 @@ def reading(folder: Path, args: argparse.Namespace) -> Comparison:
     return Comparison(candidates, [case])
 
 
-BENCHMARK = Benchmark("ovdet2.bench.cache", __doc__, add_arguments, plan, memory=False, turn_options=("--rounds",))
-
-
 def main(argv: Sequence[Any] | None = None, more: Sequence[Callable[..., Comparison]] = ()) -> Results:
     """See :meth:`~ovdet2.bench.harness.Benchmark.main`, and :func:`plan` for ``more``."""
-    return dataclasses.replace(BENCHMARK, plan=functools.partial(plan, more=more)).main(argv)
+    full = functools.partial(plan, more=more)
+    return Benchmark("ovdet2.bench.cache", __doc__, OPTIONS, full, memory=False, turn_options=("--rounds",)).main(argv)
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

@@ -5,7 +5,6 @@ Shapes: H x W image, M objects, K words, D embedding dimension.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import torch
@@ -18,39 +17,10 @@ from torch.nn import functional as F
 
 import ovdet2.modeling  # noqa: F401  registers the detectors
 from ovdet2.data.samples import Sample
-from ovdet2.errors import UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
 
 DIM = 512
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """(height, width) of "HxW"; the type of options.
-
-    Raises:
-        argparse.ArgumentTypeError: another text.
-    """
-    sides = text.split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: give height x width in pixels, such as 800x1066")
-    return int(sides[0]), int(sides[1])
-
-
-def size_text(size: tuple[int, int]) -> str:
-    """Of :func:`size_of`."""
-    return f"{size[0]}x{size[1]}"
-
-
-def require_positive(args: argparse.Namespace, *names: str) -> None:
-    """Refuse options below 1.
-
-    Raises:
-        UsageError: names them.
-    """
-    low = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) < 1]
-    if low:
-        raise UsageError(f"{' and '.join(low)} must be at least 1.")
 
 
 def random_words(names: Sequence[str], base_mask: Sequence[bool], dim: int = DIM, teacher: Fingerprint | None = None):

@@ -8,15 +8,13 @@ are to ovdet2: above 1, transformers is slower.
 """
 
 import argparse
-import functools
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ovdet2.bench.detectors import size_of, size_text
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
-from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.bench.harness import SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.layers.ms_deform_attn import describe_kernel
 from ovdet2.modeling.detr.heads import ClosedSetBranch
 from ovdet2.modeling.detr.import_weights import import_weights, trunk_of
@@ -26,20 +24,15 @@ from ovdet2.modeling.detr.transformer import DeformableTransformer
 
 CLASSES = 91
 PASSES = ("forward", "forward+backward")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    sizes = [(512, 512), (800, 1066)]
-    parser.add_argument("--sizes", nargs="+", type=size_of, default=sizes, help="height x width")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--variant", default="refine", choices=("one_stage", "refine", "two_stage"))
+OPTIONS = {
+    "--sizes": SIZE | {"nargs": "+", "default": [(512, 512), (800, 1066)]},
+    "--batches": {"nargs": "+", "type": positive, "default": [1, 2]},
+    "--variant": {"default": "refine", "choices": ("one_stage", "refine", "two_stage")},
+}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     """Every size, batch and pass."""
-    if min(args.batches) < 1:
-        raise UsageError("--batches must be at least 1.")
     cases = [
         Case({"image": size_text(size), "batch": str(batch), "pass": name}, (name, images_of(size, batch)))
         for size in args.sizes
@@ -47,8 +40,8 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
         for name in PASSES
     ]
     candidates = [
-        Candidate("transformers", lambda: their_model(args.variant).to(args.device), run_theirs),
-        Candidate("ovdet2", lambda: our_model(args.variant).to(args.device), run_ours),
+        Candidate("transformers", lambda: their_model(args.variant).to(args.device), partial(run_pass, their_outputs)),
+        Candidate("ovdet2", lambda: our_model(args.variant).to(args.device), partial(run_pass, our_outputs)),
     ]
     yield Comparison(candidates, cases, "ovdet2", f"{describe_kernel(args.device)}, variant {args.variant}")
 
@@ -99,7 +92,7 @@ def our_outputs(model: DeformableDETR, images: Tensor) -> tuple[Tensor, Tensor]:
     return outputs["pred_logits"][-1], outputs["pred_boxes"][-1]
 
 
-def _run(outputs_of, model, inputs):
+def run_pass(outputs_of, model, inputs):
     """One pass; the loss is the sum of squares of the last layer's logits and boxes, which is what both return."""
     name, images = inputs
     images = images.to(next(model.parameters()).device)
@@ -113,11 +106,7 @@ def _run(outputs_of, model, inputs):
     sum(output.square().sum() for output in outputs_of(model, images)).backward()
 
 
-run_theirs = functools.partial(_run, their_outputs)
-run_ours = functools.partial(_run, our_outputs)
-BENCHMARK = Benchmark("ovdet2.bench.detr", __doc__, add_arguments, plan)
-main = BENCHMARK.main
+main = Benchmark("ovdet2.bench.detr", __doc__, OPTIONS, plan).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

@@ -20,22 +20,17 @@ import argparse
 import contextlib
 import io
 import math
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ovdet2.bench.detectors import require_positive
 from ovdet2.bench.evaluation_set import TRUTH, write_set
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, Results
-from ovdet2.bench.turns import Times
+from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, positive
+from ovdet2.bench.turns import Elapsed
 from ovdet2.data.datasets.coco_json import load_ov_json
 from ovdet2.data.datasets.lvis_split import frequency_split
 from ovdet2.data.datasets.register import all_novel
-from ovdet2.errors import DataError, SetupError, exit_on_error
+from ovdet2.errors import DataError, SetupError
 from ovdet2.evaluation.coco_ap import mean_of
 from ovdet2.evaluation.columns import Truth
 from ovdet2.evaluation.evaluation import measure
@@ -44,47 +39,45 @@ from ovdet2.evaluation.predictions import read_predictions
 from ovdet2.io.files import read_json
 
 TOLERANCE = 1e-6  # of fractions
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--against", choices=("pycocotools", "lvis"), default="pycocotools", help="also whose rules")
-    parser.add_argument("--images", type=int, default=300)
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--detections", type=int, default=100, help="per image")
-    parser.add_argument("--skew", type=float, default=1.0, help="class k is as frequent as 1 / k to this power")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
-    parser.add_argument("--set", type=Path, required=True, help=argparse.SUPPRESS)  # folder of the set, made by main
+OPTIONS = {
+    "--against": {"choices": ("pycocotools", "lvis"), "default": "pycocotools", "help": "also whose rules"},
+    "--images": {"type": positive, "default": 300},
+    "--classes": {"type": positive, "default": 80},
+    "--detections": {"type": positive, "default": 100, "help": "per image"},
+    "--skew": {"type": float, "default": 1.0, "help": "class k is as frequent as 1 / k to this power"},
+    "--seed": {"type": int, "default": 0},
+    "--memory": {"action": "store_true", "help": "measure memory instead of time"},
+}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     """One set, two programs; with --memory ovdet2 only."""
-    require_positive(args, "images", "classes", "detections")
     metric = "ov_lvis" if args.against == "lvis" else "ov_coco"
-    if not (args.set / TRUTH).is_file():
-        write_set(args.set, metric, args)
+    if not (args.folder / TRUTH).is_file():
+        write_set(args.folder, metric, args)
     if args.memory:
         args.turns = 0
     else:
         args.no_memory = True
-    detections = len(read_predictions(args.set / MERGED).detections) if not args.peak else 0
+    detections = len(read_predictions(args.folder / MERGED).detections) if not args.peak else 0
     case = Case({"images": str(args.images), "detections": str(detections), "classes": str(args.classes)})
     reference = _pycocotools if metric == "ov_coco" else _lvis
-    candidates = [Candidate("ovdet2", lambda: _truth_of(args.set, metric),
-                            lambda loaded, _: _ours(args.set, *loaded, metric, args.detections))]  # fmt: skip
+    candidates = [Candidate("ovdet2", lambda: _truth_of(args.folder, metric),
+                            lambda loaded, _: _ours(args.folder, *loaded, metric, args.detections))]  # fmt: skip
     if not args.memory:
-        candidates.append(Candidate(args.against, lambda: reference(args.set, args.detections), lambda run, _: run()))
+        candidates.append(
+            Candidate(args.against, lambda: reference(args.folder, args.detections), lambda run, _: run())
+        )
     yield Comparison(candidates, [case], title=f"skew {args.skew}", report=compare_figures)
 
 
-def compare_figures(case: Case, times: Mapping[str, Times]) -> None:
+def compare_figures(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Print the figures of both.
 
     Raises:
         DataError: they differ.
     """
-    figures = {name: mine.values[-1] for name, mine in times.items()}
+    figures = {name: mine[-1].value for name, mine in times.items()}
     (_, ours), (reference, theirs) = figures.items()
     for name, values in figures.items():
         print(f"{name}: {', '.join(f'{key} {values[key]:.7f}' for key in ('AP', 'AP50', 'APs'))}")
@@ -165,16 +158,7 @@ def _lvis(folder, limit):
     return run
 
 
-BENCHMARK = Benchmark("ovdet2.bench.evaluation", __doc__, add_arguments, plan, turns=1, warm_up=0, device=False)
-
-
-def main(argv: Sequence[Any] | None = None) -> Results:
-    """See :meth:`~ovdet2.bench.harness.Benchmark.main`."""
-    argv = sys.argv[1:] if argv is None else argv
-    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
-        return BENCHMARK.main(["--set", folder, *argv])
-
+main = Benchmark("ovdet2.bench.evaluation", __doc__, OPTIONS, plan, turns=1, warm_up=0, device=False).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

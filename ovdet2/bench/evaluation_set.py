@@ -34,16 +34,8 @@ def write_set(folder: Path, metric: str, args: argparse.Namespace) -> None:
             image |= {"neg_category_ids": absent.tolist(), "not_exhaustive_category_ids": classes[:1].tolist()}
         images.append(image)
         for box, category_id in zip(boxes, classes.tolist()):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": category_id,
-                    "bbox": box.tolist(),
-                    "area": float(box[2] * box[3]),
-                    "iscrowd": 0,
-                }
-            )
+            known = {"bbox": box.tolist(), "area": float(box[2] * box[3]), "iscrowd": 0}
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id, **known})
         writer.write({"image_id": image_id, **_random_detections(random, boxes, classes, shares, args.detections)})
     writer.close()
     merge(folder, [writer.token], range(1, args.images + 1))

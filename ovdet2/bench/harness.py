@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,8 +26,8 @@ import torch
 
 import ovdet2
 from ovdet2.bench.memory import peak_above
-from ovdet2.bench.turns import Clock, Row, Times, naming, rows_of, take_turns
-from ovdet2.errors import SetupError, UsageError
+from ovdet2.bench.turns import Clock, Elapsed, Row, naming, rows_of, take_turns
+from ovdet2.errors import SetupError, UsageError, exit_on_error
 
 Results = dict[tuple[str, ...], Row]
 
@@ -67,15 +69,15 @@ class Comparison:
         cases: likewise.
         reference: name of the candidate whose time divides those of the others; "": the first.
         title: printed above the table.
-        report: (case, {candidate: :class:`~ovdet2.bench.turns.Times`}) -> None; called after the rows of a case, for
-            what else there is to print or to check.
+        report: {candidate: :class:`~ovdet2.bench.turns.Elapsed` of each turn} -> None; called after the rows of a case,
+            for what else there is to print or to check.
     """
 
     candidates: Sequence[Candidate]
     cases: Sequence[Case] = (Case(),)
     reference: str = ""
     title: str = ""
-    report: Callable[[Case, Mapping[str, Times]], None] | None = None
+    report: Callable[[Mapping[str, Sequence[Elapsed]]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,9 @@ class Benchmark:
     Attributes:
         module: that ``python -m`` runs; the processes that measure memory are started with it.
         description: of --help.
-        add_arguments: adds its options to those that all have.
-        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested.
+        options: beside those that all have, {flag or name: arguments of add_argument}.
+        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested. The
+            arguments have ``folder``, a temporary one that the processes that measure memory see, too.
         turns, warm_up: by default, timed and before them.
         memory: whether peak memory is measured.
         device: whether it may run on a GPU.
@@ -95,7 +98,7 @@ class Benchmark:
 
     module: str
     description: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    options: Mapping[str, Mapping[str, Any]]
     plan: Callable[[argparse.Namespace], Iterator[Comparison]]
     turns: int = 5
     warm_up: int = 1
@@ -107,35 +110,36 @@ class Benchmark:
         """The command line.
 
         Raises:
-            UsageError: numbers out of range.
+            UsageError: a value out of range or of another form.
         """
-        parser = argparse.ArgumentParser(
-            description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, metavar="N",
-                            help=f"timed turns, after {self.warm_up} to warm up (default: {self.turns})")  # fmt: skip
-        parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N")
+        form = argparse.RawDescriptionHelpFormatter
+        parser = argparse.ArgumentParser(description=self.description, formatter_class=form, exit_on_error=False)
+        turns = f"timed turns, after {self.warm_up} to warm up (default: {self.turns}; 0: measure memory only)"
+        parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, help=turns)
+        parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
         parser.add_argument("--cpu-time", action="store_true", help="processor time of the process, not the clock")
+        parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
         parser.set_defaults(device="cpu", no_memory=True, peak=None)
         if self.device:
             parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         if self.memory:
             parser.add_argument("--no-memory", action="store_true", default=False, help="measure times only")
             parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)  # of the processes that measure memory
-        self.add_arguments(parser)
-        args = parser.parse_args(argv)
-        if args.turns < 0 or args.threads < 1 or (args.turns == 0 and args.no_memory):
-            raise UsageError(
-                f"--turns is {args.turns} and --threads {args.threads}: both must be at least 1 (--turns 0 measures "
-                "memory only, where a benchmark measures memory)."
-            )
+        for name, arguments in self.options.items():
+            parser.add_argument(name, **arguments)
+        try:
+            args = parser.parse_args(argv)
+        except argparse.ArgumentError as error:
+            raise UsageError(f"{error}.") from None
+        if args.turns < 0 or (args.turns == 0 and args.no_memory):
+            raise UsageError(f"--turns {args.turns} measures nothing: it must be at least 1.")
         return args
 
     def main(self, argv: Sequence[Any] | None = None) -> Results:
         """Run, and print the tables.
 
         Args:
-            argv: command line; None: of the process.
+            argv: command line; None: of the process, whose exit code an error then becomes.
 
         Returns:
             {(value of each column of the case ..., candidate): :class:`~ovdet2.bench.turns.Row`}.
@@ -144,21 +148,25 @@ class Benchmark:
             UsageError: wrong options.
             SetupError: memory cannot be measured.
         """
-        argv = [str(part) for part in (sys.argv[1:] if argv is None else argv)]
-        args = self.parse(argv)
+        if argv is None:
+            with exit_on_error():
+                return self.main(sys.argv[1:])
         threads = torch.get_num_threads()
-        torch.set_num_threads(args.threads)
-        try:
-            with contextlib.closing(self.plan(args)) as plan:
-                if args.peak:
-                    print(json.dumps(_peak_here(plan, args)))
-                    return {}
-                results: Results = {}
-                for number, comparison in enumerate(plan):
-                    results |= self._compare(comparison, args, partial(_peak_elsewhere, self.module, argv, number))
-                return results
-        finally:
-            torch.set_num_threads(threads)
+        with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
+            argv = ["--folder", folder, *map(str, argv)]  # the last one given counts
+            args = self.parse(argv)
+            torch.set_num_threads(args.threads)
+            try:
+                with contextlib.closing(self.plan(args)) as plan:
+                    if args.peak:
+                        print(json.dumps(_peak_here(plan, args)))
+                        return {}
+                    results: Results = {}
+                    for number, comparison in enumerate(plan):
+                        results |= self._compare(comparison, args, partial(_peak_elsewhere, self.module, argv, number))
+                    return results
+            finally:
+                torch.set_num_threads(threads)
 
     def _compare(self, comparison: Comparison, args: argparse.Namespace, peak: Callable[[int, str], float]) -> Results:
         names = [candidate.name for candidate in comparison.candidates]
@@ -173,8 +181,7 @@ class Benchmark:
             rows, times = dict.fromkeys(names, Row()), {}
             if args.turns:
                 passes = {c.name: partial(c.run, states[c.name], case.inputs) for c in comparison.candidates}
-                label = ", ".join(case.columns.values()) or comparison.title or "turns"
-                times = take_turns(passes, args.turns, clock, self.warm_up, label)
+                times = take_turns(passes, args.turns, clock, self.warm_up, ", ".join(case.columns.values()))
                 rows = rows_of(times, reference)
             for name, row in rows.items():
                 if not args.no_memory:
@@ -182,8 +189,32 @@ class Benchmark:
                 results[(*case.columns.values(), name)] = row
                 print(row_text(case.columns.values(), name, row), flush=True)
             if comparison.report is not None and times:
-                comparison.report(case, times)
+                comparison.report(times)
         return results
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1; a type of options."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of "HxW"; a type of options."""
+    sides = text.split("x")
+    if len(sides) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: give height x width in pixels, such as 800x1066")
+    return positive(sides[0]), positive(sides[1])
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """What :func:`size_of` reads."""
+    return f"{size[0]}x{size[1]}"
+
+
+OVERRIDES = {"nargs": argparse.REMAINDER, "help": "KEY VALUE ... of the configuration"}
+SIZE = {"type": size_of, "help": "height x width of the images, in pixels"}
 
 
 def table_head(columns: Sequence[str]) -> str:
@@ -213,17 +244,11 @@ def _print_head(comparison: Comparison, reference: str, args: argparse.Namespace
 
 def _peak_here(plan: Iterator[Comparison], args: argparse.Namespace) -> float:
     """MiB of two passes, of which the second has what the first leaves behind, such as an optimizer's state."""
-    number, place, name = int(args.peak[0]), int(args.peak[1]), args.peak[2]
-    comparison = next(found for index, found in enumerate(plan) if index == number)
-    candidate = next(candidate for candidate in comparison.candidates if candidate.name == name)
-    inputs = comparison.cases[place].inputs
-    state = candidate.build()
-
-    def passes():
-        for _ in range(2):
-            candidate.run(state, inputs)
-
-    return peak_above(passes, args.device)
+    number, place, name = args.peak
+    comparison = next(itertools.islice(plan, int(number), None))
+    (candidate,) = (candidate for candidate in comparison.candidates if candidate.name == name)
+    state, inputs = candidate.build(), comparison.cases[int(place)].inputs
+    return peak_above(lambda: [candidate.run(state, inputs) for _ in range(2)], args.device)
 
 
 def _peak_elsewhere(module: str, argv: Sequence[str], number: int, place: int, name: str) -> float:

@@ -16,25 +16,23 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ovdet2
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
-from ovdet2.bench.turns import Elapsed, Times
-from ovdet2.errors import SetupError, UsageError, exit_on_error
+from ovdet2.bench.harness import OVERRIDES, Benchmark, Candidate, Case, Comparison
+from ovdet2.bench.turns import Elapsed
+from ovdet2.errors import SetupError, UsageError
 
 _WORKER = importlib.resources.files("ovdet2.bench") / "train_step_worker.py"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    here = Path(ovdet2.__file__).resolve().parents[1]
-    parser.add_argument("--before", type=Path, required=True, help="folder of the other checkout, the reference")
-    parser.add_argument("--after", type=Path, default=here, help="folder of the checkout measured (default: this one)")
-    parser.add_argument("--config-file", required=True, help="yaml file, or its name below configs/")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the configuration")
+_HERE = Path(ovdet2.__file__).resolve().parents[1]
+OPTIONS = {
+    "--before": {"type": Path, "required": True, "help": "folder of the other checkout, the reference"},
+    "--after": {"type": Path, "default": _HERE, "help": "folder of the checkout measured (default: this one)"},
+    "--config-file": {"required": True, "help": "yaml file, or its name below configs/"},
+    "opts": OVERRIDES,
+}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
@@ -51,9 +49,9 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
         yield Comparison(candidates, [Case({"configuration": args.config_file})], report=compare_losses)
 
 
-def compare_losses(case: Case, times: Mapping[str, Times]) -> None:
+def compare_losses(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Print whether the losses of all steps are equal in both."""
-    before, after = (times[name].values for name in ("before", "after"))
+    before, after = ([elapsed.value for elapsed in times[name]] for name in ("before", "after"))
     different = [step for step, pair in enumerate(zip(before, after)) if pair[0] != pair[1]]
     if different:
         first = different[0]
@@ -109,9 +107,7 @@ class Worker:
         raise SetupError(f"training in {self.folder} ended with code {code}. It wrote:\n{self._log.read()[-2000:]}")
 
 
-BENCHMARK = Benchmark("ovdet2.bench.train_step", __doc__, add_arguments, plan, turns=20, warm_up=3, memory=False)
-main = BENCHMARK.main
+main = Benchmark("ovdet2.bench.train_step", __doc__, OPTIONS, plan, turns=20, warm_up=3, memory=False).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +30,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Elapsed:
-    """What a pass returns that measures its own time, as it prepares something first or runs in another process."""
+    """Seconds of a pass and what it returned. A pass that measures its own time, as it prepares something first or runs
+    in another process, returns one."""
 
     seconds: float
     value: Any = None
-
-
-@dataclass
-class Times:
-    """Seconds and returned values of the counted turns of one candidate."""
-
-    seconds: list[float] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -63,12 +56,8 @@ class Row:
 
 
 def take_turns(
-    passes: Mapping[str, Callable[[], Any]],
-    turns: int,
-    clock: Callable[[], float],
-    warm_up: int = 1,
-    label: str = "turns",
-) -> dict[str, Times]:
+    passes: Mapping[str, Callable[[], Any]], turns: int, clock: Callable[[], float], warm_up: int = 1, label: str = ""
+) -> dict[str, list[Elapsed]]:
     """Run all candidates in every turn, in an order that alternates.
 
     Args:
@@ -78,7 +67,7 @@ def take_turns(
         warm_up: turns before them that are not counted.
         label: of the progress bar.
     """
-    times = {name: Times() for name in passes}
+    times: dict[str, list[Elapsed]] = {name: [] for name in passes}
     for turn in tqdm(range(warm_up + turns), desc=label, leave=False):
         for name in passes if turn % 2 else reversed(passes):
             with naming(name):
@@ -86,19 +75,17 @@ def take_turns(
                 value = passes[name]()
                 elapsed = value if isinstance(value, Elapsed) else Elapsed(clock() - started, value)
             if turn >= warm_up:
-                times[name].seconds.append(elapsed.seconds)
-                times[name].values.append(elapsed.value)
+                times[name].append(elapsed)
     return times
 
 
-def rows_of(times: Mapping[str, Times], reference: str) -> dict[str, Row]:
+def rows_of(times: Mapping[str, Sequence[Elapsed]], reference: str) -> dict[str, Row]:
     """Ratio of medians to those of the reference, and the range of the ratios within a turn."""
-    base = times[reference].seconds
-    rows = {}
-    for name, mine in times.items():
-        pairs = [one / other for one, other in zip(mine.seconds, base)]
-        median = statistics.median(mine.seconds)
-        rows[name] = Row(median, median / statistics.median(base), min(pairs), max(pairs))
+    seconds = {name: [elapsed.seconds for elapsed in mine] for name, mine in times.items()}
+    medians, rows = {name: statistics.median(mine) for name, mine in seconds.items()}, {}
+    for name, mine in seconds.items():
+        pairs = [one / other for one, other in zip(mine, seconds[reference])]
+        rows[name] = Row(medians[name], medians[name] / medians[reference], min(pairs), max(pairs))
     return rows
 
 

@@ -14,18 +14,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ovdet2.bench.detectors import (
-    TrainingStep,
-    build_detector,
-    noise_samples,
-    random_words,
-    require_positive,
-    size_of,
-    size_text,
-)
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
+from ovdet2.bench.detectors import TrainingStep, build_detector, noise_samples, random_words
+from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.config import load_config
-from ovdet2.errors import UsageError, exit_on_error
 
 ALIGN, DYNAMIC = "MODEL.CLIP_DETR.ALIGN_WEIGHT", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT"
 ALONE = "detector alone"
@@ -36,22 +27,17 @@ PARTS = {
     "both": [ALIGN, 1.0, DYNAMIC, 1.0],
 }
 WORDS = [f"word {number}" for number in range(80)]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--config-file", default="configs/ovshapes/clip_detr_both_closed_r18.yaml")
-    parser.add_argument("--size", type=size_of, default="160x160", help="height x width of the images")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--objects", type=int, default=4, help="of each image")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, help="KEY VALUE ...")
+OPTIONS = {
+    "--config-file": {"default": "configs/ovshapes/clip_detr_both_closed_r18.yaml"},
+    "--size": SIZE | {"default": "160x160"},
+    "--batch": {"type": positive, "default": 8},
+    "--objects": {"type": int, "choices": range(len(WORDS) + 1), "default": 4, "metavar": "N", "help": "of each image"},
+    "overrides": OVERRIDES,
+}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     """One case; a candidate for each combination of parts."""
-    require_positive(args, "batch")
-    if not 0 <= args.objects <= len(WORDS):
-        raise UsageError(f"--objects must be 0 to {len(WORDS)}.")
     columns = {"image": size_text(args.size), "batch": str(args.batch), "objects": str(args.objects)}
     candidates = [Candidate(name, lambda name=name: build(args, name), TrainingStep.__call__) for name in PARTS]
     case = Case(columns, noise_samples(args.size, args.batch, args.objects))
@@ -66,9 +52,7 @@ def build(args: argparse.Namespace, name: str) -> TrainingStep:
     return TrainingStep(build_detector(cfg, words), torch.optim.AdamW, foreach=True)
 
 
-BENCHMARK = Benchmark("ovdet2.methods.clip_detr.bench", __doc__, add_arguments, plan, turns=10)
-main = BENCHMARK.main
+main = Benchmark("ovdet2.methods.clip_detr.bench", __doc__, OPTIONS, plan, turns=10).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

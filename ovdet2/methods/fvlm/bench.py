@@ -12,10 +12,7 @@ memory of the weights.
 import argparse
 import copy
 import statistics
-import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -24,47 +21,34 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
-from ovdet2.bench.detectors import (
-    TrainingStep,
-    build_detector,
-    noise_samples,
-    random_words,
-    require_positive,
-    size_of,
-    size_text,
-)
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison, Results
+from ovdet2.bench.detectors import TrainingStep, build_detector, noise_samples, random_words
+from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.bench.memory import MIB
-from ovdet2.bench.turns import Clock, Times
+from ovdet2.bench.turns import Clock, Elapsed
 from ovdet2.config import load_config
-from ovdet2.errors import exit_on_error
 from ovdet2.modeling import dataset_split
 from ovdet2.modeling.backbone.clip_pyramid import ALL_FROZEN
 from ovdet2.modeling.build import build_teacher
 
-CONFIG = "ovcoco/fvlm_rn50.yaml"
+CONFIG, CLIP = "ovcoco/fvlm_rn50.yaml", "clip.safetensors"
 FREEZE_AT = {"frozen": ALL_FROZEN, "trained": 0}
 STAGES = {"trunk": "backbone.trunk", "pyramid": "backbone.pyramid", "RPN": "proposal_generator", "heads": "roi_heads"}
 SETTINGS = ["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECONDARY_SCORES", "none"]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    parser.add_argument("--architecture", default="RN50", help="open_clip ResNet or ViT")
-    parser.add_argument("--size", type=size_of, default="800x1066", help="height x width")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--trained-contiguous", action="store_true", help="do not give the trained trunk channels_last")
-    parser.add_argument("--weights", type=Path, required=True, help=argparse.SUPPRESS)  # of CLIP, made by main
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the configuration")
+OPTIONS = {
+    "--architecture": {"default": "RN50", "help": "open_clip ResNet or ViT"},
+    "--size": SIZE | {"default": "800x1066"},
+    "--batch": {"type": positive, "default": 1},
+    "--trained-contiguous": {"action": "store_true", "help": "do not give the trained trunk channels_last"},
+    "opts": OVERRIDES,
+}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     """One case, two candidates."""
-    require_positive(args, "batch")
-    if not args.weights.is_file():
+    if not (args.folder / CLIP).is_file():
         torch.manual_seed(0)
         weights = open_clip.create_model(args.architecture).state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.weights)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, args.folder / CLIP)
     clock = Clock(args.device, args.cpu_time)
     candidates = [Candidate(name, lambda name=name: StagedStep(build(name, args), clock), StagedStep.__call__)
                   for name in FREEZE_AT]  # fmt: skip
@@ -74,7 +58,7 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
 
 def build(name: str, args: argparse.Namespace) -> nn.Module:
     """The detector in training mode, with random weights that are the same for both; embeddings are made up."""
-    teacher = ["MODEL.TEACHER.ARCHITECTURE", args.architecture, "MODEL.TEACHER.PRETRAINED", str(args.weights)]
+    teacher = ["MODEL.TEACHER.ARCHITECTURE", args.architecture, "MODEL.TEACHER.PRETRAINED", str(args.folder / CLIP)]
     fixed = ["MODEL.DEVICE", args.device, "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT[name], *teacher]
     cfg = load_config(CONFIG, [*fixed, *SETTINGS, *args.opts])
     split, clip = dataset_split(cfg), build_teacher(cfg)
@@ -117,24 +101,15 @@ class StagedStep(TrainingStep):
         self._stages[stage] = self._clock() - self._started[stage]
 
 
-def print_stages(case: Case, times: Mapping[str, Times]) -> None:
+def print_stages(times: Mapping[str, Sequence[Elapsed]]) -> None:
     """Share of each stage in the median step."""
     for name, mine in times.items():
-        step = statistics.median(mine.seconds)
-        medians = {stage: statistics.median(seconds[stage] for seconds in mine.values) for stage in mine.values[0]}
+        step = statistics.median(elapsed.seconds for elapsed in mine)
+        medians = {stage: statistics.median(elapsed.value[stage] for elapsed in mine) for stage in mine[0].value}
         print(f"{name}: {', '.join(f'{stage} {100 * seconds / step:.0f}%' for stage, seconds in medians.items())}")
 
 
-BENCHMARK = Benchmark("ovdet2.methods.fvlm.bench", __doc__, add_arguments, plan)
-
-
-def main(argv: Sequence[Any] | None = None) -> Results:
-    """See :meth:`~ovdet2.bench.harness.Benchmark.main`."""
-    argv = sys.argv[1:] if argv is None else argv
-    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
-        return BENCHMARK.main(["--weights", Path(folder) / "clip.safetensors", *argv])
-
+main = Benchmark("ovdet2.methods.fvlm.bench", __doc__, OPTIONS, plan).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

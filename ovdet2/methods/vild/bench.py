@@ -9,7 +9,6 @@ compared by ``tools/bench_cache.py``.
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
@@ -17,20 +16,11 @@ from torch.nn import functional as F
 
 import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
 from ovdet2.bench.cache import CACHE, TRUTH
-from ovdet2.bench.detectors import (
-    DIM,
-    TrainingStep,
-    build_detector,
-    noise_samples,
-    random_words,
-    size_of,
-    size_text,
-)
-from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
+from ovdet2.bench.detectors import DIM, TrainingStep, build_detector, noise_samples, random_words
+from ovdet2.bench.harness import SIZE, Benchmark, Candidate, Case, Comparison, size_text
 from ovdet2.config import load_config
 from ovdet2.data.samples import Sample
 from ovdet2.engine import Trainer
-from ovdet2.errors import exit_on_error
 from ovdet2.methods.vild.sample import CachedRegions
 from ovdet2.modeling import dataset_split
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -39,12 +29,7 @@ PLAIN = "Faster R-CNN"
 TEXT, CACHED = "ovcoco/vild_text_r50.yaml", "ovcoco/vild_r50.yaml"
 VARIANTS = {"ViLD-text": TEXT, "ViLD": CACHED, "ViLD-ensemble": "ovcoco/vild_ensemble_r50.yaml"}
 REGIONS = 300
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of this benchmark."""
-    sizes = [(800, 1066), (512, 512), (224, 224)]
-    parser.add_argument("--sizes", nargs="+", type=size_of, default=sizes, help="height x width")
+OPTIONS = {"--sizes": SIZE | {"nargs": "+", "default": [(800, 1066), (512, 512), (224, 224)]}}
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
@@ -81,14 +66,14 @@ def samples_with_regions(size: tuple[int, int]) -> list[Sample]:
     return samples
 
 
-def cached_samples(args: argparse.Namespace, folder: Path) -> Comparison:
+def cached_samples(args: argparse.Namespace) -> Comparison:
     """Training samples of some images with cached regions against those without, for ``ovdet2.bench.cache``."""
-    name = f"benchmark {folder.name}"
-    images = {"name": name, "json": str(folder / TRUTH), "images": str(args.images.resolve()), "base": ["thing"]}
+    name = f"benchmark {args.folder.name}"
+    images = {"name": name, "json": str(args.folder / TRUTH), "images": str(args.images.resolve()), "base": ["thing"]}
     data = ["DATASETS.OWN", [images | {"base_only": True}], "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()]
     data += ["DATALOADER.NUM_WORKERS", 0, "DATALOADER.ASPECT_RATIO_GROUPING", False]
     data += ["SOLVER.IMS_PER_BATCH", args.count, "INPUT.MIN_SIZE_TRAIN", (args.side,), "INPUT.MAX_SIZE_TRAIN", 1333]
-    cache = ["MODEL.VILD.REGION_CACHE", str(folder / CACHE), "MODEL.VILD.REGIONS_PER_IMAGE", args.regions]
+    cache = ["MODEL.VILD.REGION_CACHE", str(args.folder / CACHE), "MODEL.VILD.REGIONS_PER_IMAGE", args.regions]
 
     def batches(config, overrides):
         torch.set_num_threads(1)  # as in a process that loads data
@@ -101,9 +86,7 @@ def cached_samples(args: argparse.Namespace, folder: Path) -> Comparison:
     return Comparison(candidates, [Case({"what": "training samples", "of": f"{args.count} images, one thread"})])
 
 
-BENCHMARK = Benchmark("ovdet2.methods.vild.bench", __doc__, add_arguments, plan, turns=8, turn_options=("--steps",))
-main = BENCHMARK.main
+main = Benchmark("ovdet2.methods.vild.bench", __doc__, OPTIONS, plan, turns=8, turn_options=("--steps",)).main
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()
