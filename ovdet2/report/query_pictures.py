@@ -4,6 +4,7 @@ Shapes: L decoder layers, H heads, M levels of attention, P points.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ class QueryView:
     weights: torch.Tensor
 
 
-def to_pixels(locations, padded_size, input_size, size):
+def to_pixels(
+    locations: torch.Tensor, padded_size: tuple[int, int], input_size: tuple[int, int], size: tuple[int, int]
+) -> torch.Tensor:
     """Sampling locations in pixels of the original image.
 
     Args:
@@ -53,7 +56,14 @@ def to_pixels(locations, padded_size, input_size, size):
     return locations * locations.new_tensor(scale[::-1])
 
 
-def query_view(outputs, image, query, padded_size, input_size, size):
+def query_view(
+    outputs: dict[str, Any],
+    image: int,
+    query: int,
+    padded_size: tuple[int, int],
+    input_size: tuple[int, int],
+    size: tuple[int, int],
+) -> QueryView:
     """The :class:`QueryView` of a query.
 
     Args:
@@ -74,7 +84,7 @@ def query_view(outputs, image, query, padded_size, input_size, size):
     )
 
 
-def draw_query(view, image, text=""):
+def draw_query(view: QueryView, image: np.ndarray, text: str = "") -> np.ndarray:
     """Two pictures side by side: the last layer's reference and sampling points, and the box of each layer.
 
     A point's area and opacity go by its weight, its colour by its level. The first picture's reference is white.
