@@ -1,10 +1,11 @@
 # make demo     train, evaluate and draw an open-vocabulary detector on OV-Shapes
-# make test     run the tests
-# make install  make .venv, which the two above do too
+# make test     run the tests, a process for each core
+# make lint     check style, format and types
+# make install  make .venv, which the three above do too
 # make doctor   say what of the environment is missing or mismatched
 # make clean    remove what the commands above have built, .venv included
 #
-# demo and test first create .venv (6 GB) and install what is missing; the next time there is nothing to install.
+# demo, test and lint first create .venv (6 GB) and install what is missing; the next time there is nothing to install.
 # Another Python: make demo PYTHON=python3.12. An environment of your own: make demo VENV=/path/of/it, whose
 # versions are kept where setup.py allows them.
 
@@ -18,7 +19,7 @@ STAMP := $(VENV)/.ovdet2-$(shell (pwd; cat $(INPUTS)) | sha256sum | cut -c1-16)
 CONSTRAINTS := $(if $(filter .venv,$(VENV)),-c constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test install doctor clean
+.PHONY: demo test lint install doctor clean
 
 demo: $(STAMP)
 	@$(PY) -m ovdet2.doctor --quiet
@@ -26,7 +27,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m ovdet2.doctor
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --dist loadfile
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/check_types.py
 
 install: $(STAMP)
 
@@ -34,7 +40,7 @@ doctor:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2.doctor
 
 clean:
-	rm -rf build dist .pytest_cache .hypothesis ovdet2.egg-info
+	rm -rf build dist .pytest_cache .hypothesis .ruff_cache ovdet2.egg-info
 	$(if $(filter .venv,$(VENV)),rm -rf .venv)
 
 # Every step does nothing where its work is done, so an interrupted installation goes on where it stopped.
@@ -45,7 +51,7 @@ $(STAMP): $(INPUTS)
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PIP) install --quiet $(CONSTRAINTS) "setuptools>=70.1"
-	$(PIP) install $(CONSTRAINTS) --no-build-isolation --editable ".[test]"
+	$(PIP) install $(CONSTRAINTS) --no-build-isolation --editable ".[test,dev]"
 	# A reference for tests. It asks for opencv-python, whose files would replace those of opencv-python-headless.
 	$(PIP) install $(CONSTRAINTS) --no-deps lvis
 	$(PY) tools/install_detectron2.py

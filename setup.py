@@ -8,7 +8,7 @@ setup(
     description="Open-vocabulary object detection on Detectron2",
     python_requires=">=3.11",
     # configs/ is installed as ovdet2/configs, where ovdet2.config looks first.
-    packages=[*find_packages(include=["ovdet2", "ovdet2.*"], exclude=["*.tests"]), "ovdet2.configs"],
+    packages=[*find_packages(include=["ovdet2", "ovdet2.*"], exclude=["*.tests", "*.tests.*"]), "ovdet2.configs"],
     package_dir={"ovdet2.configs": "configs"},
     package_data={"ovdet2": ["assets/**/*"], "ovdet2.configs": ["**/*.yaml"]},
     install_requires=[
@@ -44,6 +44,8 @@ setup(
         # A vision-language model on this machine as a source of concept priors (tools/build_concept_priors.py).
         "mllm": ["transformers>=4.53,<6"],
         # transformers is a reference for Deformable DETR, too.
-        "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", "transformers>=4.53,<6"],
+        "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "transformers>=4.53,<6"],
+        # What `make lint` runs. Other versions find other things, so they are exact.
+        "dev": ["pyrefly==1.5.0", "ruff==0.17.6"],
     },
 )

@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ class Finding(NamedTuple):
     sentence: str
 
 
-def check_python(version=None):
+def check_python(version: tuple[int, ...] | None = None) -> Finding:
     """ovdet2 is written for Python 3.11 and later."""
     version = tuple(version or sys.version_info)[:3]
     text = ".".join(map(str, version))
@@ -39,7 +40,7 @@ def check_python(version=None):
     return Finding(OK, f"Python {text}.")
 
 
-def check_torch_pair():
+def check_torch_pair() -> Finding:
     """torch and torchvision fit each other if, and only if, torchvision's compiled NMS can be called."""
     pair = f"torch {_version('torch')} and torchvision {_version('torchvision')}"
     try:
@@ -58,7 +59,7 @@ def check_torch_pair():
     return Finding(OK, f"{pair} work together (NMS was called).")
 
 
-def check_requirements():
+def check_requirements() -> Finding:
     """Every library named in setup.py is installed in a version setup.py allows."""
     try:
         requirement_class = importlib.import_module("packaging.requirements").Requirement
@@ -80,7 +81,7 @@ def check_requirements():
     return Finding(OK, f"All {count} libraries of setup.py are installed in versions it allows.")
 
 
-def check_import(module, purpose, remedy=INSTALL_OVDET2):
+def check_import(module: str, purpose: str, remedy: str = INSTALL_OVDET2) -> Finding:
     """The library can be imported, which a broken or half-installed one cannot."""
     try:
         importlib.import_module(module)
@@ -89,7 +90,7 @@ def check_import(module, purpose, remedy=INSTALL_OVDET2):
     return Finding(OK, f"{module} ({purpose}).")
 
 
-def check_opencv(owners=None):
+def check_opencv(owners: Sequence[str] | None = None) -> Finding:
     """Two distributions that both install ``cv2`` overwrite each other's files: there must be exactly one."""
     if owners is None:
         owners = importlib.metadata.packages_distributions().get("cv2", [])
@@ -105,7 +106,7 @@ def check_opencv(owners=None):
     return check_import("cv2", f"drawing, from {owners[0]} {_version(owners[0])}", "Reinstall opencv-python-headless.")
 
 
-def check_detectron2():
+def check_detectron2() -> Finding:
     """Detectron2 >= 0.6 can be imported and does what ovdet2 needs with the libraries installed beside it."""
     try:
         detectron2 = importlib.import_module("detectron2")
@@ -124,7 +125,7 @@ def check_detectron2():
     return Finding(OK, f"Detectron2 {version} in {place} passes {len(PROBES)} checks.")
 
 
-def check_cuda():
+def check_cuda() -> Finding:
     """CUDA devices are not needed, so their absence is no fault."""
     try:
         cuda = importlib.import_module("torch").cuda
@@ -137,7 +138,7 @@ def check_cuda():
     return Finding(OK, f"{len(devices)} CUDA device{'s' * (len(devices) > 1)}: {listed}.")
 
 
-def check_disk(folder=".", free_bytes=None):
+def check_disk(folder: str | Path = ".", free_bytes: float | None = None) -> Finding:
     """Room for OV-Shapes, checkpoints and predictions below ``folder``."""
     free = (shutil.disk_usage(folder).free if free_bytes is None else free_bytes) / 2**30
     place = Path(folder).resolve()
@@ -148,7 +149,7 @@ def check_disk(folder=".", free_bytes=None):
     return Finding(OK, f"{free:.0f} GiB are free in {place}.")
 
 
-def check_embedded_teachers(folder=None):
+def check_embedded_teachers(folder: Path | None = None) -> Finding:
     """The teachers that come with the package, which the demonstration and the tests use."""
     folder = Path(folder or ASSETS / "open_clip")
     names = sorted(path.stem for path in folder.rglob("*.safetensors"))
@@ -160,7 +161,7 @@ def check_embedded_teachers(folder=None):
     return Finding(OK, f"Teachers embedded in the package: {', '.join(names)}.")
 
 
-def check_cached_teachers(folders=None):
+def check_cached_teachers(folders: Sequence[tuple[Path, str]] | None = None) -> Finding:
     """CLIP weights that open_clip would load without a download."""
     found = sorted({name for folder, pattern in folders or _teacher_caches() for name in _cached(folder, pattern)})
     if not found:
@@ -168,7 +169,7 @@ def check_cached_teachers(folders=None):
     return Finding(OK, f"CLIP weights cached on this machine: {', '.join(found)}.")
 
 
-def run_probes(probes=None):
+def run_probes(probes: Sequence[tuple[Callable[[], object], bool, str]] | None = None) -> tuple[list[str], list[str]]:
     """Run every probe of Detectron2.
 
     Args:
@@ -188,12 +189,12 @@ def run_probes(probes=None):
     return problems, notes
 
 
-def probe_modules():
+def probe_modules() -> None:
     for name in ("checkpoint", "config", "data", "engine", "evaluation", "layers", "modeling", "structures", "_C"):
         importlib.import_module(f"detectron2.{name}")
 
 
-def probe_operators():
+def probe_operators() -> None:
     import torch
     from detectron2.layers import ROIAlign, batched_nms
 
@@ -203,7 +204,7 @@ def probe_operators():
     assert ROIAlign((2, 2), 1.0, 0, aligned=True)(torch.ones(1, 3, 8, 8), rois).shape == (1, 3, 2, 2), "RoIAlign"
 
 
-def probe_images():
+def probe_images() -> None:
     import numpy as np
     from detectron2.data.transforms import ExtentTransform, ResizeTransform
     from detectron2.utils.visualizer import Visualizer
@@ -215,7 +216,7 @@ def probe_images():
     assert drawn.shape == image.shape and drawn.any(), "Visualizer drew nothing"
 
 
-def probe_numpy():
+def probe_numpy() -> None:
     from detectron2.data.build import print_instances_class_histogram
     from detectron2.structures.masks import polygons_to_bitmask
 
@@ -223,7 +224,7 @@ def probe_numpy():
     print_instances_class_histogram([{"annotations": [{"category_id": 0}]}], ["word"])
 
 
-def probe_scheduler(plain=False):
+def probe_scheduler(plain: bool = False) -> None:
     """The scheduler's state enters the checkpoint: Detectron2's own scheduler, or with ``plain`` one of torch."""
     import torch
     from detectron2.engine import hooks
@@ -238,7 +239,7 @@ def probe_scheduler(plain=False):
     assert hooks.LRScheduler(optimizer, scheduler).state_dict(), "empty state"
 
 
-def probe_launch():
+def probe_launch() -> None:
     """One gloo process group through Detectron2's own worker. With CUDA, NCCL is what it uses, and nothing is tried."""
     import torch
     import torch.distributed as dist
@@ -259,13 +260,13 @@ def probe_launch():
     assert seen == [1], f"local sizes {seen}"
 
 
-def probe_skip():
+def probe_skip() -> None:
     from detectron2.data import MapDataset
 
     assert MapDataset([0, 1], lambda number: number or None)[0] == 1, "another sample was expected"
 
 
-def probe_model_zoo():
+def probe_model_zoo() -> None:
     from detectron2 import model_zoo
 
     assert Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).is_file(), "Base-RCNN-FPN.yaml"
@@ -301,7 +302,7 @@ CHECKS = {
 }
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; return the exit code (0, or 4 when something is wrong)."""
     parser = argparse.ArgumentParser(prog="python -m ovdet2.doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--quiet", action="store_true", help="print only what is wrong")

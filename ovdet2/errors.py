@@ -7,6 +7,7 @@ body in :func:`exit_on_error`, so a user sees one plain sentence and a documente
 import contextlib
 import os
 import sys
+from collections.abc import Generator
 
 
 class OVDetError(Exception):
@@ -45,7 +46,7 @@ class NumericalError(OVDetError, FloatingPointError):
 
 
 @contextlib.contextmanager
-def exit_on_error():
+def exit_on_error() -> Generator[None, None, None]:
     """Turn an :class:`OVDetError` into its message on stderr and its exit code (a traceback with OVDET2_DEBUG=1)."""
     try:
         yield

@@ -1,7 +1,11 @@
 """Fixtures of several files."""
 
 import json
+import os
 import uuid
+
+# Before torch is imported. The runs of several test processes share the cores, and sums depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import open_clip
 import pytest

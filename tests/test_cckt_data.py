@@ -6,7 +6,6 @@ import pytest
 import torch
 from build_concept_priors import main as build_priors
 from detectron2.data import transforms as T
-from ovdet2.data.mapper import OpenVocabularyMapper
 from torch.nn import functional as F
 
 from ovdet2.caches.region_cache import RegionCache, Regions

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
@@ -361,61 +359,3 @@ class TestSetup:
 def test_settings_that_do_not_go_together(root, overrides, words):
     with pytest.raises(UsageError, match=words):
         train(root / "out", *overrides)
-
-
-# What torchrun sets for a group of one.
-TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": "0"}  # fmt: skip
-
-
-class TestLaunch:
-    def test_one_process_is_called_directly(self):
-        calls = []
-        launch(calls.append, 1, args=("here",))
-        assert calls == ["here"] and comm.get_world_size() == 1
-
-    @pytest.mark.parametrize("numbers", [(0, 1, 0), (1, 2, 2), (2, 0, 0)])
-    def test_impossible_numbers(self, numbers):
-        with pytest.raises(UsageError):
-            launch(print, *numbers, use_cuda=False)
-
-    def test_several_machines_need_an_address(self):
-        with pytest.raises(UsageError, match="tcp://"):
-            launch(print, 1, 2, 0, "auto", use_cuda=False)
-
-    def test_joins_a_torchrun_group(self, root, monkeypatch):
-        """The variables torchrun sets, for a group of one."""
-        for name, value in TORCHRUN.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
-        seen = []
-        launch(lambda: seen.append((torch.distributed.is_initialized(), comm.get_local_rank())), 8, use_cuda=False)
-        assert seen == [(True, 0)] and not torch.distributed.is_initialized()
-
-    def test_more_torchrun_processes_than_gpus(self, monkeypatch):
-        for name, value in (TORCHRUN | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}).items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        with pytest.raises(UsageError, match="GPU 1.*shows 1"):
-            launch(print, 1, use_cuda=True)
-
-    @pytest.mark.parametrize("failing, code, words", [
-        ("raise DataError('image 7 is damaged')", 3, "DataError: image 7 is damaged"),
-        ("sys.exit(1)", 1, ""),
-        ("raise KeyError('seven')", 1, "KeyError: 'seven'"),
-    ])  # fmt: skip
-    def test_error_under_torchrun_leaves_without_the_interpreter(self, failing, code, words):
-        """The destructors of a live process group may wait for the others, so nothing registered at exit is run."""
-        program = f"""
-import atexit, sys
-from ovdet2.engine import launch
-from ovdet2.errors import DataError
-def main():
-    {failing}
-atexit.register(print, "interpreter torn down")
-launch(main, 1, use_cuda=False)
-"""
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, env=os.environ | TORCHRUN,
-                              capture_output=True, text=True, timeout=120)  # fmt: skip
-        assert done.returncode == code and words in done.stderr and "torn down" not in done.stdout
-        assert ("Traceback" in done.stderr) == ("KeyError" in failing)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from ovdet2.data.samples import Sample
 from ovdet2.errors import CacheError, UsageError
+from ovdet2.methods.cckt.prior_words import PriorWords, WordOrder, ordered_words
 from ovdet2.methods.cckt.sample import AnnotatedWords
 from ovdet2.methods.cckt.semantic_priors import assign_words
-from ovdet2.methods.cckt.prior_words import PriorWords, WordOrder, ordered_words
 from tests.priors_cases import write
 
 NAMES = ("red mug", "car", "cat", "tree", "dog", "boat")

@@ -68,7 +68,7 @@ def print_contents(cache):
     computed = {tuple(shard.get(key) for key in ("device", "threads", "batch_size", "torch")) for shard in shards}
     print(
         "  computed on: "
-        + "; ".join("%s, %s threads, batches of %s, torch %s" % how for how in sorted(computed, key=str))
+        + "; ".join("{}, {} threads, batches of {}, torch {}".format(*how) for how in sorted(computed, key=str))
     )
     print(
         f"  regions per image: least {per_image.min()}, median {per_image.median()}, most {per_image.max()}; "

@@ -24,7 +24,7 @@ class Claims:
     wakes up. The work must therefore be written atomically and not depend on who does it.
     """
 
-    def __init__(self, folder, stale_seconds=STALE_SECONDS):
+    def __init__(self, folder: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
         """
         Args:
             folder: existing folder that all workers see.
@@ -36,20 +36,21 @@ class Claims:
         self._watched = {}  # name -> (what was seen of the claim, own time when it was first seen so)
         self._held = set()
         self._stop = threading.Event()
-        self._thread = None
+        self._thread: threading.Thread | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Claims":
         self._thread = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_):
         self._stop.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
         for name in sorted(self._held):
             self.release(name)
 
-    def take(self, name):
+    def take(self, name: str) -> bool:
         """Claim ``name``. Returns False where a living owner has it."""
         path = self._path(name)
         if self._create(path):
@@ -63,13 +64,13 @@ class Claims:
         self._held.add(name)
         return True
 
-    def release(self, name):
+    def release(self, name: str) -> None:
         """Give up a claim of ours; one that was taken over meanwhile is left to its new owner."""
         self._held.discard(name)
         if self._read(self._path(name)) == self._owner:
             self._path(name).unlink(missing_ok=True)
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Remove temporary files (see files.atomic_path) of long ago; call it when the work is done."""
         probe = self.folder / f".{self._owner['mark']}.probe"
         probe.touch()  # the time as the file system has it

@@ -5,8 +5,10 @@ Shapes: R boxes of an image. Boxes are XYXY in pixels of the original image.
 
 import bisect
 import pickle
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ class BoxFilters:
     nms: float | None = None
     top: int | None = None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, float | None]:
         """Plain dict for a manifest."""
         return asdict(self)
 
@@ -47,17 +49,17 @@ class FoundBoxes:
     scores: torch.Tensor
     ann_ids: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.boxes_xyxy)
 
-    def __getitem__(self, rows):
+    def __getitem__(self, rows: torch.Tensor | slice) -> "FoundBoxes":
         return FoundBoxes(self.boxes_xyxy[rows], self.scores[rows], self.ann_ids[rows])
 
 
 NO_BOXES = FoundBoxes(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
-def apply_filters(found, filters, height, width):
+def apply_filters(found: FoundBoxes, filters: BoxFilters, height: int, width: int) -> FoundBoxes:
     """Boxes clipped to the image, without those of which nothing is left or that a filter drops.
 
     The order is kept, except that ``nms`` and ``top`` leave the best first.
@@ -87,11 +89,11 @@ def apply_filters(found, filters, height, width):
 class AnnotationBoxes:
     """The annotated boxes of a record, by annotation id; crowds, which hold many objects, are left out."""
 
-    def recipe(self):
+    def recipe(self) -> dict[str, Any]:
         """What the manifest says of the source."""
         return {"source": "annotations"}
 
-    def __call__(self, record):
+    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record, scores 1.
 
         Raises:
@@ -112,7 +114,7 @@ class AnnotationBoxes:
 class FileBoxes:
     """Boxes found by somebody else: a COCO-results json, or a proposal file of Detectron2 (.pkl, arrays only)."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         """
         Args:
             path: ``.json``: list of {"image_id", "bbox" [x, y, w, h], "score"}; ``.pkl``: {"ids" (or "indexes"),
@@ -127,11 +129,11 @@ class FileBoxes:
             raise DataError(f"{path} is neither a COCO-results .json nor a proposal file .pkl of Detectron2.")
         self._image_ids, self._offsets, self._boxes, self._scores = read(self.path)
 
-    def recipe(self):
+    def recipe(self) -> dict[str, Any]:
         """What the manifest says of the source."""
         return {"source": "file", "file_sha256": sha256_file(self.path)}
 
-    def require_images(self, image_ids):
+    def require_images(self, image_ids: Iterable[int]) -> int:
         """How many of some images the file has boxes for.
 
         Raises:
@@ -145,7 +147,7 @@ class FileBoxes:
             )
         return count
 
-    def __call__(self, record):
+    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record; none for an image the file does not name."""
         place = bisect.bisect_left(self._image_ids, record["image_id"])
         if place == len(self._image_ids) or self._image_ids[place] != record["image_id"]:

@@ -16,8 +16,10 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -49,7 +51,7 @@ class Regions:
     ann_ids: torch.Tensor
     scores: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.boxes_xyxy)
 
 
@@ -61,11 +63,11 @@ class MappedRegions:
 
     __slots__ = ("_tensors", "_rows")
 
-    def __init__(self, tensors, rows):
+    def __init__(self, tensors: dict[str, torch.Tensor], rows: slice) -> None:
         self._tensors = tensors
         self._rows = rows
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self._rows.stop - self._rows.start
 
     boxes_xyxy = property(lambda self: self._tensors["boxes_xyxy"][self._rows])
@@ -74,12 +76,12 @@ class MappedRegions:
     scores = property(lambda self: self._tensors["scores"][self._rows])
 
 
-def shard_name(index):
+def shard_name(index: int) -> str:
     """File name of a shard."""
     return f"shard-{index:05d}.safetensors"
 
 
-def recipe_digest(recipe):
+def recipe_digest(recipe: dict[str, Any]) -> str:
     """Hash of what a cache is made of; every shard carries it."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
@@ -94,7 +96,7 @@ class RegionCache:
         missing: annotations asked for by :meth:`of_annotations` and not found, by this process.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         """
         Args:
             folder: of the cache.
@@ -130,7 +132,7 @@ class RegionCache:
         self._open = OrderedDict()
 
     @property
-    def teacher(self):
+    def teacher(self) -> Fingerprint:
         """:class:`Fingerprint` of the teacher."""
         return Fingerprint.from_dict(self.manifest["recipe"].get("teacher"), f"the region cache {self.folder}")
 
@@ -138,14 +140,14 @@ class RegionCache:
         """Images."""
         return self.manifest["images"]
 
-    def require_teacher(self, fingerprint, owner):
+    def require_teacher(self, fingerprint: Fingerprint, owner: str) -> None:
         """Raise CacheError, naming both, unless the embeddings are of the teacher ``owner`` (a text) has."""
         try:
             require_same_teacher(self.teacher, f"the region cache {self.folder}", fingerprint, owner)
         except DataError as error:
             raise CacheError(str(error)) from None
 
-    def require_dataset(self, name, json_file):
+    def require_dataset(self, name: str, json_file: str | Path) -> None:
         """Raise CacheError unless the cache was built from this very json."""
         recipe, found = self.manifest["recipe"], sha256_file(json_file)
         if recipe["dataset_sha256"] != found:
@@ -155,12 +157,12 @@ class RegionCache:
                 "(tools/build_region_cache.py --output another folder)."
             )
 
-    def image_ids(self):
+    def image_ids(self) -> Iterator[int]:
         """The ids of all images, ascending, shard by shard; a generator."""
         for index in range(len(self.manifest["shards"])):
             yield from self._shard(index).image_ids
 
-    def regions(self, image_id):
+    def regions(self, image_id: int) -> MappedRegions:
         """The :class:`MappedRegions` of an image.
 
         Raises:
@@ -175,7 +177,7 @@ class RegionCache:
             )
         return found
 
-    def of_annotations(self, image_id, ann_ids):
+    def of_annotations(self, image_id: int, ann_ids: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of annotated boxes, for losses on ground truth.
 
         Args:
@@ -220,7 +222,7 @@ class Shard:
         image_ids: list of ints, ascending.
     """
 
-    def __init__(self, path, digest, remedy=f"remove it and {_BUILD}"):
+    def __init__(self, path: str | Path, digest: str, remedy: str = f"remove it and {_BUILD}") -> None:
         """
         Args:
             path: of the file.
@@ -248,24 +250,24 @@ class Shard:
             )
         self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
 
-    def __len__(self):
+    def __len__(self) -> int:
         """Regions."""
         return self._offsets[-1]
 
-    def regions(self, image_id):
+    def regions(self, image_id: int) -> MappedRegions | None:
         """The :class:`MappedRegions` of an image; None without an entry for it."""
         row = self._rows.get(image_id)
         if row is None:
             return None
         return MappedRegions(self.tensors, slice(self._offsets[row], self._offsets[row + 1]))
 
-    def is_sound(self):
+    def is_sound(self) -> bool:
         """Whether header and tensors are, to the last bit, those that were written."""
         stated = {key: value for key, value in self.manifest.items() if key != "sha256"}
         return self.manifest.get("sha256") == shard_digest(self.tensors, stated)
 
 
-def shard_digest(tensors, manifest):
+def shard_digest(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
     """Hash of a shard's tensors and of what its header says of it."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
     for name in _TENSORS:
@@ -273,7 +275,7 @@ def shard_digest(tensors, manifest):
     return digest.hexdigest()
 
 
-def read_manifest(folder):
+def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of a cache, complete or not.
 
     Raises:

@@ -6,19 +6,37 @@ alone, so it does not matter which process writes it, or whether two do.
 
 import json
 import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ovdet2.caches.claims import Claims
-from ovdet2.caches.region_cache import MANIFEST, SCHEMA, Shard, read_manifest, recipe_digest, shard_digest, shard_name
+from ovdet2.caches.region_cache import (
+    MANIFEST,
+    SCHEMA,
+    Regions,
+    Shard,
+    read_manifest,
+    recipe_digest,
+    shard_digest,
+    shard_name,
+)
 from ovdet2.errors import CacheError
 from ovdet2.io.files import sha256_file, write_json, write_safetensors
 
 _POLL_SECONDS = 1.0
 
 
-def write_shard(folder, index, recipe, image_ids, regions, facts=None):
+def write_shard(
+    folder: str | Path,
+    index: int,
+    recipe: dict[str, Any],
+    image_ids: Sequence[int],
+    regions: Sequence[Regions],
+    facts: dict[str, Any] | None = None,
+) -> None:
     """Write one shard atomically.
 
     Args:
@@ -55,7 +73,9 @@ def write_shard(folder, index, recipe, image_ids, regions, facts=None):
 class CacheWriter:
     """The bookkeeping of building a cache: which shards are there, which are to do, and the manifest."""
 
-    def __init__(self, folder, recipe, image_ids, images_per_shard, command):
+    def __init__(
+        self, folder: str | Path, recipe: dict[str, Any], image_ids: Iterable[int], images_per_shard: int, command: str
+    ) -> None:
         """Begin or go on with a cache. Nothing of a complete one changes before a shard is found damaged.
 
         Args:
@@ -80,13 +100,18 @@ class CacheWriter:
         if complete is None:
             self._write_manifest(None)
 
-    def missing(self):
+    def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not whole by their size and header; cheap."""
         complete = self._found_complete()
         sizes = {s["file"]: s["bytes"] for s in complete["shards"]} if complete else {}
         return [index for index in range(len(self.shards)) if not self._is_there(index, sizes)]
 
-    def remove_damaged(self, only=None, renew=lambda shard: False, progress=iter):
+    def remove_damaged(
+        self,
+        only: Collection[int] | None = None,
+        renew: Callable[[dict[str, Any]], bool] = lambda shard: False,
+        progress: Callable[[list[int]], Iterable[int]] = iter,
+    ) -> list[int]:
         """Read every byte of the shards that are there and remove those that are not as they were written.
 
         Args:
@@ -117,7 +142,7 @@ class CacheWriter:
                     claims.release(_claim(index))
         return removed
 
-    def claimed(self, start=0, only=None):
+    def claimed(self, start: int = 0, only: Collection[int] | None = None) -> Iterator[int]:
         """The shards this process is to write, each claimed while it is being written; waits for those of others.
 
         A generator, to be run through: it ends when every shard it is concerned with is there, whoever wrote it.
@@ -146,7 +171,7 @@ class CacheWriter:
                     time.sleep(_POLL_SECONDS)
             claims.sweep()
 
-    def write(self, index, regions, facts=None):
+    def write(self, index: int, regions: Sequence[Regions], facts: dict[str, Any] | None = None) -> None:
         """Write a shard, unless somebody else has done so meanwhile.
 
         Args:
@@ -158,7 +183,7 @@ class CacheWriter:
         if not self._is_there(index):
             write_shard(self.folder, index, self.recipe, self.shards[index], regions, facts)
 
-    def finish(self, progress=iter):
+    def finish(self, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict[str, Any] | None:
         """Describe every shard in the manifest and mark the cache complete; of several processes one does it.
 
         Returns:

@@ -3,16 +3,19 @@
 Shapes: R regions, F crops of each, S side of the teacher's input, D embedding dimension.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ovdet2.caches.region_boxes import NO_BOXES, apply_filters
+from ovdet2.caches.region_boxes import NO_BOXES, BoxFilters, FoundBoxes, apply_filters
 from ovdet2.caches.region_cache import Regions
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.io.images import read_image, require_annotated_size
 from ovdet2.vlm.crops import boxes_to_cut, combine_crops, crop_regions
+from ovdet2.vlm.teacher import Teacher
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,7 +37,7 @@ class CropRecipe:
     batch_size: int = 256
 
     @property
-    def regions_per_batch(self):
+    def regions_per_batch(self) -> int:
         """Regions whose crops fill a batch, at least 1."""
         return max(1, self.batch_size // len(self.factors))
 
@@ -46,7 +49,14 @@ class ShardEmbedder:
     at S x S x 3 bytes each with the teacher's activations for it, and the float16 embeddings of the shard, twice.
     """
 
-    def __init__(self, teacher, boxes, filters, crops, workers=0):
+    def __init__(
+        self,
+        teacher: Teacher,
+        boxes: Callable[..., FoundBoxes],
+        filters: BoxFilters,
+        crops: CropRecipe,
+        workers: int = 0,
+    ) -> None:
         """
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`, on its device.
@@ -62,7 +72,7 @@ class ShardEmbedder:
         self.crops = crops
         self.workers = workers
 
-    def facts(self):
+    def facts(self) -> dict[str, int | str]:
         """How the values came about beyond the recipe, for the manifest: they may differ in their last digits."""
         device = self.teacher.mean.device
         return {
@@ -72,7 +82,9 @@ class ShardEmbedder:
             "torch": torch.__version__,
         }
 
-    def embed(self, records, on_image=lambda: None):
+    def embed(
+        self, records: Sequence[dict[str, Any]], on_image: Callable[[], object] = lambda: None
+    ) -> tuple[list[Regions], dict[int, str]]:
         """The regions of some images.
 
         Batches are filled across images and never beyond the records given, so that the result depends on these alone.

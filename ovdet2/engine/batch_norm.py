@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
-def average_batch_norm(model):
+def average_batch_norm(model: torch.nn.Module) -> None:
     """Set every running mean and variance to its mean over the processes; in a single process, do nothing.
 
     Each process follows the images it sees, so without this the processes would evaluate different models, and a
@@ -21,7 +21,7 @@ def average_batch_norm(model):
     if comm.get_world_size() == 1:
         return
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.running_mean is not None]
-    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var)]
+    buffers = [buffer for layer in layers for buffer in (layer.running_mean, layer.running_var) if buffer is not None]
     if not buffers:
         return
     flat = torch.cat([buffer.double().flatten() for buffer in buffers])

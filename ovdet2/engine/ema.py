@@ -1,5 +1,7 @@
 """A moving average of the weights, which is what is evaluated and published when SOLVER.EMA.ENABLED is set."""
 
+from typing import Any
+
 import torch
 from detectron2.engine import HookBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -16,7 +18,7 @@ class WeightAverage:
     (:meth:`state_dict`): whoever opens the file gets the weights that were evaluated.
     """
 
-    def __init__(self, trained, decay):
+    def __init__(self, trained: torch.nn.Module, decay: float) -> None:
         """
         Args:
             trained: module, without a DistributedDataParallel wrapper.
@@ -31,18 +33,18 @@ class WeightAverage:
         self._average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.model = self._average.module.requires_grad_(False)
 
-    def update(self):
+    def update(self) -> None:
         """Take in the weights of a finished step; the first ones are taken as they are."""
         self._average.update_parameters(self._trained)
 
     @torch.no_grad()
-    def follow_buffers(self):
+    def follow_buffers(self) -> None:
         """Take the trained model's buffers, after a change outside of a step."""
         for mine, theirs in zip(self.model.buffers(), self._trained.buffers(), strict=True):
             mine.copy_(theirs)
 
     @torch.no_grad()
-    def start_training_from_average(self):
+    def start_training_from_average(self) -> None:
         """Copy weights and buffers that were loaded into the average into the trained model."""
         for source, target in zip(
             (*self.model.parameters(), *self.model.buffers()),
@@ -51,12 +53,12 @@ class WeightAverage:
         ):
             target.copy_(source)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Beside the average itself: the trained parameters, and the number of updates."""
         parameters = {name: parameter.detach() for name, parameter in self._trained.named_parameters()}
         return {"parameters": parameters, "updates": int(self._average.n_averaged)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`, after the average was loaded."""
         self.start_training_from_average()
         restore_trained(self._trained, state)
@@ -64,7 +66,7 @@ class WeightAverage:
 
 
 @torch.no_grad()
-def restore_trained(model, state):
+def restore_trained(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Give a model the trained parameters of :meth:`WeightAverage.state_dict`, for one that was given the average.
 
     Raises:
@@ -84,8 +86,8 @@ def restore_trained(model, state):
 class AverageHook(HookBase):
     """Updates a :class:`WeightAverage` after each step."""
 
-    def __init__(self, average):
+    def __init__(self, average: WeightAverage) -> None:
         self.average = average
 
-    def after_step(self):
+    def after_step(self) -> None:
         self.average.update()

@@ -1,123 +1,236 @@
-"""Starting the processes of a run: one or several, on CPU (gloo) or CUDA (NCCL), ours or torchrun's."""
+"""Start the processes of a run, on CPU (gloo) or CUDA (NCCL), by torch's elastic launcher or under torchrun."""
 
+import atexit
+import contextlib
+import json
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
+from collections.abc import Callable, Generator
+from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ovdet2 import errors
-from ovdet2.io.files import read_json, write_json
 
 _TIMEOUT = timedelta(minutes=30)
+_MONITOR_INTERVAL = 0.05  # seconds between two looks at the processes
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
-def launch(main, processes_per_machine, machines=1, machine_rank=0, dist_url="auto", args=(), use_cuda=None):
+def launch(
+    main: Callable[..., object],
+    processes_per_machine: int,
+    machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple = (),
+    use_cuda: bool | None = None,
+) -> None:
     """Run ``main(*args)`` in every process of a group, and end all of them when one fails.
 
     Under torchrun (RANK and WORLD_SIZE in the environment) this process joins that group and the other arguments are
-    ignored. With one process in all, ``main`` is simply called.
+    ignored. With one process in all, ``main`` is simply called. Otherwise torch's elastic launcher starts the
+    processes, without restarts.
 
     Args:
         main: function at module level, since the processes are spawned.
         processes_per_machine: at least 1; on CUDA at most the number of GPUs.
         machines, machine_rank: how many machines run this command, and which of them this is.
-        dist_url: "tcp://host:port" of machine 0, the same on all; "auto" on a single machine.
+        dist_url: "tcp://host:port" of machine 0, the same on all; "auto" on a single machine. Machines wait up to 30
+            minutes for each other.
         args: tuple handed to ``main``.
         use_cuda: NCCL and one GPU per process, or gloo on the CPU; None: CUDA if there is one.
 
     Raises:
-        OVDetError: the first one a process raised, with its message and exit code. Under torchrun the process prints
-            the message and ends with the code, without returning here.
+        OVDetError: the first one that a process of this machine raised, with its message and exit code. Under torchrun
+            the process prints the message and ends with the code, without returning here.
+        ChildFailedError: another exception in a process, with its traceback.
         UsageError: the numbers do not fit together, or torchrun started more processes than there are GPUs.
-        SetupError: a process was killed by a signal.
+        SetupError: a process was killed by a signal, or the machines cannot reach each other.
+        SystemExit: a process ended itself with a code other than 0, or this process received SIGTERM, SIGHUP or
+            SIGQUIT (128 + its number).
+        KeyboardInterrupt: this process received SIGINT. Like any other failure it ends all processes of the machine.
     """
     use_cuda = torch.cuda.is_available() if use_cuda is None else use_cuda
     if torchrun_rank():
-        return _run_under_torchrun(main, args, use_cuda)
+        _check_torchrun(use_cuda)
+        _run_in_group(main, args, use_cuda)
+        return
     _check(processes_per_machine, machines, machine_rank, dist_url, use_cuda)
     if processes_per_machine * machines == 1:
         main(*args)
         return
-    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
-        if dist_url == "auto":
-            # A file needs no free port, which another process could take between looking and using.
-            dist_url = f"file://{folder}/rendezvous"
-        group = dist_url, processes_per_machine, machines, machine_rank, use_cuda
-        context = mp.spawn(
-            _spawned, args=(main, args, group, folder), nprocs=processes_per_machine, join=False, daemon=False
-        )
-        _wait(context, folder)
+    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder, _agent_surroundings():
+        config = _launch_config(processes_per_machine, machines, machine_rank, dist_url, folder)
+        if machines > 1 and threading.current_thread() is threading.main_thread():
+            # Waiting for the other machines happens inside torch, where Python's Ctrl-C is not handled. No process is
+            # started yet; when they start, torch installs its own handler.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            elastic_launch(config, _spawned)(main, tuple(args), use_cuda)
+        except ChildFailedError as failed:
+            _raise_first_error(failed, folder)
+        except SignalException as stopped:
+            if stopped.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise SystemExit(128 + stopped.sigval) from None
+        except (dist.DistError, RendezvousError, OSError) as error:
+            raise _unreachable(config.rdzv_endpoint, error) from error
 
 
-def torchrun_rank():
+def torchrun_rank() -> tuple[int, int] | None:
     """(rank, number of processes) if torchrun started this process, else None."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return None
 
 
-def _check(processes, machines, machine_rank, dist_url, use_cuda):
+def _check(processes: int, machines: int, machine_rank: int, dist_url: str, use_cuda: bool) -> None:
     if processes < 1 or machines < 1 or not 0 <= machine_rank < machines:
         raise errors.UsageError(
             f"{processes} processes on {machines} machines, this one being number {machine_rank}: give at least one of "
             "each and a machine rank from 0 on."
         )
-    if machines > 1 and not dist_url.startswith("tcp://"):
-        raise errors.UsageError(f"--dist-url is {dist_url!r}: with several machines give tcp://<machine 0>:<port>.")
+    if not (_is_address(dist_url) or (machines == 1 and dist_url == "auto")):
+        raise errors.UsageError(
+            f"--dist-url is {dist_url!r}: give tcp://<machine 0>:<port>, or auto on a single machine."
+        )
     if use_cuda and processes > torch.cuda.device_count():
         raise errors.UsageError(
             f"{processes} processes need as many GPUs, this machine has {torch.cuda.device_count()}: lower --num-gpus."
         )
 
 
-def _run_under_torchrun(main, args, use_cuda):
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def _is_address(dist_url: str) -> bool:
+    """Whether it is tcp:// with a host and a port."""
+    try:
+        parts = urlsplit(dist_url)
+        return parts.scheme == "tcp" and bool(parts.hostname and parts.port)
+    except ValueError:  # the port is not a number
+        return False
+
+
+def _check_torchrun(use_cuda: bool) -> None:
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda and local_rank >= torch.cuda.device_count():
         raise errors.UsageError(
             f"torchrun started a process for GPU {local_rank}, counted from 0, and this machine shows "
             f"{torch.cuda.device_count()}: lower --nproc-per-node."
         )
-    _join_group("env://", None, None, local_rank, local_size, use_cuda)
+
+
+def _launch_config(processes: int, machines: int, machine_rank: int, dist_url: str, folder: str) -> LaunchConfig:
+    """The launcher's settings; each process writes its error to a json below ``folder``.
+
+    On one machine the rendezvous (c10d) takes a free port. Given an address, it is static: machine 0 listens there, and
+    ranks follow the machines' numbers.
+    """
+    meeting: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "local_addr": "127.0.0.1"}
+    if dist_url != "auto":
+        meeting = {"rdzv_backend": "static", "rdzv_endpoint": dist_url.removeprefix("tcp://")}
+        meeting["rdzv_configs"] = {"rank": machine_rank, "timeout": int(_TIMEOUT.total_seconds())}
+    if "signals_to_handle" in {field.name for field in fields(LaunchConfig)}:  # torch from 2.8 on
+        # An ignored signal stays ignored: nohup sets SIGHUP so, and a shell SIGINT of background commands.
+        handled = [each.name for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+        meeting["signals_to_handle"] = ",".join(handled)
+    return LaunchConfig(
+        min_nodes=machines,
+        max_nodes=machines,
+        nproc_per_node=processes,
+        run_id="ovdet2",
+        max_restarts=0,
+        monitor_interval=_MONITOR_INTERVAL,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+        **meeting,
+    )
+
+
+@contextlib.contextmanager
+def _agent_surroundings() -> Generator[None, None, None]:
+    """Silence torch's elastic launcher, and restore the signal handlers that it replaces.
+
+    It logs every failure with its own traceback, before the error that :func:`launch` raises.
+    """
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    loggers = [logging.getLogger(name) for name in ("torchelastic-events-null", *names)]
+    disabled = [logger.disabled for logger in loggers]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handlers = {each: signal.getsignal(each) for each in _SIGNALS if in_main_thread}
+    for logger in loggers:
+        logger.disabled = True
     try:
-        with errors.exit_on_error():
-            main(*args)
-    except SystemExit as ended:
-        _leave(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
-    except Exception:
-        traceback.print_exc()
-        _leave(1)
-    dist.destroy_process_group()
+        yield
+    finally:
+        for logger, before in zip(loggers, disabled):
+            logger.disabled = before
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
 
 
-def _spawned(local_rank, main, args, group, folder):
-    """Body of one spawned process. An OVDetError leaves its message in ``folder`` and its code as exit status."""
-    dist_url, processes, machines, machine_rank, use_cuda = group
+def _spawned(main: Callable[..., object], args: tuple, use_cuda: bool) -> None:
+    """Body of a process that :func:`launch` started."""
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    _run_in_group(main, args, use_cuda, spawned=True)
+    atexit.register(_leave, 0)
+
+
+def _run_in_group(main: Callable[..., object], args: tuple, use_cuda: bool, spawned: bool = False) -> None:
+    """Join the group that the environment describes and run ``main``; a process that fails does not return."""
+    code = 0
     try:
-        _join_group(
-            dist_url, machine_rank * processes + local_rank, machines * processes, local_rank, processes, use_cuda
-        )
+        _join_group(use_cuda)
         main(*args)
-    except errors.OVDetError as error:
-        kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
-        write_json(Path(folder) / f"error{local_rank}.json", {"kind": kind.__name__, "message": str(error)})
-        _leave(error.exit_code)
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception as error:
+        code = _report(error, spawned)
+    if code:
+        _leave(code)
     dist.destroy_process_group()
-    _leave(0)
 
 
-def _leave(code):
+def _report(error: Exception, spawned: bool) -> int:
+    """Record the error in torch's file, print what the parent will not, and return the exit code."""
+    readable = isinstance(error, errors.OVDetError)
+    if readable:
+        # The parent knows the kinds of errors.py; a subclass elsewhere is reported as its nearest kind.
+        kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
+        get_error_handler().record_exception(kind(str(error)))
+    else:
+        get_error_handler().record_exception(error)
+    if not readable or os.environ.get("OVDET2_DEBUG"):
+        traceback.print_exc()
+    elif not spawned:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    if spawned and not readable:
+        # Often the echo of another process's end, whose closed connection was seen: the parent must see that end first.
+        time.sleep(4 * _MONITOR_INTERVAL)
+    return error.exit_code if readable else 1
+
+
+def _leave(code: int) -> NoReturn:
     """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes, and
     on a busy machine gloo's threads were seen to abort a process that had done its work."""
     logging.shutdown()
@@ -128,17 +241,16 @@ def _leave(code):
     os._exit(code)
 
 
-def _join_group(url, rank, world_size, local_rank, local_size, use_cuda):
+def _join_group(use_cuda: bool) -> None:
     """Initialise torch's process group and Detectron2's group of the processes on this machine."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if use_cuda:
         torch.cuda.set_device(local_rank)
-    ranks = {} if rank is None else {"rank": rank, "world_size": world_size}
     try:
-        dist.init_process_group("nccl" if use_cuda else "gloo", init_method=url, timeout=_TIMEOUT, **ranks)
+        dist.init_process_group("nccl" if use_cuda else "gloo", init_method="env://", timeout=_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
-        raise errors.SetupError(
-            f"the processes cannot reach each other at {url} ({error}): check --dist-url and that the port is free."
-        ) from error
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise _unreachable(address, error) from error
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(local_size)
     else:
@@ -151,32 +263,29 @@ def _join_group(url, rank, world_size, local_rank, local_size, use_cuda):
     comm.synchronize()
 
 
-def _wait(context, folder):
-    """Join the spawned processes; torch terminates the others when one fails."""
-    try:
-        while not context.join():
-            pass
-    except mp.ProcessRaisedException:
-        # Often the echo of another process's error: its peers see the connection close.
-        _raise_reported(folder)
-        raise
-    except mp.ProcessExitedException as error:
-        _raise_reported(folder)
-        if error.exit_code > 0:
-            raise SystemExit(error.exit_code) from None
-        name = signal.Signals(-error.exit_code).name
+def _unreachable(address: str, error: Exception) -> errors.SetupError:
+    return errors.SetupError(
+        f"the processes cannot reach each other at {address} ({error}): check --dist-url and that the port is free."
+    )
+
+
+def _raise_first_error(failed: ChildFailedError, folder: str) -> NoReturn:
+    """Raise what ended the run: the first OVDetError recorded, else the signal or exit code of the failed process."""
+    records = sorted(Path(folder).rglob("error.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in records:
+        try:
+            kind, _, message = json.loads(path.read_text())["message"]["message"].partition(": ")
+        except ValueError:  # its process was terminated while writing
+            continue
+        error = getattr(errors, kind, None)
+        if error is not None:
+            raise error(message) from None
+    _, failure = failed.get_first_failure()
+    if failure.exitcode < 0:
         raise errors.SetupError(
-            f"process {error.error_index} was killed by {name}; SIGKILL mostly means that memory ran out: "
-            "lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or the number of processes."
+            f"process {failure.local_rank} was killed by {failure.signal_name()}; SIGKILL mostly means that memory ran "
+            "out: lower SOLVER.IMS_PER_BATCH, DATALOADER.NUM_WORKERS or the number of processes."
         ) from None
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.terminate()
-                process.join()
-
-
-def _raise_reported(folder):
-    for path in sorted(Path(folder).glob("error*.json")):
-        report = read_json(path)
-        raise getattr(errors, report["kind"])(report["message"])
+    if not Path(failure.error_file).is_file():
+        raise SystemExit(failure.exitcode) from None
+    raise failed

@@ -1,8 +1,11 @@
 """From SOLVER.*: the optimizer and its parameter groups, clipping, mixed precision."""
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping, reduce_param_groups
 
 from ovdet2.errors import UsageError
@@ -10,7 +13,7 @@ from ovdet2.errors import UsageError
 _AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build_optimizer(cfg, model):
+def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
     """SGD or AdamW (SOLVER.OPTIMIZER) with Detectron2's parameter groups and its clipping per parameter, the learning
     rates multiplied by SOLVER.LR_FACTORS.
 
@@ -28,7 +31,7 @@ def build_optimizer(cfg, model):
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
     groups = scale_learning_rates(groups, model, solver.LR_FACTORS)
-    optimizer = torch.optim.SGD if solver.OPTIMIZER == "SGD" else torch.optim.AdamW
+    optimizer: Any = torch.optim.SGD if solver.OPTIMIZER == "SGD" else torch.optim.AdamW
     if full_model_norm(cfg) is None:  # else done by CheckedStep, which computes the norm anyway
         optimizer = maybe_add_gradient_clipping(cfg, optimizer)
     shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
@@ -37,7 +40,9 @@ def build_optimizer(cfg, model):
     return optimizer(groups, fused=True, **shared)
 
 
-def scale_learning_rates(groups, model, factors):
+def scale_learning_rates(
+    groups: list[dict[str, Any]], model: torch.nn.Module, factors: Sequence[tuple[str, float]]
+) -> list[dict[str, Any]]:
     """Multiply learning rates by parameter name.
 
     Args:
@@ -81,7 +86,7 @@ def scale_learning_rates(groups, model, factors):
     )
 
 
-def full_model_norm(cfg):
+def full_model_norm(cfg: CfgNode) -> float | None:
     """The L2 norm over all gradients to clip to, which DETR-like recipes need beside Detectron2's CLIP_TYPE "value" and
     "norm"; None: not asked for.
 
@@ -97,7 +102,7 @@ def full_model_norm(cfg):
     return clipping.CLIP_VALUE if clipping.ENABLED and clipping.CLIP_TYPE == "full_model" else None
 
 
-def mixed_precision(cfg):
+def mixed_precision(cfg: CfgNode) -> tuple[torch.dtype | None, torch.amp.GradScaler | None]:
     """The type of the forward pass and the scaler of its gradients: (torch.dtype or None, GradScaler or None).
 
     bfloat16 has the range of float32 and needs no scaler.

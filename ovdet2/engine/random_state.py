@@ -2,12 +2,14 @@
 
 import contextlib
 import random
+from collections.abc import Generator
+from typing import Any
 
 import numpy as np
 import torch
 
 
-def random_state():
+def random_state() -> dict[str, Any]:
     """The states of python's, numpy's, torch's and the CUDA generators: a dict of tensors, numbers and tuples."""
     name, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -18,7 +20,7 @@ def random_state():
     }
 
 
-def set_random_state(state):
+def set_random_state(state: dict[str, Any]) -> None:
     """Restore what :func:`random_state` returned."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
@@ -29,7 +31,7 @@ def set_random_state(state):
 
 
 @contextlib.contextmanager
-def preserved_random_state():
+def preserved_random_state() -> Generator[None, None, None]:
     """What runs inside may draw random numbers without changing those drawn afterwards."""
     state = random_state()
     try:

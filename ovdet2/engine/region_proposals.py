@@ -3,10 +3,14 @@
 Shapes: R proposals of an image, in pixels of the original image.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 
-from ovdet2.caches.region_boxes import FoundBoxes
+from ovdet2.caches.region_boxes import BoxFilters, FoundBoxes
 from ovdet2.data.datasets import split_of
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.trainer import Trainer
@@ -15,7 +19,7 @@ from ovdet2.vlm.teacher import state_dict_sha256
 from ovdet2.vocabulary.templates import clean_name
 
 
-def proposing_config(cfg, filters):
+def proposing_config(cfg: CfgNode, filters: BoxFilters) -> CfgNode:
     """The configuration of a detector as it was trained, with as many proposals as the filters may keep.
 
     Args:
@@ -39,7 +43,7 @@ def proposing_config(cfg, filters):
 class ProposalBoxes:
     """The best proposals of a detector's RPN; scores are objectness probabilities."""
 
-    def __init__(self, cfg, model):
+    def __init__(self, cfg: CfgNode, model: torch.nn.Module) -> None:
         """
         Args:
             cfg: of :func:`proposing_config`.
@@ -51,7 +55,7 @@ class ProposalBoxes:
         self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
-    def load(cls, cfg, dataset):
+    def load(cls, cfg: CfgNode, dataset: str) -> "ProposalBoxes":
         """The trained detector of a configuration; the words it was trained with may be of any teacher.
 
         Raises:
@@ -76,7 +80,7 @@ class ProposalBoxes:
             )
         return cls(cfg, model)
 
-    def recipe(self):
+    def recipe(self) -> dict[str, Any]:
         """What the manifest says of the source."""
         cfg = self.cfg
         rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
@@ -93,7 +97,7 @@ class ProposalBoxes:
             "all_levels": rpn.POST_NMS_TOPK_TEST,
         }
 
-    def prepare(self, rgb):
+    def prepare(self, rgb: np.ndarray) -> torch.Tensor:
         """The network input of an image, where the image is decoded: array [H, W, 3] RGB -> Tensor [3, h, w] uint8."""
         resized = self._resize.get_transform(rgb).apply_image(rgb)
         image = torch.from_numpy(resized.copy()).permute(2, 0, 1)

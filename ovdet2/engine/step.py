@@ -2,6 +2,8 @@
 
 import contextlib
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,15 @@ class CheckedStep:
     leave the other processes waiting. Here the processes agree after every forward pass.
     """
 
-    def __init__(self, model, data_loader, optimizer, scaler=None, max_norm=None, amp_dtype=None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data_loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        max_norm: float | None = None,
+        amp_dtype: torch.dtype | None = None,
+    ) -> None:
         """
         Args:
             model: module returning a dict of scalar losses (or one scalar) from a batch.
@@ -38,7 +48,7 @@ class CheckedStep:
         self.iter = 0
         self._batches = None
 
-    def run_step(self):
+    def run_step(self) -> None:
         """Do iteration ``self.iter``.
 
         Raises:
@@ -80,7 +90,7 @@ class CheckedStep:
                 self._stop("the float16 gradients are not finite, not even with a loss scale of 1,", batch, losses)
         return losses
 
-    def close(self):
+    def close(self) -> None:
         """Let go of the batches and of the processes that load them."""
         self._batches = None
 
@@ -109,7 +119,7 @@ class CheckedStep:
     def _clip(self):
         """Clip if asked; returns the norm over all gradients before it."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return norm

@@ -7,17 +7,29 @@ Shapes: G ground-truth objects, R detections. Boxes are XYXY in pixels of the or
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from faster_coco_eval import COCOeval_faster
 from faster_coco_eval import mask as mask_api
 from tqdm import tqdm
 
+from ovdet2.evaluation.columns import Detections, Truth
+from ovdet2.evaluation.federation import Federation
+
 _CATEGORY = 1  # the one class of an evaluation, as the engine sees it
 _AREAS = ("", "s", "m", "l")  # the engine's area ranges: all, up to 32², up to 96², larger, in square pixels
 
 
-def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,), federation=None, crowds=True):
+def evaluate_classes(
+    truth: Truth,
+    detections: Detections,
+    category_ids: Sequence[int],
+    task: str = "bbox",
+    limits: Sequence[int] = (100,),
+    federation: Federation | None = None,
+    crowds: bool = True,
+) -> dict[int, dict[str, float]]:
     """Figures of each class over all images.
 
     Args:
@@ -57,7 +69,7 @@ def evaluate_classes(truth, detections, category_ids, task="bbox", limits=(100,)
     return figures
 
 
-def mean_of(values):
+def mean_of(values: Iterable[float]) -> float:
     """Mean of the values that are not nan; nan when there is none."""
     values = [value for value in values if not math.isnan(value)]
     return math.fsum(values) / len(values) if values else math.nan

@@ -3,9 +3,13 @@
 Shapes: G ground-truth boxes, R detections. Boxes are XYXY in pixels of the original image.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from ovdet2.data.datasets.coco_json import Split
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Truth:
     segmentations: list | None = None
 
     @classmethod
-    def of(cls, records, split, masks=False):
+    def of(cls, records: Sequence[dict[str, Any]], split: Split, masks: bool = False) -> "Truth":
         """From Detectron2 records.
 
         Args:

@@ -8,10 +8,13 @@ Shapes: R detections, G ground-truth boxes, K classes of the split.
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
-from ovdet2.evaluation.matching import LEFT_OUT, OUTCOMES, TRUE
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.evaluation.columns import Detections, Truth
+from ovdet2.evaluation.matching import LEFT_OUT, OUTCOMES, TRUE, Matches
 
 RECALLS = np.linspace(0, 1, 101)
 SUBSETS = ("novel", "base", "all")
@@ -19,7 +22,7 @@ ERROR_KINDS = ("classification", "localisation", "both", "duplicate", "backgroun
 OTHER = "other"  # subset of a detected category that the split does not have, such as a distractor
 
 
-def analyse(truth, detections, split, matches, pairs=20):
+def analyse(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
     """Everything the report says about errors.
 
     Args:
@@ -41,7 +44,7 @@ def analyse(truth, detections, split, matches, pairs=20):
     }
 
 
-def error_split(truth, detections, split, matches):
+def error_split(truth: Truth, detections: Detections, split: Split, matches: Matches) -> dict[str, Any]:
     """How many errors there are of each kind, and how much AP50 rises when one kind alone is repaired.
 
     Repairing (the oracles of TIDE): of the classification errors on one box that nothing has found, and of the
@@ -71,7 +74,9 @@ def error_split(truth, detections, split, matches):
     }
 
 
-def precision_recall(truth, detections, split, matches):
+def precision_recall(
+    truth: Truth, detections: Detections, split: Split, matches: Matches
+) -> dict[str, list[float] | None]:
     """Precision at the 101 recalls 0, 0.01, ..., 1 at IoU 0.5, of COCO: the best at that recall or a larger one.
 
     Returns:
@@ -85,7 +90,7 @@ def precision_recall(truth, detections, split, matches):
     }
 
 
-def confusion(truth, detections, split, matches, pairs=20):
+def confusion(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
     """What the detector calls each ground-truth box: the word of the best-scoring detection on it, whatever its class.
 
     A detection is on a box when their IoU is at least 0.5 and it has not found another box of its own class. In a
@@ -126,7 +131,7 @@ def confusion(truth, detections, split, matches, pairs=20):
     }
 
 
-def image_quality(truth, detections, matches):
+def image_quality(truth: Truth, detections: Detections, matches: Matches) -> dict[int, tuple[float, int]]:
     """How good the detections of each image are, without a score threshold.
 
     Of an image with n boxes (crowds apart) the n best-scoring detections that count are taken: the share of them that
@@ -145,7 +150,7 @@ def image_quality(truth, detections, matches):
     return {image_id: (float(true.get(image_id, none)[:n].sum()) / n, n) for image_id, n in sorted(boxes.items())}
 
 
-def telling_images(quality, count):
+def telling_images(quality: dict[int, tuple[float, int]], count: int) -> tuple[list[int], list[int]]:
     """The ids of the worst and of the best images.
 
     Args:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import split_of
 from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation.coco_ap import evaluate_classes
@@ -33,7 +34,7 @@ class Evaluation:
     report: dict
 
 
-def load_evaluation(folder, dataset_name):
+def load_evaluation(folder: str | Path, dataset_name: str) -> Evaluation:
     """Read what :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate` left in a folder.
 
     Args:
@@ -61,7 +62,7 @@ def load_evaluation(folder, dataset_name):
     return Evaluation(truth, read_predictions(folder / MERGED).detections, report)
 
 
-def load_truth(dataset_name):
+def load_truth(dataset_name: str) -> tuple[Truth, Split]:
     """(:class:`~ovdet2.evaluation.columns.Truth`, :class:`~ovdet2.data.datasets.coco_json.Split`) of a data set.
 
     Raises:
@@ -75,7 +76,9 @@ def load_truth(dataset_name):
     return Truth.of(records, split, masks=MetadataCatalog.get(dataset_name).ov_masks), split
 
 
-def measure(truth, detections, split, metric, limit):
+def measure(
+    truth: Truth, detections: Detections, split: Split, metric: str, limit: int
+) -> dict[str, dict[int, dict[str, float]]]:
     """Figures of each class, for boxes and, where both sides have them, for masks.
 
     Args:
@@ -94,7 +97,7 @@ def measure(truth, detections, split, metric, limit):
     return {task: evaluate_classes(truth, detections, ids, task, (limit,), federation, crowds) for task in tasks}
 
 
-def objects_per_class(truth, split):
+def objects_per_class(truth: Truth, split: Split) -> dict[int, int]:
     """{category id: annotations that are not crowd}."""
     ids, counts = np.unique(truth.category_ids[~truth.crowd], return_counts=True)
     return dict.fromkeys(split.category_ids, 0) | dict(zip(ids.tolist(), counts.tolist()))

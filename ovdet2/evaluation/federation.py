@@ -5,6 +5,7 @@ verified to be absent, and where its annotation is not exhaustive a detection th
 """
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ class Federation:
             "not_exhaustive_category_ids", dataset category ids.
     """
 
-    def __init__(self, images):
+    def __init__(self, images: dict[int, dict[str, Any]]) -> None:
         self._negative, self._not_exhaustive = defaultdict(list), defaultdict(list)
         for image_id, record in images.items():
             for category_id in record["neg_category_ids"]:
@@ -25,7 +26,7 @@ class Federation:
             for category_id in record["not_exhaustive_category_ids"]:
                 self._not_exhaustive[category_id].append(image_id)
 
-    def images_of(self, category_id, annotated):
+    def images_of(self, category_id: int, annotated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The images that matter to a class.
 
         Args:

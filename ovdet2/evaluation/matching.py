@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ovdet2.errors import DataError
+from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.proposal_recall import pairwise_iou
 
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
@@ -42,7 +43,7 @@ class Matches:
     said: np.ndarray
 
 
-def match(truth, detections, crowds=True):
+def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
     """Explain all detections of a data set.
 
     By falling score each detection takes the free box of its class that it overlaps most, if the IoU reaches 0.5. One

@@ -6,7 +6,9 @@ Shapes: N images, R detections of an image, P proposals of an image, G ground-tr
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import detectron2.utils.comm as comm
 import numpy as np
@@ -77,10 +79,11 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         self._proposal_limits = [limit for limit in PROPOSAL_LIMITS if limit <= proposals_per_image]
         self._distractors, self._facts = tuple(distractors), dict(facts or {})
         self._layer_folders = [self._output_dir / f"{_LAYER}{number:02d}" for number in range(1, decoder_layers)]
-        self._writer = self.evaluation = None
-        self._layer_writers = []
+        self._writer: PredictionWriter | None = None
+        self.evaluation: Evaluation | None = None
+        self._layer_writers: list[PredictionWriter] = []
 
-    def reset(self):
+    def reset(self) -> None:
         """Start a new evaluation, dropping what an unfinished one has written."""
         self._close()
         rank = comm.get_rank()
@@ -92,7 +95,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
                 path.unlink(missing_ok=True)
         self._started = time.perf_counter()
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
         """Write the predictions of some images.
 
         Args:
@@ -118,7 +121,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             self._writer.write(record)
             self._write_layers(image_id, output.get("decoder_layers", ()))
 
-    def evaluate(self):
+    def evaluate(self) -> OrderedDict[str, OrderedDict[str, float]]:
         """Merge, evaluate, print the table and write report.json.
 
         Returns:
@@ -144,7 +147,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         logger.info("\n%s", format_table(self.evaluation.report))
         return to_results(self.evaluation.report)
 
-    def measure_again(self):
+    def measure_again(self) -> Evaluation:
         """Measure the predictions.jsonl that lies in the folder, of an evaluation that stopped after its inference, and
         write report.json; for one process.
 

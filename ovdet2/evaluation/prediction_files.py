@@ -9,7 +9,9 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from ovdet2.errors import DataError
 from ovdet2.io.files import atomic_path
@@ -27,18 +29,18 @@ class PredictionWriter:
         token: of another writer of this process, whose run this file is of, too; None: a new one.
     """
 
-    def __init__(self, folder, rank, token=None):
+    def __init__(self, folder: str | Path, rank: int, token: str | None = None) -> None:
         self.token = token or uuid.uuid4().hex
         path = _rank_path(folder, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "w", encoding="utf-8")
         self._file.write(json.dumps({"token": self.token}) + "\n")
 
-    def write(self, record):
+    def write(self, record: dict[str, Any]) -> None:
         """Append one JSON-serialisable dict, whose first entry is "image_id"."""
         self._file.write(json.dumps(record) + "\n")
 
-    def close(self):
+    def close(self) -> None:
         """Put everything on the disk; further calls do nothing."""
         if not self._file.closed:
             self._file.flush()
@@ -46,7 +48,7 @@ class PredictionWriter:
             self._file.close()
 
 
-def merge(folder, tokens, image_ids):
+def merge(folder: str | Path, tokens: Sequence[str], image_ids: Iterable[int]) -> Path:
     """Join the files of all processes into ``predictions.jsonl``, by ascending image id, and remove them.
 
     The result does not depend on which process predicted which image. The lines are copied, not held.
@@ -94,7 +96,7 @@ def merge(folder, tokens, image_ids):
     return merged
 
 
-def read_merged(path):
+def read_merged(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the record of each image of a merged file."""
     with open(path, encoding="utf-8") as handle:
         for line in handle:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class Predictions:
     distractor_detections: int
 
 
-def read_predictions(path):
+def read_predictions(path: str | Path) -> Predictions:
     """Read a merged file (:mod:`~ovdet2.evaluation.prediction_files`) line by line.
 
     Raises:
@@ -101,7 +102,9 @@ class _MaskWriter:
 
     def __init__(self, folder):
         self._folder = folder
-        self._file, self._lengths, self._sizes = None, [], []
+        self._file: IO[bytes] | None = None
+        self._lengths: list[np.ndarray] = []
+        self._sizes: list[np.ndarray] = []
 
     def add(self, size, counts):
         """Append the masks of one image: its (height, width) and their counts."""

@@ -8,7 +8,7 @@ import numpy as np
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 
 
-def pairwise_iou(boxes_a, boxes_b):
+def pairwise_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
     """IoU of every pair.
 
     Args:
@@ -26,7 +26,7 @@ def pairwise_iou(boxes_a, boxes_b):
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
 
 
-def covered_iou(gt_boxes, proposal_boxes):
+def covered_iou(gt_boxes: np.ndarray, proposal_boxes: np.ndarray) -> np.ndarray:
     """How well one image's proposals cover each ground-truth box when a proposal may cover only one.
 
     Greedy: the pair of largest IoU is taken, both are set aside, and so on (as in Detectron2's proposal evaluation).
@@ -48,7 +48,7 @@ def covered_iou(gt_boxes, proposal_boxes):
     return covered
 
 
-def average_recall(covered):
+def average_recall(covered: np.ndarray) -> float:
     """Share of boxes covered, averaged over IoU 0.50:0.05:0.95.
 
     Args:

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = (
     "ovdet2",
@@ -19,7 +20,7 @@ _PACKAGES = (
 )
 
 
-def provenance():
+def provenance() -> dict[str, Any]:
     """{"command": str, "git_commit": 40 hex digits or None, "git_modified": bool or None, "versions": {name: str}}.
 
     The commit is that of the checkout the package is imported from; None for an installed package or without git.

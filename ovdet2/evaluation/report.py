@@ -6,7 +6,10 @@ set without classes, such as the base classes of a transfer target, has no figur
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
 
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.evaluation.coco_ap import mean_of
 
 SCHEMA = "ovdet2/report/2"
@@ -21,7 +24,7 @@ _METRICS = {
 }
 
 
-def figure_names(metric, limit):
+def figure_names(metric: str, limit: int) -> tuple[str, ...]:
     """The figures of a metric for one task, in the order of the table.
 
     Args:
@@ -34,7 +37,7 @@ def figure_names(metric, limit):
     return (*first, "AP75", "APs", "APm", "APl", f"AR@{limit}")
 
 
-def class_subsets(split):
+def class_subsets(split: Split) -> dict[str, tuple[int, ...]]:
     """Dict of report row to the dataset category ids it averages over: novel, base, all, then the split's groups."""
     base = len(split.base)
     subsets = {"novel": split.category_ids[base:], "base": split.category_ids[:base], "all": split.category_ids}
@@ -42,7 +45,7 @@ def class_subsets(split):
     return {subset: ids for subset, ids in subsets.items() if ids}
 
 
-def class_means(per_class, split, names):
+def class_means(per_class: dict[int, dict[str, float]], split: Split, names: Sequence[str]) -> OrderedDict[str, float]:
     """Means over the classes that have ground truth.
 
     Args:
@@ -60,7 +63,15 @@ def class_means(per_class, split, names):
     )
 
 
-def build_report(split, metric, figures, objects, recall, facts, earlier_layers=()):
+def build_report(
+    split: Split,
+    metric: str,
+    figures: dict[str, dict[int, dict[str, float]]],
+    objects: dict[int, int],
+    recall: dict[str, float],
+    facts: dict[str, Any],
+    earlier_layers: Sequence[dict[int, dict[str, float]]] = (),
+) -> dict[str, Any]:
     """The content of report.json.
 
     Args:
@@ -80,7 +91,7 @@ def build_report(split, metric, figures, objects, recall, facts, earlier_layers=
         ``earlier_layers``.
     """
     names = figure_names(metric, facts["detections_per_image"])
-    means = {task: class_means(figures.get(task), split, names) if task in figures else {} for task in TASKS}
+    means = {task: class_means(figures[task], split, names) if task in figures else {} for task in TASKS}
     if metric == "ov_lvis":
         for of_task in filter(None, means.values()):
             of_task.update((f"AP{group}", of_task[f"AP-{group}"]) for group in "rcf" if f"AP-{group}" in of_task)
@@ -109,7 +120,7 @@ def build_report(split, metric, figures, objects, recall, facts, earlier_layers=
     }
 
 
-def to_results(report):
+def to_results(report: dict[str, Any]) -> OrderedDict[str, OrderedDict[str, float]]:
     """Detectron2's results: OrderedDict {"bbox": {...}, "proposals": {...}}, with nan for what does not exist."""
     results = OrderedDict()
     for task in (*TASKS, "proposals"):
@@ -120,7 +131,7 @@ def to_results(report):
     return results
 
 
-def format_table(report):
+def format_table(report: dict[str, Any]) -> str:
     """The report as plain text for a terminal or a log.
 
     Args:

@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ _ALLOWED = {
 class ArraysOnly(pickle.Unpickler):
     """Builds numpy arrays and builtin containers, and refuses every other name before it is imported."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         """The constructor of an allowed name.
 
         Raises:

@@ -10,13 +10,18 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Generator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ovdet2.errors import DataError, SetupError
 
+if TYPE_CHECKING:
+    import torch
+
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path: str | Path) -> Generator[Path, None, None]:
     """Yield a temporary :class:`~pathlib.Path` beside ``path``; on success it is fsynced and renamed to ``path``.
 
     The parent folder is created. When the body raises, the temporary file is removed and ``path`` is untouched.
@@ -37,18 +42,18 @@ def atomic_path(path):
         raise
 
 
-def write_text(path, text):
+def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) to ``path`` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path, value, indent=None):
+def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
     """Write ``value`` as JSON to ``path`` atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
-def read_json(path, remedy="check the path"):
+def read_json(path: str | Path, remedy: str = "check the path") -> Any:
     """Read a JSON file.
 
     Raises:
@@ -66,7 +71,7 @@ def read_json(path, remedy="check the path"):
         raise DataError(f"{path} is not valid JSON ({error}): {remedy}.") from None
 
 
-def write_safetensors(path, tensors, manifest):
+def write_safetensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], manifest: dict[str, Any]) -> None:
     """Write named tensors with a JSON manifest in the header's metadata, atomically.
 
     Args:
@@ -94,7 +99,9 @@ def write_safetensors(path, tensors, manifest):
             ) from None
 
 
-def read_safetensors(path, schema, remedy="rebuild it"):
+def read_safetensors(
+    path: str | Path, schema: str, remedy: str = "rebuild it"
+) -> tuple[dict[str, "torch.Tensor"], dict[str, Any]]:
     """Read a file of :func:`write_safetensors`.
 
     Args:
@@ -123,7 +130,7 @@ def read_safetensors(path, schema, remedy="rebuild it"):
     return tensors, manifest
 
 
-def sha256_file(path):
+def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

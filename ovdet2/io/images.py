@@ -4,7 +4,9 @@ Pillow only: OpenCV returns an array for a truncated JPEG without saying so, whi
 """
 
 import contextlib
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -19,7 +21,7 @@ _FORMATS = ("RGB", "BGR", "L")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-def read_image(path, format="RGB"):
+def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
     """Decode an image file, upright, in 8 bits per channel.
 
     The EXIF orientation is applied (a damaged EXIF block is ignored, the pixels being whole). Grayscale is repeated
@@ -46,7 +48,7 @@ def read_image(path, format="RGB"):
     return decode_image(path, path, format)
 
 
-def decode_image(file, name, format="RGB"):
+def decode_image(file: str | Path | BinaryIO, name: str | Path, format: str = "RGB") -> np.ndarray:
     """:func:`read_image` of an open binary file, as of a member of an archive.
 
     Args:
@@ -71,7 +73,7 @@ def decode_image(file, name, format="RGB"):
     return np.ascontiguousarray(pixels)
 
 
-def image_size(path):
+def image_size(path: str | Path) -> tuple[int, int]:
     """Size of an image file from its header: what :func:`read_image` would return of a whole file, without decoding it.
 
     Returns:
@@ -90,7 +92,7 @@ def image_size(path):
     return width, height
 
 
-def require_annotated_size(record, image):
+def require_annotated_size(record: MutableMapping[str, Any], image: np.ndarray) -> None:
     """Compare an array [H, W, 3] with the annotated size (or fill it in): another one would misplace every box.
 
     Raises:

@@ -4,6 +4,7 @@ import argparse
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ class DamagedFile(DataError):
     """A file that is truncated or is not what its ending says, as opposed to one that is missing."""
 
 
-def read_weights(path):
+def read_weights(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint or weight file.
 
     Args:
@@ -35,7 +36,7 @@ def read_weights(path):
     return data if "model" in data else {"model": data}
 
 
-def verify_archive(path):
+def verify_archive(path: str | Path) -> None:
     """Compare a torch file with the check sums it holds, which torch itself does not; about a second for 1 GB.
 
     For files that ovdet2 wrote: torch can be told to write none.

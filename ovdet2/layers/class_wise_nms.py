@@ -3,10 +3,13 @@
 Shapes: R regions, K classes, M detections.
 """
 
+import torch
 from detectron2.layers import batched_nms
 
 
-def class_wise_nms(boxes_xyxy, scores, score_threshold, iou_threshold, topk):
+def class_wise_nms(
+    boxes_xyxy: torch.Tensor, scores: torch.Tensor, score_threshold: float, iou_threshold: float, topk: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best ``topk`` detections after NMS within each class.
 
     Open-vocabulary detectors keep every score above 0, so R x K pairs are candidates: 1,000 regions and 1,203 words

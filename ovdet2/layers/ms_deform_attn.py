@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -27,7 +28,13 @@ KERNELS = {
 }
 
 
-def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights, kernel="auto"):
+def ms_deform_attn(
+    value: torch.Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_locations: torch.Tensor,
+    attention_weights: torch.Tensor,
+    kernel: str = "auto",
+) -> torch.Tensor:
     """Weighted sum of values sampled bilinearly around each query, zeros outside a map.
 
     Pixel i of a map of n is centred at (i + 0.5) / n. Half precision is computed in float32, under autocast too.
@@ -66,7 +73,7 @@ def ms_deform_attn(value, spatial_shapes, sampling_locations, attention_weights,
         return ms_deform_attn_bag(value, sizes, locations, weights).to(dtype)
 
 
-def select_kernel(device_type, dtype=torch.float32):
+def select_kernel(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """The kernel "auto" stands for on a device type and for a dtype, a key of ``KERNELS``."""
     if device_type == "cpu":
         return "bag"
@@ -75,7 +82,7 @@ def select_kernel(device_type, dtype=torch.float32):
     return "grid_sample"
 
 
-def describe_kernel(device_type, dtype=torch.float32):
+def describe_kernel(device_type: str, dtype: torch.dtype = torch.float32) -> str:
     """A line for logs, such as "deformable attention on cpu: bag (weighted embedding_bag)"."""
     kernel = select_kernel(device_type, dtype)
     return f"deformable attention on {device_type}: {kernel} ({KERNELS[kernel]})"
@@ -99,7 +106,9 @@ def _triton(value, spatial_shapes, locations, weights):
     return ms_deform_attn_triton(value, sizes, locations, weights)
 
 
-def ms_deform_attn_grid_sample(value, spatial_shapes, locations, weights):
+def ms_deform_attn_grid_sample(
+    value: torch.Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """The operation level by level with ``grid_sample``, on any device, for one floating-point dtype.
 
     Arguments and result as of :func:`ms_deform_attn`.
@@ -125,7 +134,7 @@ def ms_deform_attn_grid_sample(value, spatial_shapes, locations, weights):
 class MultiScaleDeformableAttention(nn.Module):
     """Queries attend to P points per level and head, at offsets predicted from the query."""
 
-    def __init__(self, dim, heads=8, levels=4, points=4, kernel="auto"):
+    def __init__(self, dim: int, heads: int = 8, levels: int = 4, points: int = 4, kernel: str = "auto") -> None:
         """
         Args:
             dim: C.
@@ -158,7 +167,9 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def sample(self, queries, references, spatial_shapes):
+    def sample(
+        self, queries: torch.Tensor, references: torch.Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the queries look and how much each point weighs.
 
         Args:
@@ -186,7 +197,14 @@ class MultiScaleDeformableAttention(nn.Module):
                 scale = references[..., 2:] * (0.5 / self.points)
             return references[..., :2] + offsets * scale, weights
 
-    def forward(self, queries, references, tokens, spatial_shapes, padding_mask=None):
+    def forward(
+        self,
+        queries: torch.Tensor,
+        references: torch.Tensor,
+        tokens: torch.Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         Args:
             queries, references, spatial_shapes: as of :meth:`sample`.
@@ -199,7 +217,14 @@ class MultiScaleDeformableAttention(nn.Module):
         locations, weights = self.sample(queries, references, spatial_shapes)
         return self.attend(locations, weights, tokens, spatial_shapes, padding_mask)
 
-    def attend(self, locations, weights, tokens, spatial_shapes, padding_mask=None):
+    def attend(
+        self,
+        locations: torch.Tensor,
+        weights: torch.Tensor,
+        tokens: torch.Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The output for what :meth:`sample` returned: Tensor [B, Q, C]."""
         value = self.value_proj(tokens)
         if padding_mask is not None:

@@ -6,7 +6,7 @@ Shapes: R regions, K classes.
 import torch
 
 
-def fusion_exponents(base_mask, base, novel):
+def fusion_exponents(base_mask: torch.Tensor, base: float, novel: float) -> torch.Tensor:
     """Exponent of the second branch per class.
 
     Published settings (base, novel): ViLD-ensemble 1/3, 2/3; F-VLM on LVIS 0.35, 0.65; F-ViT on COCO 0.1, 0.8.
@@ -21,7 +21,12 @@ def fusion_exponents(base_mask, base, novel):
     return torch.where(base_mask, float(base), float(novel))
 
 
-def fuse_scores(detector_probs, secondary_probs, exponents, renormalize=False):
+def fuse_scores(
+    detector_probs: torch.Tensor,
+    secondary_probs: torch.Tensor,
+    exponents: torch.Tensor | float,
+    renormalize: bool = False,
+) -> torch.Tensor:
     """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6; F-VLM, whose paper was not at hand,
     by its release).
 

@@ -5,6 +5,7 @@ model and prompt it is about, and reads the complete lines of all files that say
 kill, a line torn by one is the last of its file and is asked again, and two processes never write into one file.
 """
 
+import io
 import json
 import logging
 import math
@@ -12,8 +13,9 @@ import os
 import re
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ovdet2.errors import DataError
 
@@ -34,19 +36,19 @@ class Answer(NamedTuple):
     text: str
 
 
-def parse_answer(text):
+def parse_answer(text: str) -> float | None:
     """1.0 or 0.0 for a text that begins with yes or no ("Answer: No." and "The answer is yes" do), otherwise None."""
     found = _LEADING.match(text)
     return None if found is None else float(found[1].lower() == "yes")
 
 
-def yes_or_no(token):
+def yes_or_no(token: str) -> str | None:
     """ "yes" or "no" for a token that spells it, in any case and with what tokenizers put around it; otherwise None."""
     bare = token.strip(_MARKS).lower()
     return bare if bare in ("yes", "no") else None
 
 
-def yes_probability(positions):
+def yes_probability(positions: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> float | None:
     """P(yes) of the first token with a letter, renormalised over the tokens that spell yes or no there.
 
     Args:
@@ -63,8 +65,9 @@ def yes_probability(positions):
             return None
         mass = {"yes": 0.0, "no": 0.0}
         for alternative, log_probability in alternatives:
-            if yes_or_no(alternative):
-                mass[yes_or_no(alternative)] += math.exp(min(log_probability, 0.0))
+            spelled = yes_or_no(alternative)
+            if spelled:
+                mass[spelled] += math.exp(min(log_probability, 0.0))
         total = mass["yes"] + mass["no"]
         return mass["yes"] / total if total > 0 else None
     return None
@@ -73,7 +76,7 @@ def yes_probability(positions):
 class AnswerBook:
     """The answers of one model to one prompt, by SHA-256 of the image file and word. Safe to add to from threads."""
 
-    def __init__(self, folder, identity):
+    def __init__(self, folder: str | Path, identity: dict[str, Any]) -> None:
         """
         Args:
             folder: of the files; created with the first answer.
@@ -86,17 +89,18 @@ class AnswerBook:
         self.identity = json.loads(json.dumps(identity))
         self.damaged = 0  # lines that are no answer
         self._answers = {}  # image SHA-256 -> {word: Answer}
-        self._lock, self._file = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._file: io.FileIO | None = None
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path)
         if self.damaged:
             logger.warning("%s: %d lines are no answers and are asked again", folder, self.damaged)
 
-    def get(self, image_sha256, word):
+    def get(self, image_sha256: str, word: str) -> Answer | None:
         """The :class:`Answer`, or None."""
         return self._answers.get(image_sha256, {}).get(word)
 
-    def add(self, image_sha256, word, answer):
+    def add(self, image_sha256: str, word: str, answer: Answer) -> None:
         """Keep an answer; it is with the operating system when this returns."""
         line = {"image": image_sha256, "word": word, "yes": answer.yes, "text": answer.text}
         with self._lock:
@@ -105,7 +109,7 @@ class AnswerBook:
             self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self._answers.setdefault(image_sha256, {})[word] = answer
 
-    def close(self):
+    def close(self) -> None:
         """Write what was added through to the disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())

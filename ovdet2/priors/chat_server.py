@@ -11,7 +11,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
@@ -37,7 +38,17 @@ class ChatServer:
 
     words_per_call = 1
 
-    def __init__(self, url, model, key=None, workers=4, timeout=120.0, tries=6, first_wait=1.0, extra=None):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        workers: int = 4,
+        timeout: float = 120.0,
+        tries: int = 6,
+        first_wait: float = 1.0,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
         """
         Args:
             url: such as http://localhost:8000/v1; "/chat/completions" is added where it does not end so.
@@ -66,20 +77,20 @@ class ChatServer:
         self._stopped = threading.Event()
 
     @property
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """The model's name, and what was changed of the request; not the address, which may be private."""
         return {"model": self.model} | ({"request": self.extra} if self.extra else {})
 
-    def stop(self):
+    def stop(self) -> None:
         """Let no call wait for another try."""
         self._stopped.set()
 
-    def prepare(self, path):
+    def prepare(self, path: str) -> "Picture":
         """The image as a data URL: :class:`Picture`. Raises DataError for an unreadable file."""
         kind, data = image_bytes(path)
         return Picture(path, f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}")
 
-    def ask(self, picture, words, questions):
+    def ask(self, picture: "Picture", words: Sequence[str], questions: Sequence[str]) -> list[Answer]:
         """One :class:`Answer` per question.
 
         Raises:
@@ -180,7 +191,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def image_bytes(path):
+def image_bytes(path: str) -> tuple[str, bytes]:
     """(kind, bytes) to send of an image: the file itself where every reader sees the same in it, otherwise a PNG.
 
     Files that are turned by EXIF, animated, of 16 bits, CMYK, with a palette or transparency, or in a rarer format are
@@ -203,7 +214,7 @@ def image_bytes(path):
     return "png", encoded.getvalue()
 
 
-def answer_of(reply):
+def answer_of(reply: dict[str, Any]) -> Answer:
     """The :class:`Answer` in a chat completion; a refusal is an answer that says neither yes nor no."""
     try:
         choice = reply["choices"][0]

@@ -3,12 +3,17 @@
 Shapes: N images, V views of an image, K words, D embedding dimension, S side of the teacher's input.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch.utils.data import DataLoader
 
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import crop_regions
+from ovdet2.vlm.teacher import Teacher
+from ovdet2.vocabulary import Vocabulary
 
 RESIZE = {"crop": "centre_crop", "squash": "warp"}  # name here -> policy of ovdet2.vlm.crops
 
@@ -23,7 +28,16 @@ class ClipBackend:
 
     kind = "prediction"
 
-    def __init__(self, teacher, vocabulary, tiles=1, resize="crop", temperature=0.07, batch_size=64, num_workers=0):
+    def __init__(
+        self,
+        teacher: Teacher,
+        vocabulary: Vocabulary,
+        tiles: int = 1,
+        resize: str = "crop",
+        temperature: float = 0.07,
+        batch_size: int = 64,
+        num_workers: int = 0,
+    ) -> None:
         """
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
@@ -40,7 +54,7 @@ class ClipBackend:
         self.batch_size, self.num_workers = batch_size, num_workers
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         return {
             "backend": "clip",
             "teacher": self.teacher.fingerprint.to_dict(),
@@ -50,7 +64,9 @@ class ClipBackend:
             "temperature": self.temperature,
         }
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, None, torch.Tensor]]:
         """As every backend; raises NumericalError for embeddings that are not finite."""
         samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, self.teacher.interpolation)
         together = max(1, self.batch_size // len(view_boxes(1, 1, self.tiles)))
@@ -63,7 +79,7 @@ class ClipBackend:
                 scores = self.score(torch.stack([found for _, found in good]))
                 yield from ((image_id, None, row) for (image_id, _), row in zip(good, scores))
 
-    def score(self, pixels):
+    def score(self, pixels: torch.Tensor) -> torch.Tensor:
         """
         Args:
             pixels: Tensor [N, V, 3, S, S] uint8, RGB.
@@ -78,7 +94,7 @@ class ClipBackend:
         return (cosine.view(*pixels.shape[:2], -1).amax(dim=1) / self.temperature).sigmoid().cpu()
 
 
-def view_boxes(height, width, tiles):
+def view_boxes(height: int, width: int, tiles: int) -> torch.Tensor:
     """The whole image, then its n x n cells by rows if n > 1: Tensor [V, 4], XYXY in pixels, at whole ones."""
     boxes = [(0, 0, width, height)]
     if tiles > 1:
@@ -103,4 +119,6 @@ class _Views(torch.utils.data.Dataset):
             image = torch.from_numpy(read_image(record["file_name"], "RGB").copy()).permute(2, 0, 1)
         except DataError as error:
             return record["image_id"], str(error)
-        return record["image_id"], crop_regions(image, view_boxes(*image.shape[1:], self.tiles), *self.how)
+        return record["image_id"], crop_regions(
+            image, view_boxes(image.shape[1], image.shape[2], self.tiles), *self.how
+        )

@@ -12,8 +12,9 @@ score, ties by ascending word index.
 import hashlib
 import json
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,7 +35,7 @@ _BUILD = "build it with tools/build_concept_priors.py"
 class PriorWriter:
     """Collects the lists of a data set, cut to the best, and writes them: I x top entries are held, not I x W."""
 
-    def __init__(self, words, image_ids, top=100):
+    def __init__(self, words: Sequence[str], image_ids: Iterable[int], top: int = 100) -> None:
         """
         Args:
             words: W words, unique after cleaning.
@@ -48,7 +49,7 @@ class PriorWriter:
         self._lists = {}
         self._all = torch.arange(len(self.words))
 
-    def add(self, image_id, word_index, score):
+    def add(self, image_id: int, word_index: torch.Tensor | None, score: torch.Tensor) -> None:
         """Add the list of one image. Words of score 0 are not listed.
 
         Args:
@@ -72,7 +73,9 @@ class PriorWriter:
             raise ValueError(f"the scores of image id {image_id} are not one per word in [0, 1]")
         self._lists[image_id] = best(index, score, self.top)
 
-    def save(self, path, dataset, dataset_sha256, source, kind):
+    def save(
+        self, path: str | Path, dataset: str, dataset_sha256: str, source: dict[str, Any], kind: str
+    ) -> dict[str, Any]:
         """Write the file atomically.
 
         Args:
@@ -112,7 +115,7 @@ class PriorWriter:
         return manifest
 
 
-def best(index, score, top):
+def best(index: torch.Tensor, score: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``top`` entries above 0 by descending score, ties by ascending index.
 
     Args:
@@ -129,7 +132,7 @@ def best(index, score, top):
     return index[order].int(), score[order]
 
 
-def columns_of(words, names):
+def columns_of(words: Sequence[str], names: Sequence[str]) -> torch.Tensor:
     """Where each word stands among ``names``, by cleaned name: Tensor [W] int64, -1 for a word that is not there.
 
     Raises:
@@ -166,7 +169,7 @@ class ConceptPriors:
             given; nothing is ever selected for them.
     """
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         """
         Args:
             path: the file.
@@ -203,7 +206,7 @@ class ConceptPriors:
             f"{len(self.missing)} missing"
         )
 
-    def scores(self, image_id):
+    def scores(self, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole list of an image.
 
         Args:
@@ -227,7 +230,7 @@ class ConceptPriors:
         word_index, score = (self._file.get_slice(name)[start:end] for name in ("word_index", "score"))
         return word_index.long(), score
 
-    def ranked(self, image_id, names):
+    def ranked(self, image_id: int, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The list of an image in a caller's words.
 
         Args:
@@ -242,7 +245,9 @@ class ConceptPriors:
         column = self._columns(names)[word_index]
         return column[column >= 0], score[column >= 0]
 
-    def select(self, image_id, threshold=0.0, top=None, names=None):
+    def select(
+        self, image_id: int, threshold: float = 0.0, top: int | None = None, names: Sequence[str] | None = None
+    ) -> torch.Tensor:
         """The words that exist in an image, CCKT's {c: score >= rho}, the best L of them.
 
         Args:
@@ -257,7 +262,7 @@ class ConceptPriors:
         index, score = self.scores(image_id) if names is None else self.ranked(image_id, names)
         return index[score >= torch.tensor(threshold, dtype=torch.float32)][:top]
 
-    def coverage(self, names):
+    def coverage(self, names: Sequence[str]) -> Coverage:
         """:class:`Coverage` of a caller's names."""
         column = self._columns(names).tolist()
         met = set(column)
@@ -267,7 +272,7 @@ class ConceptPriors:
             [name for position, name in enumerate(names) if position not in met],
         )
 
-    def require_dataset(self, name, json_file):
+    def require_dataset(self, name: str, json_file: str | Path) -> None:
         """Raise CacheError unless the prior was made for this very json."""
         found, stated = sha256_file(json_file), self.manifest["dataset_sha256"]
         if stated != found:
@@ -312,7 +317,7 @@ class ConceptPriors:
         return self.__dict__ | {"_file": None}  # a memory map is opened anew in another process
 
 
-def content_sha256(tensors, words):
+def content_sha256(tensors: dict[str, torch.Tensor], words: Sequence[str]) -> str:
     """Hash of the words and the four tensors."""
     digest = hashlib.sha256("\n".join(words).encode())
     for name in sorted(_DTYPES):

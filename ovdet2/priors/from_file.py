@@ -1,5 +1,9 @@
 """Priors that somebody else made: JSON {image id: [[category id or word, score], ...]}."""
 
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from ovdet2.errors import DataError
@@ -19,7 +23,9 @@ class FromFile:
 
     kind = "prediction"
 
-    def __init__(self, path, words, category_ids, names):
+    def __init__(
+        self, path: str | Path, words: Sequence[str], category_ids: Sequence[int], names: Sequence[str]
+    ) -> None:
         """
         Args:
             path: JSON file; image ids are its keys.
@@ -43,10 +49,12 @@ class FromFile:
         self.other_images, self.other_words = 0, {}
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         return {"backend": "file", "sha256": sha256_file(self.path)}
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As every backend; raises DataError for a malformed list, or where no image or no word is the data set's."""
         ids = {record["image_id"] for record in records}
         mine = {str(image_id) for image_id in ids}

@@ -4,7 +4,9 @@ Shapes: n questions about one image, T tokens of a question with its image, Z to
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,7 +24,7 @@ class LocalModel:
 
     workers = 1
 
-    def __init__(self, folder, device="cpu", batch_size=8):
+    def __init__(self, folder: str | Path, device: str = "cpu", batch_size: int = 8) -> None:
         """
         Args:
             folder: of a model and its processor (save_pretrained); weights in safetensors. Its own code is not run.
@@ -60,19 +62,19 @@ class LocalModel:
         self._yes, self._no = answer_tokens(self.tokenizer)
         self.identity = {"model": self.folder.name, "model_sha256": folder_sha256(self.folder)}
 
-    def stop(self):
+    def stop(self) -> None:
         """Nothing is waited for."""
 
-    def prepare(self, path):
+    def prepare(self, path: str | Path) -> Image.Image:
         """The image, upright RGB. Raises DataError for an unreadable file."""
         return Image.fromarray(read_image(path, "RGB"))
 
-    def ask(self, image, words, questions):
+    def ask(self, image: Image.Image, words: Sequence[str], questions: Sequence[str]) -> list[Answer]:
         """One :class:`Answer` per question, its text empty."""
         return [Answer(yes, "") for yes in self.probabilities(image, questions).tolist()]
 
     @torch.inference_mode()
-    def probabilities(self, image, questions):
+    def probabilities(self, image: Image.Image, questions: Sequence[str]) -> torch.Tensor:
         """P(yes) = softmax over the two log sums of the tokens for yes and for no.
 
         Args:
@@ -112,7 +114,7 @@ class LocalModel:
         return f"{token}\n{question}" if token else question
 
 
-def answer_tokens(tokenizer):
+def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """(ids that spell yes, ids that spell no) in a tokenizer's vocabulary.
 
     Raises:
@@ -128,7 +130,7 @@ def answer_tokens(tokenizer):
     return sorted(ids["yes"]), sorted(ids["no"])
 
 
-def folder_sha256(folder):
+def folder_sha256(folder: Path) -> str:
     """Hash of names and contents of the files of a model."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in _READ and path.is_file()):

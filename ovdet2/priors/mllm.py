@@ -6,8 +6,10 @@ Who answers is passed in: :class:`~ovdet2.priors.chat_server.ChatServer` or
 ``ask(prepared, words, questions)`` (a list of :class:`~ovdet2.priors.answers.Answer`) and ``stop()``.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -15,6 +17,9 @@ from tqdm import tqdm
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.io.files import sha256_file
 from ovdet2.priors.answers import AnswerBook
+from ovdet2.priors.chat_server import ChatServer
+from ovdet2.priors.concept_prior import ConceptPriors
+from ovdet2.priors.local_model import LocalModel
 from ovdet2.vocabulary.templates import clean_name
 
 PROMPT = "Question: Does [OBJ] exist in the image? Answer:"
@@ -34,7 +39,16 @@ class MllmBackend:
 
     kind = "prediction"
 
-    def __init__(self, model, folder, words, prompt=PROMPT, candidates=None, top=None, max_queries=None):
+    def __init__(
+        self,
+        model: ChatServer | LocalModel,
+        folder: str | Path,
+        words: Sequence[str],
+        prompt: str = PROMPT,
+        candidates: ConceptPriors | None = None,
+        top: int | None = None,
+        max_queries: int | None = None,
+    ) -> None:
         """
         Args:
             model: who answers, see the module.
@@ -56,14 +70,16 @@ class MllmBackend:
         self.asked = self.known = self.unparsable = 0
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         narrowed = {}
         if self.candidates is not None:
             content = self.candidates.manifest["content_sha256"]
             narrowed = {"candidates": self.candidates.manifest["source"], "candidates_sha256": content, "top": self.top}
         return {"backend": "mllm", **self.model.identity, "prompt": self.prompt, **narrowed}
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As every backend.
 
         Raises:

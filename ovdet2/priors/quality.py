@@ -1,9 +1,22 @@
 """Precision and recall of a prior, where the truth is known, at many thresholds and lengths at once."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.priors.concept_prior import ConceptPriors
+from ovdet2.priors.truth import Truth
 
-def quality(priors, truth, split, thresholds, tops):
+
+def quality(
+    priors: ConceptPriors,
+    truth: dict[int, Truth],
+    split: Split,
+    thresholds: Sequence[float],
+    tops: Sequence[int | None],
+) -> list[dict[str, Any]]:
     """How well a prior's words agree with the annotations.
 
     A pair (image, class) is selected if its score reaches rho and it is among the best L of its image. Precision is the
@@ -62,7 +75,7 @@ def _figures(status, present):
     return hits / judged if judged else None, hits / present
 
 
-def as_table(rows):
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as text, percentages with one decimal."""
     lines = [f"{'rho':>5} {'L':>4} {'words':>6}" + "".join(f"{g + ' P':>9} {g + ' R':>8}" for g in _GROUPS)]
     for row in rows:

@@ -3,11 +3,15 @@
 They bound what a prior can do for a detector. What is drawn for an image depends on the seed and its id alone.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.priors.concept_prior import columns_of
+from ovdet2.priors.truth import Truth
 
 
 class Oracle:
@@ -19,7 +23,7 @@ class Oracle:
 
     kind = "ground truth"
 
-    def __init__(self, truth, names, words):
+    def __init__(self, truth: dict[int, Truth], names: Sequence[str], words: Sequence[str]) -> None:
         """
         Args:
             truth: dict of image id to :class:`~ovdet2.priors.truth.Truth`.
@@ -37,10 +41,12 @@ class Oracle:
             )
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         return {"backend": "oracle"}
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for record in records:
             index = self._present(record["image_id"])
             yield record["image_id"], index, torch.ones(len(index))
@@ -63,7 +69,15 @@ class NoisyOracle(Oracle):
 
     kind = "simulation"
 
-    def __init__(self, truth, names, words, precision, recall, seed):
+    def __init__(
+        self,
+        truth: dict[int, Truth],
+        names: Sequence[str],
+        words: Sequence[str],
+        precision: float,
+        recall: float,
+        seed: int,
+    ) -> None:
         """
         Args:
             truth, names, words: of :class:`Oracle`.
@@ -87,7 +101,7 @@ class NoisyOracle(Oracle):
             )
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         return {
             "backend": "noisy-oracle",
             "precision": self.precision,
@@ -95,7 +109,9 @@ class NoisyOracle(Oracle):
             "seed": self.seed,
         }
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for record in records:
             present = torch.isin(self.candidates, self._present(record["image_id"]))
             draw, score = draws(self.seed, record["image_id"], len(present))
@@ -114,20 +130,22 @@ class Chance:
 
     kind = "control"
 
-    def __init__(self, words, seed):
+    def __init__(self, words: Sequence[str], seed: int) -> None:
         self.words = words
         self.seed = seed
 
     @property
-    def source(self):
+    def source(self) -> dict[str, Any]:
         return {"backend": "random", "seed": self.seed}
 
-    def lists(self, records, skip):
+    def lists(
+        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+    ) -> Iterator[tuple[int, None, torch.Tensor]]:
         for record in records:
             yield record["image_id"], None, draws(self.seed, record["image_id"], len(self.words))[1].float()
 
 
-def draws(seed, image_id, count):
+def draws(seed: int, image_id: int, count: int) -> torch.Tensor:
     """Two Tensors [count] float64, uniform in [0, 1), of a generator of this seed and image alone."""
     generator = np.random.default_rng([seed, image_id & (2**64 - 1)])
     return torch.from_numpy(generator.random((2, count)))

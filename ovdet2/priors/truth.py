@@ -1,6 +1,9 @@
 """Which classes the annotations say to be in an image, and which they say are not."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ovdet2.data.datasets.coco_json import Split
 
 
 class Truth(NamedTuple):
@@ -16,7 +19,7 @@ class Truth(NamedTuple):
     absent: frozenset | None
 
 
-def truth_of(records, split):
+def truth_of(records: Iterable[dict[str, Any]], split: Split) -> dict[int, Truth]:
     """Dict of image id to :class:`Truth`.
 
     Args:

@@ -1,5 +1,7 @@
 """Two reports side by side: whether they may be compared, what differs, as text and as HTML."""
 
+from typing import Any
+
 from ovdet2.errors import DataError
 from ovdet2.report.html_parts import bar, facts, legend, number, page, table, text, word
 
@@ -8,7 +10,7 @@ TASKS = {"bbox": "boxes", "segm": "masks", "proposals": "proposals"}
 SAME = ("dataset", "json_sha256", "split", "protocol", "metric", "detections_per_image", "distractors")
 
 
-def differences(a, b):
+def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Entries of :data:`SAME` in which two reports differ.
 
     Returns:
@@ -17,7 +19,7 @@ def differences(a, b):
     return {key: (a.get(key), b.get(key)) for key in SAME if a.get(key) != b.get(key)}
 
 
-def require_comparable(a, b):
+def require_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
     """Raise a :class:`~ovdet2.errors.DataError` that names what differs, unless two reports measured the same."""
     unlike = differences(a, b)
     if unlike:
@@ -28,7 +30,7 @@ def require_comparable(a, b):
         )
 
 
-def compare(a, b, most=10):
+def compare(a: dict[str, Any], b: dict[str, Any], most: int = 10) -> dict[str, Any]:
     """What differs between two reports.
 
     Args:
@@ -64,7 +66,7 @@ def compare(a, b, most=10):
     }
 
 
-def as_text(comparison, names):
+def as_text(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     """A comparison for a terminal.
 
     Args:
@@ -90,7 +92,7 @@ def as_text(comparison, names):
     return "\n".join(lines)
 
 
-def as_html(comparison, reports, names):
+def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str, Any]], names: tuple[str, str]) -> str:
     """A comparison as one HTML page; arguments as of :func:`as_text`, and the two reports."""
     title = f"{reports[0]['dataset']}: two evaluations"
     parts = [f"<h1>{text(title)}</h1>"]

@@ -7,6 +7,7 @@ all others are plain text or numbers and are escaped here.
 
 import html
 import re
+from collections.abc import Container, Iterable, Mapping, Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -16,28 +17,28 @@ _PLOT = (46, 10, 360, 250)  # left, top, width and height of a chart's area, in 
 LINES = ("novel", "base", "all")  # classes of the style sheet with a colour and a dash pattern each
 
 
-def printable(value):
+def printable(value: object) -> str:
     """Any value as a string without what neither UTF-8 nor HTML can hold: lone surrogates and control characters."""
     value = str(value).encode("utf-8", "replace").decode("utf-8")
     return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", value)
 
 
-def text(value):
+def text(value: object) -> str:
     """Escaped text of any value, made printable."""
     return html.escape(printable(value))
 
 
-def word(name):
+def word(name: str) -> str:
     """A class name, kept from changing the writing direction of what stands around it."""
     return f"<bdi>{text(name)}</bdi>"
 
 
-def number(value, digits=2, sign=False):
+def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A figure, or a dash for None."""
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
 
 
-def page(title, *sections_html):
+def page(title: str, *sections_html: str) -> str:
     """A whole document without a link to anything outside of it."""
     style = (files("ovdet2") / "assets" / "report" / "report.css").read_text(encoding="utf-8")
     return (
@@ -47,7 +48,13 @@ def page(title, *sections_html):
     )
 
 
-def table(head, rows_html, numeric=(), css="", row_css="scroll"):
+def table(
+    head: Sequence[str],
+    rows_html: Iterable[Sequence[str | tuple[str, str]]],
+    numeric: Container[int] = (),
+    css: str = "",
+    row_css: str = "scroll",
+) -> str:
     """A table in a box that scrolls by itself where it is too wide.
 
     Args:
@@ -73,31 +80,39 @@ def table(head, rows_html, numeric=(), css="", row_css="scroll"):
     )
 
 
-def facts(pairs_html):
+def facts(pairs_html: Iterable[tuple[str, str]]) -> str:
     """A list of terms and what they are: pairs (plain text, HTML)."""
     return f"<dl>{''.join(f'<dt>{text(term)}</dt><dd>{value}</dd>' for term, value in pairs_html)}</dl>"
 
 
-def bar(value, largest, css):
+def bar(value: float | None, largest: float, css: str) -> str:
     """A horizontal bar of ``value`` out of ``largest``; nothing for None."""
     share = 0 if value is None or largest <= 0 else 100 * min(max(value / largest, 0), 1)
     return f'<span class="bar {css}" style="width:{share:.1f}%"></span>' if value is not None else ""
 
 
-def stacked(counts):
+def stacked(counts: Mapping[str, int]) -> str:
     """One bar divided by counts, {class of the style sheet without "is-": count}."""
     total = sum(counts.values()) or 1
     parts = "".join(f'<span class="is-{css}" style="width:{100 * n / total:.2f}%"></span>' for css, n in counts.items())
     return f'<div class="stack">{parts}</div>'
 
 
-def legend(names):
+def legend(names: Mapping[str, str]) -> str:
     """Coloured keys, {class of the style sheet without "is-": plain text}."""
     keys = "".join(f'<span class="key"><i class="is-{css}"></i>{text(name)}</span>' for css, name in names.items())
     return f"<p>{keys}</p>"
 
 
-def line_chart(lines, x_range, y_range, x_ticks, y_ticks, labels, markers=False):
+def line_chart(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    x_ticks: Sequence[tuple[float, str]],
+    y_ticks: Sequence[tuple[float, str]],
+    labels: tuple[str, str],
+    markers: bool = False,
+) -> str:
     """Curves over a grid.
 
     Args:
@@ -137,7 +152,7 @@ def line_chart(lines, x_range, y_range, x_ticks, y_ticks, labels, markers=False)
     return f'<svg viewBox="0 0 {left + width + 14} {top + height + 42}" role="img">{"".join(parts)}</svg>'
 
 
-def profile(values, subsets, largest=100):
+def profile(values: Sequence[float], subsets: Sequence[str], largest: float = 100) -> str:
     """One thin upright bar for each class, in the order given, coloured by subset.
 
     Args:

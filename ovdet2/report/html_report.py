@@ -4,8 +4,13 @@ The sections are functions of the report and of :func:`~ovdet2.evaluation.error_
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import DataError
+from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.error_analysis import ERROR_KINDS, RECALLS, SUBSETS, analyse, telling_images
 from ovdet2.evaluation.matching import match
 from ovdet2.io.files import write_text
@@ -45,7 +50,9 @@ _CALLED = {
 }
 
 
-def write_html(path, report, truth, detections, split, pictures=6):
+def write_html(
+    path: str | Path, report: dict[str, Any], truth: Truth, detections: Detections, split: Split, pictures: int = 6
+) -> None:
     """Write the report of an evaluation as one HTML file without links, scripts or further files.
 
     Args:
@@ -81,7 +88,7 @@ def write_html(path, report, truth, detections, split, pictures=6):
     )
 
 
-def summary(report):
+def summary(report: dict[str, Any]) -> str:
     """What was measured, the main figures, and all of them."""
     main = next(iter(report["bbox"]), "AP50-novel").partition("-")[0]
     cards = "".join(
@@ -115,7 +122,7 @@ def summary(report):
     )
 
 
-def figure_table(figures, classes):
+def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapping[str, int]]) -> str:
     """Rows of subsets and groups, columns of metrics.
 
     Args:
@@ -137,7 +144,7 @@ def figure_table(figures, classes):
     return table(head, cells, range(1, len(head)))
 
 
-def class_section(per_class):
+def class_section(per_class: Sequence[dict[str, Any]]) -> str:
     """AP50 of each class, best first, novel ones in another colour; AP where there is no AP50.
 
     Args:
@@ -172,9 +179,9 @@ def class_section(per_class):
     )
 
 
-def curve_section(curves):
+def curve_section(curves: Mapping[str, Sequence[float] | None]) -> str:
     """Precision and recall at IoU 0.5."""
-    lines = {name: list(zip(RECALLS.tolist(), curves[name])) for name in SUBSETS if curves[name] is not None}
+    lines = {name: list(zip(RECALLS.tolist(), curve)) for name in SUBSETS if (curve := curves[name]) is not None}
     ticks = [(value / 5, f"{value / 5:g}") for value in range(6)]
     chart = line_chart(lines, (0, 1), (0, 1), ticks, ticks, ("recall", "precision"))
     note = "Boxes at IoU 0.5: precision at 101 recalls, the mean over classes. The area below a curve is its AP50."
@@ -182,7 +189,7 @@ def curve_section(curves):
     return f'<h2>Precision and recall</h2>{keys}<figure class="chart">{chart}<figcaption>{note}</figcaption></figure>'
 
 
-def error_section(analysis, report):
+def error_section(analysis: dict[str, Any], report: dict[str, Any]) -> str:
     """Kinds of errors, and what repairing each would gain."""
     gains, counts = analysis["dAP50"], analysis["errors"]
     largest = max((gain for kind in gains.values() for gain in kind.values() if gain is not None), default=0)
@@ -218,7 +225,7 @@ def error_section(analysis, report):
     )
 
 
-def confusion_section(confusion):
+def confusion_section(confusion: dict[str, Any]) -> str:
     """What boxes are called."""
     parts = []
     for subset, counts in confusion["boxes"].items():
@@ -247,7 +254,7 @@ def confusion_section(confusion):
     )
 
 
-def proposal_section(recall):
+def proposal_section(recall: Mapping[str, float | None]) -> str:
     """Recall of the proposals over their number; nothing where the model gave none."""
     lines = {}
     for key, value in recall.items():
@@ -274,7 +281,7 @@ def proposal_section(recall):
     )
 
 
-def decoder_layer_section(layers):
+def decoder_layer_section(layers: Sequence[Mapping[str, float | None]]) -> str:
     """AP of every decoder layer; nothing for a detector without.
 
     Args:
@@ -288,7 +295,7 @@ def decoder_layer_section(layers):
     return f"<h2>Decoder layers</h2><p>Boxes. The last layer's figures are the detector's.</p>{listed}"
 
 
-def image_section(pictures, quality, count):
+def image_section(pictures: Pictures, quality: dict[int, tuple[float, int]], count: int) -> str:
     """The worst and the best images, ground truth beside detections.
 
     Args:

@@ -2,13 +2,16 @@
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
-from ovdet2.evaluation.matching import LEFT_OUT, TRUE
+from ovdet2.data.datasets.coco_json import Split
+from ovdet2.evaluation.columns import Detections, Truth
+from ovdet2.evaluation.matching import LEFT_OUT, TRUE, Matches
 from ovdet2.io.images import read_image
 from ovdet2.report.html_parts import printable
 
@@ -17,7 +20,7 @@ SIDE = 480  # longest side of a picture, pixels
 _COLOURS = {"novel": (0.90, 0.62, 0.0), "base": (0.34, 0.71, 0.91), "other": (0.80, 0.47, 0.65)}
 
 
-def picture(path, boxes_xyxy, labels, subsets):
+def picture(path: str | Path, boxes_xyxy: np.ndarray, labels: Sequence[str], subsets: Sequence[str]) -> str:
     """An image with labelled boxes.
 
     Args:
@@ -60,22 +63,22 @@ class Pictures:
         matches: :class:`~ovdet2.evaluation.matching.Matches` of them.
     """
 
-    def __init__(self, truth, detections, split, matches):
+    def __init__(self, truth: Truth, detections: Detections, split: Split, matches: Matches) -> None:
         self._truth, self._detections, self._outcome = truth, detections, matches.outcome
         self._names = dict(zip(split.category_ids, split.names))
         self._subsets = dict(zip(split.category_ids, ("base" if is_base else "novel" for is_base in split.base_mask)))
 
-    def file_name(self, image_id):
+    def file_name(self, image_id: int) -> str:
         """Name of an image's file, without its folder."""
         return Path(self._truth.images[image_id]["file_name"]).name
 
-    def truth(self, image_id):
+    def truth(self, image_id: int) -> str:
         """:func:`picture` of the ground truth of an image, crowds apart."""
         rows = (self._truth.image_ids == image_id) & ~self._truth.crowd
         ids = self._truth.category_ids[rows].tolist()
         return self._draw(image_id, self._truth.boxes_xyxy[rows], ids, [self._names[i] for i in ids])
 
-    def detections(self, image_id, count):
+    def detections(self, image_id: int, count: int) -> str:
         """:func:`picture` of the ``count`` best detections that count, those that are true marked."""
         found = self._detections
         rows = np.flatnonzero((found.image_ids == image_id) & (self._outcome != LEFT_OUT))

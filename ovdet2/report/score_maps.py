@@ -3,18 +3,23 @@
 Shapes: L levels, h x w map, H x W image.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps
 from torch.nn import functional as F
+
+from ovdet2.modeling.detr.memory import Memory
 
 SIDE = 480  # longest side of each picture, pixels
 _MAP = colormaps["turbo"]
 _OPACITY = 0.6
 
 
-def discriminative_scores(memory, image):
+def discriminative_scores(memory: Memory, image: int) -> list[torch.Tensor]:
     """The l2 norm of the encoder's features at every place of an image.
 
     Args:
@@ -31,7 +36,7 @@ def discriminative_scores(memory, image):
     return maps
 
 
-def joint_scores(maps, size):
+def joint_scores(maps: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of all levels over the image: each scaled to 0..1 and resized bilinearly; then their mean, scaled again.
 
     Args:
@@ -47,7 +52,7 @@ def joint_scores(maps, size):
     return _scaled(levels.mean(dim=0)), levels
 
 
-def draw_scores(image, scores, threshold=0.5, text=""):
+def draw_scores(image: np.ndarray, scores: torch.Tensor, threshold: float = 0.5, text: str = "") -> np.ndarray:
     """An image in grey with its scores in colours above it.
 
     Args:
@@ -65,7 +70,7 @@ def draw_scores(image, scores, threshold=0.5, text=""):
     return _finish(np.where(values[..., None] >= threshold, coloured, grey), text)
 
 
-def draw_detections(image, instances, names, text=""):
+def draw_detections(image: np.ndarray, instances: Instances, names: Sequence[str], text: str = "") -> np.ndarray:
     """An image with boxes, words and scores.
 
     Args:

@@ -5,13 +5,17 @@ A attention heads, D embedding dimension.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import AttentionPool2d
 
-def attention_pool(pool, maps):
+
+def attention_pool(pool: "AttentionPool2d", maps: torch.Tensor) -> torch.Tensor:
     """What ``pool(maps)`` gives, for maps of the native grid, at a fraction of its cost.
 
     Only the mean token is read from CLIP's pool, so there is one query q per map, and the projections commute with
@@ -41,7 +45,9 @@ def attention_pool(pool, maps):
     return pool.c_proj(values + pool.v_proj.bias.to(values.dtype))
 
 
-def attention_pool_regions(pool, feature_map, rois, spatial_scale, batch_size=128):
+def attention_pool_regions(
+    pool: "AttentionPool2d", feature_map: torch.Tensor, rois: torch.Tensor, spatial_scale: float, batch_size: int = 128
+) -> torch.Tensor:
     """RoIAlign to the pool's native grid (7, 9, 12, 14 cells a side for RN50, x4, x16, x64), then the pool.
 
     Args:

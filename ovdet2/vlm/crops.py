@@ -4,15 +4,18 @@ Shapes: R regions, F enlargements of each box, H x W image, S side of the teache
 are XYXY in pixels of the image given, with pixel edges at integers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
+from ovdet2.vlm.teacher import Teacher
 
 POLICIES = ("warp", "centre_crop", "pad_square")
 
 
-def scale_boxes(boxes_xyxy, factor, height, width):
+def scale_boxes(boxes_xyxy: torch.Tensor, factor: float, height: int, width: int) -> torch.Tensor:
     """Boxes enlarged about their centre by ``factor``, clipped to the image, at least one pixel wide and high.
 
     Args:
@@ -31,7 +34,9 @@ def scale_boxes(boxes_xyxy, factor, height, width):
     return torch.cat([low, high], dim=1)
 
 
-def crop_windows(boxes_xyxy, height, width, size, policy):
+def crop_windows(
+    boxes_xyxy: torch.Tensor, height: int, width: int, size: int, policy: str
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Which whole pixels are cut for each box, and where they go in the S x S crop.
 
     Args:
@@ -67,7 +72,14 @@ def crop_windows(boxes_xyxy, height, width, size, policy):
     return torch.cat([low, high], dim=1), targets
 
 
-def crop_regions(image, boxes_xyxy, size, policy="warp", filter="bicubic", fill=(0.0, 0.0, 0.0)):
+def crop_regions(
+    image: torch.Tensor,
+    boxes_xyxy: torch.Tensor,
+    size: int,
+    policy: str = "warp",
+    filter: str = "bicubic",
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
+) -> torch.Tensor:
     """Crops at the teacher's input size, resized with anti-aliasing, as CLIP's own preprocessing resizes images.
 
     On the CPU this is torch's 8-bit filter, which agrees with Pillow's to one grey level (:func:`pillow_crops` is that
@@ -89,7 +101,7 @@ def crop_regions(image, boxes_xyxy, size, policy="warp", filter="bicubic", fill=
     """
     if image.dtype != torch.uint8:
         raise UsageError(f"crops are cut from 8-bit images, this one is {image.dtype}: pass the decoded file.")
-    windows, targets = crop_windows(boxes_xyxy, *image.shape[-2:], size, policy)
+    windows, targets = crop_windows(boxes_xyxy, image.shape[-2], image.shape[-1], size, policy)
     crops = image.new_empty((len(windows), 3, size, size))
     if policy == "pad_square":
         crops[:] = (torch.tensor(fill) * 255).round().to(image).view(3, 1, 1)
@@ -99,12 +111,19 @@ def crop_regions(image, boxes_xyxy, size, policy="warp", filter="bicubic", fill=
     return crops
 
 
-def pillow_crops(image, boxes_xyxy, size, policy="warp", filter="bicubic", fill=(0.0, 0.0, 0.0)):
+def pillow_crops(
+    image: torch.Tensor,
+    boxes_xyxy: torch.Tensor,
+    size: int,
+    policy: str = "warp",
+    filter: str = "bicubic",
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
+) -> torch.Tensor:
     """:func:`crop_regions` by Pillow, as CLIP's published preprocessing does it: the reference, and slower."""
     import numpy as np
     from PIL import Image
 
-    windows, targets = crop_windows(boxes_xyxy, *image.shape[-2:], size, policy)
+    windows, targets = crop_windows(boxes_xyxy, image.shape[-2], image.shape[-1], size, policy)
     whole = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     colour, resample = tuple(round(value * 255) for value in fill), Image.Resampling[filter.upper()]
     crops = []
@@ -115,7 +134,7 @@ def pillow_crops(image, boxes_xyxy, size, policy="warp", filter="bicubic", fill=
     return torch.stack(crops) if crops else torch.zeros((0, 3, size, size), dtype=torch.uint8)
 
 
-def combine_crops(embeddings, count):
+def combine_crops(embeddings: torch.Tensor, count: int) -> torch.Tensor:
     """ViLD's Eq. 1: the unit embeddings of a region's crops, summed and normalised again.
 
     The paper's V(crop) is CLIP's image embedding; crops are embedded unit-norm here, so all enlargements weigh the
@@ -133,7 +152,14 @@ def combine_crops(embeddings, count):
 
 
 @torch.no_grad()
-def embed_regions(teacher, image, boxes_xyxy, factors=(1.0, 1.5), batch_size=256, policy="warp"):
+def embed_regions(
+    teacher: Teacher,
+    image: torch.Tensor,
+    boxes_xyxy: torch.Tensor,
+    factors: Sequence[float] = (1.0, 1.5),
+    batch_size: int = 256,
+    policy: str = "warp",
+) -> torch.Tensor:
     """Region embeddings of ViLD's Eq. 1.
 
     Args:
@@ -156,7 +182,7 @@ def embed_regions(teacher, image, boxes_xyxy, factors=(1.0, 1.5), batch_size=256
     return torch.cat(parts)
 
 
-def boxes_to_cut(boxes_xyxy, factors, height, width):
+def boxes_to_cut(boxes_xyxy: torch.Tensor, factors: Sequence[float], height: int, width: int) -> torch.Tensor:
     """The boxes of all crops, those of a region one after another: Tensor [R * F, 4]."""
     scaled = [scale_boxes(boxes_xyxy, factor, height, width) for factor in factors]
     return torch.stack(scaled, dim=1).reshape(-1, 4)

@@ -9,16 +9,26 @@ Shapes: N images, R regions, H x W input in pixels, h x w map, C channels, D emb
 in pixels of the tensor they come with, with pixel edges at integers.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
+from typing_extensions import TypeIs
 
 from ovdet2.errors import UsageError
 from ovdet2.vlm.attention_pool import attention_pool_regions
 from ovdet2.vlm.crops import scale_boxes
+from ovdet2.vlm.teacher import Teacher
+
+if TYPE_CHECKING:
+    from open_clip.modified_resnet import ModifiedResNet
+    from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
 
-def is_vit(visual):
+def is_vit(visual: nn.Module) -> TypeIs["VisionTransformer"]:
     """True for a VisionTransformer, False for a ModifiedResNet.
 
     Raises:
@@ -40,12 +50,14 @@ def is_vit(visual):
     )
 
 
-def stride_of(visual):
+def stride_of(visual: "VisionTransformer | ModifiedResNet") -> int:
     """Pixels per cell of the map, an int: the patch of a ViT, 32 for a ModifiedResNet."""
     return visual.conv1.stride[0] if is_vit(visual) else 32
 
 
-def dense_map(visual, pixels, attention_free=True):
+def dense_map(
+    visual: "VisionTransformer | ModifiedResNet", pixels: torch.Tensor, attention_free: bool = True
+) -> torch.Tensor:
     """The map that regions are pooled from.
 
     A ViT: the tokens of the patches after the last block (see :func:`block_tokens`), each through ``ln_post`` and the
@@ -70,7 +82,7 @@ def dense_map(visual, pixels, attention_free=True):
     return embed_patch_tokens(visual, tokens[:, 1:], (pixels.shape[2] // stride, pixels.shape[3] // stride))
 
 
-def embed_patch_tokens(visual, tokens, grid):
+def embed_patch_tokens(visual: "VisionTransformer", tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
     """A ViT's map of embeddings from its last tokens, each through ``ln_post`` and the projection.
 
     Args:
@@ -84,7 +96,9 @@ def embed_patch_tokens(visual, tokens, grid):
     return (visual.ln_post(tokens) @ visual.proj).mT.unflatten(2, tuple(grid))
 
 
-def block_tokens(visual, pixels, blocks=(-1,), attention_free=True):
+def block_tokens(
+    visual: "VisionTransformer", pixels: torch.Tensor, blocks: Sequence[int] = (-1,), attention_free: bool = True
+) -> list[torch.Tensor]:
     """Tokens after some blocks of a ViT, at any input size; patches are never dropped.
 
     Args:
@@ -110,7 +124,7 @@ def block_tokens(visual, pixels, blocks=(-1,), attention_free=True):
     return [outputs[block] for block in wanted]
 
 
-def attention_free_block(block, tokens):
+def attention_free_block(block: "ResidualAttentionBlock", tokens: torch.Tensor) -> torch.Tensor:
     """A CLIP block in which each token attends to itself alone.
 
     With W_v, b_v the value rows of the attention's input projection and W_o, b_o its output projection::
@@ -133,7 +147,7 @@ def attention_free_block(block, tokens):
     return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
 
-def positional_embedding(visual, grid):
+def positional_embedding(visual: "VisionTransformer", grid: tuple[int, int]) -> torch.Tensor:
     """A ViT's positional embedding for a grid of patches: bicubic for all but the native one, as in CLIM's code.
 
     Args:
@@ -151,7 +165,12 @@ def positional_embedding(visual, grid):
     return torch.cat([native[:1], resized.to(native.dtype)])
 
 
-def pool_regions(visual, feature_map, boxes_xyxy, batch_size=128):
+def pool_regions(
+    visual: "VisionTransformer | ModifiedResNet",
+    feature_map: torch.Tensor,
+    boxes_xyxy: Sequence[torch.Tensor],
+    batch_size: int = 128,
+) -> torch.Tensor:
     """Embeddings of regions from :func:`dense_map`.
 
     A ViT: the map normalised per cell, RoIAlign 1x1 with adaptive sampling, normalised again (CLIM). A ModifiedResNet:
@@ -179,7 +198,7 @@ def pool_regions(visual, feature_map, boxes_xyxy, batch_size=128):
     return F.normalize(roi_align(unit, rois, 1, 1 / stride, sampling_ratio=-1, aligned=True)[:, :, 0, 0], dim=1)
 
 
-def resized_shape(height, width, side, edge, stride):
+def resized_shape(height: int, width: int, side: int, edge: str, stride: int) -> tuple[int, int]:
     """(height, width) after scaling the longest or shortest edge to ``side``, each rounded to whole cells of the map.
 
     Raises:
@@ -188,11 +207,19 @@ def resized_shape(height, width, side, edge, stride):
     if edge not in ("longest", "shortest"):
         raise UsageError(f"edge is {edge!r}: choose longest or shortest.")
     scale = side / (max if edge == "longest" else min)(height, width)
-    return tuple(max(1, round(length * scale / stride)) * stride for length in (height, width))
+    height, width = (max(1, round(length * scale / stride)) * stride for length in (height, width))
+    return height, width
 
 
 @torch.no_grad()
-def embed_regions_dense(teacher, image, boxes_xyxy, side=1024, edge="longest", batch_size=128):
+def embed_regions_dense(
+    teacher: Teacher,
+    image: torch.Tensor,
+    boxes_xyxy: torch.Tensor,
+    side: int = 1024,
+    edge: str = "longest",
+    batch_size: int = 128,
+) -> torch.Tensor:
     """Region embeddings from one pass over the image, where :func:`~ovdet2.vlm.crops.embed_regions` crops each.
 
     The image is resized (anti-aliased, by the teacher's filter) to :func:`resized_shape`, the boxes along with it. One

@@ -6,6 +6,7 @@ learn nothing. So every artefact that holds embeddings states its teacher, and r
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from ovdet2.errors import DataError
 from ovdet2.vlm.weight_files import file_architecture
@@ -25,12 +26,12 @@ class Fingerprint:
     pretrained: str
     weights_sha256: str | None = None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, str | None]:
         """Plain dict for a manifest."""
         return asdict(self)
 
     @classmethod
-    def stated(cls, architecture, pretrained):
+    def stated(cls, architecture: str, pretrained: str) -> "Fingerprint":
         """A fingerprint by name alone, for tables and configurations whose weights are not loaded.
 
         A path to a weight file is reduced to its file name, as :meth:`Teacher.load` records it.
@@ -38,7 +39,7 @@ class Fingerprint:
         return cls(architecture, Path(pretrained).name, None)
 
     @classmethod
-    def from_dict(cls, values, source):
+    def from_dict(cls, values: dict[str, Any], source: str) -> "Fingerprint":
         """Read a manifest entry. Raises :class:`DataError` naming ``source`` when a field is missing."""
         try:
             return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
@@ -52,7 +53,7 @@ class Fingerprint:
         return f"{self.architecture} / {self.pretrained} ({digest})"
 
 
-def require_same_teacher(first, first_name, second, second_name):
+def require_same_teacher(first: Fingerprint, first_name: str, second: Fingerprint, second_name: str) -> None:
     """Raise unless two fingerprints are of one embedding space.
 
     With both hashes known they decide, with the architecture. Where one is unknown (an imported table, or a

@@ -8,7 +8,7 @@ import torch
 CELLS_AT_ONCE = 1 << 24  # cosines held at a time: 64 MiB
 
 
-def nearest_words(embeddings, rows, count):
+def nearest_words(embeddings: torch.Tensor, rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The nearest other words of some words.
 
     Args:
@@ -26,10 +26,12 @@ def nearest_words(embeddings, rows, count):
         cosines.scatter_(1, chunk[:, None], -torch.inf)  # a word is not its own neighbour
         for parts, part in zip(found, cosines.topk(count, dim=1)):
             parts.append(part)
-    return tuple(map(torch.cat, found))
+    return torch.cat(found[0]), torch.cat(found[1])
 
 
-def close_pairs(embeddings, threshold=0.98, limit=20):
+def close_pairs(
+    embeddings: torch.Tensor, threshold: float = 0.98, limit: int = 20
+) -> tuple[list[tuple[float, int, int]], int]:
     """Pairs of words that a teacher can hardly tell apart.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from ovdet2.errors import DataError
 
 
-def read_table(path, key=None):
+def read_table(path: str | Path, key: str | None = None) -> np.ndarray:
     """A matrix from a ``.npy`` file (``allow_pickle=False``), or a ``.pt`` or ``.pth`` file (``weights_only=True``).
 
     Args:

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +35,7 @@ class Teacher(nn.Module):
         fingerprint: :class:`Fingerprint` of the weights.
     """
 
-    def __init__(self, clip, tokenizer, fingerprint):
+    def __init__(self, clip: Any, tokenizer: Any, fingerprint: Fingerprint) -> None:
         """
         Args:
             clip: open_clip model with ``encode_image``, ``encode_text`` and ``visual.preprocess_cfg``.
@@ -54,7 +56,7 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def load(cls, architecture, pretrained, device="cpu"):
+    def load(cls, architecture: str, pretrained: str, device: str | torch.device = "cpu") -> "Teacher":
         """Load an open_clip model.
 
         Args:
@@ -113,27 +115,27 @@ class Teacher(nn.Module):
         fingerprint = Fingerprint(architecture, pretrained, state_dict_sha256(clip.state_dict()))
         return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode: batch statistics of a teacher must not move."""
         return super().train(False)
 
     @functools.cached_property
-    def embed_dim(self):
+    def embed_dim(self) -> int:
         """D."""
         return self.encode_text(["a"]).shape[1]
 
     @functools.cached_property
-    def mean_colour(self):
+    def mean_colour(self) -> list[float]:
         """The colour that the preprocessing maps to 0: three floats in [0, 1]."""
         return self.mean.flatten().tolist()
 
     @property
-    def logit_scale(self):
+    def logit_scale(self) -> float:
         """The teacher's own inverse temperature, a float (about 100 for OpenAI's models)."""
         return self.clip.logit_scale.exp().item()
 
     @torch.no_grad()
-    def encode_text(self, texts, batch_size=256):
+    def encode_text(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
         """Unit-norm text embeddings.
 
         Args:
@@ -152,7 +154,9 @@ class Teacher(nn.Module):
         return F.normalize(torch.cat(encoded), dim=-1)
 
     @torch.no_grad()
-    def encode_image(self, pixels, batch_size=256, dtype=torch.float32):
+    def encode_image(
+        self, pixels: torch.Tensor, batch_size: int = 256, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
         """Unit-norm image embeddings.
 
         Args:
@@ -173,7 +177,7 @@ class Teacher(nn.Module):
                 encoded.append(self.clip.encode_image(normalised).float())
         return F.normalize(torch.cat(encoded), dim=-1)
 
-    def classify(self, embeddings, words):
+    def classify(self, embeddings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """Zero-shot probabilities: softmax over the words of cosine times the teacher's own logit scale.
 
         Args:
@@ -199,7 +203,7 @@ class Teacher(nn.Module):
                 )
 
 
-def preprocessing_of(architecture):
+def preprocessing_of(architecture: str) -> dict[str, Any] | None:
     """How images are prepared for an architecture, whose weights come from a file that does not say.
 
     Returns:
@@ -229,12 +233,12 @@ def _interpolation(architecture, preprocess):
     return preprocess.get("interpolation", "bicubic")
 
 
-def embedded_models():
+def embedded_models() -> list[str]:
     """Names of the open_clip models whose weights come with the package."""
     return sorted(path.stem for path in _EMBEDDED.glob("*.safetensors"))
 
 
-def register_embedded_models():
+def register_embedded_models() -> None:
     """Tell open_clip about the packaged model configurations (idempotent)."""
     import open_clip
 
@@ -243,7 +247,7 @@ def register_embedded_models():
             open_clip.add_model_config(config)
 
 
-def state_dict_sha256(state_dict):
+def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     """Hash of named tensors, independent of file format and storage precision: names, shapes and float32 bytes."""
     digest = hashlib.sha256()
     for name in sorted(state_dict):

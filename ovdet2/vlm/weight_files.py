@@ -5,6 +5,8 @@ its weights were trained with, but for those that ovdet2 writes.
 """
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,7 +16,7 @@ from ovdet2.errors import DataError
 _POSITIONS = "visual.positional_embedding"  # of a ViT; a ResNet's attention pool of another size cannot be loaded
 
 
-def needs_quick_gelu(architecture, pretrained):
+def needs_quick_gelu(architecture: str, pretrained: str) -> bool:
     """Whether a pretrained tag was trained with QuickGELU: OpenAI's weights were, under names that do not say so.
 
     With the other activation every embedding is a little off, and nothing fails. For a weight file the name of the
@@ -25,14 +27,14 @@ def needs_quick_gelu(architecture, pretrained):
     return bool((open_clip.get_pretrained_cfg(architecture, pretrained) or {}).get("quick_gelu", False))
 
 
-def file_architecture(architecture, pretrained):
+def file_architecture(architecture: str, pretrained: str) -> str:
     """The architecture under which a file of these weights has their activation: "<architecture>-quickgelu" where the
     tag says so and the name does not."""
     said = architecture.endswith("-quickgelu")
     return architecture if said or not needs_quick_gelu(architecture, pretrained) else f"{architecture}-quickgelu"
 
 
-def check_stated_architecture(path, architecture):
+def check_stated_architecture(path: Path, architecture: str) -> None:
     """Compare the architecture that a file states, if it does, with the one that is asked for.
 
     Args:
@@ -56,7 +58,7 @@ def check_stated_architecture(path, architecture):
         )
 
 
-def check_resolution(path, architecture, state):
+def check_resolution(path: Path, architecture: str, state: Mapping[str, torch.Tensor]) -> None:
     """Compare the positional embedding of a file with that of the model it was loaded into.
 
     Args:
@@ -77,7 +79,7 @@ def check_resolution(path, architecture, state):
         )
 
 
-def is_torchscript(path):
+def is_torchscript(path: str | Path) -> bool:
     """Whether a file is a TorchScript archive, as OpenAI publishes its models.
 
     torch reads such a file without unpickling python objects, but not as mere weights (``weights_only``). It is asked

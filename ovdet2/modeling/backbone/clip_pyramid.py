@@ -3,8 +3,14 @@
 Shapes: N images, R regions, D embedding dimension.
 """
 
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from torch import nn
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.backbone.clip_resnet import CLIPResNet
@@ -19,7 +25,7 @@ CLIP_MAP = "clip"  # the name of the trunk's last map among the features
 class GivenMaps(Backbone):
     """Stands where an FPN expects its trunk, and returns the maps it is given: the pyramid then has them as input."""
 
-    def __init__(self, shapes):
+    def __init__(self, shapes: dict[str, ShapeSpec]) -> None:
         """
         Args:
             shapes: dict of name to :class:`ShapeSpec` of the maps.
@@ -27,11 +33,11 @@ class GivenMaps(Backbone):
         super().__init__()
         self._shapes = dict(shapes)
 
-    def output_shape(self):
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """The shapes of the maps."""
         return self._shapes
 
-    def forward(self, maps):
+    def forward(self, maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """dict of maps -> the same dict."""
         return maps
 
@@ -39,7 +45,7 @@ class GivenMaps(Backbone):
 class CLIPPyramid(Backbone):
     """A CLIP trunk and the FPN on its maps; the features are the FPN's and, as "clip", the trunk's last map."""
 
-    def __init__(self, trunk, pyramid):
+    def __init__(self, trunk: CLIPResNet | CLIPViT, pyramid: FPN) -> None:
         """
         Args:
             trunk: :class:`CLIPResNet` with its pool, or :class:`CLIPViT`.
@@ -51,15 +57,15 @@ class CLIPPyramid(Backbone):
         self.pyramid = pyramid
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         """By what the sides of the input must be divisible."""
         return self.pyramid.size_divisibility
 
-    def output_shape(self):
+    def output_shape(self) -> dict[str, ShapeSpec]:
         """The shapes of the pyramid's levels."""
         return self.pyramid.output_shape()
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Tensor [N, 3, H, W], normalised -> dict of maps by name."""
         maps = self.trunk(images)
         inputs = maps
@@ -69,7 +75,7 @@ class CLIPPyramid(Backbone):
             inputs = {name: features.contiguous() for name, features in maps.items()}
         return {**self.pyramid(inputs), CLIP_MAP: maps[self.trunk.last_map]}
 
-    def embed_regions(self, features, boxes_xyxy):
+    def embed_regions(self, features: dict[str, torch.Tensor], boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
         """CLIP embeddings of regions.
 
         Args:
@@ -82,7 +88,7 @@ class CLIPPyramid(Backbone):
         return self.trunk.embed_regions(features[CLIP_MAP], boxes_xyxy)
 
 
-def clip_pyramid(cfg, visual):
+def clip_pyramid(cfg: CfgNode, visual: nn.Module) -> CLIPPyramid:
     """The pyramid of MODEL.FPN on an open_clip image tower, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
@@ -109,7 +115,7 @@ def clip_pyramid(cfg, visual):
 
 
 @BACKBONE_REGISTRY.register()
-def build_clip_fpn_backbone(cfg, input_shape):
+def build_clip_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CLIPPyramid:
     """See :func:`clip_pyramid`; the tower is the teacher's.
 
     Raises:

@@ -1,9 +1,11 @@
 """CLIP's ResNet as a trunk: the stages of the teacher's image tower and, for region scores, its attention pool."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
@@ -25,7 +27,13 @@ class CLIPResNet(Backbone):
 
     last_map = "res5"  # what the attention pool reads
 
-    def __init__(self, visual, out_features=("res3", "res4", "res5"), freeze_at=0, keep_pool=False):
+    def __init__(
+        self,
+        visual: nn.Module,
+        out_features: Sequence[str] = ("res3", "res4", "res5"),
+        freeze_at: int = 0,
+        keep_pool: bool = False,
+    ) -> None:
         """
         Args:
             visual: open_clip ModifiedResNet; it is copied, not changed.
@@ -80,7 +88,7 @@ class CLIPResNet(Backbone):
             state_dict.setdefault(prefix + name, statistics)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
             images: Tensor [B, 3, H, W], normalised by CLIP's mean and standard deviation, RGB.
@@ -96,7 +104,7 @@ class CLIPResNet(Backbone):
         maps = dict(zip((_STAGES[index] for index in order), found["image_intermediates"]))
         return {name: maps[name] for name in self._out_features}
 
-    def embed_regions(self, last_map, boxes_xyxy):
+    def embed_regions(self, last_map: torch.Tensor, boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
         """CLIP embeddings of regions (F-VLM): RoIAlign to the attention pool's native grid, then the pool.
 
         Args:
@@ -110,7 +118,7 @@ class CLIPResNet(Backbone):
 
 
 @BACKBONE_REGISTRY.register()
-def build_clip_resnet_backbone(cfg, input_shape):
+def build_clip_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CLIPResNet:
     """The trunk of MODEL.TEACHER with MODEL.RESNETS.OUT_FEATURES, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:

@@ -4,6 +4,7 @@ Shapes: N images, H x W input, p patch in pixels, h x w patches, W_t width of th
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from detectron2.layers import get_norm
@@ -20,7 +21,7 @@ _FACTORS = (4, 2, 1, 0.5)  # by which the cells of a level are finer than the pa
 _PARTS = ((1, 3), (1, 2), (2, 3), (1, 1))  # of the depth: blocks 4, 6, 8, 12 of 12
 
 
-def read_blocks(depth):
+def read_blocks(depth: int) -> tuple[int, ...]:
     """0-based indices of the four blocks whose tokens are read: 3, 5, 7, 11 of 12 (F-ViT), the same fractions, rounded
     up, of other depths."""
     return tuple(-(-depth * part // whole) - 1 for part, whole in _PARTS)
@@ -37,7 +38,9 @@ class CLIPViT(Backbone):
 
     last_map = "tokens"  # [N, W_t, h, w] at the stride of the patches, which embed_regions reads
 
-    def __init__(self, visual, out_features=_LEVELS, frozen=True, norm=""):
+    def __init__(
+        self, visual: nn.Module, out_features: Sequence[str] = _LEVELS, frozen: bool = True, norm: str = ""
+    ) -> None:
         """
         Args:
             visual: open_clip VisionTransformer; it is copied, not changed.
@@ -67,11 +70,11 @@ class CLIPViT(Backbone):
         self._out_feature_channels = dict(zip(_LEVELS, (width // 4, width // 2, width, width)))
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         """The coarsest stride: levels of other sizes would cover different parts of the image."""
         return _STRIDES[-1]
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
             images: Tensor [N, 3, H, W], normalised by CLIP's mean and standard deviation, RGB; sides of at least 32.
@@ -94,7 +97,7 @@ class CLIPViT(Backbone):
             found[name] = maps[:, :, : height // stride, : width // stride]
         return found
 
-    def token_maps(self, images):
+    def token_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
         """The tokens of :attr:`blocks`, list of four Tensors [N, W_t, h, w]; the last block is attention-free."""
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self._patch, 0, -height % self._patch))
@@ -102,7 +105,7 @@ class CLIPViT(Backbone):
         tokens = block_tokens(self.visual, images, self.blocks)
         return [of_block[:, 1:].mT.unflatten(2, grid) for of_block in tokens]
 
-    def embed_regions(self, last_map, boxes_xyxy):
+    def embed_regions(self, last_map: torch.Tensor, boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
         """CLIP embeddings of regions (F-ViT): RoIAlign 1x1 on the map of unit embeddings.
 
         Args:

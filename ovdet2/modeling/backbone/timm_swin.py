@@ -1,8 +1,15 @@
 """Swin Transformer of timm as a trunk for images of any size."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import timm
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
-from timm.models.swin_transformer import checkpoint_filter_fn
+from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,7 +23,7 @@ _PATCH = 4
 class TimmSwin(Backbone):
     """The maps of a Swin Transformer, strides 4 to 32, each under a layer norm of its own."""
 
-    def __init__(self, trunk, out_features=("res3", "res4", "res5")):
+    def __init__(self, trunk: SwinTransformer, out_features: Sequence[str] = ("res3", "res4", "res5")) -> None:
         """
         Args:
             trunk: SwinTransformer of :func:`swin_trunk`; stages that are not asked for are taken off.
@@ -39,7 +46,7 @@ class TimmSwin(Backbone):
         self.trunk = trunk
         self.norms = nn.ModuleDict({name: nn.LayerNorm(self._out_feature_channels[name]) for name in out_features})
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """
         Args:
             images: Tensor [B, 3, H, W], normalised.
@@ -56,7 +63,9 @@ class TimmSwin(Backbone):
         }
 
 
-def swin_trunk(architecture, drop_path=0.2, checkpointing=False, **changes):
+def swin_trunk(
+    architecture: str, drop_path: float = 0.2, checkpointing: bool = False, **changes: Any
+) -> SwinTransformer:
     """A SwinTransformer for detection, with random weights.
 
     Windows keep their size and are shifted in every stage whatever the image's size; by itself timm fixes both for its
@@ -82,7 +91,7 @@ def swin_trunk(architecture, drop_path=0.2, checkpointing=False, **changes):
     return trunk
 
 
-def load_swin(trunk, path):
+def load_swin(trunk: SwinTransformer, path: str | Path) -> None:
     """Load timm's or Microsoft's weights of the whole classifier from a local file.
 
     Raises:
@@ -103,7 +112,7 @@ def load_swin(trunk, path):
 
 
 @BACKBONE_REGISTRY.register()
-def build_timm_swin_backbone(cfg, input_shape):
+def build_timm_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmSwin:
     """The trunk of MODEL.SWIN; its weights are read from MODEL.SWIN.WEIGHTS unless MODEL.WEIGHTS names a detector's."""
     swin = cfg.MODEL.SWIN
     trunk = swin_trunk(swin.ARCHITECTURE, swin.DROP_PATH, swin.CHECKPOINTING)
