@@ -115,7 +115,7 @@ class TestEveryConfiguration:
 
     def test_names_of_weights_and_first_values(self, kind):
         bank = WordBank(micro.vocabulary(), BACKGROUND if kind == "text_background" else None)
-        parameters = dict(type(build(kind)).named_parameters(build(kind)))
+        parameters = dict(build(kind).named_parameters())
         own = {"softmax": "background", "sigmoid": "bias", "text_background": "log_scale", "detr": "log_scale bias"}
         projection = ["projection.weight", *(["projection.bias"] if kind != "text_background" else [])]
         assert list(parameters) == [*own[kind].split(), *projection]
