@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -129,6 +129,7 @@ def test_shuffle_buffer_splits_every_epoch_over_the_processes(monkeypatch):
     assert sorted(np.flatnonzero(np.diff(unmixed)) + 1) in ([3, 8], [3, 12], [5, 8], [5, 14], [9, 12], [9, 14])
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(codec=None))))
 def test_packed_strings_are_the_strings(strings):
     packed = PackedStrings(iter(strings))

@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -61,6 +61,7 @@ def test_labels_of_annotations_without_boxes(tmp_path):
     assert [record["labels"] for record in of_json(tmp_path, data)] == [(1,), (1,), (0,)]
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_labels_are_those_stated(data, tmp_path_factory):
     """Of any order of images, ids and forms: each image has the set of its labels, in contiguous ids."""
