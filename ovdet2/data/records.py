@@ -44,7 +44,7 @@ def load_records(
     known = DatasetCatalog.list()
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_"))))
+        ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_", "coco_captions_"))))
         raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
     try:
         if kind == BOXES:
@@ -101,7 +101,9 @@ def _weak_records(names, base_only):
         split = split_of(name)
         if not len(records):
             raise DataError(f"the data set {name} has no image: check its files.")
-        if base_only and split is not None and not MetadataCatalog.get(name).get("ov_novel_labels"):
+        # A reader, which makes records when they are asked for, has refused such labels when it was opened.
+        listed = isinstance(records, list) and split is not None
+        if base_only and listed and not MetadataCatalog.get(name).get("ov_novel_labels"):
             _require_base_labels(name, records, split)
     if len(loaded) == 1:
         return loaded[0]
