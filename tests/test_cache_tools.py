@@ -196,5 +196,5 @@ def test_the_benchmark_measures_what_it_says(root):
     ]
     images = root / "ov_shapes" / "train2017"
     found = bench_cache.main(["--images", str(images), "--architectures", "ovshapes-vit", *options])
-    names = {"ovshapes-vit encoder", "ovshapes-vit loop", "ovshapes-vit crops/s", "reading", "mapper"}
+    names = {"ovshapes-vit encoder", "ovshapes-vit loop", "ovshapes-vit crops/s", "reading", "sample"}
     assert set(found) == names and all(value > 0 for value in found.values())

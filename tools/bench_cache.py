@@ -11,7 +11,7 @@ alike; it still wants to be alone. Weights are random except for embedded models
 - *loop*: seconds of the plain way (PIL crop, open_clip's own transform, one forward pass per image) divided by ours.
 - *reading*: seconds of copying the embeddings of random images straight out of memory maps of the shards, divided by
   those of copying what :class:`RegionCache` gives.
-- *mapper*: seconds of a training sample with cached regions divided by those of one without.
+- *sample*: seconds of a training sample with cached regions divided by those of one without.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from ovdet2.caches.region_cache import RegionCache, Regions, shard_name
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.config import get_cfg
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.sample_maker import SampleMaker, build_sample_maker
 from ovdet2.errors import DataError, exit_on_error
 from ovdet2.io.images import image_size
+from ovdet2.methods.vild.sample import AttachCachedRegions
 from ovdet2.vlm.crops import scale_boxes
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher, embedded_models
@@ -54,7 +55,7 @@ def main(argv=None):
     if not args.no_reading:
         with tempfile.TemporaryDirectory() as folder:
             cache = made_up_cache(folder, records, args)
-            results |= {"reading": reading(cache, args), "mapper": mapper(cache, records, args)}
+            results |= {"reading": reading(cache, args), "sample": sample(cache, records, args)}
     for name, value in results.items():
         print(f"{name}: {value:.3g}")
     return results
@@ -73,8 +74,8 @@ def parse_args(argv):
     parser.add_argument("--regions", type=int, default=300, help="regions an image, for reading")
     parser.add_argument("--dim", type=int, default=512, help="dimensions, for reading")
     parser.add_argument("--cached-images", type=int, default=2000, help="images of the cache that is read at random")
-    parser.add_argument("--side", type=int, default=800, help="shorter side of a training image, for the mapper")
-    parser.add_argument("--no-reading", action="store_true", help="leave out reading and mapper")
+    parser.add_argument("--side", type=int, default=800, help="shorter side of a training image, for the sample")
+    parser.add_argument("--no-reading", action="store_true", help="leave out reading and sample")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -200,20 +201,20 @@ def _offset_in_file(path, name):
         return json.loads(file.read(length))[name]["data_offsets"][0]
 
 
-def mapper(cache, records, args):
+def sample(cache, records, args):
     """A training sample with cached regions against one without."""
     cfg = get_cfg()
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (args.side,), 1333
     torch.set_num_threads(1)  # as in a loader process
-    plain, cached = OpenVocabularyMapper(cfg, True), OpenVocabularyMapper(cfg, True)
-    cached.region_cache = cache
+    plain = build_sample_maker(cfg, True)
+    cached = SampleMaker([*plain.steps[:-1], AttachCachedRegions(cache), plain.steps[-1]])
 
     def run(chosen):
         np.random.seed(0)
         for record in records:
             chosen(record)
 
-    seconds = alternate({"plain": lambda: run(plain), "cached": lambda: run(cached)}, 3 * args.rounds, "mapper")
+    seconds = alternate({"plain": lambda: run(plain), "cached": lambda: run(cached)}, 3 * args.rounds, "sample")
     return seconds["cached"] / seconds["plain"]
 
 
