@@ -6,6 +6,7 @@ import signal
 
 import numpy as np
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
@@ -17,7 +18,8 @@ from torch import nn
 import train_net
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets.coco_json import Split
-from ovdet2.data.datasets.register import register_dataset
+from ovdet2.data.datasets.register import data_root, register_dataset
+from ovdet2.data.samples import BOXES, CAPTIONS, of_kind
 from ovdet2.errors import DataError
 from ovdet2.io.files import write_safetensors
 
@@ -25,6 +27,19 @@ SPLIT = Split("micro", base=((1, "disc"), (2, "bar")), novel=((5, "ring"),))
 for _part in ("train", "val"):
     # Below DETECTRON2_DATASETS, which each test sets.
     register_dataset(f"ov_micro_{_part}", f"micro/{_part}.json", "micro/images", SPLIT)
+
+
+def captioned():
+    """Records of the same images with captions of one to three words."""
+    folder = data_root() / "micro" / "images"
+    return [
+        {"file_name": str(folder / f"{number:04d}.png"), "image_id": number, "captions": ("word " * (1 + number % 3),)}
+        for number in range(1, 13)
+    ]
+
+
+DatasetCatalog.register("micro_captioned", captioned)
+MetadataCatalog.get("micro_captioned").set(ov_kind=CAPTIONS)
 
 
 def write_data(root, images=12):
@@ -116,6 +131,27 @@ class NoisyMicroDetector(MicroDetector):
 
 
 @META_ARCH_REGISTRY.register()
+class CaptionedMicroDetector(NoisyMicroDetector):
+    """Learns the number of words of captions, too; a step has images with boxes, with captions, or both."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.words = nn.Linear(6, 1)
+
+    def forward(self, batch):
+        if not self.training:
+            return super().forward(batch)
+        boxes, captions = of_kind(batch, BOXES), of_kind(batch, CAPTIONS)
+        losses = super().forward(boxes) if boxes else {}
+        if captions:
+            self.seen.append([-sample.image_id for sample in captions])
+            counts = torch.tensor([[len(sample.captions[0].split())] for sample in captions])
+            features = torch.stack([self._features(sample.image) for sample in captions])
+            losses["loss_words"] = (self.words(features) - counts).abs().mean()
+        return losses
+
+
+@META_ARCH_REGISTRY.register()
 class ExplodingMicroDetector(MicroDetector):
     """Its loss is NaN in the last process from the third step on."""
 
@@ -196,6 +232,24 @@ def parallel_check(folder):
     tensors = {f"weight.{name}": p for name, p in model.named_parameters()}
     tensors.update((f"gradient.{name}", g) for name, g in gradients[0].items())
     tensors["seen"] = torch.tensor(model.seen)
+    write_safetensors(folder / f"rank{comm.get_rank()}.safetensors", tensors, {"schema": "test"})
+
+
+def mixed_run(folder, mix, steps, resume):
+    """In each process: a run with boxes and captions up to a number of steps; weights and seen images to ``folder``."""
+    from ovdet2.engine import Trainer
+
+    seed_all_rng(comm.get_rank() + 10 * resume)
+    sources = [{"name": "micro_captioned", "images": 2, "min_size": [32, 64], "ratio": 2.0}]
+    options = ["MODEL.META_ARCHITECTURE", "CaptionedMicroDetector", "DATASETS.SOURCES", sources, "DATALOADER.MIX", mix]
+    options += ["SOLVER.MAX_ITER", "9", "SOLVER.CHECKPOINT_PERIOD", "4", "DATASETS.TEST", "()"]
+    trainer = Trainer(micro_cfg(folder, options))
+    trainer.resume_or_load(resume=resume)
+    trainer.max_iter = steps
+    trainer.train()
+    model = trainer.checkpointer.model
+    tensors = {f"weight.{name}": parameter for name, parameter in model.named_parameters()}
+    tensors["seen"] = torch.tensor([image_id for batch in model.seen for image_id in batch])
     write_safetensors(folder / f"rank{comm.get_rank()}.safetensors", tensors, {"schema": "test"})
 
 

@@ -269,9 +269,9 @@ class TestBadImages:
         with pytest.raises(DataError, match="(?s)^3 of 12.*0002.png"):
             batches_of(second, 9)
 
-    def test_mapper_that_returns_nothing_ends(self, data_root):
+    def test_maker_that_returns_nothing_ends(self, data_root):
         loader = loading.build_train_loader(micro_cfg(data_root / "out"), maker=lambda record: None)
-        with pytest.raises(DataError, match="the mapper returned nothing"):
+        with pytest.raises(DataError, match="the sample maker returned nothing"):
             batches_of(loader, 1)
 
     @pytest.mark.parametrize("workers", ["0", "2"])

@@ -1,1 +1,1 @@
-"""Data sets, image reading, mappers and loaders."""
+"""Data sets, image reading, the making of samples, sources and loaders."""

@@ -9,7 +9,7 @@ def detr_crop(resize, sides, probability=0.5):
     """With a probability, resize the short side and cut out a rectangle; else change nothing.
 
     Put before the ordinary resize and flip it gives DETR's two lists, which both end with these. Boxes, masks and
-    cached regions go through the same transforms; the mapper leaves out what is cropped away.
+    cached regions go through the same transforms; what is cropped away is left out.
 
     Args:
         resize: short sides in pixels, one of which is drawn.

@@ -94,7 +94,7 @@ class MappedRecords(Dataset):
             faults.append((str(record["file_name"]), str(error)))
             return None
         if sample is None:
-            faults.append((str(record["file_name"]), f"the mapper returned nothing for {record['file_name']}"))
+            faults.append((str(record["file_name"]), f"the sample maker returned nothing for {record['file_name']}"))
         return sample
 
 
