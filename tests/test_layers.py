@@ -147,7 +147,7 @@ def test_saved_vocabulary_of_another_k_is_fine_of_another_teacher_is_not():
     saved = WordBank(micro.vocabulary()).state_dict()
     buffer = WordBank(micro.vocabulary(("cat", "dog"), 0))
     buffer.adopt_saved_vocabulary(saved)
-    assert buffer.vocabulary.names == ("cat", "dog")
+    assert buffer.words.names == ("cat", "dog")
     assert buffer.trained_base_names == set(micro.NAMES[:3])
     other = WordBank(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
     with pytest.raises(DataError, match="the checkpoint is of teacher micro / other"):
