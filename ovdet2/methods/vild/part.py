@@ -95,7 +95,8 @@ class ViLDPart(RCNNPart):
             count = len(batch.own_pooled)
             # A batch without a region still runs the head, for every process must give its parameters a gradient.
             student = self.image_head(batch.own_pooled if count else batch.pooled[:2])[:count]
-        teacher = torch.cat([sample.attached(CachedRegions).embeddings for sample in batch.samples])
+        # To the student's type first: autocast on a CPU cannot join float16.
+        teacher = torch.cat([sample.attached(CachedRegions).embeddings.to(student) for sample in batch.samples])
         return {"loss_distillation": embedding_l1(student, teacher)}
 
     def secondary_probs(self, batch: RegionBatch) -> list[Tensor] | None:
