@@ -238,7 +238,7 @@ class CCKT(DetrPart):
     def losses(
         self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer as the losses of
+        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer like those of
         the criterion.
 
         Raises:
