@@ -19,11 +19,10 @@ from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import write_json
-from ovdet2.predictor import to_rgb_array
+from ovdet2.predictor import Predictor, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
 from ovdet2.vocabulary import parse_words
 
@@ -109,7 +108,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
 
 
 def best_per_object(instances: Instances, threshold: float, overlap: float) -> Instances:
-    """Instances above ``threshold`` after class-agnostic NMS: two words for one object would be drawn over each other."""
+    """Instances above ``threshold`` after NMS across words: two words for one object would be drawn over each other."""
     from detectron2.layers import nms
 
     instances = instances[instances.scores > threshold]

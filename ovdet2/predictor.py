@@ -57,7 +57,7 @@ class Predictor:
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         settle_device(cfg)
         self.cfg = cfg
-        self.model = _build(cfg, weights).eval()
+        self.model: Any = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         if cfg.MODEL.VOCABULARY.FILE:  # its base mask may be of another data set than the weights
             self.model.vocabulary.set(self.model.vocabulary.words)
@@ -68,8 +68,8 @@ class Predictor:
         """Words that ``pred_classes`` index."""
         return self.model.vocabulary.names
 
-    def set_vocabulary(self, words: str | Path | Sequence[str] | Vocabulary, templates: str | None = None) -> None:
-        """Detect other words from now on; they need not be in any data set.
+    def set_vocabulary(self, words, templates=None):
+        """Ask for other words from now on; they need not be in any data set.
 
         A word that had training boxes counts as base, every other as novel, whatever the base mask of a vocabulary is
         (this matters only to score fusion).
@@ -131,7 +131,8 @@ class Predictor:
                 that is not in the vocabulary, or ``present`` for a detector without priors.
         """
         single = not isinstance(images, (list, tuple))
-        batch = [self.prepare(image, present) for image in ([images] if single else images)]
+        given: Any = [images] if single else images
+        batch = [self.prepare(image, present) for image in given]
         if not batch:
             return []
         found = [output["instances"].to("cpu") for output in self.model(batch)]

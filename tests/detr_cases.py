@@ -1,14 +1,20 @@
 """Made-up batches for the tests of the query-based detectors."""
 
+import math
 from dataclasses import replace
 
 import torch
 from detectron2.structures import Boxes, Instances
 
 from ovdet2.data.samples import Sample
+from ovdet2.modeling.detr.memory import Memory
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.part import DetrStep
 from ovdet2.modeling.detr.targets import Targets
+
+SHAPES, STRIDES, CHANNELS = ((12, 16), (6, 8)), (8, 16), 5
+SIZES = ((96, 128), (67, 76))  # pixels of the images in a batch of 96 x 128
+VALID = [[[math.ceil(side / stride) for side in size] for stride in STRIDES] for size in SIZES]  # rows, columns
 
 
 def samples(counts, words=5, seed=0, height=60, width=100):
@@ -53,3 +59,21 @@ def only(found, image):
 def step(made, queries=None, memory=None, network=None, criterion=None):
     """A :class:`DetrStep` of samples, with what a test needs."""
     return DetrStep(made, Targets.of_samples(made, "cpu"), memory, queries, network, criterion)
+
+
+def memory(seed=0, padding=None):
+    """Two images, of which the second is padded, with random tokens; those of the padding may be given."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, masks = [], []
+    for level, (height, width) in enumerate(SHAPES):
+        mask = torch.zeros(2, height, width, dtype=torch.bool)
+        for image in range(2):
+            rows, columns = VALID[image][level]
+            mask[image, rows:], mask[image, :, columns:] = True, True
+        tokens.append(torch.randn(2, height * width, CHANNELS, generator=generator, dtype=torch.float64))
+        masks.append(mask.flatten(1))
+    tokens, masks = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+    if padding is not None:
+        tokens = tokens.masked_fill(masks[..., None], padding)
+    sizes = torch.tensor(SHAPES, dtype=torch.float64)
+    return Memory(tokens, SHAPES, masks, (torch.tensor(VALID) / sizes).flip(2))

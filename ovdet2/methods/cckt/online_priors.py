@@ -64,12 +64,14 @@ class OnlinePriors:
         """
         image = np.array(image)  # a copy, which torch may share
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        teacher, boxes = self.clip.teacher, view_boxes(*image.shape[:2], self.clip.tiles)
+        teacher, boxes = self.clip.teacher, view_boxes(image.shape[0], image.shape[1], self.clip.tiles)
         views = crop_regions(pixels, boxes, teacher.image_size, RESIZE[self.clip.resize], teacher.interpolation)
         [score] = self.clip.score(views[None])
         index, score = best(torch.arange(len(score)), score, len(score))
         kept = score >= self.threshold
-        return ordered_words(index[kept].long(), score[kept], self.order.keys(zlib.crc32(image)), self.top, self.fill)
+        return ordered_words(
+            index[kept].long(), score[kept], self.order.keys(zlib.crc32(image.data)), self.top, self.fill
+        )
 
 
 def word_indices(words: Sequence[str], names: Sequence[str]) -> Tensor:

@@ -136,7 +136,8 @@ class CCKT(DetrPart):
         self.temperature, self.bias, self.alpha, self.gamma = temperature, bias, alpha, gamma
         self.class_loss, self.contrast, self.contrast_start, self.score_by = class_loss, contrast, contrast_start, score
         self.similarity_weight = similarity_cost
-        self._look, self._online = look, None
+        self._look = look
+        self._online: OnlinePriors | None = None
 
     @property
     def bank(self) -> WordBank:
@@ -166,10 +167,10 @@ class CCKT(DetrPart):
         Raises:
             DataError: the words are of another teacher.
         """
-        words = self.bank.words
-        if self._online is None or self._online.vocabulary is not words:
-            self._online = self._look(teacher(), words)
-        return [words.names[word] for word in self._online(image).tolist()]
+        words, online = self.bank.words, self._online
+        if online is None or online.vocabulary is not words:
+            self._online = online = self._look(teacher(), words)
+        return [words.names[word] for word in online(image).tolist()]
 
     def give_present_words(self, sample: Sample, words: Sequence[str]) -> None:
         """Attach :class:`PresentWords`.
@@ -235,8 +236,8 @@ class CCKT(DetrPart):
     def losses(
         self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer as those of the
-        criterion.
+        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer like those of
+        the criterion.
 
         Raises:
             UsageError: the contrast needs crops of objects, and samples come without; or of classes, which have none.
@@ -283,9 +284,10 @@ class CCKT(DetrPart):
     def _contrast(self, embeddings, targets, matches, crops):
         """The sum over pairs of one layer; ``embeddings`` [B, N, D], ``crops`` unless the contrast is of classes."""
         per_image, count = embeddings.shape[1], len(targets)
-        if self.contrast == "class":
+        if self.class_crops is not None:
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
-            return class_contrast(embeddings.flatten(0, 1), rows, labels, *self.class_crops.draw(), self.temperature)
+            drawn, active = self.class_crops.draw()
+            return class_contrast(embeddings.flatten(0, 1), rows, labels, drawn, active, self.temperature)
         # A batch is one large image.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)
@@ -296,7 +298,8 @@ class CCKT(DetrPart):
         else:
             with torch.autocast(embeddings.device.type, enabled=False):
                 objects = [targets.padded(part) for part in objects]
-        return pair_contrast(embeddings, *objects, self.temperature)
+        teacher, query, valid = objects
+        return pair_contrast(embeddings, teacher, query, valid, self.temperature)
 
     def _contrast_counts(self):
         """Whether the contrast has begun; outside of a training loop it has."""
@@ -312,9 +315,9 @@ def object_crops(samples: Sequence[Sample], device: torch.device) -> ObjectCrops
     Raises:
         UsageError: a sample comes without.
     """
-    found = [sample.attachments.get(ObjectCrops) for sample in samples]
-    if any(crops is None for crops in found):
+    if any(ObjectCrops not in sample.attachments for sample in samples):
         raise UsageError(NO_CROPS)
+    found = [sample.attached(ObjectCrops) for sample in samples]
     with torch.autocast("cpu", enabled=False):  # which cannot join float16 rows, even to leave them as they are
         embeddings = torch.cat([crops.embeddings for crops in found])
     embedded = torch.cat([crops.embedded for crops in found])

@@ -191,7 +191,7 @@ def padded_sets(rows: Tensor, counts: Sequence[int]) -> Tensor:
     Returns:
         Tensor [B, S X, ...], 0 where padded.
     """
-    return pad_sequence(rows.split(counts), batch_first=True).transpose(1, 2).flatten(1, 2)
+    return pad_sequence(list(rows.split(counts)), batch_first=True).transpose(1, 2).flatten(1, 2)
 
 
 def hidden_from(conventional: int, sets: int, counts: Sequence[int], device: torch.device | None = None) -> Tensor:

@@ -60,8 +60,8 @@ class SetCriterion:
             num_boxes: of :func:`mean_box_count`; None: it is counted here, a collective call.
 
         Returns:
-            (losses, matches): unweighted scalar Tensors, float32 or better, and the pairs of each layer that has losses,
-            the last layer's last.
+            (losses, matches): unweighted scalar Tensors, float32 or better, and the pairs of each layer with losses,
+            those of the last layer last.
 
         Raises:
             UsageError: a label that the K columns do not have.

@@ -35,7 +35,10 @@ class LearnedQueries(nn.Module):
         """The same :class:`Queries` for every image, with 2-d references."""
         batch = len(memory.tokens)
         references = in_full_precision(self.reference, self.position).to(memory.valid_ratios.dtype).sigmoid()
-        return Queries(*(part.expand(batch, -1, -1) for part in (self.content, self.position, references)))
+        content, position, references = (
+            part.expand(batch, -1, -1) for part in (self.content, self.position, references)
+        )
+        return Queries(content, position, references)
 
     def encode_position(self, references: Tensor) -> Tensor:
         """Learned queries have learned positions.

@@ -71,7 +71,7 @@ class Targets:
 
     def padded(self, rows: Tensor) -> Tensor:
         """Rows of the objects, [M, ...], as [B, X, ...], filled up with zeros."""
-        return pad_sequence(rows.split(self.counts), batch_first=True)
+        return pad_sequence(list(rows.split(self.counts)), batch_first=True)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -89,7 +89,7 @@ class DeformableTransformer(nn.Module):
             masks: list of L bool Tensor [B, h, w], True where padded; the rest is a rectangle at the upper left.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
-        shapes = tuple(tuple(feature.shape[-2:]) for feature in features)
+        shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
         dim = tokens.shape[-1]
         position = [

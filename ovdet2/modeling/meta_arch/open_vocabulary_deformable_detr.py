@@ -41,6 +41,8 @@ from ovdet2.modeling.part import joined, register_parts, require_seen, weighted
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
+PartLosses = tuple[DetrPart, dict[str, Tensor]]
+
 
 @META_ARCH_REGISTRY.register()
 class OpenVocabularyDeformableDETR(nn.Module):
@@ -135,9 +137,9 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """
         samples = as_samples(batched_inputs)
         if self.training:
-            found = self._losses(samples)
-            core = weighted_core(found[0][1], self.loss_weights)
-            return joined(core, *(weighted(losses, part, kind_of) for part, losses in found[1:]))
+            core, of_parts = self._losses(samples)
+            added = [weighted(losses, part, kind_of) for part, losses in of_parts]
+            return joined(weighted_core(core, self.loss_weights), *added)
         images, outputs, queries = self.infer(samples, all_layers=self.every_layer)
         sizes = [
             (sample.height or size[0], sample.width or size[1]) for sample, size in zip(samples, images.image_sizes)
@@ -146,7 +148,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         for part in self.parts:
             for image, instances in enumerate(detections):
                 part.annotate(instances, queries, image)
-        results = [{"instances": instances} for instances in detections]
+        results: list[dict[str, Any]] = [{"instances": instances} for instances in detections]
         if self.every_layer:
             layers = [self.postprocessor(outputs, sizes, layer) for layer in range(outputs.layers - 1)]
             for image, result in enumerate(results):
@@ -164,7 +166,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     def losses(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Unweighted losses of a training batch, a dict of scalar Tensors; arguments as of :meth:`forward`."""
-        return joined(*(losses for _, losses in self._losses(as_samples(batched_inputs))))
+        core, of_parts = self._losses(as_samples(batched_inputs))
+        return joined(core, *(losses for _, losses in of_parts))
 
     def infer(
         self,
@@ -205,15 +208,14 @@ class OpenVocabularyDeformableDETR(nn.Module):
         images = [(sample["image"].to(self.device) - self.pixel_mean) / self.pixel_std for sample in samples]
         return ImageList.from_tensors(images, self.network.backbone.size_divisibility)
 
-    def _losses(self, samples):
-        """Unweighted losses of a batch: [(None, the criterion's), (part, its losses), ...], in the order that they are
-        summed in."""
+    def _losses(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
+        """Unweighted losses of a batch: (the criterion's, those of parts), in the order that they are summed in."""
         with_boxes = of_kind(samples, BOXES)
-        core, *others = self._losses_of_boxes(with_boxes) if with_boxes else [(None, {})]
+        core, of_parts = self._losses_of_boxes(with_boxes) if with_boxes else ({}, [])
         weak = [sample for sample in samples if sample.kind != BOXES]
-        return [core, *others, *(self._weak_losses(weak) if weak else [])]
+        return core, [*of_parts, *(self._weak_losses(weak) if weak else [])]
 
-    def _losses_of_boxes(self, samples):
+    def _losses_of_boxes(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
         """:meth:`_losses` of images with boxes.
 
         Parts draw random numbers and make collective calls in their order. All collective calls come before the
@@ -231,10 +233,10 @@ class OpenVocabularyDeformableDETR(nn.Module):
         num_boxes = mean_box_count(len(targets), self.device)
         losses, matches = self.criterion(outputs, targets, num_boxes)
         after_matching = [(part, part.losses(step, outputs, matches, num_boxes)) for part in self.parts]
-        return [(None, losses), *after_matching, *before_matching]
+        return losses, [*after_matching, *before_matching]
 
-    def _weak_losses(self, samples):
-        """:meth:`_losses` of images without boxes, which are encoded and not decoded."""
+    def _weak_losses(self, samples: list[Sample]) -> list[PartLosses]:
+        """Those of parts on images without boxes, which are encoded and not decoded."""
         require_seen(self.parts, [sample.kind for sample in samples])
         images = self.preprocess(samples)
         memory = self.network.encode(images.tensor, images.image_sizes)
