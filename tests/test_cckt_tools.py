@@ -204,7 +204,7 @@ class TestSweeps:
     def test_files_of_one_name(self, data, trained):
         overrides, weights = trained
         paths = [data / "a" / "clip.safetensors", data / "b" / "clip.safetensors", data / "b" / "llm.safetensors"]
-        words = ["--config-file", "", "--output", str(data), "--priors", *map(str, paths), str(paths[0]), *overrides]
+        words = ["--config-file", "", "--priors", *map(str, paths), str(paths[0]), "--output", str(data), *overrides]
         args = experiments.parse_args(find_plan("cckt.priors"), [*words, "MODEL.WEIGHTS", weights], "")
         entries = build_prior_sweep(args).entries
         assert list(entries) == ["a_clip_rho0.7_top6", "b_clip_rho0.7_top6", "llm_rho0.7_top6"]
@@ -252,4 +252,4 @@ class TestSweeps:
         with pytest.raises(SystemExit):
             sweep_cckt_teachers.main([*arguments, "ovshapes-vit"])
         with pytest.raises(UsageError, match="no CCKT-Det with priors and contrast"):
-            sweep_cckt_teachers.main([*arguments, "a:b", "MODEL.CCKT.CONTRAST", "none"])
+            sweep_cckt_teachers.main([*arguments, "a:b", "--seeds", "0", "--tabulate", "MODEL.CCKT.CONTRAST", "none"])
