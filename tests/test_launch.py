@@ -1,8 +1,8 @@
 """Starting processes: ends of every kind, several machines, signals, what is left behind."""
 
 import json
-import multiprocessing
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -38,18 +38,18 @@ def free_port():
 
 
 @contextmanager
-def machine(tmp_path, main, rank, address, *args, **options):
-    """A parent that starts the processes of one "machine"; forked, so that it need not import everything anew."""
+def machine(tmp_path, function, *arguments, processes=1, machines=1, rank=0, address="auto"):
+    """A program that starts the processes of one machine."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.launch_cases", function]
+    command += [str(argument) for argument in (processes, machines, rank, address, *arguments)]
     output = tmp_path / f"machine{rank}.txt"
-    context = multiprocessing.get_context("fork")
-    parent = context.Process(target=launch_cases.run_machine, args=(output, main, rank, address, args), kwargs=options)
-    parent.start()
+    with open(output, "w") as stream:
+        parent = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
     try:
         yield SimpleNamespace(process=parent, output=output)
     finally:
-        if parent.is_alive():
-            parent.kill()
-        parent.join()
+        parent.kill()
+        parent.wait()
 
 
 def wait_for(paths):
@@ -138,48 +138,40 @@ class TestSeveralProcesses:
         assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
         assert "torchelastic" not in capfd.readouterr().err
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("how, error, words", [
-        ("both leave with code 0", None, ""),
-        ("code 7", SystemExit, "7"),
-        ("killed", SetupError, "process 1 was killed by SIGKILL.*memory"),
-        ("a bug", ChildFailedError, r"(?s)Traceback.*KeyError: 'seven'"),
+    @pytest.mark.parametrize("how, code, words", [
+        pytest.param("both leave", 0, "", marks=pytest.mark.slow),
+        pytest.param("code 7", 7, "", marks=pytest.mark.slow),
+        ("killed", 4, "SetupError: process 1 was killed by SIGKILL.*memory"),
+        pytest.param("a bug", 1, r"(?s)Traceback.*KeyError: 'seven'", marks=pytest.mark.slow),
     ])  # fmt: skip
-    def test_ends(self, how, error, words):
-        if error is None:
-            launch(launch_cases.end, 2, args=(how,), use_cuda=False)
-        else:
-            with pytest.raises(error, match=words):
-                launch(launch_cases.end, 2, args=(how,), use_cuda=False)
+    def test_ends(self, tmp_path, how, code, words):
+        with machine(tmp_path, "end", how, processes=2) as parent:
+            assert parent.process.wait(PATIENCE) == code, parent.output.read_text()
+        assert re.search(words, parent.output.read_text())
 
-    @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+    @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
     def test_signal_to_the_parent_ends_all(self, tmp_path, number, code):
-        options = {"processes": 2, "machines": 1}
-        with machine(tmp_path, launch_cases.outlive, 0, "auto", tmp_path, **options) as parent:
+        with machine(tmp_path, "outlive", tmp_path, processes=2) as parent:
             pids = wait_for([tmp_path / "rank0", tmp_path / "rank1"])
-            os.kill(parent.process.pid, number)
-            parent.process.join(PATIENCE)
-            # multiprocessing reports an uncaught KeyboardInterrupt as 1, a program as 130.
-            assert parent.process.exitcode == (code or 1)
-            assert (number == signal.SIGINT) == ("KeyboardInterrupt" in parent.output.read_text())
+            parent.process.send_signal(number)
+            assert parent.process.wait(PATIENCE) == code, parent.output.read_text()
         assert not any(map(is_alive, pids))
+        assert "torchelastic" not in parent.output.read_text()
 
 
 class TestSeveralMachines:
-    @pytest.mark.parametrize("failing_rank", [None, 1])
-    def test_two_on_loopback(self, tmp_path, failing_rank):
+    @pytest.mark.parametrize("failing", [[], [1]])
+    def test_two_on_loopback(self, tmp_path, failing):
         """Ranks follow the machines' numbers, though the second starts first; the failing one says why."""
-        address, args = f"tcp://127.0.0.1:{free_port()}", (tmp_path, failing_rank)
+        options = {"machines": 2, "address": f"tcp://127.0.0.1:{free_port()}"}
         with (
-            machine(tmp_path, launch_cases.meet, 1, address, *args) as second,
-            machine(tmp_path, launch_cases.meet, 0, address, *args) as first,
+            machine(tmp_path, "meet", tmp_path, *failing, rank=1, **options) as second,
+            machine(tmp_path, "meet", tmp_path, *failing, rank=0, **options) as first,
         ):
-            for parent in (first, second):
-                parent.process.join(PATIENCE)
-            codes = first.process.exitcode, second.process.exitcode
-            texts = first.output.read_text(), second.output.read_text()
-        assert codes == ((0, 0) if failing_rank is None else (1, 3)), texts
-        assert ("DataError: image 7 is damaged" in texts[1]) == (failing_rank is not None)
+            codes = first.process.wait(PATIENCE), second.process.wait(PATIENCE)
+        texts = first.output.read_text(), second.output.read_text()
+        assert codes == ((1, 3) if failing else (0, 0)), texts
+        assert ("DataError: image 7 is damaged:\nits json ends early" in texts[1]) == bool(failing)
         for rank in (0, 1):  # rank, rank on the machine, processes, processes on the machine
             assert (tmp_path / f"rank{rank}").read_text().split()[1:] == [str(rank), "0", "2", "1"]
 
@@ -193,14 +185,14 @@ class TestSeveralMachines:
 
     def test_waiting_for_the_other_can_be_interrupted(self, tmp_path):
         port = free_port()
-        with machine(tmp_path, launch_cases.meet, 0, f"tcp://127.0.0.1:{port}", tmp_path) as parent:
+        with machine(tmp_path, "meet", tmp_path, machines=2, address=f"tcp://127.0.0.1:{port}") as parent:
             end = time.time() + PATIENCE
             while not listens(port):
-                assert time.time() < end
+                assert time.time() < end, parent.output.read_text()
+                time.sleep(0.05)
             time.sleep(0.5)
-            os.kill(parent.process.pid, signal.SIGINT)
-            parent.process.join(PATIENCE)
-            assert parent.process.exitcode == -signal.SIGINT
+            parent.process.send_signal(signal.SIGINT)
+            assert parent.process.wait(PATIENCE) == -signal.SIGINT
 
 
 def listens(port):
@@ -223,7 +215,7 @@ class TestReportedError:
             else:
                 launching._report(end, spawned=True)
             os.utime(path, ns=(rank, rank))
-        failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "none"))
+        failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(tmp_path / "0" / "error.json"))
         with pytest.raises(Exception) as caught:
             launching._raise_first_error(ChildFailedError("main", {0: failure}), tmp_path)
         return caught.value
@@ -244,7 +236,7 @@ class TestReportedError:
 
     @pytest.mark.parametrize("broken", ["", json.dumps({"message": {"message": "DataError: half"}})[:-5]])
     def test_half_a_file_is_passed_over(self, tmp_path, monkeypatch, broken):
-        error = self.recorded(tmp_path, monkeypatch, broken, UsageError("a wrong key"))
+        error = self.recorded(tmp_path, monkeypatch, RuntimeError("an echo"), broken, UsageError("a wrong key"))
         assert type(error) is UsageError
 
     def test_another_exception(self, tmp_path, monkeypatch):

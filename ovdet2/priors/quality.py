@@ -1,19 +1,21 @@
 """Precision and recall of a prior, where the truth is known, at many thresholds and lengths at once."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ovdet2.data.datasets.coco_json import Split
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.truth import Truth
+
+if TYPE_CHECKING:  # data sets stand above the priors
+    from ovdet2.data.datasets.coco_json import Split
 
 
 def quality(
     priors: ConceptPriors,
     truth: dict[int, Truth],
-    split: Split,
+    split: "Split",
     thresholds: Sequence[float],
     tops: Sequence[int | None],
 ) -> list[dict[str, Any]]:

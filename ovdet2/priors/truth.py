@@ -1,9 +1,10 @@
 """Which classes the annotations say to be in an image, and which they say are not."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ovdet2.data.datasets.coco_json import Split
+if TYPE_CHECKING:  # data sets stand above the priors
+    from ovdet2.data.datasets.coco_json import Split
 
 
 class Truth(NamedTuple):
@@ -19,7 +20,7 @@ class Truth(NamedTuple):
     absent: frozenset | None
 
 
-def truth_of(records: Iterable[dict[str, Any]], split: Split) -> dict[int, Truth]:
+def truth_of(records: Iterable[dict[str, Any]], split: "Split") -> dict[int, Truth]:
     """Dict of image id to :class:`Truth`.
 
     Args:
