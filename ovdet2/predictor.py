@@ -24,7 +24,7 @@ from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
-from ovdet2.vocabulary import Vocabulary, from_buffers
+from ovdet2.vocabulary import from_buffers
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray

@@ -44,7 +44,9 @@ def load_records(
     known = DatasetCatalog.list()
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_", "coco_captions_"))))
+        ours = ", ".join(
+            sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_", "coco_captions_")))
+        )
         raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
     try:
         if kind == BOXES:
