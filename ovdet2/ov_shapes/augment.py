@@ -9,7 +9,7 @@ from torch.nn import functional as F
 INTERPOLATION = "bilinear"
 
 
-def augment(pixels, side, random, coarsen):
+def augment(pixels: torch.Tensor, side: int, random: torch.Generator, coarsen: bool) -> torch.Tensor:
     """Random crop with change of scale and aspect, flip, exposure and, if wanted, loss of resolution.
 
     Args:

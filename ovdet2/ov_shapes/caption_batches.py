@@ -1,5 +1,7 @@
 """Which captioned images make up the batches of a teacher's training."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ovdet2.errors import UsageError
@@ -12,7 +14,7 @@ class BatchPlan:
     an equal text would be a wrong one. A repeated text waits for a later batch of its epoch.
     """
 
-    def __init__(self, captions, batch_size, seed):
+    def __init__(self, captions: Sequence[str], batch_size: int, seed: int) -> None:
         if len(captions) < batch_size:
             raise UsageError(
                 f"{len(captions)} pairs do not fill a batch of {batch_size}: raise --pairs or lower --batch."
@@ -21,7 +23,7 @@ class BatchPlan:
         self._epoch, self._batches = None, []
         self._per_epoch = len(captions) // batch_size
 
-    def batch(self, step):
+    def batch(self, step: int) -> list[int]:
         """Integer indices of the pairs of ``step``; at most the batch size of them."""
         epoch, position = divmod(step, self._per_epoch)
         if epoch != self._epoch:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -33,7 +34,8 @@ SCHEMA = "ovdet2/embedded-teacher/1"
 _SAVE_EVERY = 100
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     args = _parse(arguments)
     torch.set_num_threads(args.threads)
     register_embedded_models()
@@ -66,7 +68,7 @@ def main(arguments=None):
     print(json.dumps(manifest["accuracy_percent"], indent=1))
 
 
-def train(args, images, captions):
+def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -> torch.nn.Module:
     """Symmetric contrastive training with AdamW, linear warm-up and cosine decay.
 
     Args:
@@ -125,7 +127,7 @@ def train(args, images, captions):
     return model.eval()
 
 
-def grow(model, name):
+def grow(model: torch.nn.Module, name: str) -> torch.nn.Module:
     """The model of configuration ``name`` at its own image size, with the weights of a smaller-sized ``model``."""
     grown = open_clip.create_model(name).train()
     state, target = model.state_dict(), grown.state_dict()

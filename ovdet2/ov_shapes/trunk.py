@@ -13,10 +13,12 @@ import hashlib
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone.resnet import build_resnet_backbone
 from safetensors.torch import save_file
@@ -40,7 +42,7 @@ BASE_SHAPES = [shape for shape in SHAPES if shape not in UNSEEN_SHAPES]
 class WordClassifier(nn.Module):
     """Trunk, global average pooling, and one linear classifier for textures and one for shapes."""
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
         self.trunk = build_resnet_backbone(cfg, ShapeSpec(channels=3))
         width = self.trunk.output_shape()["res5"].channels
@@ -49,13 +51,13 @@ class WordClassifier(nn.Module):
             self.register_buffer(name, torch.tensor(value).view(3, 1, 1) / 255.0, persistent=False)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, pixels):
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [N, textures] and [N, shapes] of RGB images [N, 3, H, W] in [0, 1]."""
         features = self.trunk((pixels - self.mean) / self.std)["res5"].mean(dim=(2, 3))
         return self.texture(features), self.shape(features)
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parse(arguments)
     torch.set_num_threads(args.threads)
@@ -82,13 +84,13 @@ def main(arguments=None):
     print(manifest["held_out_accuracy_percent"])
 
 
-def word_labels(count):
+def word_labels(count: int) -> torch.Tensor:
     """Indices [count, 2] of the texture and the shape of pre-training images 0..count-1."""
     words = [BASE_NAMES[index % len(BASE_NAMES)].split() for index in range(count)]
     return torch.tensor([[TEXTURES.index(texture), BASE_SHAPES.index(shape)] for texture, shape in words])
 
 
-def train(args, images, labels):
+def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) -> WordClassifier:
     """Cross-entropy on both words with AdamW, linear warm-up and cosine decay.
 
     Args:
@@ -128,7 +130,7 @@ def train(args, images, labels):
 
 
 @torch.no_grad()
-def accuracy(model, images, labels, side):
+def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, side: int) -> dict[str, float]:
     """Percent of images whose texture, shape, and both are named right, as a dict."""
     right = []
     for pixels, label in zip(images.split(64), labels.split(64), strict=True):
@@ -139,7 +141,7 @@ def accuracy(model, images, labels, side):
     return {name: round(100.0 * values.mean().item(), 1) for name, values in named.items()}
 
 
-def save(trunk, path):
+def save(trunk: nn.Module, path: Path) -> None:
     """Write the trunk as float16; by the metadata Detectron2 matches names by their ends, wherever the trunk sits."""
     state = {name: t.half().contiguous() for name, t in trunk.state_dict().items() if t.is_floating_point()}
     path.parent.mkdir(parents=True, exist_ok=True)

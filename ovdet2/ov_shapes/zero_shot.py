@@ -8,10 +8,11 @@ from ovdet2.ov_shapes.augment import INTERPOLATION
 from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
 from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
 from ovdet2.vlm.crops import crop_regions, scale_boxes
+from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary.templates import render
 
 
-def measure(teacher, seed):
+def measure(teacher: Teacher, seed: int) -> dict[str, dict[str, float]]:
     """Zero-shot accuracies over the 65 classes in percent, with ViLD's prompts.
 
     Args:
@@ -45,7 +46,7 @@ def measure(teacher, seed):
     return result
 
 
-def accuracies(logits, labels):
+def accuracies(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Percent of the rows of ``logits`` [N, 65] whose largest entry is at ``labels`` [N], by group of classes."""
     right = logits.argmax(dim=1) == labels
     groups = {
