@@ -123,8 +123,8 @@ def require_seen(parts: Iterable[Part], kinds: Iterable[str]) -> None:
     unseen = sorted(set(kinds) - seen)
     if unseen:
         raise UsageError(
-            f"no part of the detector has losses of images of kind {', '.join(unseen)}: switch a method on that has, or "
-            "take these images out of DATASETS.SOURCES."
+            f"no part of the detector has losses of images of kind {', '.join(unseen)}: switch a method on that has, "
+            "or take these images out of DATASETS.SOURCES."
         )
 
 

@@ -1,4 +1,4 @@
-"""F-VLM (Kuo et al., ICLR 2023): CLIP embeddings of regions pooled from the map of a frozen CLIP trunk. See README.md."""
+"""F-VLM (Kuo et al., ICLR 2023): CLIP embeddings of regions from the map of a frozen CLIP trunk. See README.md."""
 
 from __future__ import annotations
 

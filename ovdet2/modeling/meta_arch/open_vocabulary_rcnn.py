@@ -44,7 +44,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     best proposals of the RPN (``proposal_boxes``, ``objectness_logits``), both in pixels of the original image.
 
     Attributes:
-        parts: tuple of :class:`RCNNPart`, each also a module under its name (``model.vild``).
+        parts: tuple of :class:`RCNNPart`, each also a module under its name.
     """
 
     @configurable

@@ -27,8 +27,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with secondary ones.
 
     Secondary scores are given as ``secondary_probs`` [R, K] or [R, K + 1] of the proposals; without the field the
-    classifier's are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
-    positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
+    classifier's are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1
+    on positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
     binary and may be federated.
     """
 
