@@ -3,9 +3,8 @@
 import ast
 import json
 
-import pytest
-
 import check_types
+import pytest
 
 # Where no type error and no public function without annotations may be: packages end in a slash.
 GREEN = (
