@@ -31,6 +31,8 @@ def test_functions_are_short(folder):
 
 
 def test_what_is_counted():
-    source = 'def f(\n    a,\n):\n    """Of two\n    lines."""\n    # why\n    a = 1\n\n    return (\n        a\n    )\n'
+    source = (
+        'def f(\n    a,\n):\n    """Of two\n    lines."""\n    # why\n    a = 1\n\n    return (\n        a\n    )\n'
+    )
     assert list(functions(source)) == [("f", 4)]
     assert list(functions('def f():\n    """Nothing."""\n')) == [("f", 0)]
