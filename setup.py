@@ -8,7 +8,7 @@ setup(
     description="Open-vocabulary object detection on Detectron2",
     python_requires=">=3.11",
     # configs/ is installed as ovdet2/configs, where ovdet2.config looks first.
-    packages=[*find_packages(include=["ovdet2", "ovdet2.*"]), "ovdet2.configs"],
+    packages=[*find_packages(include=["ovdet2", "ovdet2.*"], exclude=["*.tests"]), "ovdet2.configs"],
     package_dir={"ovdet2.configs": "configs"},
     package_data={"ovdet2": ["assets/**/*"], "ovdet2.configs": ["**/*.yaml"]},
     install_requires=[

@@ -3,31 +3,33 @@
     python demo/demo.py --config-file configs/ovshapes/vild_text_r18.yaml --input a.jpg dir/ "*.png" \
         --vocabulary "striped moon, red star" --output out/ MODEL.WEIGHTS output/model_final.pth
 
-A detector with semantic priors (CCKT-Det) is told the words of each image: those that its teacher sees, or --present.
-Each detection then names the word that its query carried, in the picture after "<-".
+A detector with semantic priors reads the words present in each image: those that its teacher predicts, or --present.
+Each detection then has the word that it was found with, in the picture after "<-".
 """
+
+from __future__ import annotations
 
 import argparse
 import glob
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
 from detectron2.utils.logger import setup_logger
-from detectron2.utils.visualizer import ColorMode, Visualizer
-from PIL import Image
 from tqdm import tqdm
 
-from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.io.files import atomic_path, write_json
-from ovdet2.predictor import to_rgb_array
+from ovdet2.io.files import write_json
+from ovdet2.predictor import Predictor, to_rgb_array
+from ovdet2.report.detections import draw, save_picture
 from ovdet2.vocabulary import parse_words
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Command line; returns the list of written pictures."""
     args = parse_args(argv)
     setup_logger(name="ovdet2")
@@ -50,7 +52,7 @@ def main(argv=None):
                 continue
             present = None
             if predictor.has_priors:
-                present = predictor.present(image) if args.present is None else parse_words(args.present)
+                present = predictor.predict_present_words(image) if args.present is None else parse_words(args.present)
             found = predictor.predict(image, present)
             instances = best_per_object(found, args.confidence_threshold, args.overlap)
             picture = output / f"{path.stem}.png"
@@ -68,7 +70,7 @@ def main(argv=None):
     return list(records)
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", required=True, help="yaml of the detector")
@@ -77,7 +79,7 @@ def parse_args(argv):
     parser.add_argument(
         "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the data set\'s names'
     )
-    parser.add_argument("--present", help="words that exist in the images, for a detector with semantic priors")
+    parser.add_argument("--present", help="words present in the images, for a detector with semantic priors")
     parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
     parser.add_argument(
         "--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn"
@@ -86,7 +88,7 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def find_images(inputs):
+def find_images(inputs: Sequence[str]) -> list[Path]:
     """Image paths of files, folders (their images, sorted, not recursive) and glob patterns, in the order given.
 
     Raises:
@@ -105,38 +107,17 @@ def find_images(inputs):
     return list(dict.fromkeys(found))
 
 
-def best_per_object(instances, threshold, overlap):
-    """Instances above ``threshold``, with NMS across words: two words for one object would be drawn over each other."""
+def best_per_object(instances: Instances, threshold: float, overlap: float) -> Instances:
+    """Instances above ``threshold`` after NMS across words: two words for one object would be drawn over each other."""
     from detectron2.layers import nms
 
     instances = instances[instances.scores > threshold]
     return instances[nms(instances.pred_boxes.tensor, instances.scores, overlap)]
 
 
-def draw(image, instances, names):
-    """The image [H, W, 3] uint8 RGB with boxes, words, scores and prior words drawn by Detectron2's Visualizer."""
-    # A private Metadata object: the catalogue's entries can be written once only, vocabularies change.
-    metadata = Metadata(name="demo", thing_classes=list(names))
-    scale = max(1.0, 640 / max(image.shape[:2]))  # small images would leave no room for the labels
-    visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
-    if not instances.has("prior_words"):
-        return visualizer.draw_instance_predictions(instances).get_image()
-    labels = [
-        f"{names[word]} {score:.0%} <- {names[prior] if prior >= 0 else 'no prior'}"
-        for word, score, prior in zip(
-            instances.pred_classes.tolist(), instances.scores.tolist(), instances.prior_words.tolist()
-        )
-    ]
-    return visualizer.overlay_instances(boxes=instances.pred_boxes, labels=labels).get_image()
-
-
-def save_picture(path, pixels):
-    """Write an RGB array as PNG, atomically."""
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
-
-
-def to_record(path, instances, names, present=None):
+def to_record(
+    path: Path, instances: Instances, names: Sequence[str], present: Sequence[str] | None = None
+) -> dict[str, Any]:
     """JSON-serialisable detections of one image; boxes XYXY in pixels. With semantic priors also the words ``present``
     and the "prior" of each detection."""
     detections = [

@@ -1,23 +1,34 @@
 """Detect any words in images: set the vocabulary once, predict many times."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import Instances
 from PIL import Image, ImageOps
+from torch import nn
 
 import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config, settle_device, without_training_parts
+from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling.build import background_of, build_teacher
-from ovdet2.priors.online import OnlinePriors, said_words
+from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers, parse_words
 from ovdet2.vocabulary.templates import clean_name
+
+# A path, a PIL image, or an array [H, W, 3] uint8 RGB.
+Picture = str | Path | Image.Image | np.ndarray
 
 
 class Predictor:
@@ -29,7 +40,7 @@ class Predictor:
     >>> instances = predictor.predict("photo.jpg")
     """
 
-    def __init__(self, config, weights="", overrides=()):
+    def __init__(self, config: str | Path | CfgNode, weights: str | Path = "", overrides: Sequence[Any] = ()) -> None:
         """
         Args:
             config: yaml path, name of a shipped configuration, or a CfgNode.
@@ -47,13 +58,12 @@ class Predictor:
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         settle_device(cfg)
         self.cfg = cfg
-        self.model = _build(cfg, weights).eval()
+        self.model: Any = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
-        self._online_priors = None
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
-    def names(self):
+    def names(self) -> tuple[str, ...]:
         """Words that ``pred_classes`` index."""
         return self.model.vocabulary.words.names
 
@@ -79,73 +89,75 @@ class Predictor:
         self.model.vocabulary.set(words, background_of(self.cfg, words, templates))
 
     @property
-    def has_priors(self):
-        """Whether the detector starts from words that exist in the image (CCKT-Det's semantic priors)."""
-        cckt = getattr(self.model, "cckt", None)
-        return cckt is not None and cckt.priors is not None
+    def has_priors(self) -> bool:
+        """Whether the detector reads the words present in an image (semantic priors)."""
+        return bool(self._priors)
 
-    def present(self, image):
-        """The words that the teacher sees in an image, as a detector with semantic priors is told them: a list, best
-        first, chosen by MODEL.CCKT.PRIOR_* with PRIOR_TILES; a PRIOR_FILE, which is of a data set, is not asked.
+    @property
+    def _priors(self) -> list[Part]:
+        """The parts that read present words."""
+        return [part for part in getattr(self.model, "parts", ()) if part.takes_present_words]
+
+    def predict_present_words(self, image: Picture) -> list[str]:
+        """The words present in an image, best first, as the detector predicts them when none are given: with the
+        teacher of MODEL.TEACHER. A file of priors, which is of a data set, is not read.
 
         Raises:
+            UsageError: the detector takes no semantic priors.
             DataError: an unreadable image file, or a vocabulary of another teacher than MODEL.TEACHER.
         """
-        vocabulary = self.model.vocabulary.words
-        if self._online_priors is None or self._online_priors.clip.vocabulary is not vocabulary:
-            chosen = self.cfg.MODEL.CCKT
-            self._online_priors = OnlinePriors(
-                build_teacher(self.cfg),
-                vocabulary,
-                chosen.PRIOR_THRESHOLD,
-                chosen.PRIOR_TOP,
-                chosen.PRIOR_FILL,
-                chosen.PRIOR_TILES,
-                max(self.cfg.SEED, 0),
-            )
-        return [self.names[word] for word in self._online_priors(to_rgb_array(image)).tolist()]
+        if not self.has_priors:
+            raise UsageError("this detector takes no semantic priors: it predicts no present words.")
+        return self._priors[0].predict_present_words(to_rgb_array(image), lambda: build_teacher(self.cfg))
+
+    present = predict_present_words  # the name of earlier versions
 
     @torch.no_grad()
-    def predict(self, images, present=None):
+    def predict(
+        self, images: Picture | Sequence[Picture], present: Sequence[str] | None = None
+    ) -> Instances | list[Instances]:
         """Detect in one image or a batch.
 
         Args:
             images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
-            present: for a detector with semantic priors, a list of words that exist in the images; None: those of
-                :meth:`present`, of each image.
+            present: for a detector with semantic priors, the words present in the images; None:
+                :meth:`predict_present_words` of each image.
 
         Returns:
             :class:`~detectron2.structures.Instances` on the CPU, best first, with ``pred_boxes`` (XYXY pixels of the
             image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`), with semantic priors
-            also ``prior_words`` (the like, -1 for none), of the query that found it; a list for a list.
+            also ``prior_words`` (an index, too, -1 for none), the word that each was found with; a list for a list.
 
         Raises:
             DataError: an unreadable image file; UsageError: an array of another shape or type, a word of ``present``
                 that is not in the vocabulary, or ``present`` for a detector without priors.
         """
         single = not isinstance(images, (list, tuple))
-        batch = [self.prepare(image, present) for image in ([images] if single else images)]
+        given: Any = [images] if single else images
+        batch = [self.prepare(image, present) for image in given]
         if not batch:
             return []
         found = [output["instances"].to("cpu") for output in self.model(batch)]
         return found[0] if single else found
 
-    def prepare(self, image, present=None):
-        """The record that the model takes of an image (see :meth:`predict`): "image", "height", "width", and with
-        semantic priors "prior_words"."""
+    def prepare(self, image: Picture, present: Sequence[str] | None = None) -> Sample:
+        """The sample that the model takes of an image (see :meth:`predict`), with its present words for a detector with
+        semantic priors."""
         if present is not None and not self.has_priors:
-            raise UsageError("this detector is not told what exists in an image: leave out the words present in it.")
+            raise UsageError("this detector takes no semantic priors: leave out the present words.")
         rgb = to_rgb_array(image)
         pixels = rgb if self.cfg.INPUT.FORMAT == "RGB" else rgb[:, :, ::-1]
         resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        record = {"image": tensor, "height": rgb.shape[0], "width": rgb.shape[1]}
+        sample = Sample(image=tensor, height=rgb.shape[0], width=rgb.shape[1])
         if self.has_priors:
-            record["prior_words"] = said_words(self.present(rgb) if present is None else present, self.names)
-        return record
+            words = self.predict_present_words(rgb) if present is None else present
+            for part in self._priors:
+                part.give_present_words(sample, words)
+        return sample
 
 
-def to_rgb_array(image):
+def to_rgb_array(image: Picture) -> np.ndarray:
     """Array [H, W, 3] uint8 RGB from a path, a PIL image, or such an array.
 
     Raises:
@@ -168,7 +180,7 @@ def to_rgb_array(image):
     return array
 
 
-def _build(cfg, weights):
+def _build(cfg: CfgNode, weights: str) -> nn.Module:
     """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
     if not cfg.MODEL.VOCABULARY.FILE and Path(weights).is_file():

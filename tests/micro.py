@@ -4,6 +4,7 @@
 """
 
 import math
+from functools import partial
 
 import torch
 from detectron2.modeling import build_backbone, build_proposal_generator
@@ -11,8 +12,11 @@ from detectron2.structures import Boxes, Instances
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from ovdet2.config import find_config, get_cfg
+from ovdet2.config import check_methods, find_config, get_cfg, methods_of
 from ovdet2.modeling import OpenVocabularyRCNN, OpenVocabularyROIHeads
+from ovdet2.modeling.host import Host
+from ovdet2.modeling.part import build_parts
+from ovdet2.modeling.rcnn.roi_heads import build_similar_box_head
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
@@ -55,16 +59,25 @@ def cfg():
     return result
 
 
-def model(words=None, config=None, region_scorer=None):
-    """An OpenVocabularyRCNN with deterministic weights, in evaluation mode."""
+def rcnn_parts(config, backbone, heads):
+    """The parts of a configuration, as :meth:`OpenVocabularyRCNN.from_config` builds them."""
+    box_head = partial(build_similar_box_head, config, backbone.output_shape())
+    host = Host(heads.classifier.vocabulary, backbone, roi_heads=heads, build_box_head=box_head)
+    return build_parts(config, methods_of(config), host)
+
+
+def model(words=None, config=None, parts=()):
+    """An OpenVocabularyRCNN with deterministic weights, in evaluation mode; ``parts`` follow those of the
+    configuration."""
     config = config or cfg()
+    check_methods(config)
     backbone = build_backbone(config)
     heads = OpenVocabularyROIHeads(config, backbone.output_shape(), WordBank(words or vocabulary()))
     network = OpenVocabularyRCNN(
         backbone=backbone,
         proposal_generator=build_proposal_generator(config, backbone.output_shape()),
         roi_heads=heads,
-        region_scorer=region_scorer,
+        parts=[*rcnn_parts(config, backbone, heads), *parts],
         proposals_kept=20,
         pixel_mean=config.MODEL.PIXEL_MEAN,
         pixel_std=config.MODEL.PIXEL_STD,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ovdet2.config import load_config
-from tests.cckt_cases import records
+from ovdet2.methods.cckt.tests.cckt_cases import samples
 from tests.test_detr_configs import NARROW, built, rates
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -34,7 +34,7 @@ def test_narrowed_it_builds_and_detects(name):
     found = rates(cfg, model)
     assert all(found[f"cckt.{key}"][0] == cfg.SOLVER.BASE_LR for key, _ in model.cckt.named_parameters())
     with torch.no_grad():
-        outputs = model.eval()(records())
+        outputs = model.eval()(samples())
     assert all(0 < len(output["instances"]) <= cfg.TEST.DETECTIONS_PER_IMAGE for output in outputs)
 
 

@@ -1,4 +1,4 @@
-"""What the mapper attaches for CCKT-Det: the teacher's embeddings of annotated boxes and the words of an image."""
+"""What the steps attach for CCKT-Det: the teacher's embeddings of annotated boxes and the words of an image."""
 
 import json
 
@@ -11,11 +11,15 @@ from torch.nn import functional as F
 from ovdet2.caches.region_cache import RegionCache, Regions
 from ovdet2.config import get_cfg
 from ovdet2.data.loader import build_test_loader, build_train_loader
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.sample_maker import build_sample_maker
+from ovdet2.data.samples import CAPTIONS
+from ovdet2.data.source_spec import SourceSpec
+from ovdet2.data.steps import AugmentImage, build_steps
 from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import CacheError, UsageError
 from ovdet2.io.files import read_json, sha256_file
 from ovdet2.methods.cckt.class_crops import class_crops
+from ovdet2.methods.cckt.sample import AttachObjectCrops, AttachPresentWords, ObjectCrops, PresentWords
 from ovdet2.modeling.build import build_teacher
 from tests.micro_training import SPLIT, micro_cfg, write_data
 from tests.test_detr_build import SMALL
@@ -93,9 +97,9 @@ def record(data, boxes, image_id=1):
 class TestEmbeddings:
     def mapper(self, data, *steps, **options):
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, **options))
-        mapper = OpenVocabularyMapper(cfg, True)
-        mapper.augmentations = T.AugmentationList(list(steps))
-        return mapper
+        maker = build_sample_maker(cfg, True)
+        step_of(maker, AugmentImage).augmentations = T.AugmentationList(list(steps))
+        return maker
 
     def test_crowds_and_boxes_cropped_away_do_not_shift_the_others(self, data):
         json_file = data / "micro" / "train.json"
@@ -115,11 +119,11 @@ class TestEmbeddings:
         crop = T.FixedSizeCrop((48, 44), pad=False)
         crop.get_transform = lambda image: T.CropTransform(20, 0, 44, 48)
         mapped = self.mapper(data, crop, T.RandomFlip(prob=1.0))(record(data, boxes))
-        instances = mapped["instances"]
-        assert instances.gt_classes.tolist() == [0, 1] and instances.gt_embedded.tolist() == [True, True]
-        assert torch.equal(instances.gt_embeddings, torch.stack([embedding(12), embedding(14)]))
+        instances, crops = mapped.instances, mapped.attached(ObjectCrops)
+        assert instances.gt_classes.tolist() == [0, 1] and crops.embedded.tolist() == [True, True]
+        assert torch.equal(crops.embeddings, torch.stack([embedding(12), embedding(14)]))
         assert instances.gt_boxes.tensor.tolist() == [[4, 5, 44, 40], [14, 20, 34, 44]]
-        assert instances.gt_embeddings.dtype == torch.float16
+        assert crops.embeddings.dtype == torch.float16 and mapped.kept is None and mapped.annotations is None
 
     def test_all_cropped_away(self, data):
         crop = T.FixedSizeCrop((9, 9), pad=False)
@@ -127,15 +131,16 @@ class TestEmbeddings:
         train = json.loads((data / "micro" / "train.json").read_text())
         [box] = [b for b in train["annotations"] if b["image_id"] == 1][:1]
         x, y, w, h = box["bbox"]
-        instances = self.mapper(data, crop)(record(data, {box["id"]: ((x, y, x + w, y + h), 1, 0)}))["instances"]
-        assert len(instances) == 0 and instances.gt_embeddings.shape == (0, 4) and instances.gt_embedded.shape == (0,)
+        sample = self.mapper(data, crop)(record(data, {box["id"]: ((x, y, x + w, y + h), 1, 0)}))
+        crops = sample.attached(ObjectCrops)
+        assert len(sample.instances) == 0 and crops.embeddings.shape == (0, 4) and crops.embedded.shape == (0,)
 
     def test_annotations_without_a_crop_are_marked(self, data):
         train = json.loads((data / "micro" / "train.json").read_text())
         ids = [box["id"] for box in train["annotations"]]
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, left_out=ids[::2]))
         loader = iter(build_train_loader(cfg))
-        flags = torch.cat([r["instances"].gt_embedded for _ in range(8) for r in next(loader)])
+        flags = torch.cat([r.attached(ObjectCrops).embedded for _ in range(8) for r in next(loader)])
         assert set(flags.tolist()) == {True, False}
 
     def test_a_crop_of_an_annotation_outside_the_training_set_stops_the_run(self, data):
@@ -150,22 +155,22 @@ class TestEmbeddings:
         boxes = {box["id"]: label[box["category_id"]] for box in train["annotations"]}
         left_out = [number for number, word in boxes.items() if word == 0][:1]
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, left_out=left_out))
-        dataset = build_train_loader(cfg).dataset
-        cache = dataset.mapper.annotation_cache
+        [source] = build_train_loader(cfg).sources
+        records, cache = source.records, step_of(source, AttachObjectCrops).cache
         wanted = [[embedding(n) for n in boxes if boxes[n] == word and n not in left_out] for word in range(2)]
         for per_class in (1, 2, 500):
-            crops, counts = class_crops(dataset.records, cache, 2, per_class)
+            crops, counts = class_crops(records, cache, 2, per_class)
             assert counts.tolist() == [min(per_class, len(wanted[word])) for word in range(2)]
             for word, count in enumerate(counts.tolist()):
                 rows = {tuple(row.tolist()) for row in crops[word, :count]}
                 assert len(rows) == count and rows <= {tuple(row.tolist()) for row in wanted[word]}
                 assert not crops[word, count:].any()
-        again, _ = class_crops(dataset.records, cache, 2, 2)
-        other, _ = class_crops(dataset.records, cache, 2, 2, seed=5)
-        assert torch.equal(again, class_crops(dataset.records, cache, 2, 2)[0]) and not torch.equal(again, other)
+        again, _ = class_crops(records, cache, 2, 2)
+        other, _ = class_crops(records, cache, 2, 2, seed=5)
+        assert torch.equal(again, class_crops(records, cache, 2, 2)[0]) and not torch.equal(again, other)
         empty = RegionCache(annotation_cache(data, "empty", left_out=boxes))
         with pytest.raises(CacheError, match="empty has no crop of any annotation of the training set: build one"):
-            class_crops(dataset.records, empty, 2)
+            class_crops(records, empty, 2)
 
     def test_crops_of_a_class_come_from_many_images(self, data, caplog):
         """An image full of disks gives one, unless there are no others; crowds and boxes without an id give none."""
@@ -197,35 +202,35 @@ class TestEmbeddings:
     def test_a_cache_of_proposals_is_refused(self, data):
         cfg = configured(data, PRIORS=False, REGION_CACHE=annotation_cache(data, source="proposals"))
         with pytest.raises(CacheError, match="holds proposals.*--boxes annotations"):
-            OpenVocabularyMapper(cfg, True)
+            build_sample_maker(cfg, True)
 
     def test_none_is_named(self, data):
         with pytest.raises(UsageError, match="MODEL.CCKT.CONTRAST asks .*MODEL.CCKT.REGION_CACHE is empty"):
-            OpenVocabularyMapper(configured(data, PRIORS=False), True)
+            build_sample_maker(configured(data, PRIORS=False), True)
 
     def test_test_and_priors_alone_read_no_cache(self, data):
         cfg = configured(data, PRIOR_FILE=priors(data))
-        assert OpenVocabularyMapper(cfg, False).annotation_cache is None
+        assert not has_step(build_sample_maker(cfg, False), AttachObjectCrops)
         cfg.MODEL.CCKT.CONTRAST = "none"
-        assert OpenVocabularyMapper(cfg, True).annotation_cache is None
+        assert not has_step(build_sample_maker(cfg, True), AttachObjectCrops)
 
 
 class TestWords:
     def test_training_takes_what_is_left_of_the_annotations(self, data):
         cfg = configured(data, CONTRAST="none", PRIOR_FILE=priors(data))
-        mapper = OpenVocabularyMapper(cfg, True)
+        mapper = build_sample_maker(cfg, True)
         two = {1: ((5, 5, 30, 30), 1, 0), 2: ((8, 8, 40, 40), 0, 0), 3: ((8, 8, 20, 40), 1, 0)}
-        assert sorted(mapper(record(data, two))["prior_words"].tolist()) == [0, 1]
+        assert sorted(mapper(record(data, two)).attached(PresentWords).words.tolist()) == [0, 1]
         crop = T.FixedSizeCrop((9, 9), pad=False)
         crop.get_transform = lambda image: T.CropTransform(31, 31, 9, 9)
-        mapper.augmentations = T.AugmentationList([crop])
-        assert mapper(record(data, two))["prior_words"].tolist() == [0]
+        step_of(mapper, AugmentImage).augmentations = T.AugmentationList([crop])
+        assert mapper(record(data, two)).attached(PresentWords).words.tolist() == [0]
 
     def test_test_takes_the_file(self, data):
         cfg = configured(data, PRIOR_FILE=priors(data), PRIOR_TOP=2)
         truth = {r["image_id"]: {a["category_id"] for a in r["annotations"]} for r in load("ov_micro_val")}
         found = {
-            record["image_id"]: set(record["prior_words"].tolist())
+            record["image_id"]: set(record.attached(PresentWords).words.tolist())
             for [record] in build_test_loader(cfg, "ov_micro_val")
         }
         assert found == truth and {2} <= set().union(*truth.values())  # the novel ring is one of the words
@@ -234,37 +239,57 @@ class TestWords:
         cfg = configured(data, CONTRAST="none", PRIOR_FILE=priors(data, dataset="ov_micro_train"))
         for training in (True, False):
             with pytest.raises(CacheError, match="made for ov_micro_train .* but ov_micro_val reads .*val.json"):
-                OpenVocabularyMapper(cfg, training)
+                build_sample_maker(cfg, training)
 
     def test_words_of_another_vocabulary(self, data):
         given = data / "given.json"
         given.write_text(json.dumps({"1": [["sun", 0.9]]}))
         file = priors(data, "--backend", "file", "--input", str(given), "--words", "sun, moon")
         with pytest.raises(CacheError, match="about sun, moon, none of which is in the vocabulary"):
-            OpenVocabularyMapper(configured(data, CONTRAST="none", PRIOR_FILE=file), True)
+            build_sample_maker(configured(data, CONTRAST="none", PRIOR_FILE=file), True)
 
     def test_image_missing_in_the_file(self, data):
         """By the loader, which must not hand the error on as a record."""
         cfg = configured(data, PRIOR_FILE=priors(data))
-        mapper = OpenVocabularyMapper(cfg, False)
-        mapper.image_words.priors._rows.pop(5)
+        mapper = build_sample_maker(cfg, False)
+        step_of(mapper, AttachPresentWords).words.words.priors._rows.pop(5)
         with pytest.raises(CacheError, match="no entry for image id 5"):
             list(build_test_loader(cfg, "ov_micro_val", mapper))
 
     def test_source_and_kind_are_logged(self, data, caplog):
         options = ("--backend", "noisy-oracle", "--precision", "0.9", "--recall", "0.5")
         cfg = configured(data, PRIOR_FILE=priors(data, *options))
-        with caplog.at_level("INFO", "ovdet2.priors.image_words"):
-            OpenVocabularyMapper(cfg, False)
+        with caplog.at_level("INFO", "ovdet2.methods.cckt.sample"):
+            build_sample_maker(cfg, False)
         assert "SIMULATION, backend noisy-oracle" in caplog.text and "no results of a method" in caplog.text
+
+    def test_filling_that_is_none(self, data):
+        cfg = configured(data, PRIOR_FILE=priors(data), PRIOR_FILL="all")
+        with pytest.raises(UsageError, match="MODEL.CCKT.PRIOR_FILL is 'all'"):
+            build_sample_maker(cfg, False)
+
+    def test_images_without_boxes_have_no_words(self, data):
+        cfg = configured(data)
+        steps = build_steps(cfg, SourceSpec("captioned", ("ov_micro_train",), 2, CAPTIONS), True)
+        assert [type(step).__name__ for step in steps] == ["DecodeImage", "AugmentImage", "Finish"]
 
     def test_no_file_and_several_test_sets(self, data):
         with pytest.raises(UsageError, match="PRIOR_FILE is empty"):
-            OpenVocabularyMapper(configured(data), False)
+            build_sample_maker(configured(data), False)
         cfg = configured(data, PRIOR_FILE=priors(data))
         cfg.DATASETS.TEST = ("ov_micro_val", "ov_micro_train")
         with pytest.raises(UsageError, match="evaluate one at a time"):
-            OpenVocabularyMapper(cfg, False)
+            build_sample_maker(cfg, False)
+
+
+def step_of(made_of, kind):
+    """The step of a class, of a sample maker or a source."""
+    [found] = [step for step in made_of.steps if isinstance(step, kind)]
+    return found
+
+
+def has_step(made_of, kind):
+    return any(isinstance(step, kind) for step in made_of.steps)
 
 
 def load(name):

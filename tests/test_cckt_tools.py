@@ -21,7 +21,7 @@ from ovdet2.engine.trainer import _facts_of
 from ovdet2.errors import DataError, UsageError
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.image_words import WordOrder, ordered_words
-from ovdet2.priors.online import OnlinePriors, said_words
+from ovdet2.priors.online import OnlinePriors, word_indices
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
@@ -123,12 +123,12 @@ class TestOnlinePriors:
         assert OnlinePriors(micro_teacher, words, threshold=1.0, top=2)(image).tolist() == []
         assert len(OnlinePriors(micro_teacher, words, threshold=1.0, top=2, fill="random")(image)) == 2
 
-    def test_words_that_the_user_says(self):
-        assert said_words(["tree", "Red_Mug"], ("red mug", "cat", "tree")).tolist() == [2, 0]
-        assert said_words([], ("cat",)).tolist() == []
+    def test_words_that_the_user_gives(self):
+        assert word_indices(["tree", "Red_Mug"], ("red mug", "cat", "tree")).tolist() == [2, 0]
+        assert word_indices([], ("cat",)).tolist() == []
         for words in (["dog"], ["cat", "cat"]):
             with pytest.raises(UsageError, match="each once"):
-                said_words(words, ("cat", "tree"))
+                word_indices(words, ("cat", "tree"))
 
     def test_predictor_and_demo(self, data, trained, tmp_path):
         overrides, weights = trained
@@ -136,7 +136,8 @@ class TestOnlinePriors:
         cfg.merge_from_list(overrides)
         predictor = Predictor(cfg, weights)
         path = data / "micro" / "images" / "0001.png"
-        seen = predictor.present(path)
+        seen = predictor.predict_present_words(path)
+        assert predictor.present(path) == seen
         assert predictor.has_priors and len(seen) == 2
         found = predictor.predict(path)
         assert {predictor.names[word] for word in found.prior_words.tolist()} <= set(seen)
@@ -144,7 +145,7 @@ class TestOnlinePriors:
         said = predictor.predict([path, path], ["ring"])
         assert all(set(instances.prior_words.tolist()) == {2} for instances in said)
         predictor.set_vocabulary("disc, cube")
-        assert set(predictor.present(path)) == {"disc", "cube"}
+        assert set(predictor.predict_present_words(path)) == {"disc", "cube"}
         with pytest.raises(UsageError, match="does not have ring"):
             predictor.predict(path, ["ring"])
         drawn = tmp_path / "drawn"
@@ -156,14 +157,18 @@ class TestOnlinePriors:
         assert record["present"] == ["ring"] and {d["prior"] for d in record["detections"]} == {"ring"}
         assert (drawn / "0001.png").is_file()
 
-    def test_a_detector_without_priors_is_told_nothing(self, data, trained):
+    def test_a_detector_without_priors_takes_no_words(self, trained):
         overrides, weights = trained
         cfg = get_cfg()
         cfg.merge_from_list([*overrides, "MODEL.CCKT.PRIORS", "False"])
-        predictor = Predictor.__new__(Predictor)
-        predictor.model = type("Plain", (), {"cckt": None})()
-        with pytest.raises(UsageError, match="not told what exists"):
-            predictor.prepare(np.zeros((40, 40, 3), np.uint8), ["ring"])
+        predictor = Predictor(cfg, weights)
+        assert not predictor.has_priors
+        image = np.zeros((40, 40, 3), np.uint8)
+        with pytest.raises(UsageError, match="takes no semantic priors: leave out the present words"):
+            predictor.prepare(image, ["ring"])
+        with pytest.raises(UsageError, match="takes no semantic priors"):
+            predictor.predict_present_words(image)
+        assert predictor.prepare(image).attachments == {}
 
 
 class TestSweeps:

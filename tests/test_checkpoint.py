@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ovdet2
-from ovdet2.config import load_config
+from ovdet2.config import Method, load_config
 from ovdet2.engine import AtomicCheckpointer
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.files import write_safetensors
+from ovdet2.modeling.part import Part, register_parts
 
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 
@@ -279,6 +280,52 @@ class TestLoadAll:
     def test_nothing_to_load(self, tmp_path):
         with pytest.raises(UsageError, match="MODEL.WEIGHTS"):
             AtomicCheckpointer(self.model(), str(tmp_path)).resume_or_load("", resume=True, whole=True)
+
+
+class TestParts:
+    """Weights of what methods add to a detector."""
+
+    def model(self, value, *parts):
+        """With parts of a weight each, given as (name, whether for training only, old prefixes)."""
+        model = nn.ModuleDict({"body": model_of(value)})
+        built = []
+        for name, training_only, old_weights in parts:
+            part = Part()
+            part.name, part.training_only, part.old_weights = name, training_only, old_weights
+            part.head = model_of(value)
+            built.append(part)
+        model.parts = register_parts(model, built)
+        return model
+
+    def test_old_names_are_accepted(self, tmp_path, caplog):
+        old = self.model(3.0)
+        old.roi_heads = nn.ModuleDict({"head": model_of(3.0), "header": nn.ModuleDict()})
+        AtomicCheckpointer(old, str(tmp_path)).save("old")
+        model = self.model(0.0, ("new", False, {"roi_heads.head.": "new.head."}))
+        AtomicCheckpointer(model).load_all(str(tmp_path / "old.pth"))
+        assert value_of(model) == 3.0
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+    def test_todays_names_are_left_as_they_are(self, tmp_path):
+        AtomicCheckpointer(self.model(3.0, ("new", False, {})), str(tmp_path)).save("today")
+        model = self.model(0.0, ("new", False, {"roi_heads.head.": "new.head."}))
+        AtomicCheckpointer(model).load_all(str(tmp_path / "today.pth"))
+        assert value_of(model) == 3.0
+
+    def test_a_part_of_training_alone_may_be_missing_on_either_side(self, tmp_path, caplog, monkeypatch):
+        method = Method()
+        method.name, method.training_only = "for_training", True
+        monkeypatch.setattr("ovdet2.engine.checkpoint.find_methods", lambda: (method,))
+        trained, bare = self.model(3.0, (method.name, True, {})), self.model(0.0)
+        AtomicCheckpointer(trained, str(tmp_path)).save("trained")
+        AtomicCheckpointer(bare).load_all(str(tmp_path / "trained.pth"))
+        assert value_of(bare) == 3.0
+        assert not [record for record in caplog.records if record.levelname == "WARNING"]
+        AtomicCheckpointer(bare, str(tmp_path)).save("bare")
+        AtomicCheckpointer(trained).load_all(str(tmp_path / "bare.pth"))
+        needed = self.model(0.0, ("needed", False, {}))
+        with pytest.raises(DataError, match="needed.head"):
+            AtomicCheckpointer(needed).load_all(str(tmp_path / "bare.pth"))
 
 
 def test_iteration_of_other_weights_is_not_that_of_the_run(tmp_path):

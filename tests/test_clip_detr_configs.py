@@ -5,10 +5,10 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from ovdet2.config import load_config
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.engine.optimizer import build_optimizer
+from ovdet2.methods.cckt.tests.cckt_cases import samples
 from tests import micro
-from tests.cckt_cases import records
 from tests.test_detr_configs import CONFIGS, NARROW
 
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("clip_detr*.yaml"))
@@ -34,7 +34,7 @@ def test_narrowed_it_trains_the_parts_it_names(name):
     )  # fmt: skip
     trained = {p for group in build_optimizer(cfg, model).param_groups for p in group["params"]}
     assert set(model.clip_detr.parameters()) <= trained
-    losses = model(records(1, words=((1,),)))
+    losses = model(samples(1, words=((1,),)))
     assert torch.isfinite(sum(losses.values()))
     assert ("loss_align" in losses, "loss_class_dynamic" in losses) == ("dynql" not in stem, "align" not in stem)
 
@@ -42,7 +42,7 @@ def test_narrowed_it_trains_the_parts_it_names(name):
 def test_large_scale_jitter_is_the_only_difference_of_the_two_rows_of_lvis():
     plain, jittered = (load_config(f"lvis/clip_detr_r50_12ep{end}.yaml") for end in ("", "_lsj"))
     assert jittered.INPUT.LSJ.ENABLED and not jittered.INPUT.DETR_CROP.ENABLED and plain.INPUT.DETR_CROP.ENABLED
-    names = [type(part).__name__ for part in OpenVocabularyMapper(jittered, True).augmentations.augs]
+    names = [type(part).__name__ for part in build_sample_maker(jittered, True).steps[1].augmentations.augs]
     assert names == ["ResizeScale", "FixedSizeCrop", "RandomFlip"]
     jittered.INPUT, jittered.OUTPUT_DIR = plain.INPUT, plain.OUTPUT_DIR
     assert jittered == plain

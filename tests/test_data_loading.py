@@ -1,5 +1,6 @@
-"""Decoding, the mapper, and the order and position of the training stream."""
+"""Decoding, the steps of a sample, and the order and position of the training stream."""
 
+import copy
 import itertools
 import json
 import random
@@ -9,10 +10,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from detectron2.utils import comm
 from PIL import Image
 
 from ovdet2.data import loader as loading
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.records import load_records
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from tests.micro_training import micro_cfg, write_data
@@ -185,11 +188,11 @@ class TestTrainingStream:
 
         def images(world_size, batches, state=None):
             """Image ids over all processes, and the position after them."""
-            monkeypatch.setattr(loading.comm, "get_world_size", lambda: world_size)
-            monkeypatch.setattr(loading.comm, "gather", lambda data: [data] * world_size)
+            monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+            monkeypatch.setattr(comm, "gather", lambda data: [data] * world_size)
             drawn, loader = [], None
             for rank in range(world_size):
-                monkeypatch.setattr(loading.comm, "get_rank", lambda rank=rank: rank)
+                monkeypatch.setattr(comm, "get_rank", lambda rank=rank: rank)
                 loader = train_loader(
                     data_root, "DATALOADER.ASPECT_RATIO_GROUPING", "False", "SOLVER.IMS_PER_BATCH", "6"
                 )
@@ -211,7 +214,7 @@ class TestTrainingStream:
             train_loader(data_root, "DATALOADER.SAMPLER_TRAIN", "Shuffled")
 
     def test_batch_that_cannot_be_divided(self, data_root, monkeypatch):
-        monkeypatch.setattr(loading.comm, "get_world_size", lambda: 3)
+        monkeypatch.setattr(comm, "get_world_size", lambda: 3)
         with pytest.raises(UsageError, match="IMS_PER_BATCH is 4.*number, 3"):
             train_loader(data_root)
 
@@ -255,10 +258,11 @@ class TestBadImages:
         first = train_loader(data_root, *options)
         batches_of(first, 6)
         state = json.loads(json.dumps(first.state_dict()))  # plain values, which a checkpoint can hold
-        (counted,) = state["bad_images"]
+        saved = state["sources"]["DATASETS.TRAIN"]
+        (counted,) = saved["bad_images"]
         assert [path[-8:] for path in counted] == ["0002.png"]
         if counted_by == "two others":
-            state["bad_images"] = [counted, {"other.png": "other.png is damaged"}]
+            saved["bad_images"] = [counted, {"other.png": "other.png is damaged"}]
         damage(data_root, [5] if counted_by == "two others" else [5, 6])
         second = train_loader(data_root, *options)
         second.load_state_dict(state)
@@ -266,7 +270,7 @@ class TestBadImages:
             batches_of(second, 9)
 
     def test_mapper_that_returns_nothing_ends(self, data_root):
-        loader = loading.build_train_loader(micro_cfg(data_root / "out"), mapper=lambda record: None)
+        loader = loading.build_train_loader(micro_cfg(data_root / "out"), maker=lambda record: None)
         with pytest.raises(DataError, match="the mapper returned nothing"):
             batches_of(loader, 1)
 
@@ -286,26 +290,29 @@ class TestBadImages:
         assert list(loader.bad_images) == [str(path)]
 
 
-class TestMapper:
+class TestSteps:
     def test_boxes_follow_the_augmentation(self, data_root):
         cfg = micro_cfg(data_root / "out", ["INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.RANDOM_FLIP", "none"])
-        record = loading.load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
-        mapped = OpenVocabularyMapper(cfg, True)(record)
+        record = load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
+        before = copy.deepcopy(record)
+        mapped = build_sample_maker(cfg, True)(record)
         assert mapped["image"].shape == (3, 96, 128) and mapped["image"].dtype == torch.uint8
         x, y, w, h = record["annotations"][0]["bbox"]
         expected = torch.tensor([x, y, x + w, y + h]) * 2.0
         assert torch.allclose(mapped["instances"].gt_boxes.tensor[0], expected)
-        assert "annotations" in record and "annotations" not in mapped
+        assert record == before and "annotations" not in mapped
+        assert mapped.pixels is None and mapped.transforms is None and mapped.kept is None
+        assert (mapped.kind, mapped.source) == ("boxes", "DATASETS.TRAIN")
 
     def test_other_size_than_annotated(self, data_root):
-        record = loading.load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
+        record = load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
         record["width"] += 1
         with pytest.raises(DataError, match=r"image id 1\) is 64x48 pixels but the annotations say 65x48"):
-            OpenVocabularyMapper(micro_cfg(data_root / "out"), True)(record)
+            build_sample_maker(micro_cfg(data_root / "out"), True)(record)
 
     def test_pickled_proposals_are_refused(self, data_root):
         with pytest.raises(UsageError, match="LOAD_PROPOSALS"):
-            OpenVocabularyMapper(micro_cfg(data_root / "out", ["MODEL.LOAD_PROPOSALS", "True"]), True)
+            build_sample_maker(micro_cfg(data_root / "out", ["MODEL.LOAD_PROPOSALS", "True"]), True)
 
 
 class TestNovelLabels:
@@ -337,7 +344,7 @@ class TestNovelLabels:
         for box in data["annotations"]:
             box["iscrowd"] = int(box["image_id"] == 7)
         path.write_text(json.dumps(data))
-        assert 7 not in {record["image_id"] for record in train_loader(data_root).dataset.records}
+        assert 7 not in {record["image_id"] for record in train_loader(data_root).sources[0].records}
         next(box for box in data["annotations"] if box["iscrowd"])["category_id"] = 5
         path.write_text(json.dumps(data))
         with pytest.raises(DataError, match="ov_micro_train holds 1 .*images 7: "):
@@ -352,16 +359,16 @@ def test_unknown_data_set_lists_the_known(data_root, names):
 
 def test_builtin_data_set_that_is_missing(data_root):
     with pytest.raises(DataError, match="coco_2017_val.*DETECTRON2_DATASETS"):
-        loading.load_records(["coco_2017_val"], "DATASETS.TEST", False)
+        load_records(["coco_2017_val"], "DATASETS.TEST", False)
 
 
 def test_several_data_sets_are_joined(data_root):
-    assert len(loading.load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)) == 24
+    assert len(load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)) == 24
     with pytest.raises(UsageError, match="cannot be joined"):
         from detectron2.data import MetadataCatalog
 
         MetadataCatalog.get("ov_micro_val").__dict__["thing_classes"] = ["other"]
         try:
-            loading.load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)
+            load_records(["ov_micro_train", "ov_micro_val"], "DATASETS.TRAIN", False)
         finally:
             MetadataCatalog.get("ov_micro_val").__dict__["thing_classes"] = ["disc", "bar", "ring"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,14 +44,14 @@ def test_logits_and_boxes_equal_transformers(variant):
         got = ours(images, sizes)
     if variant == "two_stage":
         # The published code lets tokens compete that cannot propose; here none of them won, or N would differ.
-        valid = got["encoder"]["valid"]
+        valid = got.encoder.valid
         best = wanted.enc_outputs_class[..., 0].topk(QUERIES, dim=1).indices
         assert valid.gather(1, best).all()
-        torch.testing.assert_close(got["references"][0], wanted.init_reference_points, atol=1e-10, rtol=0)
-    assert got["pred_logits"].shape == (1, 2, QUERIES, 7)
-    torch.testing.assert_close(got["hidden"].transpose(0, 1), wanted.intermediate_hidden_states, atol=1e-8, rtol=0)
-    torch.testing.assert_close(got["pred_logits"][-1], wanted.logits, atol=1e-8, rtol=0)
-    torch.testing.assert_close(got["pred_boxes"][-1], wanted.pred_boxes, atol=1e-8, rtol=0)
+        torch.testing.assert_close(got.references[0], wanted.init_reference_points, atol=1e-10, rtol=0)
+    assert got.pred_logits.shape == (1, 2, QUERIES, 7)
+    torch.testing.assert_close(got.hidden.transpose(0, 1), wanted.intermediate_hidden_states, atol=1e-8, rtol=0)
+    torch.testing.assert_close(got.pred_logits[-1], wanted.logits, atol=1e-8, rtol=0)
+    torch.testing.assert_close(got.pred_boxes[-1], wanted.pred_boxes, atol=1e-8, rtol=0)
 
 
 def features(shapes=SHAPES, batch=2, seed=0):
@@ -88,9 +89,14 @@ def run(transformer, maps, masks, **options):
     return transformer.decode(memory, transformer.queries(memory), **options)
 
 
+def cut(decoded, place):
+    """States and boxes at a place."""
+    return SimpleNamespace(hidden=decoded.hidden[place], boxes_cxcywh=decoded.boxes_cxcywh[place])
+
+
 def assert_same(first, second, atol=1e-10):
     for name in ("hidden", "boxes_cxcywh"):
-        torch.testing.assert_close(first[name], second[name], atol=atol, rtol=0)
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -111,7 +117,7 @@ def test_a_batch_of_two_sizes_equals_two_singles(variant):
     got = run(transformer, *batch)
     for index, single in enumerate((wide, tall)):
         own = run(transformer, *single)
-        assert_same({name: got[name][:, index : index + 1] for name in ("hidden", "boxes_cxcywh")}, own)
+        assert_same(cut(got, (slice(None), slice(index, index + 1))), own)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,7 +126,7 @@ def test_every_parameter_gets_a_gradient(variant):
     memory = transformer.encode(*features())
     queries = transformer.queries(memory)
     decoded = transformer.decode(memory, queries)
-    loss = decoded["hidden"].square().sum() + decoded["boxes_cxcywh"].square().sum()
+    loss = decoded.hidden.square().sum() + decoded.boxes_cxcywh.square().sum()
     if queries.encoder_outputs is not None:
         loss = loss + queries.encoder_outputs.logits.square().sum() + queries.encoder_outputs.boxes_cxcywh.sum()
     loss.backward()
@@ -141,7 +147,7 @@ def test_permuting_queries_permutes_the_output(variant):
         references=queries.references[:, order],
     )
     got, plain = transformer.decode(memory, shuffled), transformer.decode(memory, queries)
-    assert_same(got, {name: plain[name][:, :, order] for name in ("hidden", "boxes_cxcywh")})
+    assert_same(got, cut(plain, (slice(None), slice(None), order)))
 
 
 @pytest.mark.parametrize("per_head", [False, True])
@@ -163,10 +169,10 @@ def test_the_mask_separates_appended_queries(per_head):
     mask[:QUERIES, QUERIES:] = True
     wanted_shape = (2 * transformer.heads, total, total)
     masked = transformer.decode(memory, appended, mask.expand(wanted_shape) if per_head else mask)
-    assert_same({name: masked[name][:, :, :QUERIES] for name in ("hidden", "boxes_cxcywh")}, plain)
+    assert_same(cut(masked, (slice(None), slice(None), slice(QUERIES))), plain)
     seen = transformer.decode(memory, appended)
-    assert (seen["hidden"][:, :, :QUERIES] - plain["hidden"]).abs().max() > 1e-3
-    assert (masked["hidden"][:, :, QUERIES:] - seen["hidden"][:, :, QUERIES:]).abs().max() > 1e-6
+    assert (seen.hidden[:, :, :QUERIES] - plain.hidden).abs().max() > 1e-3
+    assert (masked.hidden[:, :, QUERIES:] - seen.hidden[:, :, QUERIES:]).abs().max() > 1e-6
 
 
 def test_learned_queries_need_a_position():
@@ -180,7 +186,7 @@ def test_learned_queries_need_a_position():
 @pytest.mark.parametrize(("variant", "reached"), [("refine", False), ("two_stage", False), ("plus_plus", True)])
 def test_look_forward_twice_reaches_one_layer_back(variant, reached):
     transformer = scattered(small_transformer(variant))
-    boxes = run(transformer, *features())["boxes_cxcywh"]
+    boxes = run(transformer, *features()).boxes_cxcywh
     heads = transformer.decoder.box_heads
     first = heads[0].layers[2].weight
     gradients = [torch.autograd.grad(boxes[layer].sum(), first, retain_graph=True)[0] for layer in range(3)]
@@ -219,10 +225,10 @@ def test_sampling_is_kept_when_asked_for():
     plain, kept = run(transformer, maps, masks), run(transformer, maps, masks, keep_sampling=True)
     assert_same(plain, kept, atol=0)
     lead = (SIZES["decoder_layers"], 2, QUERIES, SIZES["heads"], SIZES["levels"], SIZES["points"])
-    assert kept["sampling_locations"].shape == (*lead, 2) and kept["sampling_weights"].shape == lead
-    torch.testing.assert_close(kept["sampling_weights"].sum((-2, -1)), torch.ones(lead[:4], dtype=torch.float64))
-    assert [reference.shape[-1] for reference in kept["references"]] == [2, 4, 4] and "sampling_weights" not in plain
-    torch.testing.assert_close(kept["references"][1], kept["boxes_cxcywh"][0])
+    assert kept.sampling_locations.shape == (*lead, 2) and kept.sampling_weights.shape == lead
+    torch.testing.assert_close(kept.sampling_weights.sum((-2, -1)), torch.ones(lead[:4], dtype=torch.float64))
+    assert [reference.shape[-1] for reference in kept.references] == [2, 4, 4] and plain.sampling_weights is None
+    torch.testing.assert_close(kept.references[1], kept.boxes_cxcywh[0])
 
 
 def test_memory_gives_back_its_maps():
@@ -271,13 +277,13 @@ def test_autocast_keeps_boxes_and_logits_in_float32():
     maps, masks = features()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         decoded = run(transformer, [level.float() for level in maps], masks)
-        logits = branch(decoded["hidden"][-1])
-    boxes = decoded["boxes_cxcywh"]
+        logits = branch(decoded.hidden[-1])
+    boxes = decoded.boxes_cxcywh
     assert boxes.dtype == logits.dtype == torch.float32
     # Computed in it, too, and not cast to it.
-    changes = boxes[0].logit() - decoded["references"][0].logit()
+    changes = boxes[0].logit() - decoded.references[0].logit()
     assert (changes.bfloat16().float() - changes).abs().max() > 1e-4
-    (decoded["boxes_cxcywh"].sum() + logits.sum()).backward()
+    (decoded.boxes_cxcywh.sum() + logits.sum()).backward()
     assert all(p.grad.isfinite().all() for p in transformer.parameters() if p.grad is not None)
 
 
@@ -341,14 +347,14 @@ def test_only_the_last_layer_is_classified_at_test(variant, branches):
     images, sizes = torch.randn(2, 3, 64, 96), [(64, 96), (40, 50)]
     trained = model(images, sizes)
     tested = model.eval()(images, sizes)
-    assert trained["pred_logits"].shape == (3, 2, QUERIES, 5) and tested["pred_logits"].shape == (1, 2, QUERIES, 5)
-    assert trained["pred_boxes"].shape == tested["pred_boxes"].shape == (3, 2, QUERIES, 4)
-    torch.testing.assert_close(tested["pred_logits"][0], model(images, sizes, all_layers=True)["pred_logits"][-1])
-    torch.testing.assert_close(tested["pred_logits"][0], model.class_branches[-1](tested["hidden"][-1]))
+    assert trained.pred_logits.shape == (3, 2, QUERIES, 5) and tested.pred_logits.shape == (1, 2, QUERIES, 5)
+    assert trained.pred_boxes.shape == tested.pred_boxes.shape == (3, 2, QUERIES, 4)
+    torch.testing.assert_close(tested.pred_logits[0], model(images, sizes, all_layers=True).pred_logits[-1])
+    torch.testing.assert_close(tested.pred_logits[0], model.class_branches[-1](tested.hidden[-1]))
 
 
 def test_wrong_parts_are_named():
-    with pytest.raises(UsageError, match="2 class branches.*wants 3"):
+    with pytest.raises(UsageError, match="2 class branches.*requires 3"):
         tiny_model("refine", branches=2)
     with pytest.raises(UsageError, match="unknown variant 'three_stage'.*plus_plus"):
         DeformableTransformer("three_stage")

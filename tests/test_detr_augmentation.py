@@ -9,8 +9,9 @@ from PIL import Image
 from ovdet2.caches.region_cache import Regions
 from ovdet2.config import get_cfg
 from ovdet2.data.detr_augmentation import detr_crop
-from ovdet2.data.mapper import OpenVocabularyMapper, transform_regions
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import UsageError
+from ovdet2.methods.vild.sample import transform_regions
 
 HEIGHT, WIDTH = 120, 200
 
@@ -44,7 +45,7 @@ def record(tmp_path):
 
 
 def mapped_by_seed(cfg, record, seeds=range(40), is_train=True):
-    mapper, found = OpenVocabularyMapper(cfg, is_train), []
+    mapper, found = build_sample_maker(cfg, is_train), []
     for seed in seeds:
         np.random.seed(seed)
         found.append(mapper(record))
@@ -100,9 +101,9 @@ def test_cached_regions_go_through_the_same_transforms():
         found = transform_regions(cached, transforms, image.image.shape[:2], 10)
         expected = transforms.apply_box(boxes).clip(0, np.array(image.image.shape[1::-1] * 2))
         inside = (expected[:, 2:] > expected[:, :2]).all(axis=1)
-        assert np.allclose(found.proposal_boxes.tensor, expected[inside], atol=1e-3)
+        assert np.allclose(found.boxes_xyxy, expected[inside], atol=1e-3)
         assert torch.equal(found.embeddings, cached.embeddings[torch.from_numpy(inside)])
-        kept.append(len(found))
+        kept.append(len(found.boxes_xyxy))
     assert min(kept) < 2 and max(kept) == 2
 
 
@@ -134,4 +135,4 @@ def test_crop_is_limited_by_a_small_image():
 ])  # fmt: skip
 def test_sizes_that_make_no_sense(overrides):
     with pytest.raises(UsageError, match="INPUT.DETR_CROP"):
-        OpenVocabularyMapper(settings(*overrides), True)
+        build_sample_maker(settings(*overrides), True)

@@ -203,8 +203,8 @@ def golden():
         for name in ("network.neck.levels.2.0.weight", "network.class_branches.1.projection.weight"):
             found[f"{variant}.gradient.{name}"] = model.get_parameter(name).grad.flatten()[:200].clone()
         with torch.no_grad():
-            _, outputs = model.eval().infer(micro.images())
-        found |= {f"{variant}.{name}": outputs[name].clone() for name in ("pred_logits", "pred_boxes")}
+            _, outputs, _ = model.eval().infer(micro.images())
+        found |= {f"{variant}.{name}": getattr(outputs, name).clone() for name in ("pred_logits", "pred_boxes")}
     return found
 
 

@@ -9,10 +9,13 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 import train_net
+from ovdet2.data.samples import as_samples
 from ovdet2.engine import launch
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.modeling.detr.criterion import SetCriterion, class_targets, weighted
 from ovdet2.modeling.detr.matcher import HungarianMatcher
+from ovdet2.modeling.detr.memory import EncoderOutputs
+from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.targets import Matches, Targets
 from tests import detr_cases
 from tests.micro_training import micro_opts, write_data
@@ -50,13 +53,10 @@ def criterion(**options):
 
 
 def with_encoder(outputs, tokens=9, seed=5):
-    proposals = detr_cases.outputs(1, outputs["pred_logits"].shape[1], tokens, words=1, seed=seed)
-    valid = torch.ones(proposals["pred_boxes"].shape[1:3], dtype=torch.bool)
-    return outputs | {
-        "encoder": {
-            "logits": proposals["pred_logits"][0], "boxes_cxcywh": proposals["pred_boxes"][0], "valid": valid
-        }
-    }  # fmt: skip
+    """Outputs with random ones of a first stage."""
+    proposals = detr_cases.outputs(1, outputs.pred_logits.shape[1], tokens, words=1, seed=seed)
+    valid = torch.ones(proposals.pred_boxes.shape[1:3], dtype=torch.bool)
+    return replace(outputs, encoder=EncoderOutputs(proposals.pred_logits[0], proposals.pred_boxes[0], valid))
 
 
 class TestValues:
@@ -66,15 +66,15 @@ class TestValues:
         losses, matches = criterion()(outputs, targets)
         assert set(losses) == {f"{kind}{place}" for kind in KINDS for place in ("", "_0", "_1")} and len(matches) == 3
         for layer, place in enumerate(("_0", "_1", "")):
-            exact = {key: value[layer].double().tolist() for key, value in outputs.items()}
-            expected = reference(exact["pred_logits"], exact["pred_boxes"], targets, matches[layer], 4)
+            logits, boxes = (part[layer].double().tolist() for part in (outputs.pred_logits, outputs.pred_boxes))
+            expected = reference(logits, boxes, targets, matches[layer], 4)
             for kind, value in expected.items():
                 assert losses[kind + place].item() == pytest.approx(value, rel=rtol)
 
     def test_layers_are_matched_by_themselves(self):
         """The first layer's queries in reverse: the same losses, other pairs."""
         outputs, targets = detr_cases.outputs(1, 1, 6), detr_cases.targets((3,))
-        both = {key: torch.cat([value.flip(2), value]) for key, value in outputs.items()}
+        both = detr_cases.changed(outputs, lambda value: torch.cat([value.flip(2), value]))
         losses, matches = criterion()(both, targets)
         assert not torch.equal(matches[0].query, matches[1].query)
         for kind in KINDS:
@@ -90,26 +90,27 @@ class TestValues:
     def test_encoder(self):
         """Class-agnostic, over the tokens that are valid; what the others hold does not matter."""
         outputs = with_encoder(detr_cases.outputs(1, 2, 6))
-        targets, encoder = detr_cases.targets((3, 1)), outputs["encoder"]
-        encoder["valid"][0, 5:] = False
+        targets, encoder = detr_cases.targets((3, 1)), outputs.encoder
+        encoder.valid[0, 5:] = False
         losses, _ = criterion()(outputs, targets)
         one_word, agnostic = HungarianMatcher(), targets.without_labels()
-        tokens = {"pred_logits": encoder["logits"][None], "pred_boxes": encoder["boxes_cxcywh"][None]}
-        [matches] = one_word(tokens, agnostic, encoder["valid"])
-        logits = [row[:5] if image == 0 else row for image, row in enumerate(encoder["logits"].double().tolist())]
-        expected = reference(logits, encoder["boxes_cxcywh"].double().tolist(), agnostic, matches, 4)
+        logits, boxes = encoder.logits, encoder.boxes_cxcywh
+        tokens = DetrOutputs(logits[None], boxes[None], hidden=boxes[None])
+        [matches] = one_word(tokens, agnostic, encoder.valid)
+        rows = [row[:5] if image == 0 else row for image, row in enumerate(logits.double().tolist())]
+        expected = reference(rows, boxes.double().tolist(), agnostic, matches, 4)
         assert matches.query[matches.image == 0].max() < 5
         for kind, value in expected.items():
             assert losses[f"{kind}_encoder"].item() == pytest.approx(value, rel=1e-4)
-        encoder["logits"][0, 5:], encoder["boxes_cxcywh"][0, 5:] = float("nan"), float("nan")
+        logits[0, 5:], boxes[0, 5:] = float("nan"), float("nan")
         again, _ = criterion()(outputs, targets)
         assert all(torch.equal(again[name], losses[name]) for name in losses)
 
     def test_encoder_has_a_matcher_of_its_own(self):
         """A cost that asks for what the encoder does not give."""
-        words = HungarianMatcher(extra_costs=[(1.0, lambda outputs, labels: outputs["embeddings"])])
+        words = HungarianMatcher(extra_costs=[(1.0, lambda outputs, labels: outputs.added["embeddings"])])
         outputs, targets = with_encoder(detr_cases.outputs(2, 1, 6)), detr_cases.targets((3,))
-        outputs["embeddings"] = torch.zeros(2, 1, 6, 3)
+        outputs = outputs.with_added(embeddings=torch.zeros(2, 1, 6, 3))
         losses, _ = SetCriterion(words, HungarianMatcher())(outputs, targets)
         assert "loss_class_encoder" in losses
         with pytest.raises(KeyError):
@@ -119,8 +120,8 @@ class TestValues:
         outputs, targets = detr_cases.outputs(1, 2, 6, dtype=torch.bfloat16), detr_cases.targets((3, 1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses, matches = criterion()(outputs, targets)
-        exact = {key: value[0].double().tolist() for key, value in outputs.items()}
-        expected = reference(exact["pred_logits"], exact["pred_boxes"], targets, matches[0], 4)
+        logits, boxes = (part[0].double().tolist() for part in (outputs.pred_logits, outputs.pred_boxes))
+        expected = reference(logits, boxes, targets, matches[0], 4)
         for kind, value in expected.items():
             assert losses[kind].dtype == torch.float32 and losses[kind].item() == pytest.approx(value, rel=1e-4)
 
@@ -130,7 +131,7 @@ class TestProperties:
         """A published implementation gave background the label of a class."""
         outputs, targets = detr_cases.outputs(1, 2, 6), detr_cases.targets((3, 1))
         [matches] = HungarianMatcher()(outputs, targets)
-        classes = class_targets(outputs["pred_logits"][0], targets, matches)
+        classes = class_targets(outputs.pred_logits[0], targets, matches)
         matched = torch.zeros(2, 6, dtype=torch.bool)
         matched[matches.image, matches.query] = True
         assert classes.sum() == 4 and (classes[~matched] == 0).all()
@@ -139,7 +140,7 @@ class TestProperties:
 
     def test_background_queries_unlearn_every_word(self):
         outputs, targets = detr_cases.outputs(1, 1, 6), detr_cases.targets((2,))
-        logits = outputs["pred_logits"].requires_grad_()
+        logits = outputs.pred_logits.requires_grad_()
         losses, [matches] = criterion()(outputs, targets)
         losses["loss_class"].backward()
         background = torch.ones(6, dtype=torch.bool)
@@ -149,10 +150,10 @@ class TestProperties:
 
     def test_batch_is_the_mean_of_singles(self):
         """Weighted by their objects, since sums are divided by the number of objects."""
-        outputs, made = detr_cases.outputs(2, 2, 6), detr_cases.records((3, 1))
-        batch, _ = criterion()(outputs, Targets.of_records(made, "cpu"))
+        outputs, made = detr_cases.outputs(2, 2, 6), detr_cases.samples((3, 1))
+        batch, _ = criterion()(outputs, Targets.of_samples(made, "cpu"))
         singles = [
-            criterion()(detr_cases.only(outputs, image), Targets.of_records([made[image]], "cpu"))[0]
+            criterion()(detr_cases.only(outputs, image), Targets.of_samples([made[image]], "cpu"))[0]
             for image in (0, 1)
         ]
         for name, value in batch.items():
@@ -162,8 +163,8 @@ class TestProperties:
         outputs, targets = detr_cases.outputs(1, 2, 6), detr_cases.targets((3, 1))
         losses, _ = criterion()(outputs, targets)
         words, queries = torch.tensor([4, 2, 0, 1, 3]), torch.tensor([5, 3, 1, 0, 2, 4])
-        moved = {key: value[:, :, queries] for key, value in outputs.items()}
-        moved["pred_logits"] = moved["pred_logits"][..., words]
+        moved = detr_cases.changed(outputs, lambda value: value[:, :, queries])
+        moved = replace(moved, pred_logits=moved.pred_logits[..., words])
         relabelled = replace(targets, labels=words.argsort()[targets.labels])
         again, _ = criterion()(moved, relabelled)
         for kind in KINDS:
@@ -173,8 +174,7 @@ class TestProperties:
     def test_any_number_of_objects_trains(self, counts):
         """None at all, none in one image, more than queries (6): finite losses and gradients everywhere."""
         outputs, targets = with_encoder(detr_cases.outputs(2, len(counts), 6)), detr_cases.targets(counts)
-        tensors = [outputs["pred_logits"], outputs["pred_boxes"], outputs["encoder"]["logits"]]
-        tensors.append(outputs["encoder"]["boxes_cxcywh"])
+        tensors = [outputs.pred_logits, outputs.pred_boxes, outputs.encoder.logits, outputs.encoder.boxes_cxcywh]
         for tensor in tensors:
             tensor.requires_grad_()
         losses, _ = criterion()(outputs, targets)
@@ -187,12 +187,12 @@ class TestProperties:
     def test_boxes_without_area(self):
         outputs, targets = detr_cases.outputs(1, 1, 4), detr_cases.targets((2,))
         targets.boxes_cxcywh[:, 2:] = 0
-        outputs["pred_boxes"][..., :2, 2:] = 0
-        outputs["pred_boxes"].requires_grad_()
+        outputs.pred_boxes[..., :2, 2:] = 0
+        outputs.pred_boxes.requires_grad_()
         losses, _ = criterion()(outputs, targets)
         sum(losses.values()).backward()
         assert all(torch.isfinite(value) for value in losses.values())
-        assert torch.isfinite(outputs["pred_boxes"].grad).all()
+        assert torch.isfinite(outputs.pred_boxes.grad).all()
 
     def test_one_word(self):
         losses, _ = criterion()(detr_cases.outputs(1, 1, 4, words=1), detr_cases.targets((2,), words=1))
@@ -210,7 +210,7 @@ class TestDirectAssignment:
         outputs, targets = detr_cases.outputs(1, 1, 6), detr_cases.targets((3,))
         rows = torch.arange(6)
         direct = Matches(torch.zeros(6, dtype=torch.int64), rows, rows % 3)
-        logits, boxes = outputs["pred_logits"][0], outputs["pred_boxes"][0]
+        logits, boxes = outputs.pred_logits[0], outputs.pred_boxes[0]
         losses = criterion().losses_of(logits, boxes, targets, direct, 6)
         expected = reference(logits.double().tolist(), boxes.double().tolist(), targets, direct, 6)
         for kind, value in expected.items():
@@ -219,7 +219,7 @@ class TestDirectAssignment:
     def test_pairs_of_a_matching_are_those_used(self):
         outputs, targets = detr_cases.outputs(2, 2, 6), detr_cases.targets((3, 1))
         losses, matches = criterion()(outputs, targets)
-        logits, boxes = outputs["pred_logits"][0], outputs["pred_boxes"][0]
+        logits, boxes = outputs.pred_logits[0], outputs.pred_boxes[0]
         again = criterion().losses_of(logits, boxes, targets, matches[0], 4)
         assert all(torch.equal(again[kind], losses[f"{kind}_0"]) for kind in KINDS)
 
@@ -249,12 +249,12 @@ class MicroQueryDetector(nn.Module):
     def forward(self, batch):
         from detectron2.utils import comm
 
-        targets = Targets.of_records(batch, "cpu")
+        targets = Targets.of_samples(as_samples(batch), "cpu")
         found = self.head(torch.stack([record["image"].float().mean(dim=(1, 2)) / 255 for record in batch]))
         found = found.view(1, len(batch), 4, 7)
-        outputs = {"pred_logits": found[..., :3], "pred_boxes": found[..., 3:].sigmoid()}
+        outputs = DetrOutputs(found[..., :3], found[..., 3:].sigmoid(), hidden=found)
         if self.steps == 2 and self.spoilt_rank == comm.get_rank():
-            outputs["pred_boxes"] = outputs["pred_boxes"] + torch.tensor(float("nan"))
+            outputs = replace(outputs, pred_boxes=outputs.pred_boxes + torch.tensor(float("nan")))
         self.steps += 1
         losses, _ = self.criterion(outputs, targets)
         return weighted(losses, dict.fromkeys(KINDS, 1.0))

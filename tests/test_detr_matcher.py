@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ class TestBoxes:
         assert torch.allclose(xyxy_to_cxcywh(cxcywh_to_xyxy(boxes)), boxes)
 
     def test_pairs_and_rows_equal_the_reference(self):
-        a, b = (cxcywh_to_xyxy(detr_cases.outputs(1, 1, 7, seed=seed)["pred_boxes"][0, 0]).double() for seed in (1, 2))
+        a, b = (cxcywh_to_xyxy(detr_cases.outputs(1, 1, 7, seed=seed).pred_boxes[0, 0]).double() for seed in (1, 2))
         expected = torch.tensor([[giou_reference(x.tolist(), y.tolist()) for y in b] for x in a], dtype=torch.float64)
         assert torch.allclose(generalized_iou(a[:, None], b[None]), expected, atol=1e-12)
         assert torch.allclose(generalized_iou(a, b), expected.diagonal(), atol=1e-12)
@@ -76,9 +77,9 @@ class TestBoxes:
 
 class TestTargets:
     def test_boxes_are_shares_of_their_own_image(self):
-        made = detr_cases.records((1,), height=50, width=200)
+        made = detr_cases.samples((1,), height=50, width=200)
         made[0]["instances"].gt_boxes.tensor[:] = torch.tensor([20.0, 10.0, 60.0, 40.0])
-        targets = Targets.of_records(made, "cpu")
+        targets = Targets.of_samples(made, "cpu")
         assert torch.allclose(targets.boxes_cxcywh, torch.tensor([[0.2, 0.5, 0.2, 0.6]]))
         assert targets.names == ("0.jpg (id 10)",) and targets.label_limit == int(targets.labels[0]) + 1
 
@@ -106,8 +107,8 @@ class TestCost:
             for layer, query, column in itertools.product(range(2), range(6), range(count)):
                 exact = detr_cases.outputs(2, 3, 6, dtype=torch.float64)
                 expected = cost_reference(
-                    exact["pred_logits"][layer, image, query].tolist(),
-                    exact["pred_boxes"][layer, image, query].tolist(),
+                    exact.pred_logits[layer, image, query].tolist(),
+                    exact.pred_boxes[layer, image, query].tolist(),
                     targets.labels[start + column].item(),
                     targets.boxes_cxcywh[start + column].tolist(),
                 )
@@ -116,20 +117,21 @@ class TestCost:
 
     def test_saturated_logits_stay_finite(self):
         outputs, targets = detr_cases.outputs(1, 1, 4), detr_cases.targets((2,))
-        outputs["pred_logits"] = outputs["pred_logits"].sign() * 200
+        outputs = replace(outputs, pred_logits=outputs.pred_logits.sign() * 200)
         assert torch.isfinite(HungarianMatcher().cost(outputs, targets)).all()
 
     def test_a_method_adds_its_own(self):
         outputs, targets = detr_cases.outputs(2, 1, 4), detr_cases.targets((3,))
-        outputs["similarity"] = torch.rand(2, 1, 4, 5)
+        similarity = torch.rand(2, 1, 4, 5)
+        outputs = outputs.with_added(similarity=similarity)
 
         def extra(outputs, labels):
-            return -outputs["similarity"].gather(-1, labels[:, None].expand(2, 1, 4, -1))
+            return -outputs.added["similarity"].gather(-1, labels[:, None].expand(2, 1, 4, -1))
 
         difference = HungarianMatcher(extra_costs=[(3.0, extra)]).cost(outputs, targets) - HungarianMatcher().cost(
             outputs, targets
         )
-        assert torch.allclose(difference, -3 * outputs["similarity"][..., targets.labels], atol=1e-5)
+        assert torch.allclose(difference, -3 * similarity[..., targets.labels], atol=1e-5)
 
 
 class TestMatching:
@@ -162,11 +164,11 @@ class TestMatching:
             start += count
 
     def test_batch_equals_singles(self):
-        outputs, made = detr_cases.outputs(2, 3, 6), detr_cases.records((2, 0, 4))
-        batch = HungarianMatcher()(outputs, Targets.of_records(made, "cpu"))
+        outputs, made = detr_cases.outputs(2, 3, 6), detr_cases.samples((2, 0, 4))
+        batch = HungarianMatcher()(outputs, Targets.of_samples(made, "cpu"))
         start = 0
         for image, record in enumerate(made):
-            single = HungarianMatcher()(detr_cases.only(outputs, image), Targets.of_records([record], "cpu"))
+            single = HungarianMatcher()(detr_cases.only(outputs, image), Targets.of_samples([record], "cpu"))
             for layer in range(2):
                 expected = [(image, q, t + start) for _, q, t in pairs_of(single[layer])]
                 assert [pair for pair in pairs_of(batch[layer]) if pair[0] == image] == expected
@@ -176,7 +178,7 @@ class TestMatching:
         outputs, targets = detr_cases.outputs(1, 2, 6), detr_cases.targets((3, 2))
         order = torch.tensor([3, 5, 0, 1, 4, 2])
         [plain] = HungarianMatcher()(outputs, targets)
-        [shuffled] = HungarianMatcher()({key: value[:, :, order] for key, value in outputs.items()}, targets)
+        [shuffled] = HungarianMatcher()(detr_cases.changed(outputs, lambda value: value[:, :, order]), targets)
         assert sorted((i, order[q].item(), t) for i, q, t in pairs_of(shuffled)) == pairs_of(plain)
 
     def test_no_object_at_all(self):
@@ -187,8 +189,8 @@ class TestMatching:
         """Neither are they, nor does it matter what they hold."""
         outputs, targets = detr_cases.outputs(1, 2, 6), detr_cases.targets((3, 2))
         valid = torch.tensor([[True, False, True, True, False, True], [False, True, False, False, False, False]])
-        spoilt = {key: value.clone() for key, value in outputs.items()}
-        spoilt["pred_boxes"][0, ~valid] = float("nan")
+        spoilt = detr_cases.changed(outputs, torch.clone)
+        spoilt.pred_boxes[0, ~valid] = float("nan")
         [matches], [again] = HungarianMatcher()(outputs, targets, valid), HungarianMatcher()(spoilt, targets, valid)
         assert pairs_of(matches) == pairs_of(again) and len(matches) == 3 + 1
         assert valid[matches.image, matches.query].all()
@@ -196,7 +198,7 @@ class TestMatching:
     @pytest.mark.parametrize("key, value", [("pred_logits", "nan"), ("pred_boxes", "nan"), ("pred_boxes", "inf")])
     def test_cost_that_is_not_finite_names_the_image(self, key, value):
         outputs, targets = detr_cases.outputs(2, 2, 4), detr_cases.targets((1, 2))
-        outputs[key][1, 1, 2] = float(value)
+        getattr(outputs, key)[1, 1, 2] = float(value)
         with pytest.raises(NumericalError, match=r"1\.jpg \(id 11\).*layer 1") as caught:
             HungarianMatcher()(outputs, targets)
         assert isinstance(caught.value, FloatingPointError)  # what the training step stops at
@@ -204,8 +206,8 @@ class TestMatching:
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     def test_on_a_gpu(self):
-        outputs, made = detr_cases.outputs(2, 2, 6), detr_cases.records((3, 2))
-        expected = HungarianMatcher()(outputs, Targets.of_records(made, "cpu"))
-        on_gpu = {key: value.cuda() for key, value in outputs.items()}
-        found = HungarianMatcher()(on_gpu, Targets.of_records(made, "cuda"))
+        outputs, made = detr_cases.outputs(2, 2, 6), detr_cases.samples((3, 2))
+        expected = HungarianMatcher()(outputs, Targets.of_samples(made, "cpu"))
+        on_gpu = detr_cases.changed(outputs, lambda value: value.cuda())
+        found = HungarianMatcher()(on_gpu, Targets.of_samples(made, "cuda"))
         assert found[0].query.is_cuda and [pairs_of(m) for m in found] == [pairs_of(m) for m in expected]

@@ -1,5 +1,6 @@
 """The wiring of OpenVocabularyDeformableDETR, around a network of two layers: what goes in and what comes out."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from ovdet2.errors import NumericalError, UsageError
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.matcher import HungarianMatcher
+from ovdet2.modeling.detr.memory import EncoderOutputs
+from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.vocabulary.bank import WordBank
-from tests import micro
+from tests import detr_cases, micro
 
 LAYERS, QUERIES = 2, 6
 WEIGHTS = {"loss_class": 2.0, "loss_l1": 5.0, "loss_giou": 0.5}
@@ -39,16 +42,16 @@ class StandIn(nn.Module):
         maps = self.backbone(images)
         return torch.stack([m[:, :h, :w].mean(dim=(1, 2)) for m, (h, w) in zip(maps, image_sizes)])
 
-    def decode(self, means, queries, all_layers, keep_sampling=False):
+    def decode(self, means, queries, attention_mask=None, all_layers=None, keep_sampling=False):
         words = self.words[0].training_embeddings if self.training else self.words[0].embeddings
         hidden = self.embed(means).view(len(means), LAYERS, QUERIES, 8).transpose(0, 1)
         boxes = self.boxes(means).view(len(means), LAYERS, QUERIES, 4).transpose(0, 1).sigmoid()
         logits = nn.functional.normalize(hidden, dim=-1) @ words.T
-        outputs = {"pred_logits": logits if all_layers else logits[-1:], "pred_boxes": boxes, "hidden": hidden}
-        if self.two_stage:
-            valid = torch.ones(len(means), QUERIES, dtype=torch.bool)
-            outputs["encoder"] = {"logits": logits[0, :, :, :1], "boxes_cxcywh": boxes[0], "valid": valid}
-        return outputs
+        outputs = DetrOutputs(logits if all_layers else logits[-1:], boxes, hidden)
+        if not self.two_stage:
+            return outputs
+        valid = torch.ones(len(means), QUERIES, dtype=torch.bool)
+        return replace(outputs, encoder=EncoderOutputs(logits[0, :, :, :1], boxes[0], valid))
 
 
 def detector(two_stage=False, words=None, auxiliary=True):
@@ -141,7 +144,11 @@ class TestInference:
         assert all(set(output) == {"instances"} for output in plain)
         model.every_layer = True
         found, whole = model(records), model.network.decode
-        model.network.decode = lambda *args, **options: {k: v[:1] for k, v in whole(*args, **options).items()}
+
+        def first_layer(*args, **options):
+            return detr_cases.changed(whole(*args, **options), lambda value: value[:1])
+
+        model.network.decode = first_layer
         for output, last, first in zip(found, plain, model(records)):
             assert len(output["decoder_layers"]) == LAYERS - 1 and first["decoder_layers"] == []
             pairs = ((output["instances"], last["instances"]), (output["decoder_layers"][0], first["instances"]))

@@ -1,5 +1,7 @@
 """A small Deformable DETR with a text branch learns one image of OV-Shapes by heart."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
@@ -7,7 +9,7 @@ from detectron2.structures import pairwise_iou
 
 from ovdet2.config import load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.engine import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.modeling import OpenVocabularyDeformableDETR
@@ -27,7 +29,7 @@ def test_one_image(tmp_path, monkeypatch):
     ensure_generated(tmp_path, counts={"train2017": 8, "val2017": 2}, workers=1)
     cfg = load_config("ovshapes/detr_text_r18.yaml", SMALL)
     records = DatasetCatalog.get("ov_shapes_train_base")
-    record = OpenVocabularyMapper(cfg, True)(max(records, key=lambda record: len(record["annotations"])))
+    record = build_sample_maker(cfg, True)(max(records, key=lambda record: len(record["annotations"])))
     truth = record["instances"]
     assert len(truth) > 2
     torch.manual_seed(0)
@@ -41,7 +43,7 @@ def test_one_image(tmp_path, monkeypatch):
         optimizer.step()
     size = dict(zip(("height", "width"), truth.image_size))
     with torch.no_grad():
-        found = model.eval()([record | size])[0]["instances"][: len(truth)]
+        found = model.eval()([replace(record, **size)])[0]["instances"][: len(truth)]
     overlaps = pairwise_iou(truth.gt_boxes, found.pred_boxes)
     same = truth.gt_classes[:, None] == found.pred_classes
     assert (overlaps * same).amax(dim=1).min() > 0.9, (overlaps, truth.gt_classes, found.pred_classes, found.scores)

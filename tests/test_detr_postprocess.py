@@ -1,5 +1,7 @@
 """The post-processor against a full sort, for any number of words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,7 +34,7 @@ class TestDetections:
         sizes = [(50, 80), (64, 33)]
         found = PostProcessor(20)(outputs, sizes)
         for image, (height, width) in enumerate(sizes):
-            logits, boxes = outputs["pred_logits"][1, image].double(), outputs["pred_boxes"][1, image].double()
+            logits, boxes = outputs.pred_logits[1, image].double(), outputs.pred_boxes[1, image].double()
             candidates = sorted(
                 ((logits[q, k].sigmoid().item(), q, k) for q in range(7) for k in range(words)), reverse=True
             )[:20]
@@ -57,7 +59,7 @@ class TestDetections:
 
     def test_order_of_words_permutes_the_classes(self):
         outputs, words = detr_cases.outputs(1, 1, 6), torch.tensor([4, 2, 0, 1, 3])
-        moved = {**outputs, "pred_logits": outputs["pred_logits"][..., words]}
+        moved = replace(outputs, pred_logits=outputs.pred_logits[..., words])
         [plain], [permuted] = PostProcessor(10)(outputs, [(50, 50)]), PostProcessor(10)(moved, [(50, 50)])
         assert torch.equal(words[permuted.pred_classes], plain.pred_classes)
         assert torch.equal(permuted.scores, plain.scores)
@@ -75,7 +77,7 @@ class TestDetections:
 
     def test_threshold_of_zero_keeps_what_underflows(self):
         outputs = detr_cases.outputs(1, 1, 3)
-        outputs["pred_logits"].fill_(-200)
+        outputs.pred_logits.fill_(-200)
         [found] = PostProcessor(15)(outputs, [(50, 50)])
         assert len(found) == 15
 

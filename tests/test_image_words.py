@@ -7,9 +7,11 @@ from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovdet2.data.samples import Sample
 from ovdet2.errors import CacheError, UsageError
+from ovdet2.methods.cckt.sample import AnnotatedWords
 from ovdet2.methods.cckt.semantic_priors import assign_words
-from ovdet2.priors.image_words import AnnotatedWords, PriorWords, WordOrder, ordered_words
+from ovdet2.priors.image_words import PriorWords, WordOrder, ordered_words
 from tests.priors_cases import write
 
 NAMES = ("red mug", "car", "cat", "tree", "dog", "boat")
@@ -48,7 +50,7 @@ class TestOrder:
         places = assign_words(torch.tensor([len(NAMES)]), queries, assignment)[0]
         ranks = torch.stack([torch.arange(queries)[places == k].double().mean() for k in range(len(NAMES))])
         for words_of in (
-            lambda image: ordered_words(everything, sure, order.keys(image)), lambda _: train({"instances": instances})
+            lambda image: ordered_words(everything, sure, order.keys(image)), lambda _: train(Sample(instances=instances))
         ):  # fmt: skip
             total = torch.zeros(len(NAMES), dtype=torch.float64)
             for image in range(images):
@@ -65,20 +67,18 @@ class TestPriorWords:
 
     def test_by_name_best_first(self, priors):
         words = PriorWords(priors, NAMES, threshold=0.7, top=6)
-        assert words({"image_id": 1}).tolist() == [2, 0] and words({"image_id": 2}).tolist() == []
-        assert PriorWords(priors, NAMES, 0.0, 2)({"image_id": 1}).tolist() == [2, 0]
-        assert PriorWords(priors, NAMES, 0.0, None)({"image_id": 1}).tolist() == [2, 0, 3]
-        assert words({"image_id": 3}).tolist() == []
+        assert words(1).tolist() == [2, 0] and words(2).tolist() == []
+        assert PriorWords(priors, NAMES, 0.0, 2)(1).tolist() == [2, 0]
+        assert PriorWords(priors, NAMES, 0.0, None)(1).tolist() == [2, 0, 3]
+        assert words(3).tolist() == []
 
     def test_fill_depends_on_image_and_seed_alone(self, priors):
         words = PriorWords(priors, NAMES, 0.7, 4, "random")
-        first = words({"image_id": 1})
+        first = words(1)
         assert first[:2].tolist() == [2, 0] and len(set(first.tolist())) == 4
-        assert len(words({"image_id": 2})) == 4
-        assert torch.equal(words({"image_id": 1}), first)
-        others = {
-            tuple(PriorWords(priors, NAMES, 0.7, 4, "random", seed)({"image_id": 1}).tolist()) for seed in range(20)
-        }
+        assert len(words(2)) == 4
+        assert torch.equal(words(1), first)
+        others = {tuple(PriorWords(priors, NAMES, 0.7, 4, "random", seed)(1).tolist()) for seed in range(20)}
         assert len(others) > 3
 
     @given(order=st.permutations(range(len(NAMES))))
@@ -87,24 +87,22 @@ class TestPriorWords:
         priors = write(tmp_path_factory.mktemp("p") / "p.safetensors", {1: {0: 0.9, 2: 0.9, 3: 0.9, 4: 0.9}})
         moved = [NAMES[i] for i in order]
         for fill, names in (("random", moved), ("none", [*moved, "sky"])):
-            there = PriorWords(priors, NAMES, 0.7, 5, fill)({"image_id": 1})
-            assert [names[i] for i in PriorWords(priors, names, 0.7, 5, fill)({"image_id": 1})] == [
-                NAMES[i] for i in there
-            ]
+            there = PriorWords(priors, NAMES, 0.7, 5, fill)(1)
+            assert [names[i] for i in PriorWords(priors, names, 0.7, 5, fill)(1)] == [NAMES[i] for i in there]
 
     def test_what_is_wrong(self, priors):
         with pytest.raises(CacheError, match="no entry for image id 77: it was made for other images"):
-            PriorWords(priors, NAMES)({"image_id": 77})
+            PriorWords(priors, NAMES)(77)
         with pytest.raises(CacheError, match="about cat, dog.*none of which is in the vocabulary.*sun, moon"):
             PriorWords(priors, ("sun", "moon"))
-        with pytest.raises(UsageError, match="PRIOR_FILL is 'all'"):
+        with pytest.raises(UsageError, match="not by 'all'"):
             PriorWords(priors, NAMES, fill="all")
 
 
 class TestAnnotatedWords:
     def record(self, *classes):
         boxes = Boxes(torch.zeros(len(classes), 4))
-        return {"instances": Instances((9, 9), gt_boxes=boxes, gt_classes=torch.tensor(classes, dtype=torch.int64))}
+        return Sample(instances=Instances((9, 9), gt_boxes=boxes, gt_classes=torch.tensor(classes, dtype=torch.int64)))
 
     def test_each_once_in_a_drawn_order(self):
         np.random.seed(0)

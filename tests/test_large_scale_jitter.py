@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ovdet2.config import get_cfg
-from ovdet2.data.mapper import OpenVocabularyMapper
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import UsageError
 
 HEIGHT, WIDTH, SIDE = 60, 120, 100
@@ -38,7 +38,7 @@ def record(tmp_path):
 
 
 def mapped_by_seed(cfg, record, seeds, is_train=True):
-    mapper = OpenVocabularyMapper(cfg, is_train)
+    mapper = build_sample_maker(cfg, is_train)
     for seed in seeds:
         np.random.seed(seed)
         yield mapper(record)
@@ -76,4 +76,4 @@ def test_training_alone_and_only_when_asked_for(record):
 ])  # fmt: skip
 def test_settings_that_make_no_sense(overrides):
     with pytest.raises(UsageError, match="INPUT.LSJ"):
-        OpenVocabularyMapper(settings(*overrides), True)
+        build_sample_maker(settings(*overrides), True)

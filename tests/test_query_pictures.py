@@ -11,6 +11,7 @@ from ovdet2.config import load_config
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
+from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
 from ovdet2.predictor import Predictor
 from ovdet2.report.query_pictures import SIDE, QueryView, draw_query, query_view, to_pixels
@@ -31,8 +32,9 @@ def decoded(features, input_size, padded_size, transformer):
     """Outputs of a transformer for one image of a padded batch, as DeformableDETR names them."""
     shapes = [level.shape[-2:] for level in features]
     memory = transformer.encode(features, level_masks([input_size], padded_size, shapes))
-    outputs = transformer.decode(memory, transformer.queries(memory), keep_sampling=True)
-    return {"pred_boxes": outputs.pop("boxes_cxcywh"), **outputs}
+    found = transformer.decode(memory, transformer.queries(memory), keep_sampling=True)
+    sampling = found.sampling_locations, found.sampling_weights
+    return DetrOutputs(found.hidden, found.boxes_cxcywh, found.hidden, found.references, *sampling)
 
 
 def levels(height, width, padded_size=None, seed=0):

@@ -183,7 +183,7 @@ def test_proposals_come_back_in_original_pixels():
 
 
 @pytest.mark.parametrize("mode", SECONDARY_USES)
-def test_second_branch_enters_as_its_mode_says(mode):
+def test_secondary_scores_are_used_as_their_mode_says(mode):
     network = micro.model()
     predictor = network.roi_heads.box_predictor
     predictor.secondary_use = mode
@@ -200,23 +200,6 @@ def test_second_branch_enters_as_its_mode_says(mode):
         "fuse": fuse_scores(own, proposals.secondary_probs, torch.tensor([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3]))[:, :5],
     }[mode]
     assert torch.allclose(probs[:, :5], expected, atol=1e-6) and torch.allclose(probs[:, 5], own[:, 5])
-
-
-def test_region_scorer_sees_network_input_and_every_proposal():
-    seen = []
-
-    class Scorer(torch.nn.Module):
-        def forward(self, image, boxes):
-            seen.append((image, boxes))
-            return torch.full((len(boxes), 5), 0.2)
-
-    network, records = micro.model(region_scorer=Scorer()), micro.images(2)
-    network.roi_heads.box_predictor.secondary_use = "only"
-    with torch.no_grad():
-        outputs = network(records)
-    assert [tuple(image.shape) for image, _ in seen] == [(3, 64, 96), (3, 80, 64)]
-    assert torch.equal(seen[0][1][:20], outputs[0]["proposals"].proposal_boxes.tensor)
-    assert torch.allclose(outputs[0]["instances"].scores, torch.tensor(0.2))
 
 
 def golden_tensors():

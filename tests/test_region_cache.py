@@ -22,10 +22,12 @@ from ovdet2.caches.claims import Claims
 from ovdet2.caches.region_cache import RegionCache, Regions, shard_name
 from ovdet2.caches.region_cache_writer import CacheWriter, write_shard
 from ovdet2.config import get_cfg
-from ovdet2.data.loader import MappedRecords, TrainLoader
-from ovdet2.data.mapper import OpenVocabularyMapper, open_region_cache, transform_regions
+from ovdet2.data.mapped_records import MappedRecords
+from ovdet2.data.sample_maker import build_sample_maker
+from ovdet2.data.stream import SourceStream
 from ovdet2.errors import CacheError, SetupError, UsageError
 from ovdet2.io.files import sha256_file
+from ovdet2.methods.vild.sample import AttachCachedRegions, CachedRegions, open_region_cache, transform_regions
 from ovdet2.vlm.fingerprint import Fingerprint
 from tests.micro_training import write_data
 
@@ -325,36 +327,35 @@ def record_of(tmp_path, image_id=3, **changes):
 
 
 def test_configured_cache_is_checked(micro, tmp_path):
-    assert len(open_region_cache(micro)) == 12
+    assert len(open_region_cache(micro, micro.DATASETS.TRAIN)) == 12
     micro.MODEL.TEACHER.ARCHITECTURE = "ViT-B-16"
     with pytest.raises(CacheError, match="ViT-B-32 / openai.*ViT-B-16 / openai"):
-        open_region_cache(micro)
+        open_region_cache(micro, micro.DATASETS.TRAIN)
     micro.MODEL.TEACHER.ARCHITECTURE = "ViT-B-32"
     json_file = tmp_path / "micro" / "train.json"
     json_file.write_text(json.dumps(json.loads(json_file.read_text()) | {"info": {}}))
     with pytest.raises(CacheError, match="was built for ov_micro_train with annotations of SHA-256"):
-        open_region_cache(micro)
+        open_region_cache(micro, micro.DATASETS.TRAIN)
     micro.DATASETS.TRAIN = ("ov_micro_train", "ov_micro_val")
     with pytest.raises(UsageError, match="join their jsons"):
-        open_region_cache(micro)
+        open_region_cache(micro, micro.DATASETS.TRAIN)
     micro.MODEL.VILD.REGION_CACHE = ""
     with pytest.raises(UsageError, match="REGION_CACHE is empty"):
-        open_region_cache(micro)
+        open_region_cache(micro, micro.DATASETS.TRAIN)
 
 
 def test_mapper_attaches_regions_in_training_only(micro, tmp_path):
-    mapped = OpenVocabularyMapper(micro, True)(record_of(tmp_path))
-    assert len(mapped["regions"]) == 3 and mapped["regions"].image_size == mapped["image"].shape[1:]
-    assert mapped["regions"].embeddings.shape == (3, 4)
+    mapped = build_sample_maker(micro, True)(record_of(tmp_path))
+    found = mapped.attached(CachedRegions)
+    assert found.boxes_xyxy.shape == (3, 4) and found.embeddings.shape == (3, 4)
     scale = mapped["image"].shape[1] / Image.open(record_of(tmp_path)["file_name"]).height
     there = regions(3, 3).boxes_xyxy * scale
     mirrored = mapped["image"].shape[2] - there[:, [2, 1, 0, 3]]
     mirrored[:, [1, 3]] = there[:, [1, 3]]
-    found = mapped["regions"].proposal_boxes.tensor
-    assert scale > 2 and any(torch.allclose(found, wanted, rtol=0.02) for wanted in (there, mirrored))
-    assert OpenVocabularyMapper(micro, False).region_cache is None
+    assert scale > 2 and any(torch.allclose(found.boxes_xyxy, box, rtol=0.02) for box in (there, mirrored))
+    assert not any(isinstance(step, AttachCachedRegions) for step in build_sample_maker(micro, False).steps)
     micro.MODEL.VILD.WEIGHT = 0.0
-    assert "regions" not in OpenVocabularyMapper(micro, True)(record_of(tmp_path))
+    assert not build_sample_maker(micro, True)(record_of(tmp_path)).attachments
 
 
 def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tmp_path):
@@ -362,17 +363,18 @@ def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tm
     build(
         tmp_path / "leak",
         range(1, 13),
-        recipe=open_region_cache(micro).manifest["recipe"] | {"boxes": "annotations"},
+        recipe=open_region_cache(micro, micro.DATASETS.TRAIN).manifest["recipe"] | {"boxes": "annotations"},
         make=lambda image_id: regions(2, image_id, [3, 4]),
     )
     micro.MODEL.VILD.REGION_CACHE = str(tmp_path / "leak")
-    mapper = OpenVocabularyMapper(micro, True)
+    mapper = build_sample_maker(micro, True)
     box = {"bbox": [1, 1, 20, 20], "bbox_mode": 1, "category_id": 0}
-    assert len(mapper(record_of(tmp_path, annotations=[box | {"id": 3}, box | {"id": 4}]))["regions"]) == 2
+    made = mapper(record_of(tmp_path, annotations=[box | {"id": 3}, box | {"id": 4}]))
+    assert len(made.attached(CachedRegions).boxes_xyxy) == 2
     leaking = record_of(tmp_path, annotations=[box | {"id": 3}])
     records = MappedRecords([leaking, record_of(tmp_path, 4)], mapper, max_bad=10)
     for workers in (0, 1):  # no skipping to the next image, and a readable message out of a loader process
-        loader = TrainLoader(records, lambda seed: iter([0, 1]), 1, num_workers=workers)
+        loader = SourceStream(records, lambda seed: iter([0, 1]), 1, num_workers=workers)
         with pytest.raises(CacheError, match=r"^[^\n]*image id 3: regions were cut around the annotations \[4\]"):
             next(iter(loader))
 
@@ -381,11 +383,11 @@ def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tm
 def test_region_outside_the_image(micro, tmp_path, box):
     bad = regions(1)
     bad.boxes_xyxy[0] = torch.tensor(box)
-    recipe = open_region_cache(micro).manifest["recipe"]
+    recipe = open_region_cache(micro, micro.DATASETS.TRAIN).manifest["recipe"]
     build(tmp_path / "bad", range(1, 13), recipe=recipe, make=lambda _: bad)
     micro.MODEL.VILD.REGION_CACHE = str(tmp_path / "bad")
     with pytest.raises(CacheError, match="image id 4: region .* is no box inside the image of 64x48 pixels"):
-        OpenVocabularyMapper(micro, True)(record_of(tmp_path, 4))
+        build_sample_maker(micro, True)(record_of(tmp_path, 4))
 
 
 def test_regions_follow_their_image():
@@ -398,7 +400,7 @@ def test_regions_follow_their_image():
     steps = [T.Resize((96, 192)), T.RandomFlip(prob=1.0), CropTransform(90, 6, 90, 84)]
     augmented = T.AugInput(canvas)
     transforms = T.AugmentationList(steps)(augmented)
-    found = transform_regions(cached, transforms, augmented.image.shape[:2], 10).proposal_boxes.tensor[0]
+    found = transform_regions(cached, transforms, augmented.image.shape[:2], 10).boxes_xyxy[0]
     rows, columns = np.nonzero(augmented.image[:, :, 0] > 127)
     drawn = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
     assert torch.allclose(found, drawn, atol=0.25)
@@ -411,7 +413,7 @@ def test_boxes_of_a_resized_and_flipped_image_agree_to_a_thousandth_of_a_pixel(
 ):
     cached = regions(5, seed, size=(height, width))
     transforms = TransformList([ResizeTransform(height, width, to_height, to_width), HFlipTransform(to_width)])
-    found = transform_regions(cached, transforms, (to_height, to_width), 10).proposal_boxes.tensor.double()
+    found = transform_regions(cached, transforms, (to_height, to_width), 10).boxes_xyxy.double()
     wanted = cached.boxes_xyxy.double() * torch.tensor([to_width / width, to_height / height] * 2, dtype=torch.float64)
     wanted[:, [0, 2]] = to_width - wanted[:, [2, 0]]
     assert torch.allclose(found, wanted, rtol=0, atol=1e-3)
@@ -429,10 +431,10 @@ def test_regions_cropped_away_are_dropped_and_cut_ones_clipped():
     cached.boxes_xyxy[:] = torch.tensor([[2.0, 2.0, 20.0, 20.0], [30.0, 10.0, 50.0, 40.0], [40.0, 20.0, 60.0, 40.0]])
     crop = TransformList([CropTransform(25, 5, 20, 30)])
     found = transform_regions(cached, crop, (30, 20), 10)
-    assert torch.equal(found.proposal_boxes.tensor, torch.tensor([[5.0, 5.0, 20.0, 30.0], [15.0, 15.0, 20.0, 30.0]]))
+    assert torch.equal(found.boxes_xyxy, torch.tensor([[5.0, 5.0, 20.0, 30.0], [15.0, 15.0, 20.0, 30.0]]))
     assert torch.equal(found.embeddings, cached.embeddings[1:])
-    assert len(transform_regions(cached, TransformList([CropTransform(61, 45, 3, 3)]), (3, 3), 10)) == 0
-    assert len(transform_regions(regions(0), TransformList([HFlipTransform(64)]), (48, 64), 10)) == 0
+    assert len(transform_regions(cached, TransformList([CropTransform(61, 45, 3, 3)]), (3, 3), 10).boxes_xyxy) == 0
+    assert len(transform_regions(regions(0), TransformList([HFlipTransform(64)]), (48, 64), 10).boxes_xyxy) == 0
 
 
 def test_more_regions_than_wanted_are_drawn_at_random():
@@ -440,7 +442,7 @@ def test_more_regions_than_wanted_are_drawn_at_random():
     for seed in range(10):
         np.random.seed(seed)
         found = transform_regions(cached, TransformList([NoOpTransform()]), (48, 64), 6)
-        chosen = [int((cached.boxes_xyxy == box).all(dim=1).nonzero()[0, 0]) for box in found.proposal_boxes.tensor]
+        chosen = [int((cached.boxes_xyxy == box).all(dim=1).nonzero()[0, 0]) for box in found.boxes_xyxy]
         assert len(set(chosen)) == 6 and torch.equal(found.embeddings, cached.embeddings[chosen])
         seen |= set(chosen)
     assert len(seen) > 15

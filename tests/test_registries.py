@@ -16,8 +16,8 @@ from ovdet2.data.datasets import register_ov_dataset, split_of
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.data.loader import build_train_loader
-from ovdet2.data.mapper import OpenVocabularyMapper
 from ovdet2.data.records import load_records
+from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import DataError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,7 +125,7 @@ def test_no_novel_annotation_reaches_the_mapper(name, root, monkeypatch):
     trained = {a["id"] for a in whole["annotations"] if a["category_id"] in base_ids}
     assert leaks and trained
     cfg, reached = training_cfg(name, test), set()
-    mapper = OpenVocabularyMapper(cfg, True)
+    mapper = build_sample_maker(cfg, True)
 
     def recording(record):
         reached.update(annotation["id"] for annotation in record["annotations"])
@@ -134,8 +134,10 @@ def test_no_novel_annotation_reaches_the_mapper(name, root, monkeypatch):
         return mapped
 
     loader = build_train_loader(cfg, recording)
-    for _, batch in zip(range(len(loader.dataset)), loader):
-        assert not set(batch[0].get("neg_category_ids", ())) & novel_ids
+    [source] = loader.sources
+    assert not any(novel_ids.intersection(record.get("neg_category_ids", ())) for record in source.records)
+    for _ in zip(range(len(source.records)), loader):
+        pass
     assert reached == trained
     # The same file with one novel annotation more is refused, whoever wrote it.
     data = json.loads(json_file.read_text())
@@ -152,14 +154,14 @@ def test_no_novel_annotation_reaches_the_mapper(name, root, monkeypatch):
 def test_the_closed_set_has_no_novel_class_and_trains_on_all_others(root):
     whole, _ = coco_world(root)
     cfg, reached = training_cfg("closed_coco_2017_train", "closed_coco_2017_val"), set()
-    mapper = OpenVocabularyMapper(cfg, True)
+    mapper = build_sample_maker(cfg, True)
 
     def recording(record):
         reached.update(annotation["id"] for annotation in record["annotations"])
         return mapper(record)
 
     loader = build_train_loader(cfg, recording)
-    for _ in zip(range(len(loader.dataset)), loader):
+    for _ in zip(range(len(loader.sources[0].records)), loader):
         pass
     assert reached == {annotation["id"] for annotation in whole["annotations"]}
     for name in ("closed_coco_2017_train", "closed_coco_2017_val"):
@@ -395,13 +397,13 @@ def test_masks_of_the_other_format_say_which_to_set(root):
     cfg.MODEL.MASK_ON = True
     record = DatasetCatalog.get("ov_lvis_train_base")[0]
     with pytest.raises(DataError, match="set INPUT.MASK_FORMAT to bitmask"):
-        OpenVocabularyMapper(cfg, True)(record)
+        build_sample_maker(cfg, True)(record)
     cfg.INPUT.MASK_FORMAT = "bitmask"
-    assert OpenVocabularyMapper(cfg, True)(record)["instances"].gt_masks.tensor.sum() > 0
+    assert build_sample_maker(cfg, True)(record)["instances"].gt_masks.tensor.sum() > 0
 
 
 def test_masks_are_not_asked_of_data_without():
     cfg = training_cfg("ov_coco_train_base", "ov_coco_val_all")
     cfg.MODEL.MASK_ON = True
     with pytest.raises(UsageError, match="ov_coco_train_base carries boxes alone"):
-        OpenVocabularyMapper(cfg, True)
+        build_sample_maker(cfg, True)

@@ -12,7 +12,7 @@ from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
 from ovdet2.report.score_maps import SIDE, discriminative_scores, draw_scores, joint_scores
 from ovdet2.vocabulary import Vocabulary
-from tests.test_align_net import SHAPES, VALID, memory
+from tests.detr_cases import SHAPES, VALID, memory
 
 
 def test_scores_are_norms_without_padding():

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from PIL import Image
 
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.io.files import atomic_path
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import to_rgb_array
+from ovdet2.report.detections import save_picture
 from ovdet2.report.query_pictures import draw_query, query_view
 
 
@@ -40,8 +39,7 @@ def main(argv=None):
             target = args.output / f"{path.stem}_query{place}.png"
             if target in written:
                 raise UsageError(f"two images are called {path.stem}: draw them into different folders.")
-            with atomic_path(target) as temporary:
-                Image.fromarray(draw_query(view, image, text)).save(temporary, format="PNG")
+            save_picture(target, draw_query(view, image, text))
             print(f"{target}: {text}")
             written.append(target)
     return written
@@ -72,8 +70,8 @@ def best_queries(predictor, image, count):
         count: most queries.
     """
     model = predictor.model
-    inputs, outputs = model.infer([predictor.prepare(image)], keep_sampling=True)
-    scores, words = outputs["pred_logits"][-1, 0].float().sigmoid().max(dim=1)
+    inputs, outputs, _ = model.infer([predictor.prepare(image)], keep_sampling=True)
+    scores, words = outputs.pred_logits[-1, 0].float().sigmoid().max(dim=1)
     sizes = inputs.tensor.shape[-2:], inputs.image_sizes[0], image.shape[:2]
     for query in scores.topk(min(count, len(scores))).indices.tolist():
         text = f"query {query}: {predictor.names[words[query]]} {scores[query]:.2f}"

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
-from PIL import Image
 
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
-from ovdet2.io.files import atomic_path
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import to_rgb_array
+from ovdet2.report.detections import save_picture
 from ovdet2.report.score_maps import discriminative_scores, draw_detections, draw_scores, joint_scores
 
 
@@ -41,8 +40,7 @@ def main(argv=None):
         image = to_rgb_array(path)
         for kind, picture in zip(("scores", "layers"), pictures(predictor, image, args.threshold, args.confidence)):
             target = args.output / f"{path.stem}_{kind}.png"
-            with atomic_path(target) as temporary:
-                Image.fromarray(picture).save(temporary, format="PNG")
+            save_picture(target, picture)
             print(target)
             written.append(target)
     return written
@@ -64,14 +62,14 @@ def parse_args(argv):
 @torch.no_grad()
 def pictures(predictor, image, threshold, confidence):
     """(picture of the scores, picture of the layers) of an image [H, W, 3] uint8 RGB; arrays of the same kind."""
-    model, record = predictor.model, predictor.prepare(image)
-    _, memory, _ = model.encode([record])
+    model, sample = predictor.model, predictor.prepare(image)
+    _, memory, _ = model.encode([sample])
     mean, levels = joint_scores(discriminative_scores(memory, 0), image.shape[:2])
     texts = ["all levels", *(f"level {number + 1}" for number in range(len(levels)))]
     scores = [draw_scores(image, of_map, threshold, text) for of_map, text in zip([mean, *levels], texts)]
     before, model.every_layer = model.every_layer, True
     try:
-        [found] = model([record])
+        [found] = model([sample])
     finally:
         model.every_layer = before
     ends = [*found["decoder_layers"], found["instances"]]

@@ -211,7 +211,16 @@ def _add_data_and_test(cfg):
     # masks, metric, pseudo_labels}; paths are below the data folder or absolute. See datasets/README.md.
     cfg.DATASETS.OWN = []
 
-    # Unreadable training images tolerated (each logged once) by one training process before the run stops.
+    # Sources of training images beside DATASETS.TRAIN, each {name, images}: a registered data set of boxes, captions or
+    # image labels, and its images of a step over all processes. If needed: datasets (several, for a name that is none),
+    # kind (as they are registered), sampler (empty: SAMPLER_TRAIN for boxes, else "TrainingSampler"), min_size and
+    # max_size (of INPUT.*_SIZE_TRAIN), ratio (of MIX "alternate"). Each source has NUM_WORKERS loading processes.
+    cfg.DATASETS.SOURCES = []
+    # "parallel": every step has the images of all sources. "alternate": a step has those of one source; the others take
+    # turns by their ratios (DATASETS.TRAIN has 1).
+    cfg.DATALOADER.MIX = "parallel"
+
+    # Unreadable images tolerated (each logged once) in one source by one training process before the run stops.
     cfg.DATALOADER.MAX_BAD_IMAGES = 10
 
     # Draw report.html (per-class figures, errors, confusions, images) beside each report.json.

@@ -26,7 +26,10 @@ class Method:
         name: of the method and of its part in the detector, a Python identifier such as "vild": the prefix of its
             weights in a checkpoint.
         hosts: meta-architectures that it can be switched on for; empty: all.
+        training_only: nothing of its part is used at test: a checkpoint may have the part and the model not, or the
+            other way round.
         secondary_scores: values of MODEL.OVD.SECONDARY_SCORES that it provides.
+        reads_background: when switched on, it needs the teacher's embedding of the word "background" in the word bank.
         OLD_KEYS: {key of an earlier version: today's}; they are accepted with a message.
         OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: today's}.
     """
@@ -34,6 +37,8 @@ class Method:
     name: str = ""
     hosts: tuple[str, ...] = ()
     secondary_scores: tuple[str, ...] = ()
+    reads_background: bool = False
+    training_only: bool = False
     OLD_KEYS: dict[str, str] = {}
     OLD_WEIGHTS: dict[str, str] = {}
 

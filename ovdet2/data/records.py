@@ -1,29 +1,43 @@
 """The records of the data sets a configuration names, checked before anything is trained on them."""
 
-import contextlib
+from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
 
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import split_of
+from ovdet2.data.samples import BOXES, IMAGE_LABELS
 from ovdet2.errors import DataError, OVDetError, UsageError
 
 _SHOWN = 5  # image ids named in an error message
 
 
-def load_records(names, key, filter_empty, base_only=False):
-    """The records of one or several registered data sets, one after another.
+def load_records(
+    names: Sequence[str], key: str, filter_empty: bool, base_only: bool = False, kind: str = BOXES
+) -> Sequence[Mapping[str, Any]]:
+    """The records of one or several registered data sets of one kind, one after another.
 
     Args:
         names: of data sets.
         key: configuration key they come from, for messages.
         filter_empty: leave out images without a box that is not a crowd.
-        base_only: refuse annotations of novel classes, however the data set was registered; for training.
+        base_only: refuse annotations of novel classes, however the data set was registered, and image labels of novel
+            classes, unless it was registered as one that may hold them (metadata ``ov_novel_labels``); for training.
+        kind: what the data sets know of their images, one of :data:`~ovdet2.data.samples.KINDS`.
+
+    Returns:
+        list of dicts; or, of one data set that makes its records when they are asked for, its sequence.
 
     Raises:
-        UsageError: no name, an unknown one, or data sets with different classes.
-        DataError: a missing file, no image left, or an annotation of a novel class.
+        UsageError: no name, an unknown one, data sets with different classes, or several of which one is no list.
+        DataError: a missing file, no image left, or an annotation or image label of a novel class.
     """
     import ovdet2.data.datasets  # noqa: F401  registers the data sets
 
@@ -33,7 +47,9 @@ def load_records(names, key, filter_empty, base_only=False):
         ours = ", ".join(sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_"))))
         raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
     try:
-        return _joined_records(names, filter_empty, base_only)
+        if kind == BOXES:
+            return _joined_records(names, filter_empty, base_only)
+        return _weak_records(names, base_only and kind == IMAGE_LABELS)
     except FileNotFoundError as error:
         raise DataError(
             f"a file of {', '.join(names)} is missing ({error}): set DETECTRON2_DATASETS to the folder of your "
@@ -73,7 +89,47 @@ def _joined_records(names, filter_empty, base_only):
     return joined
 
 
-def require_base_only(name, records, split):
+def _weak_records(names, base_only):
+    """Records with captions or image labels.
+
+    Raises:
+        UsageError: several data sets, of which one is no list.
+        DataError: no image, or an image label of a novel class.
+    """
+    loaded = [DatasetCatalog.get(name) for name in names]
+    for name, records in zip(names, loaded):
+        split = split_of(name)
+        if not len(records):
+            raise DataError(f"the data set {name} has no image: check its files.")
+        if base_only and split is not None and not MetadataCatalog.get(name).get("ov_novel_labels"):
+            _require_base_labels(name, records, split)
+    if len(loaded) == 1:
+        return loaded[0]
+    if not all(isinstance(records, list) for records in loaded):
+        raise UsageError(
+            f"the data sets {', '.join(names)} cannot be joined, since one of them reads its records when they are "
+            "asked for: make each a source of DATASETS.SOURCES."
+        )
+    return [record for records in loaded for record in records]
+
+
+def _require_base_labels(name, records, split):
+    """Labels of novel classes would teach the detector these words.
+
+    Raises:
+        DataError: an image has one.
+    """
+    novel = [record for record in records if any(label >= len(split.base) for label in record["labels"])]
+    if novel:
+        shown = ", ".join(str(record["image_id"]) for record in novel[:_SHOWN]) + (", ..." if novel[_SHOWN:] else "")
+        raise DataError(
+            f"{len(novel)} images of the training set {name} have labels of novel classes of {split.name}, first "
+            f"{shown}: what is trained on them has seen these names. If that is meant, register {name} as a data set "
+            "that may hold them (novel_labels=True)."
+        )
+
+
+def require_base_only(name: str, records: Sequence[Mapping[str, Any]], split: Split) -> None:
     """No label of a novel class may reach training (the point of the open-vocabulary protocol): no annotation, and no
     statement that a novel class is absent (LVIS's "neg_category_ids").
 
@@ -102,16 +158,20 @@ def require_base_only(name, records, split):
         )
 
 
-def require_one_base(cfg):
+def require_one_base(cfg: CfgNode, trained: Sequence[str]) -> None:
     """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
+
+    Args:
+        cfg: configuration; DATASETS.TEST is read.
+        trained: names of the training sets that have classes.
 
     Raises:
         UsageError: two data sets have different base classes, or one has a split and another has none.
     """
-    names = [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST[:1]]
+    names = [*trained, *cfg.DATASETS.TEST[:1]]
     splits = [split_of(name) for name in names]
     bases = [None if split is None else split.base for split in splits]
-    for name, base in zip(names, bases):
+    for name, base in zip(names, bases, strict=True):
         if base != bases[0]:
             raise UsageError(
                 f"{names[0]} and {name} have different base classes: train with the DATASETS.TEST of the same split "

@@ -30,7 +30,8 @@ class Sample:
 
     Attributes:
         kind: what the source knows of its images, one of :data:`KINDS`.
-        source: name of the data set; "" for an image of no data set.
+        source: name of its :class:`~ovdet2.data.source_spec.SourceSpec`: "DATASETS.TRAIN", an entry of
+            DATASETS.SOURCES, or a data set of an evaluation; "" for an image of no source.
         file_name: of the image file; "" for pixels given directly.
         image_id: of the data set.
         height, width: pixels of the original image as it is shown (after the EXIF rotation); 0 until decoded where the

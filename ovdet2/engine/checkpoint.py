@@ -4,12 +4,15 @@ import contextlib
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
+from torch import Tensor, nn
 
+from ovdet2.config import find_methods
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.files import atomic_path, write_text
 from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
@@ -94,8 +97,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
 
         Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
-        what matters to training alone: the parts that a model names as ``training_only``, and the step counts of batch
-        normalisation, which converted files lack.
+        what matters to training alone: parts that are ``training_only``, and the step counts of batch normalisation,
+        which converted files lack.
 
         Args:
             path: as for :meth:`load`.
@@ -193,15 +196,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load the weights except those of modules that take the vocabulary of this run.
 
         A sub-module with ``adopt_saved_vocabulary(saved)`` is handed its own entries, prefix removed, and decides.
-        What the checkpoint has of a training-only part that the model lacks is left out without a warning.
+        What the checkpoint has of a training-only part that the model lacks is left out without a warning. Entries of
+        earlier versions get the names of today.
         """
         adopting = [
             (f"{name}.", module)
             for name, module in self.model.named_modules()
             if name and hasattr(module, "adopt_saved_vocabulary")
         ]
-        weights = checkpoint["model"]
-        lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1]) is None)
+        weights = checkpoint["model"] = with_present_names(checkpoint["model"], self.model)
+        lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1], None) is None)
         for name in [name for name in weights if name.startswith(lacking)]:
             del weights[name]
         for prefix, module in adopting:
@@ -216,8 +220,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _training_only(self):
-        """Prefixes of the entries of parts that only training uses."""
-        return tuple(f"{name}." for name in getattr(self.model, "training_only", ()))
+        """Prefixes of the entries of parts that only training uses, of those that the model lacks, too."""
+        parts = [part.name for part in getattr(self.model, "parts", ()) if part.training_only]
+        absent = [method.name for method in find_methods() if method.training_only]
+        return tuple(f"{name}." for name in dict.fromkeys(parts + absent))
 
     def _newest_first(self):
         """The pointed-to checkpoint, then the periodic ones by the time they were written."""
@@ -236,6 +242,21 @@ class AtomicCheckpointer(DetectionCheckpointer):
         for path in self._periodic()[self.keep :] if self.keep else []:
             if path != pointed:
                 path.unlink(missing_ok=True)
+
+
+def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Entries of a checkpoint by the names that the parts of the model have today.
+
+    Args:
+        weights: by the names of this or of an earlier version.
+        model: whose ``parts``, if it has any, say in ``old_weights`` which prefixes have changed.
+    """
+    present = dict(weights)
+    for part in getattr(model, "parts", ()):
+        for old, new in part.old_weights.items():
+            for name in [name for name in present if name.startswith(old)]:
+                present[new + name.removeprefix(old)] = present.pop(name)
+    return present
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import torch
 from detectron2.engine import HookBase
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ovdet2.engine.checkpoint import with_present_names
 from ovdet2.errors import DataError, UsageError
 
 
@@ -69,15 +70,15 @@ def restore_trained(model, state):
     Raises:
         DataError: they are another model's.
     """
-    parameters = dict(model.named_parameters())
-    if parameters.keys() != state["parameters"].keys():
-        different = sorted(parameters.keys() ^ state["parameters"].keys())[:3]
+    parameters, saved = dict(model.named_parameters()), with_present_names(state["parameters"], model)
+    if parameters.keys() != saved.keys():
+        different = sorted(parameters.keys() ^ saved.keys())[:3]
         raise DataError(
             f"the checkpoint was written by a run of another model (parameters {', '.join(different)}, ...): resume "
             "with the configuration of that run, or start without --resume."
         )
     for name, parameter in parameters.items():
-        parameter.copy_(state["parameters"][name])
+        parameter.copy_(saved[name])
 
 
 class AverageHook(HookBase):

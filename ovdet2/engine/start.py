@@ -4,17 +4,20 @@ import logging
 import os
 import platform
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import detectron2
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ovdet2.config import load_config, settle_device
+from ovdet2.data.source_spec import TRAIN, entries_of, source_specs
 from ovdet2.errors import SetupError, UsageError
 from ovdet2.io.files import write_text
 
@@ -74,22 +77,42 @@ def setup(args, extend=None):
     return cfg
 
 
-def scaled(cfg, processes):
+def scaled(cfg: CfgNode, processes: int) -> CfgNode:
     """The configuration for a number of processes, if SOLVER.REFERENCE_WORLD_SIZE names the one it was written for.
 
-    The batch and the learning rate grow with the number, iterations shrink; the number becomes the reference, so that
-    scaling again, as the trainer does, changes nothing.
+    The images of a step and the learning rate grow with the number, iterations shrink; the number becomes the
+    reference, so that scaling again, as the trainer does, changes nothing. Sources of methods become entries of
+    DATASETS.SOURCES, which state the images that are used.
 
     Raises:
-        UsageError: the batch is no multiple of the reference.
+        UsageError: the images of a step are no multiple of the reference.
     """
-    solver = cfg.SOLVER
-    if solver.REFERENCE_WORLD_SIZE > 0 and solver.IMS_PER_BATCH % solver.REFERENCE_WORLD_SIZE:
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference == 0 or reference == processes:
+        _require_multiple("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, reference)
+        return cfg
+    others = [spec for spec in source_specs(cfg) if spec.name != TRAIN]
+    _require_multiple("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH, reference)
+    for spec in others:
+        _require_multiple(f"the number of images of the source {spec.name}", spec.images_per_step, reference)
+    entries = entries_of(
+        [replace(spec, images_per_step=spec.images_per_step // reference * processes) for spec in others]
+    )
+    cfg = DefaultTrainer.auto_scale_workers(cfg, processes)  # a copy
+    frozen = cfg.is_frozen()
+    cfg.defrost()
+    cfg.DATASETS.SOURCES = entries
+    if frozen:
+        cfg.freeze()
+    return cfg
+
+
+def _require_multiple(what, images, reference):
+    if reference > 0 and images % reference:
         raise UsageError(
-            f"SOLVER.IMS_PER_BATCH is {solver.IMS_PER_BATCH}, no multiple of SOLVER.REFERENCE_WORLD_SIZE, "
-            f"{solver.REFERENCE_WORLD_SIZE}: change one of them, or set REFERENCE_WORLD_SIZE to 0 for no scaling."
+            f"{what} is {images}, no multiple of SOLVER.REFERENCE_WORLD_SIZE, {reference}: change one of them, or set "
+            "REFERENCE_WORLD_SIZE to 0 for no scaling."
         )
-    return DefaultTrainer.auto_scale_workers(cfg, processes)
 
 
 def _open_output(cfg):

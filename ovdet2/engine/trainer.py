@@ -1,28 +1,34 @@
 """The trainer: Detectron2's hooks, schedules and evaluation around a checked step and an exact resume."""
 
+from __future__ import annotations
+
 import inspect
 import logging
 import weakref
+from collections.abc import Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils import comm
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ovdet2.config import settle_device, without_training_parts
+from ovdet2.config import methods_of, settle_device, without_training_parts
 from ovdet2.data.datasets.register import METRICS, split_of
 from ovdet2.data.datasets.splits import distractors
-from ovdet2.data.loader import build_test_loader, build_train_loader
+from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build_train_loader
+from ovdet2.data.sources import TrainSource
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
+from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
-from ovdet2.priors.image_words import prior_facts
 from ovdet2.vocabulary.templates import clean_name
 
 logger = logging.getLogger(__name__)
@@ -48,16 +54,24 @@ class Trainer(DefaultTrainer):
             DataError: the training set cannot be read.
         """
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scaled(cfg, comm.get_world_size())
         amp_dtype, scaler = mixed_precision(cfg)
         data_loader = self.build_train_loader(cfg)
         model = self.build_model(cfg)
-        _require_cached_teacher(data_loader, model)
+        sources = getattr(data_loader, "sources", [])
+        _require_teacher(sources, model)
         if hasattr(model, "prepare_training"):
-            model.prepare_training(getattr(data_loader, "dataset", None))
+            model.prepare_training(sources)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self._trainer = CheckedStep(_distribute(model), data_loader, optimizer, scaler, full_model_norm(cfg), amp_dtype)
+        self._trainer = CheckedStep(
+            _distribute(model, getattr(data_loader, "alternates", False)),
+            data_loader,
+            optimizer,
+            scaler,
+            full_model_norm(cfg),
+            amp_dtype,
+        )
         self._trained = model
         self._average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         # The model that is loaded, saved and evaluated.
@@ -209,12 +223,12 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """See :func:`ovdet2.data.loader.build_train_loader`."""
         return build_train_loader(cfg)
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> TestLoader:
         """See :func:`ovdet2.data.loader.build_test_loader`."""
         return build_test_loader(cfg, dataset_name)
 
@@ -265,7 +279,9 @@ class Trainer(DefaultTrainer):
         """
         if evaluators is None:
             _require_words(cfg, model)
-            facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights) | prior_facts(cfg)
+            facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights)
+            for method in methods_of(cfg):
+                facts |= method.facts(cfg)
             evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
@@ -349,8 +365,13 @@ class CheckpointHook(HookBase):
         self.checkpointer.save(name, iteration=self.trainer.iter)
 
 
-def _distribute(model):
-    """Average gradients over the processes, if there are several; the device is where the parameters are."""
+def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
+    """Average gradients over the processes, if there are several; the device is where the parameters are.
+
+    Args:
+        model: to train.
+        alternates: whether sources alternate: a step then trains only what its source reaches.
+    """
     if comm.get_world_size() == 1:
         return model
     on_cuda = next(model.parameters()).is_cuda
@@ -359,16 +380,15 @@ def _distribute(model):
     # statistics are averaged when they matter (average_batch_norm). torch 2.15 renamed the switch.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=device_ids, **{switch: False})
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **{switch: False})
 
 
-def _require_cached_teacher(data_loader, model):
-    """The region caches and the vocabulary are of one embedding space, by the hash of the weights.
+def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
+    """What steps attach to samples and the vocabulary are of one embedding space, by the hash of the weights.
 
     Raises:
         CacheError: names both teachers.
     """
-    mapper = getattr(getattr(data_loader, "dataset", None), "mapper", None)
-    for cache in (getattr(mapper, name, None) for name in ("region_cache", "annotation_cache")):
-        if cache is not None:
-            cache.require_teacher(model.vocabulary.words.teacher, "the vocabulary")
+    vocabulary = _vocabulary_of(model)
+    for step in [step for source in sources for step in source.steps] if vocabulary is not None else ():
+        step.require_teacher(vocabulary.words.teacher, "the vocabulary")

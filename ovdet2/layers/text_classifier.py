@@ -97,10 +97,6 @@ class TextClassifier(_WordClassifier):
             self.background = nn.Parameter(torch.empty(vocabulary.embeddings.shape[1]))
             nn.init.normal_(self.background, std=0.01)
 
-    def classify_without_background(self, embeddings):
-        """Probabilities of the vocabulary's words alone, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
-        return column_probabilities(embeddings, self.vocabulary.embeddings, self.temperature)
-
     def forward(self, features):
         """
         Args:

@@ -5,6 +5,7 @@ import logging
 
 import torch
 
+from ovdet2.config import methods_of
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.errors import DataError, UsageError
@@ -113,7 +114,8 @@ def background_of(cfg, vocabulary, templates=None):
     Returns:
         Tensor [D]; None where no column of the detector is a text background.
     """
-    if cfg.MODEL.OVD.CLASSIFIER != "text_background" and cfg.MODEL.OVD.SECONDARY_SCORES != "map":
+    read_by_part = any(method.reads_background and method.is_on(cfg) for method in methods_of(cfg))
+    if cfg.MODEL.OVD.CLASSIFIER != "text_background" and not read_by_part:
         return None
     if templates is None:
         named = vocabulary.templates in template_set_names()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ovdet2.vocabulary.bank import WordBank
+
+if TYPE_CHECKING:
+    from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
 
 
 @dataclass(frozen=True)
@@ -20,11 +24,12 @@ class Host:
         network: of a DETR host, the :class:`~ovdet2.modeling.detr.model.DeformableDETR`; None elsewhere.
         roi_heads: of an R-CNN host, the :class:`~ovdet2.modeling.rcnn.roi_heads.OpenVocabularyROIHeads`; None
             elsewhere.
-        build_box_head: of an R-CNN host, a function that builds another box head like the detector's; None elsewhere.
+        build_box_head: of an R-CNN host, a function that builds another box head like the detector's, pooled features
+            [R, C, S, S] -> [R, F]; None elsewhere.
     """
 
     bank: WordBank
     backbone: nn.Module
     network: Any = None
-    roi_heads: Any = None
-    build_box_head: Any = None
+    roi_heads: OpenVocabularyROIHeads | None = None
+    build_box_head: Callable[[], nn.Module] | None = None

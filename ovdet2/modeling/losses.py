@@ -1,38 +1,14 @@
 """Losses as pure functions, one per equation; weights belong to the configuration.
 
-Shapes: R regions, D embedding dimension, B base words.
+Shapes: R regions, B base words.
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def embedding_l1(student, teacher):
-    """Distance of region embeddings, summed over dimensions and averaged over regions (ViLD Eq. 3).
-
-    With the sum over D the weight w is the paper's number; implementations that average over D as well write ViLD's
-    w = 0.5 at D = 512 as 256. At one angle between the embeddings the distance grows with the square root of D.
-
-    Args:
-        student: Tensor [R, D], unit rows.
-        teacher: Tensor [R, D], unit rows of any floating type; the target.
-
-    Returns:
-        Scalar Tensor, float32 (float64 if ``student`` is): mean_R sum_D |e - v|, between 0 and 2 sqrt(D); 0 without
-        regions.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(f"student embeddings {list(student.shape)}, teacher embeddings {list(teacher.shape)}")
-    if student.dtype.itemsize < 4:
-        student = student.float()
-    distances = (student - teacher.to(student)).abs().sum(dim=1)
-    return distances.mean() if len(distances) else distances.sum()
-
-
-def background_weighted_cross_entropy(logits, labels, weight):
+def background_weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     """Softmax cross-entropy of regions, those of background weighted, averaged over the number of regions (F-VLM).
 
     Args:
@@ -50,7 +26,7 @@ def background_weighted_cross_entropy(logits, labels, weight):
     return (losses * weights.to(losses)).sum() / max(len(labels), 1)
 
 
-def sigmoid_classification(logits, labels, words=None):
+def sigmoid_classification(logits: Tensor, labels: Tensor, words: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of every region and word, summed over words and averaged over regions.
 
     With ``words`` it is the federated loss (Zhou et al., Probabilistic two-stage detection, 2021): the others are not
@@ -73,7 +49,7 @@ def sigmoid_classification(logits, labels, words=None):
     return losses.sum() / max(len(labels), 1)
 
 
-def federated_words(labels, weights, count):
+def federated_words(labels: Tensor, weights: Tensor, count: int) -> Tensor:
     """The words of a federated loss: those annotated in the batch, filled up to ``count`` by a weighted draw.
 
     Args:

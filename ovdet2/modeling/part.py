@@ -6,18 +6,19 @@ The hosts extend it: :class:`~ovdet2.modeling.rcnn.part.RCNNPart`, :class:`~ovde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
 from ovdet2.config.method import Method
-from ovdet2.data.samples import Sample
+from ovdet2.data.samples import BOXES, Sample
+from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
     from detectron2.config import CfgNode
 
-    from ovdet2.data.loader import TrainSource
+    from ovdet2.data.sources import TrainSource
     from ovdet2.modeling.host import Host
     from ovdet2.vlm.teacher import Teacher
 
@@ -29,13 +30,17 @@ class Part(nn.Module):
 
     Attributes:
         name: of the method, the prefix of the part's weights in a checkpoint.
-        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way round.
-        takes_present_words: whether it reads the words that are present in an image (semantic priors).
+        old_weights: {prefix of entries in checkpoints of an earlier version: today's}, the method's OLD_WEIGHTS.
+        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way
+            round.
+        takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
+            have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
         sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.
         loss_weights: weight of each kind of its losses; 1 where a kind is not named.
     """
 
     name: str = ""
+    old_weights: Mapping[str, str] = {}
     training_only: bool = False
     takes_present_words: bool = False
     sees: tuple[str, ...] = ()
@@ -72,6 +77,9 @@ class Part(nn.Module):
         raise NotImplementedError
 
 
+AnyPart = TypeVar("AnyPart", bound=Part)
+
+
 def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Part]:
     """The parts of a configuration for a host, in the order of the methods."""
     built = []
@@ -79,8 +87,45 @@ def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Par
         part = method.build(cfg, host)
         if part is not None:
             part.name = method.name
+            part.old_weights = method.OLD_WEIGHTS
             built.append(part)
     return built
+
+
+def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart, ...]:
+    """Make each part a module of the model, under its name; returns them in their order.
+
+    Raises:
+        UsageError: a part has no name, or one that the model uses already.
+    """
+    registered = tuple(parts)
+    for part in registered:
+        if not part.name.isidentifier() or hasattr(model, part.name):
+            raise UsageError(
+                f"{type(model).__name__} cannot have a part named {part.name!r}: give its method a name that is a "
+                "Python identifier and is not used by the detector or by another method."
+            )
+        model.add_module(part.name, part)
+    return registered
+
+
+def require_seen(parts: Iterable[Part], kinds: Iterable[str]) -> None:
+    """Refuse images that would train nothing.
+
+    Args:
+        parts: of a detector.
+        kinds: of the images of a source or a batch; images with boxes train the detector itself.
+
+    Raises:
+        UsageError: no part has losses of a kind.
+    """
+    seen = {BOXES, *(kind for part in parts for kind in part.sees)}
+    unseen = sorted(set(kinds) - seen)
+    if unseen:
+        raise UsageError(
+            f"no part of the detector has losses of images of kind {', '.join(unseen)}: switch a method on that has, or "
+            "take these images out of DATASETS.SOURCES."
+        )
 
 
 def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str] = str) -> dict[str, Tensor]:
@@ -92,3 +137,18 @@ def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str
         kind: function of a name that gives its key there, such as one that takes a layer's number off.
     """
     return {name: part.loss_weights.get(kind(name), 1.0) * value for name, value in losses.items()}
+
+
+def joined(*groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All losses of a step, in their order.
+
+    Raises:
+        UsageError: two of them have one name, so that one would replace the other.
+    """
+    losses: dict[str, Tensor] = {}
+    for group in groups:
+        twice = sorted(losses.keys() & group.keys())
+        if twice:
+            raise UsageError(f"a training step has two losses named {', '.join(twice)}: rename that of one part.")
+        losses.update(group)
+    return losses

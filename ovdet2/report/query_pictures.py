@@ -3,6 +3,7 @@
 Shapes: L decoder layers, H heads, M levels of attention, P points.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps
 
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
+from ovdet2.modeling.detr.outputs import DetrOutputs
 
 SIDE = 640  # longest side of one of the two pictures, pixels
 _LEVELS = "cool"  # colour maps of matplotlib, first to last
@@ -37,7 +39,9 @@ class QueryView:
     weights: torch.Tensor
 
 
-def to_pixels(locations, padded_size, input_size, size):
+def to_pixels(
+    locations: torch.Tensor, padded_size: Sequence[int], input_size: Sequence[int], size: Sequence[int]
+) -> torch.Tensor:
     """Sampling locations in pixels of the original image.
 
     Args:
@@ -53,28 +57,40 @@ def to_pixels(locations, padded_size, input_size, size):
     return locations * locations.new_tensor(scale[::-1])
 
 
-def query_view(outputs, image, query, padded_size, input_size, size):
-    """The :class:`QueryView` of a query.
+def query_view(
+    outputs: DetrOutputs,
+    image: int,
+    query: int,
+    padded_size: Sequence[int],
+    input_size: Sequence[int],
+    size: Sequence[int],
+) -> QueryView:
+    """What is drawn of a query.
 
     Args:
-        outputs: dict of :class:`~ovdet2.modeling.detr.model.DeformableDETR`, made with ``keep_sampling``.
+        outputs: decoded with ``keep_sampling``.
         image: position in the batch.
         query: position among the queries.
         padded_size, input_size, size: as of :func:`to_pixels`.
+
+    Raises:
+        ValueError: the outputs were decoded without ``keep_sampling``.
     """
+    if outputs.sampling_locations is None or outputs.sampling_weights is None:
+        raise ValueError("the outputs have no sampling locations: decode with keep_sampling=True.")
     height, width = size
-    boxes = Boxes(_in_image(outputs["pred_boxes"][:, image, query], size))
+    boxes = Boxes(_in_image(outputs.pred_boxes[:, image, query], size))
     boxes.clip((height, width))
-    locations = outputs["sampling_locations"][-1, image, query].float().cpu()
+    locations = outputs.sampling_locations[-1, image, query].float().cpu()
     return QueryView(
         boxes.tensor,
-        _in_image(outputs["references"][-1][image, query], size),
+        _in_image(outputs.references[-1][image, query], size),
         to_pixels(locations, padded_size, input_size, size),
-        outputs["sampling_weights"][-1, image, query].float().cpu(),
+        outputs.sampling_weights[-1, image, query].float().cpu(),
     )
 
 
-def draw_query(view, image, text=""):
+def draw_query(view: QueryView, image: np.ndarray, text: str = "") -> np.ndarray:
     """Two pictures side by side: the last layer's reference and sampling points, and the box of each layer.
 
     A point's area and opacity go by its weight, its colour by its level. The first picture's reference is white.

@@ -4,16 +4,22 @@ Shapes: K classes, m crops of each, D embedding dimension.
 """
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ovdet2.caches.region_cache import RegionCache
 from ovdet2.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 
-def class_crops(records, cache, num_classes, per_class=32, seed=0):
+def class_crops(
+    records: Sequence[Mapping[str, Any]], cache: RegionCache, num_classes: int, per_class: int = 32, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """The teacher's embeddings of some annotated boxes of each class.
 
     The images are taken in a random order, one box of a class from each; a class of fewer images is filled up from

@@ -1,33 +1,55 @@
-"""CCKT-Det on Deformable DETR: language goes in with the queries, the teacher's vision is asked for at their end.
+"""CCKT-Det on Deformable DETR: words present in an image are added to its queries, and CLIP embeddings of the objects'
+crops supervise the embeddings of the decoder outputs.
 
 Shapes: L decoder layers, B images, N queries, K words, X the most objects of one image, C channels, D embedding
 dimension.
 """
 
-import math
+from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
+from detectron2.structures import Instances
 from detectron2.utils.events import get_event_storage
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+from ovdet2.data.samples import Sample
 from ovdet2.errors import UsageError
 from ovdet2.layers.text_classifier import EmbeddingProjection
+from ovdet2.methods.cckt.check import check_choices, trains_embeddings
 from ovdet2.methods.cckt.class_crops import class_crops
 from ovdet2.methods.cckt.region_contrast import ClassCrops, class_contrast, pair_contrast
+from ovdet2.methods.cckt.sample import AttachObjectCrops, ObjectCrops, PresentWords
+from ovdet2.methods.cckt.semantic_priors import CarriedWords, SemanticPriors
 from ovdet2.modeling.detr.criterion import class_targets
+from ovdet2.modeling.detr.matcher import MatchingCost
+from ovdet2.modeling.detr.memory import Queries
+from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.modeling.detr.part import DetrPart, DetrStep
+from ovdet2.modeling.detr.targets import Matches
+from ovdet2.priors.online import OnlinePriors, word_indices
+from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
 
-CONTRASTS = ("none", "instance", "batch", "class")
-CLASS_LOSSES = ("class", "similarity", "both")
-SCORES = ("class", "similarity", "product")
-_NO_CROPS = (
-    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: use ovdet2's mapper, with "
-    "MODEL.CCKT.REGION_CACHE."
+if TYPE_CHECKING:
+    from ovdet2.data.sources import TrainSource
+    from ovdet2.vlm.teacher import Teacher
+
+EMBEDDINGS = "cckt_embeddings"  # in DetrOutputs.added
+NO_CROPS = (
+    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: load the training set with "
+    "the steps of this configuration, which read MODEL.CCKT.REGION_CACHE."
 )
 
 
-def similarity_logits(embeddings, words, temperature, bias=0.0):
+def similarity_logits(embeddings: Tensor, words: Tensor, temperature: float, bias: float = 0.0) -> Tensor:
     """cos(e, t) / tau + b, whose sigmoid is the similarity probability (Eq. 4, where b is 0).
 
     Args:
@@ -44,7 +66,7 @@ def similarity_logits(embeddings, words, temperature, bias=0.0):
         return embeddings @ words.mT.to(embeddings) / temperature + bias
 
 
-def product_logits(first, second):
+def product_logits(first: Tensor, second: Tensor) -> Tensor:
     """The logit of the product of two probabilities given by their logits, without computing the product."""
     log_product = F.logsigmoid(first) + F.logsigmoid(second)
     log_product = log_product.clamp(max=-torch.finfo(log_product.dtype).tiny)  # not certain, or the logit is infinite
@@ -54,35 +76,42 @@ def product_logits(first, second):
     return log_product - rest
 
 
-class CCKT(nn.Module):
-    """What CCKT-Det adds to the detector: semantic priors, region embedding heads, contrastive distillation and
-    scores by similarity. Each part may be absent."""
+class CCKT(DetrPart):
+    """Semantic priors, region embedding heads, contrastive distillation and scores by similarity; each may be absent.
+
+    Attributes:
+        takes_present_words: whether there are semantic priors.
+    """
 
     def __init__(
         self,
-        vocabulary,
-        priors=None,
-        dim=256,
-        num_heads=0,
+        bank: WordBank,
+        priors: SemanticPriors | None = None,
+        dim: int = 256,
+        num_heads: int = 0,
         *,
-        temperature=0.07,
-        bias=0.0,
-        class_loss="class",
-        contrast="instance",
-        contrast_start=0,
-        score="similarity",
-        alpha=0.25,
-        gamma=2.0,
-    ):
+        temperature: float = 0.07,
+        bias: float = 0.0,
+        similarity_cost: float = 1.0,
+        class_loss: str = "class",
+        contrast: str = "instance",
+        contrast_start: int = 0,
+        score: str = "similarity",
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        look: Callable[[Teacher, Vocabulary], OnlinePriors] = OnlinePriors,
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
         """
         Args:
-            vocabulary: :class:`~ovdet2.layers.WordBank` of the detector.
-            priors: :class:`~ovdet2.methods.cckt.semantic_priors.SemanticPriors`, or None.
+            bank: words of the detector, which are read and not owned.
+            priors: semantic priors, or None.
             dim: C.
-            num_heads: region embedding heads, one for each decoder layer, or 1 for all of them; made only if asked for
-                by a loss.
+            num_heads: region embedding heads, one for each decoder layer, or 1 for all of them; built only if a loss
+                trains them.
             temperature: tau, of similarities and of the contrast.
             bias: b, of similarities.
+            similarity_cost: weight of the similarity in the matching.
             class_loss: the focal loss is on the logits of the "class" branch (published code), on those of "similarity"
                 (Eq. 7), where the class branch is not trained, or on "both".
             contrast: "instance" (Eqs. 5 and 6, within each image), "batch" (the same, over the images of the process),
@@ -91,64 +120,78 @@ class CCKT(nn.Module):
                 similarity, neither does the similarity in the matching.
             score: of a detection, by the "class" branch, by "similarity", or the "product" of the two probabilities.
             alpha, gamma: of the focal loss.
+            look: of the teacher and the words, makes what predicts the words of an image without a prior file.
+            loss_weights: of "loss_contrast" and "loss_similarity".
 
         Raises:
-            UsageError: another choice, or scores that nothing trains.
+            UsageError: see :func:`~ovdet2.methods.cckt.check.check_choices`.
         """
-        super().__init__()
-        for key, value, choices in (
-            ("CONTRAST", contrast, CONTRASTS), ("CLASS_LOSS_ON", class_loss, CLASS_LOSSES), ("SCORE", score, SCORES)
-        ):  # fmt: skip
-            if value not in choices:
-                raise UsageError(f"MODEL.CCKT.{key} is {value!r}: choose one of {', '.join(choices)}.")
-        embeds = contrast != "none" or class_loss != "class"
-        if score != "class" and not embeds:
-            raise UsageError(
-                f"MODEL.CCKT.SCORE is {score!r}, but neither MODEL.CCKT.CONTRAST nor CLASS_LOSS_ON trains region "
-                'embeddings: set SCORE to "class", or train them.'
-            )
-        if score != "similarity" and class_loss == "similarity":
-            raise UsageError(
-                f'MODEL.CCKT.SCORE is {score!r}, but with CLASS_LOSS_ON "similarity" nothing trains the class branch: '
-                'set SCORE to "similarity", or CLASS_LOSS_ON to "both".'
-            )
-        self._shared = (vocabulary,)  # a tuple hides it from state_dict: the detector owns it
+        super().__init__(loss_weights)
+        check_choices(contrast, class_loss, score)
+        self._shared = (bank,)  # a tuple hides it from state_dict: the detector owns it
         self.priors = priors
-        embed_dim = vocabulary.embeddings.shape[1]
-        self.heads = nn.ModuleList(EmbeddingProjection(dim, embed_dim) for _ in range(num_heads if embeds else 0))
+        self.takes_present_words = priors is not None
+        embed_dim = bank.embeddings.shape[1]
+        heads = num_heads if trains_embeddings(contrast, class_loss) else 0
+        self.heads = nn.ModuleList(EmbeddingProjection(dim, embed_dim) for _ in range(heads))
         self.class_crops = ClassCrops() if contrast == "class" else None
         self.temperature, self.bias, self.alpha, self.gamma = temperature, bias, alpha, gamma
-        self.class_loss, self.contrast, self.contrast_start, self.score = class_loss, contrast, contrast_start, score
+        self.class_loss, self.contrast, self.contrast_start, self.score_by = class_loss, contrast, contrast_start, score
+        self.similarity_weight = similarity_cost
+        self._look = look
+        self._online: OnlinePriors | None = None
 
-    def prepare_training(self, dataset):
-        """Take what the losses need of the training set: crops of every base class, with the contrast "class".
+    @property
+    def bank(self) -> WordBank:
+        """Words of the detector."""
+        return self._shared[0]
 
-        Args:
-            dataset: :class:`~ovdet2.data.loader.MappedRecords` whose mapper has a cache of annotated boxes; anything
-                for the other contrasts.
+    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
+        """Read the crops that stand for the base classes, if the contrast is of classes.
 
         Raises:
-            UsageError: there is no such cache.
+            UsageError: no source attaches crops of its objects.
             CacheError: see :func:`~ovdet2.methods.cckt.class_crops.class_crops`.
         """
         if self.class_crops is None:
             return
-        cache = getattr(getattr(dataset, "mapper", None), "annotation_cache", None)
-        if cache is None:
-            raise UsageError(_NO_CROPS)
-        num_base = len(self._shared[0].training_embeddings)
-        self.class_crops.fill(*class_crops(dataset.records, cache, num_base, seed=dataset.seed))
+        for source in sources:
+            for step in source.steps:
+                if isinstance(step, AttachObjectCrops):
+                    num_base = len(self.bank.training_embeddings)
+                    self.class_crops.fill(*class_crops(source.records, step.cache, num_base, seed=source.seed))
+                    return
+        raise UsageError(NO_CROPS)
 
-    def add_priors(self, queries, records):
+    def predict_present_words(self, image: np.ndarray, teacher: Callable[[], Teacher]) -> list[str]:
+        """See :class:`~ovdet2.priors.online.OnlinePriors`; the teacher is loaded for the first image.
+
+        Raises:
+            DataError: the words are of another teacher.
+        """
+        words, online = self.bank.words, self._online
+        if online is None or online.vocabulary is not words:
+            self._online = online = self._look(teacher(), words)
+        return [words.names[word] for word in online(image).tolist()]
+
+    def give_present_words(self, sample: Sample, words: Sequence[str]) -> None:
+        """Attach :class:`PresentWords`.
+
+        Raises:
+            UsageError: see :func:`~ovdet2.priors.online.word_indices`.
+        """
+        sample.attach(PresentWords(word_indices(words, self.bank.words.names)))
+
+    def alter_queries(self, queries: Queries, samples: Sequence[Sample]) -> Queries:
         """The queries with the words of their image, see :class:`SemanticPriors`; as they are without priors."""
-        return queries if self.priors is None else self.priors(queries, records)
+        return queries if self.priors is None else self.priors(queries, samples)
 
-    def embed(self, hidden, all_layers=True):
+    def embed(self, hidden: Tensor, all_layers: bool = True) -> Tensor:
         """Region embeddings.
 
         Args:
             hidden: Tensor [L, B, N, C], of all decoder layers.
-            all_layers: of every layer, or of the last alone.
+            all_layers: of every layer, or only of the last.
 
         Returns:
             Tensor [L or 1, B, N, D], unit rows, float32.
@@ -162,115 +205,103 @@ class CCKT(nn.Module):
             ]
         )
 
-    def training_outputs(self, outputs):
-        """What the criterion is to see.
-
-        Args:
-            outputs: of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`; of more "hidden" queries than there
-                are logits, the first are meant.
-
-        Returns:
-            dict, ``outputs`` with "pred_embeddings" [L, B, N, D] if there are heads; with ``class_loss`` "similarity",
-            similarity logits of the base words as "pred_logits".
-        """
+    def alter_outputs(self, outputs: DetrOutputs) -> DetrOutputs:
+        """The outputs with :data:`EMBEDDINGS` [L, B, N, D] if there are heads; with ``class_loss`` "similarity",
+        similarity logits of the base words as ``pred_logits``."""
         if not self.heads:
             return outputs
-        hidden = outputs["hidden"][:, :, : outputs["pred_logits"].shape[2]]
-        outputs = outputs | {"pred_embeddings": self.embed(hidden)}
+        embeddings = self.embed(outputs.hidden)
         if self.class_loss == "similarity":
-            outputs["pred_logits"] = self._similarity(outputs["pred_embeddings"])
-        return outputs
+            outputs = replace(outputs, pred_logits=self._similarity(embeddings))
+        return outputs.with_added(**{EMBEDDINGS: embeddings})
 
-    def similarity_cost(self, outputs, labels):
+    def matching_costs(self) -> list[MatchingCost]:
+        """:meth:`similarity_cost`, if there are region embeddings."""
+        return [(self.similarity_weight, self.similarity_cost)] if self.heads else []
+
+    def similarity_cost(self, outputs: DetrOutputs, labels: Tensor) -> Tensor:
         """Matching cost, minus the similarity probability of the object's word (Eqs. 3 and 4).
 
         Args:
-            outputs: of :meth:`training_outputs`.
+            outputs: of :meth:`alter_outputs`.
             labels: Tensor [B, X] int64, padded.
 
         Returns:
             Tensor [L, B, N, X]; 0 as long as nothing has trained the embeddings.
         """
         if not self._contrast_counts() and self.class_loss == "class":
-            layers, images, queries, _ = outputs["pred_boxes"].shape
-            return outputs["pred_boxes"].new_zeros((layers, images, queries, labels.shape[1]))
-        words = self._shared[0].training_embeddings[labels]  # B x X x D
-        return -similarity_logits(outputs["pred_embeddings"], words, self.temperature, self.bias).sigmoid()
+            layers, images, queries, _ = outputs.pred_boxes.shape
+            return outputs.pred_boxes.new_zeros((layers, images, queries, labels.shape[1]))
+        words = self.bank.training_embeddings[labels]  # B x X x D
+        return -similarity_logits(outputs.added[EMBEDDINGS], words, self.temperature, self.bias).sigmoid()
 
-    def losses(self, outputs, targets, matches, num_boxes):
-        """The losses beside the criterion's, in the same layers.
-
-        Args:
-            outputs: of :meth:`training_outputs`.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`, with embeddings if the contrast is of objects.
-            matches: of the criterion, the last layer's last.
-            num_boxes: number or scalar Tensor > 0 that the sums are divided by.
-
-        Returns:
-            dict of unweighted scalar Tensors: "loss_contrast", and "loss_similarity" if ``class_loss`` is "both", named
-            by layer as the criterion's.
+    def losses(
+        self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
+        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer like those of
+        the criterion.
 
         Raises:
-            UsageError: a contrast is asked for, and the targets have no embeddings or the classes no crops.
+            UsageError: the contrast needs crops of objects, and samples come without; or of classes, which have none.
         """
-        losses = {}
+        losses: dict[str, Tensor] = {}
         if not self.heads:
             return losses
-        for layer, found in enumerate(matches):
+        targets = step.targets
+        crops = object_crops(step.samples, targets.labels.device) if self.contrast in ("instance", "batch") else None
+        for layer, pairs in enumerate(matches):
             place = "" if layer == len(matches) - 1 else f"_{layer}"
-            embeddings = outputs["pred_embeddings"][layer - len(matches)]
+            embeddings = outputs.added[EMBEDDINGS][layer - len(matches)]
             if self.contrast != "none":
-                # Times 0 before its start: the heads take part in every step of every process, as gradients want it.
-                loss = self._contrast(embeddings, targets, found) / num_boxes
+                # Times 0 before its start: the heads take part in every step of every process, as gradients require.
+                loss = self._contrast(embeddings, targets, pairs, crops) / num_boxes
                 losses[f"loss_contrast{place}"] = loss if self._contrast_counts() else 0.0 * loss
             if self.class_loss == "both":
                 logits = self._similarity(embeddings)
-                wanted = class_targets(logits, targets, found)
+                wanted = class_targets(logits, targets, pairs)
                 focal = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, "sum")
                 losses[f"loss_similarity{place}"] = focal / num_boxes
         return losses
 
-    def scored(self, outputs, queries):
-        """What the post-processor is to see at test.
+    def score(self, outputs: DetrOutputs, queries: Queries) -> DetrOutputs:
+        """The outputs with ``pred_logits`` [L or 1, B, N, K] by ``score`` of the constructor."""
+        if self.score_by == "class":
+            return outputs
+        logits = outputs.pred_logits
+        similarity = self._similarity(self.embed(outputs.hidden, all_layers=len(logits) > 1))
+        if self.score_by == "product":
+            similarity = product_logits(logits.to(similarity), similarity)
+        return replace(outputs, pred_logits=similarity)
 
-        Args:
-            outputs: of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`.
-            queries: the :class:`Queries` they come from.
-
-        Returns:
-            dict, ``outputs`` with "pred_logits" [L or 1, B, N, K] whose sigmoid is the score, and with "words" of the
-            queries, where they carry any.
-        """
-        logits = outputs["pred_logits"]
-        if self.score != "class":
-            similarity = self._similarity(self.embed(outputs["hidden"], all_layers=len(logits) > 1))
-            logits = similarity if self.score == "similarity" else product_logits(logits.to(similarity), similarity)
-        return outputs | {"pred_logits": logits, "words": queries.words}
+    def annotate(self, instances: Instances, queries: Queries, image: int) -> None:
+        """``prior_words`` of the detections, the word that the query of each carried, -1 for none."""
+        carried = queries.attached(CarriedWords)
+        if carried is not None:
+            instances.prior_words = carried.words[image][instances.queries]
 
     def _similarity(self, embeddings):
-        vocabulary = self._shared[0]
-        rows = vocabulary.training_embeddings if self.training else vocabulary.embeddings
+        rows = self.bank.training_embeddings if self.training else self.bank.embeddings
         return similarity_logits(embeddings, rows, self.temperature, self.bias)
 
-    def _contrast(self, embeddings, targets, matches):
-        """The sum over pairs of one layer; ``embeddings`` [B, N, D]."""
+    def _contrast(self, embeddings, targets, matches, crops):
+        """The sum over pairs of one layer; ``embeddings`` [B, N, D], ``crops`` unless the contrast is of classes."""
         per_image, count = embeddings.shape[1], len(targets)
-        if self.contrast == "class":
+        if self.class_crops is not None:
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
-            return class_contrast(embeddings.flatten(0, 1), rows, labels, *self.class_crops.draw(), self.temperature)
-        if targets.embeddings is None:
-            raise UsageError(_NO_CROPS)
+            drawn, active = self.class_crops.draw()
+            return class_contrast(embeddings.flatten(0, 1), rows, labels, drawn, active, self.temperature)
         # A batch is one large image.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)
         query[matches.target] = first + matches.query
-        objects = targets.embeddings, query, targets.embedded & (query >= 0)
+        objects = crops.embeddings, query, crops.embedded & (query >= 0)
         if self.contrast == "batch":
             embeddings, objects = embeddings.flatten(0, 1)[None], [part[None] for part in objects]
         else:
             with torch.autocast(embeddings.device.type, enabled=False):
                 objects = [targets.padded(part) for part in objects]
-        return pair_contrast(embeddings, *objects, self.temperature)
+        teacher, query, valid = objects
+        return pair_contrast(embeddings, teacher, query, valid, self.temperature)
 
     def _contrast_counts(self):
         """Whether the contrast has begun; outside of a training loop it has."""
@@ -278,6 +309,21 @@ class CCKT(nn.Module):
             return self.contrast != "none" and get_event_storage().iter >= self.contrast_start
         except AssertionError:  # Detectron2's way to say that there is no loop
             return True
+
+
+def object_crops(samples: Sequence[Sample], device: torch.device) -> ObjectCrops:
+    """The crops of the objects of all samples, in their order.
+
+    Raises:
+        UsageError: a sample comes without.
+    """
+    if any(ObjectCrops not in sample.attachments for sample in samples):
+        raise UsageError(NO_CROPS)
+    found = [sample.attached(ObjectCrops) for sample in samples]
+    with torch.autocast("cpu", enabled=False):  # which cannot join float16 rows, even to leave them as they are
+        embeddings = torch.cat([crops.embeddings for crops in found])
+    embedded = torch.cat([crops.embedded for crops in found])
+    return ObjectCrops(embeddings.to(device, non_blocking=True), embedded.to(device, non_blocking=True))
 
 
 def _full_precision(tensor):

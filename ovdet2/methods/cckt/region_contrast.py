@@ -5,12 +5,12 @@ class, D embedding dimension. Sums, not means: who calls divides.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
 
 
-def pair_contrast(student, teacher, query, valid, temperature=0.07):
+def pair_contrast(student: Tensor, teacher: Tensor, query: Tensor, valid: Tensor, temperature: float = 0.07) -> Tensor:
     """Each crop against all queries of its image, and each matched query against all crops of its image (Eqs. 5 and 6),
     averaged over the two directions and summed over pairs.
 
@@ -39,7 +39,9 @@ def pair_contrast(student, teacher, query, valid, temperature=0.07):
         return ((to_student + to_teacher) / 2).masked_fill(~valid, 0.0).sum()
 
 
-def class_contrast(student, matched, labels, teacher, active, temperature=0.07):
+def class_contrast(
+    student: Tensor, matched: Tensor, labels: Tensor, teacher: Tensor, active: Tensor, temperature: float = 0.07
+) -> Tensor:
     """One crop for each class, against the queries of the whole batch: the form of the published code.
 
     A matched query is to find the crop of its class among those of all classes; the crop of a class, the queries
@@ -77,12 +79,12 @@ class ClassCrops(nn.Module):
     """A few of the teacher's crops for each class, of which one at a time is drawn. Of no checkpoint: the cache has
     them."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.register_buffer("crops", torch.zeros(0, 1, 0, dtype=torch.float16), persistent=False)
         self.register_buffer("counts", torch.zeros(0, dtype=torch.int64), persistent=False)
 
-    def fill(self, crops, counts):
+    def fill(self, crops: Tensor, counts: Tensor) -> None:
         """
         Args:
             crops: Tensor [K, m, D], of any floating type.
@@ -90,7 +92,7 @@ class ClassCrops(nn.Module):
         """
         self.crops, self.counts = crops.to(self.crops.device), counts.to(self.counts.device)
 
-    def draw(self):
+    def draw(self) -> tuple[Tensor, Tensor]:
         """A crop of each class: (Tensor [K, D], Tensor [K] bool, whether the class has one), by torch's global
         generator of the CPU.
 

@@ -3,19 +3,34 @@
 Shapes: B images, N queries, P the most words of one image, C channels, D embedding dimension.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from ovdet2.data.samples import Sample
 from ovdet2.errors import UsageError
-from ovdet2.modeling.detr.targets import image_name
+from ovdet2.methods.cckt.sample import PresentWords
+from ovdet2.modeling.detr.memory import Queries
+from ovdet2.vocabulary.bank import WordBank
 
 ASSIGNMENTS = ("blocks", "interleave")
 
 
-def assign_words(counts, num_queries, assignment="blocks"):
+@dataclass(frozen=True)
+class CarriedWords:
+    """The word that each query carries; an attachment of :class:`Queries`.
+
+    Attributes:
+        words: Tensor [B, N] int64, index into the words of the detector, -1 for none.
+    """
+
+    words: Tensor
+
+
+def assign_words(counts: Tensor, num_queries: int, assignment: str = "blocks") -> Tensor:
     """Which of its image's words each query carries.
 
     With K words, "blocks" gives floor(N / K) consecutive queries to each word, and one more to the first N mod K words,
@@ -45,10 +60,10 @@ class SemanticPriors(nn.Module):
     """Adds a linear function of a word's embedding to the content of the queries that carry the word, once, before the
     decoder; positions and references stay."""
 
-    def __init__(self, vocabulary, dim, assignment, gain=1.0):
+    def __init__(self, bank: WordBank, dim: int, assignment: str, gain: float = 1.0) -> None:
         """
         Args:
-            vocabulary: :class:`~ovdet2.layers.WordBank` of the detector.
+            bank: words of the detector, which are read and not owned.
             dim: C.
             assignment: see :func:`assign_words`.
             gain: factor of the projection's first weights, which are otherwise Xavier's.
@@ -62,28 +77,27 @@ class SemanticPriors(nn.Module):
                 f"the words of an image are assigned by {' or '.join(ASSIGNMENTS)}, not {assignment!r}: change "
                 "MODEL.CCKT.ASSIGNMENT."
             )
-        self._shared = (vocabulary,)  # a tuple hides it from state_dict: the detector owns it
+        self._shared = (bank,)  # a tuple hides it from state_dict: the detector owns it
         self.assignment = assignment
-        self.projection = nn.Linear(vocabulary.embeddings.shape[1], dim)
+        self.projection = nn.Linear(bank.embeddings.shape[1], dim)
         nn.init.xavier_uniform_(self.projection.weight, gain)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, queries, records):
+    def forward(self, queries: Queries, samples: Sequence[Sample]) -> Queries:
         """
         Args:
-            queries: :class:`~ovdet2.modeling.detr.memory.Queries`.
-            records: B records with "prior_words", Tensor [K] int64 on the CPU: indices of the base words in training,
-                of the whole vocabulary at test; the first count most where there are more than N.
+            queries: as the detector starts from them.
+            samples: B samples with :class:`PresentWords`; the first count most if there are more than N.
 
         Returns:
-            :class:`Queries` with the priors in ``content`` and, in ``words``, the word each query carries.
+            The queries with the priors in ``content`` and :class:`CarriedWords` attached.
 
         Raises:
-            UsageError: a record has no "prior_words", or one that the vocabulary does not have.
+            UsageError: a sample comes without its present words, or with one that the detector does not have.
         """
-        vocabulary = self._shared[0]
-        rows = vocabulary.training_embeddings if self.training else vocabulary.embeddings
-        words = [_words_of(record, len(rows)) for record in records]
+        bank = self._shared[0]
+        rows = bank.training_embeddings if self.training else bank.embeddings
+        words = [_words_of(sample, len(rows)) for sample in samples]
         # On the CPU, where the lists are: the device is told once what each query carries, and never asked.
         place = assign_words(
             torch.tensor([len(of_image) for of_image in words]), queries.content.shape[1], self.assignment
@@ -96,19 +110,20 @@ class SemanticPriors(nn.Module):
         projected = self.projection(rows[padded].to(self.projection.weight.dtype))  # B x P x C
         added = projected.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, projected.shape[-1]))
         added = added.masked_fill(place[..., None] < 0, 0.0)
-        return replace(queries, content=queries.content + added, words=carried)
+        return replace(queries, content=queries.content + added).attach(CarriedWords(carried))
 
 
-def _words_of(record, limit):
-    if "prior_words" not in record:
+def _words_of(sample, limit):
+    present = sample.attachments.get(PresentWords)
+    if present is None:
         raise UsageError(
-            f"{image_name(record)} comes without prior_words, which MODEL.CCKT.PRIORS needs: use ovdet2's mapper, or "
-            "Predictor, which find them."
+            f"{sample.name} comes without its present words, which MODEL.CCKT.PRIORS needs: load the data with the "
+            "steps of this configuration, or let Predictor prepare the image."
         )
-    words = record["prior_words"]
+    words = present.words
     if len(words) and not 0 <= int(words.min()) <= int(words.max()) < limit:
         raise UsageError(
-            f"the prior words {words.tolist()} of {image_name(record)} are not below {limit}, the number of words (in "
+            f"the present words {words.tolist()} of {sample.name} are not below {limit}, the number of words (in "
             "training, of base words): they are of another vocabulary."
         )
     return words

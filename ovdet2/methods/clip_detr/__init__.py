@@ -8,16 +8,19 @@ from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
 
 from ovdet2.config.method import Method
+from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from ovdet2.methods.clip_detr.part import CLIPDETR
+    from ovdet2.modeling.host import Host
 
 
 class CLIPDETRMethod(Method):
-    """AlignNet and dynamic queries on Deformable DETR, for training alone."""
+    """AlignNet and dynamic queries on Deformable DETR, for training only."""
 
     name = "clip_detr"
     hosts = ("OpenVocabularyDeformableDETR",)
+    training_only = True
 
     def add_keys(self, cfg: CfgNode) -> None:
         """MODEL.CLIP_DETR.*"""
@@ -51,6 +54,23 @@ class CLIPDETRMethod(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """Whether a weight is above 0."""
         return bool(cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT or cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT)
+
+    def check(self, cfg: CfgNode) -> None:
+        """Refuse weights below 0 and an unknown SHIFT."""
+        clip = cfg.MODEL.CLIP_DETR
+        if min(clip.ALIGN_WEIGHT, clip.DYNAMIC_WEIGHT) < 0:
+            raise UsageError(
+                f"MODEL.CLIP_DETR has ALIGN_WEIGHT {clip.ALIGN_WEIGHT} and DYNAMIC_WEIGHT {clip.DYNAMIC_WEIGHT}: no "
+                "weight is below 0."
+            )
+        if clip.SHIFT not in ("signed", "literal"):
+            raise UsageError(f'MODEL.CLIP_DETR.SHIFT is {clip.SHIFT!r}: choose "signed" or "literal".')
+
+    def build(self, cfg: CfgNode, host: Host) -> CLIPDETR | None:
+        """See :func:`~ovdet2.methods.clip_detr.build.build_clip_detr`."""
+        from ovdet2.methods.clip_detr.build import build_clip_detr
+
+        return build_clip_detr(cfg, host)
 
     def for_evaluation(self, cfg: CfgNode) -> None:
         """Both weights 0: nothing of it is built."""

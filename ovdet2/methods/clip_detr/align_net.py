@@ -4,15 +4,18 @@ Shapes: B images, M objects of the batch, L levels, C channels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.contrastive import gather_rows, symmetric_info_nce
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
+from ovdet2.modeling.detr.memory import Memory
+from ovdet2.modeling.detr.targets import Targets
 
 _MAX_LOG_SCALE = math.log(100)
 _SAMPLES = 2  # per side of a bin
@@ -23,7 +26,7 @@ _LARGEST_DIFFERENCE = {"none": 0.0, "near": 0.1, "label": math.inf}
 class AlignNet(nn.Module):
     """Symmetric cross-entropy between pooled encoder features and attributes, every object its own class."""
 
-    def __init__(self, strides, roi_size=7, ignored="none", gather=False):
+    def __init__(self, strides: Sequence[int], roi_size: int = 7, ignored: str = "none", gather: bool = False) -> None:
         """
         Args:
             strides: L ints, pixels between the cells of each level.
@@ -43,7 +46,7 @@ class AlignNet(nn.Module):
         self.ignored, self.gather = ignored, gather
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's starts, and is capped
 
-    def forward(self, memory, targets, attributes):
+    def forward(self, memory: Memory, targets: Targets, attributes: Tensor) -> Tensor:
         """
         Args:
             memory: :class:`~ovdet2.modeling.detr.memory.Memory`.
@@ -64,11 +67,11 @@ class AlignNet(nn.Module):
             with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
                 self.log_scale.clamp_(max=_MAX_LOG_SCALE)
             logits = self.log_scale.exp() * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
-            ignored = duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
+            ignored = near_duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
             return symmetric_info_nce(logits, ignored)
 
 
-def pooled_objects(memory, targets, strides, roi_size=7):
+def pooled_objects(memory: Memory, targets: Targets, strides: Sequence[int], roi_size: int = 7) -> Tensor:
     """z_enc: the mean of an object's box over the maps of all levels (Eq. 1).
 
     Boxes are in pixels over the stride: shares of the valid cells, as the decoder's references are, would be another
@@ -99,7 +102,7 @@ def pooled_objects(memory, targets, strides, roi_size=7):
     return torch.stack(pooled).mean(dim=0)
 
 
-def duplicates(labels, log_sides, most):
+def near_duplicates(labels: Tensor, log_sides: Tensor, most: float) -> Tensor:
     """Pairs of one label and about one size.
 
     Args:

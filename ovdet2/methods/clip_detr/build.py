@@ -4,13 +4,15 @@ import logging
 from dataclasses import replace
 
 import torch
+from detectron2.config import CfgNode
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import DataError
 from ovdet2.methods.clip_detr.align_net import AlignNet
 from ovdet2.methods.clip_detr.dynamic_queries import BoxEncoder, DynamicQueries
 from ovdet2.methods.clip_detr.object_attributes import ObjectAttributes
 from ovdet2.methods.clip_detr.part import CLIPDETR
 from ovdet2.modeling.detr.build import loss_weights
+from ovdet2.modeling.host import Host
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import clean_name
@@ -18,37 +20,29 @@ from ovdet2.vocabulary.templates import clean_name
 logger = logging.getLogger(__name__)
 
 
-def build_clip_detr(cfg, network, vocabulary):
-    """The training-only parts, or None where both weights are 0.
+def build_clip_detr(cfg: CfgNode, host: Host) -> CLIPDETR | None:
+    """AlignNet and dynamic queries, for training only; None if both weights are 0.
 
     A vocabulary without base words, such as a transfer target's, is for evaluation alone: no table is read.
 
     Args:
         cfg: configuration.
-        network: :class:`~ovdet2.modeling.detr.model.DeformableDETR` of the detector.
-        vocabulary: its :class:`~ovdet2.layers.WordBank`.
+        host: of a DETR.
 
     Raises:
-        UsageError: a negative weight, or a setting that the parts refuse.
+        UsageError: a setting that the modules refuse.
         DataError: see :func:`label_table`.
     """
     clip, dim = cfg.MODEL.CLIP_DETR, cfg.MODEL.DETR.DIM
-    if min(clip.ALIGN_WEIGHT, clip.DYNAMIC_WEIGHT) < 0:
-        raise UsageError(
-            f"MODEL.CLIP_DETR has ALIGN_WEIGHT {clip.ALIGN_WEIGHT} and DYNAMIC_WEIGHT {clip.DYNAMIC_WEIGHT}: no weight "
-            "is below 0."
-        )
-    if clip.SHIFT not in ("signed", "literal"):
-        raise UsageError(f'MODEL.CLIP_DETR.SHIFT is {clip.SHIFT!r}: choose "signed" or "literal".')
     if not clip.ALIGN_WEIGHT and not clip.DYNAMIC_WEIGHT:
         return None
     table = None
-    if clip.LABEL_TABLE and vocabulary.words.num_base:
-        table = WordBank(label_table(clip.LABEL_TABLE, vocabulary.words.base()))
-    attributes = ObjectAttributes(dim, vocabulary, clip.ATTRIBUTES, table)
+    if clip.LABEL_TABLE and host.bank.words.num_base:
+        table = WordBank(label_table(clip.LABEL_TABLE, host.bank.words.base()))
+    attributes = ObjectAttributes(dim, host.bank, clip.ATTRIBUTES, table)
     align_net = dynamic_queries = None
     if clip.ALIGN_WEIGHT:
-        align_net = AlignNet(network.strides, clip.ROI_SIZE, clip.IGNORED_PAIRS, clip.GATHER)
+        align_net = AlignNet(host.network.strides, clip.ROI_SIZE, clip.IGNORED_PAIRS, clip.GATHER)
     if clip.DYNAMIC_WEIGHT:
         learned_positions = cfg.MODEL.DETR.VARIANT in ("one_stage", "refine")
         dynamic_queries = DynamicQueries(
@@ -58,17 +52,17 @@ def build_clip_detr(cfg, network, vocabulary):
             clip.MAX_OBJECTS,
             BoxEncoder(dim) if learned_positions else None,
         )
-    return CLIPDETR(attributes, align_net, dynamic_queries)
+    return CLIPDETR(attributes, align_net, dynamic_queries, clip_detr_weights(cfg))
 
 
-def clip_detr_weights(cfg):
+def clip_detr_weights(cfg: CfgNode) -> dict[str, float]:
     """Weights by kind of loss: AlignNet's, and the detector's times DYNAMIC_WEIGHT."""
     clip = cfg.MODEL.CLIP_DETR
     dynamic = {f"{name}_dynamic": clip.DYNAMIC_WEIGHT * weight for name, weight in loss_weights(cfg).items()}
     return {"loss_align": clip.ALIGN_WEIGHT, **dynamic}
 
 
-def label_table(path, base):
+def label_table(path: str, base: Vocabulary) -> Vocabulary:
     """The base words with the embeddings of a vocabulary file, which may be of another teacher.
 
     Args:

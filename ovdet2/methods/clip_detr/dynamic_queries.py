@@ -1,22 +1,24 @@
 """Dynamic query learning: sets of queries that start from objects under more or less noise (CLIP-DETR, Eq. 6 to 9).
 
 Shapes: B images, M objects of the batch, X the most of one image, S sets, N conventional queries, C channels. The
-dynamic queries of an image follow its conventional ones, set after set, each of X members of which some are padding.
+G = S X dynamic queries of an image follow its conventional ones, set after set; some members are padding.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.utils.logger import log_first_n
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.memory import Queries
+from ovdet2.modeling.detr.part import ExtraQueries
 from ovdet2.modeling.detr.position_encoding import box_position
-from ovdet2.modeling.detr.targets import Matches
+from ovdet2.modeling.detr.targets import Matches, Targets
 
 _LOGGED = 20  # images with too many objects
 
@@ -27,7 +29,7 @@ _CENTRES, _SIDES = (0.01, 0.99), (0.001, 0.99)
 class BoxEncoder(nn.Module):
     """Positions of boxes as a two-stage detector encodes them, for one whose own queries have learned positions."""
 
-    def __init__(self, dim):
+    def __init__(self, dim: int) -> None:
         """
         Args:
             dim: C, a multiple of 4.
@@ -38,7 +40,7 @@ class BoxEncoder(nn.Module):
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, boxes_cxcywh):
+    def forward(self, boxes_cxcywh: Tensor) -> Tensor:
         """Tensor [B, N, 4] in [0, 1] -> [B, N, C]."""
         return self.norm(self.linear(box_position(boxes_cxcywh, self.dim // 2)))
 
@@ -48,15 +50,13 @@ class DynamicSets:
     """Queries that the decoder takes with the conventional ones.
 
     Attributes:
-        queries: :class:`Queries`, N + S X of each image.
-        hidden: Tensor [B * H, N + S X, N + S X] bool, True where the row's query must not see the column's.
-        matches: :class:`Matches` of all members that are no padding, by their place among the S X.
+        extra: the S X queries of each image, and what they must not see.
+        matches: of all members that are no padding, by their place among the S X.
         sets: S.
         objects: members of a set that are no padding, over all images.
     """
 
-    queries: Queries
-    hidden: torch.Tensor
+    extra: ExtraQueries
     matches: Matches
     sets: int
     objects: int
@@ -65,7 +65,14 @@ class DynamicSets:
 class DynamicQueries(nn.Module):
     """Makes the sets; without parameters unless it encodes positions itself."""
 
-    def __init__(self, betas=(0.1, 0.3, 0.5, 0.7, 0.9), rho=1.0, signed=True, max_objects=100, box_encoder=None):
+    def __init__(
+        self,
+        betas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+        rho: float = 1.0,
+        signed: bool = True,
+        max_objects: int = 100,
+        box_encoder: BoxEncoder | None = None,
+    ) -> None:
         """
         Args:
             betas: share of noise in the content of each of the S sets, 0 to 1.
@@ -74,7 +81,7 @@ class DynamicQueries(nn.Module):
             signed: shifts and stretches are of either sign, as DINO's are. As the paper writes them they are not:
                 centres go to the right and down, and boxes only grow.
             max_objects: of an image; of more as many are drawn.
-            box_encoder: :class:`BoxEncoder` for a detector with learned positions, whose references are points; None:
+            box_encoder: for a detector with learned positions, whose references are points; None:
                 the detector encodes boxes itself.
 
         Raises:
@@ -90,17 +97,24 @@ class DynamicQueries(nn.Module):
         self.rho, self.signed, self.max_objects = rho, signed, max_objects
         self.box_encoder = box_encoder
 
-    def forward(self, queries, targets, attributes, encode_position, heads):
+    def forward(
+        self,
+        queries: Queries,
+        targets: Targets,
+        attributes: Tensor,
+        encode_position: Callable[[Tensor], Tensor],
+        heads: int,
+    ) -> DynamicSets:
         """
         Args:
-            queries: :class:`Queries`, conventional.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
+            queries: the conventional ones.
+            targets: the objects.
             attributes: Tensor [M, C], z_attr.
             encode_position: the detector's, Tensor [B, n, 4] -> [B, n, C]; not called where there is a box encoder.
             heads: H of the decoder.
 
         Returns:
-            :class:`DynamicSets`. The noise is of torch's global generator.
+            The sets; their noise is of torch's global generator.
         """
         rows, counts = self._draw(targets)
         rows, sets = rows.to(attributes.device), len(self.betas)
@@ -112,15 +126,10 @@ class DynamicQueries(nn.Module):
         position = (self.box_encoder or encode_position)(references)
         if self.box_encoder is not None:
             references = references[..., :2]
-        joined = replace(
-            queries,
-            content=torch.cat([queries.content, content.to(queries.content)], dim=1),
-            position=torch.cat([queries.position, position.to(queries.position)], dim=1),
-            references=torch.cat([queries.references, references], dim=1),
-            words=None,  # they are of the conventional queries alone
-        )
-        hidden = hidden_from(queries.content.shape[1], sets, counts, rows.device).repeat_interleave(heads, dim=0)
-        return DynamicSets(joined, hidden, set_members(counts, sets, rows), sets, len(rows))
+        conventional = queries.content.shape[1]
+        hidden = hidden_from(conventional, sets, counts, rows.device)[:, conventional:].repeat_interleave(heads, dim=0)
+        extra = ExtraQueries(Queries(content, position, references), hidden)
+        return DynamicSets(extra, set_members(counts, sets, rows), sets, len(rows))
 
     def _draw(self, targets):
         """(rows of the objects that are used, Tensor on the CPU; how many those are in each image)."""
@@ -136,11 +145,11 @@ class DynamicQueries(nn.Module):
         return torch.cat(rows), tuple(map(len, rows))
 
 
-def noisy_content(attributes, noise, betas):
+def noisy_content(attributes: Tensor, noise: Tensor, betas: Tensor) -> Tensor:
     """Contents of queries: sqrt(beta_s) noise + sqrt(1 - beta_s) z_attr (Eq. 6).
 
-    Attributes are normalised first, by layer norm without weights: how large a linear layer makes them is its own
-    affair, and beside noise of variance 1 they would be nothing or all.
+    Attributes are normalised first, by layer norm without weights: the linear layer gives them any scale, which beside
+    noise of variance 1 would be negligible or dominant.
 
     Args:
         attributes: Tensor [M, C].
@@ -154,7 +163,7 @@ def noisy_content(attributes, noise, betas):
     return betas[:, None].sqrt() * noise + (1 - betas[:, None]).sqrt() * known
 
 
-def moved_boxes(boxes_cxcywh, shares, rho, signed=True):
+def moved_boxes(boxes_cxcywh: Tensor, shares: Tensor, rho: float, signed: bool = True) -> Tensor:
     """Shifted and stretched boxes: centre + lambda sides / 2, sides + lambda sides (Eq. 7), lambda of each number.
 
     Args:
@@ -172,7 +181,7 @@ def moved_boxes(boxes_cxcywh, shares, rho, signed=True):
     return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(*_SIDES)], dim=-1)
 
 
-def padded_sets(rows, counts):
+def padded_sets(rows: Tensor, counts: Sequence[int]) -> Tensor:
     """Members of the sets of every image.
 
     Args:
@@ -182,10 +191,10 @@ def padded_sets(rows, counts):
     Returns:
         Tensor [B, S X, ...], 0 where padded.
     """
-    return pad_sequence(rows.split(counts), batch_first=True).transpose(1, 2).flatten(1, 2)
+    return pad_sequence(list(rows.split(counts)), batch_first=True).transpose(1, 2).flatten(1, 2)
 
 
-def hidden_from(conventional, sets, counts, device=None):
+def hidden_from(conventional: int, sets: int, counts: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Which query must not see which (Eq. 9): a set sees itself and the conventional queries, and these themselves.
 
     A padded member is hidden from all, but sees the conventional queries: the attention of no row is empty.
@@ -208,7 +217,7 @@ def hidden_from(conventional, sets, counts, device=None):
     return others | padding[:, None]
 
 
-def set_members(counts, sets, rows):
+def set_members(counts: Sequence[int], sets: int, rows: Tensor) -> Matches:
     """The object that each member of a set stands for.
 
     Args:
@@ -217,7 +226,7 @@ def set_members(counts, sets, rows):
         rows: Tensor [M'] int64, M' the sum of the counts: rows of the targets.
 
     Returns:
-        :class:`Matches` of S M' pairs, queries counted from the first dynamic one.
+        S M' pairs, queries counted from the first dynamic one.
     """
     largest = max(counts)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -4,9 +4,11 @@ Shapes: M objects of a batch, D text embedding, C channels.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
+from ovdet2.modeling.detr.targets import Targets
+from ovdet2.vocabulary.bank import WordBank
 
 GEOMETRY = {"label": 0, "label+scale": 2, "label+box": 4}  # columns of (cx, cy, w, h) taken, from the right
 
@@ -14,15 +16,16 @@ GEOMETRY = {"label": 0, "label+scale": 2, "label+box": 4}  # columns of (cx, cy,
 class ObjectAttributes(nn.Module):
     """A linear layer over an object's text embedding and its size."""
 
-    def __init__(self, dim, vocabulary, features="label+scale", label_table=None):
+    def __init__(
+        self, dim: int, bank: WordBank, features: str = "label+scale", label_table: WordBank | None = None
+    ) -> None:
         """
         Args:
             dim: C.
-            vocabulary: :class:`~ovdet2.layers.WordBank` of the detector, which is read and not owned.
+            bank: words of the detector, which are read and not owned.
             features: "label"; "label+scale", with width and height (the paper's choice); "label+box", with the centre,
                 too; all in shares of the image.
-            label_table: :class:`~ovdet2.layers.WordBank` with the same base words of another teacher, to be
-                read instead; None: the detector's.
+            label_table: the same base words embedded by another teacher, to be read instead; None: the detector's.
 
         Raises:
             UsageError: unknown features.
@@ -32,7 +35,7 @@ class ObjectAttributes(nn.Module):
             raise UsageError(
                 f"the attributes of an object cannot be {features!r}: choose one of {', '.join(GEOMETRY)}."
             )
-        self._shared = (vocabulary,)  # a tuple hides it from state_dict, where it stands already
+        self._shared = (bank,)  # a tuple hides it from state_dict, where it stands already
         self.label_table = label_table
         self.first = 4 - GEOMETRY[features]
         self.projection = nn.Linear(self.words.embeddings.shape[1] + GEOMETRY[features], dim)
@@ -40,15 +43,15 @@ class ObjectAttributes(nn.Module):
         nn.init.zeros_(self.projection.bias)
 
     @property
-    def words(self):
-        """The :class:`~ovdet2.layers.WordBank` that labels are looked up in."""
+    def words(self) -> WordBank:
+        """The words that labels are looked up in."""
         return self._shared[0] if self.label_table is None else self.label_table
 
-    def forward(self, targets):
+    def forward(self, targets: Targets) -> Tensor:
         """z_attr of the objects.
 
         Args:
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
+            targets: the objects.
 
         Returns:
             Tensor [M, C], float32 (float64 if the layer is).

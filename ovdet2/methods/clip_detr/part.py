@@ -6,62 +6,77 @@ decoder layer, the same followed by ``_<l>`` for the layers l = 0, 1, ... before
 Shapes: L decoder layers, B images, N conventional queries, S sets of X members, P members that are no padding.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ovdet2.modeling.detr.criterion import mean_box_count
+from ovdet2.methods.clip_detr.align_net import AlignNet
+from ovdet2.methods.clip_detr.dynamic_queries import DynamicQueries, DynamicSets
+from ovdet2.methods.clip_detr.object_attributes import ObjectAttributes
+from ovdet2.modeling.detr.criterion import SetCriterion, mean_box_count
+from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.modeling.detr.part import DetrPart, DetrStep, Prepared
+from ovdet2.modeling.detr.targets import Targets
 
 
-class CLIPDETR(nn.Module):
+class CLIPDETR(DetrPart):
     """AlignNet, dynamic queries, or both, over the same attributes."""
 
-    def __init__(self, attributes, align_net=None, dynamic_queries=None):
+    training_only = True
+
+    def __init__(
+        self,
+        attributes: ObjectAttributes,
+        align_net: AlignNet | None = None,
+        dynamic_queries: DynamicQueries | None = None,
+        loss_weights: Mapping[str, float] | None = None,
+    ) -> None:
         """
         Args:
-            attributes: :class:`~ovdet2.methods.clip_detr.object_attributes.ObjectAttributes`.
-            align_net: :class:`~ovdet2.methods.clip_detr.align_net.AlignNet`, or None.
-            dynamic_queries: :class:`~ovdet2.methods.clip_detr.dynamic_queries.DynamicQueries`, or None.
+            attributes: of the objects, which both read.
+            align_net: or None.
+            dynamic_queries: or None.
+            loss_weights: of "loss_align" and of the losses of dynamic queries.
         """
-        super().__init__()
+        super().__init__(loss_weights)
         self.attributes, self.align_net, self.dynamic_queries = attributes, align_net, dynamic_queries
 
-    def forward(self, transformer, decode, memory, queries, targets, criterion):
-        """Decode a training batch.
-
-        Args:
-            transformer: :class:`~ovdet2.modeling.detr.transformer.DeformableTransformer` of the detector.
-            decode: function of queries, and of an ``attention_mask`` if there is one, that gives the outputs of all
-                layers, as of :meth:`DeformableDETR.decode`.
-            memory, queries: what is decoded; a method may have altered the queries.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
-            criterion: :class:`~ovdet2.modeling.detr.criterion.SetCriterion`, whose losses the dynamic queries have.
-
-        Returns:
-            (outputs of the conventional queries, dict of unweighted losses). Collective calls.
-        """
-        attributes, losses = self.attributes(targets), {}
+    def before_decoding(self, step: DetrStep) -> Prepared:
+        """AlignNet's loss and the dynamic queries, whose :class:`DynamicSets` are the state. Draws random numbers; a
+        collective call if AlignNet gathers."""
+        attributes, losses = self.attributes(step.targets), dict[str, Tensor]()
         if self.align_net is not None:
-            losses["loss_align"] = self.align_net(memory, targets, attributes)
+            losses["loss_align"] = self.align_net(step.memory, step.targets, attributes)
         if self.dynamic_queries is None:
-            return decode(queries), losses
+            return Prepared(losses)
+        transformer = step.network.transformer
         encode = transformer.query_maker.encode_position
-        if queries.position is None:
-            queries = replace(queries, position=encode(queries.references))
-        sets = self.dynamic_queries(queries, targets, attributes, encode, transformer.heads)
-        outputs, dynamic = split_outputs(decode(sets.queries, attention_mask=sets.hidden), queries.content.shape[1])
-        return outputs, losses | dynamic_losses(dynamic, targets, sets, criterion)
+        sets = self.dynamic_queries(step.queries, step.targets, attributes, encode, transformer.heads)
+        return Prepared(losses, sets.extra, sets)
+
+    def losses_before_matching(
+        self, step: DetrStep, prepared: Prepared, extra_outputs: DetrOutputs | None
+    ) -> dict[str, Tensor]:
+        """See :func:`dynamic_losses`."""
+        if extra_outputs is None:
+            return {}
+        return dynamic_losses(extra_outputs, step.targets, prepared.state, step.criterion)
 
 
-def dynamic_losses(outputs, targets, sets, criterion):
+def dynamic_losses(
+    outputs: DetrOutputs, targets: Targets, sets: DynamicSets, criterion: SetCriterion
+) -> dict[str, Tensor]:
     """The detector's losses of dynamic queries, each assigned to its object, over S times the objects (Eq. 10).
 
     Args:
-        outputs: dict with "pred_logits" [L, B, S X, K] and "pred_boxes" [L, B, S X, 4].
-        targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
-        sets: :class:`~ovdet2.methods.clip_detr.dynamic_queries.DynamicSets`.
-        criterion: :class:`~ovdet2.modeling.detr.criterion.SetCriterion`.
+        outputs: of the S X dynamic queries of each image.
+        targets: the objects.
+        sets: the dynamic queries.
+        criterion: of the detector.
 
     Returns:
         dict of scalar Tensors. A collective call.
@@ -72,28 +87,12 @@ def dynamic_losses(outputs, targets, sets, criterion):
     pairs = replace(
         matches, image=torch.zeros_like(matches.image), query=torch.arange(len(matches), device=matches.query.device)
     )
-    last, losses = len(outputs["pred_logits"]) - 1, {}
+    last, losses = outputs.layers - 1, dict[str, Tensor]()
     for layer in range(0 if criterion.auxiliary else last, last + 1):
-        logits, boxes = (outputs[name][layer, matches.image, matches.query] for name in ("pred_logits", "pred_boxes"))
+        logits, boxes = (
+            part[layer, matches.image, matches.query] for part in (outputs.pred_logits, outputs.pred_boxes)
+        )
         of_layer = criterion.losses_of(logits[None], boxes[None], targets, pairs, divisor)
         place = "" if layer == last else f"_{layer}"
         losses.update((f"{name}_dynamic{place}", value) for name, value in of_layer.items())
     return losses
-
-
-def split_outputs(outputs, count):
-    """(outputs of the first ``count`` queries, of the others); what is of the encoder stays with the former.
-
-    Args:
-        outputs: dict as of :meth:`DeformableDETR.decode`.
-        count: N.
-    """
-    first, others = {}, {}
-    for name, value in outputs.items():
-        if isinstance(value, torch.Tensor):
-            first[name], others[name] = value[:, :, :count], value[:, :, count:]
-        elif isinstance(value, list):  # of a Tensor for each layer
-            first[name], others[name] = [part[:, :count] for part in value], [part[:, count:] for part in value]
-        else:
-            first[name] = value
-    return first, others

@@ -1,4 +1,4 @@
-"""F-VLM (Kuo et al., ICLR 2023): CLIP embeddings of regions pooled from the map of a frozen CLIP trunk."""
+"""F-VLM (Kuo et al., ICLR 2023): CLIP embeddings of regions pooled from the map of a frozen CLIP trunk. See README.md."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
 
 from ovdet2.config.method import Method
+from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from ovdet2.methods.fvlm.part import FVLMPart
+    from ovdet2.modeling.host import Host
 
 
 class FVLM(Method):
@@ -19,6 +21,7 @@ class FVLM(Method):
     name = "fvlm"
     hosts = ("FrozenVLMRCNN",)
     secondary_scores = ("map",)
+    reads_background = True
     OLD_KEYS = {"MODEL.OVD.VLM_TEMPERATURE": "MODEL.FVLM.TEMPERATURE"}
 
     def add_keys(self, cfg: CfgNode) -> None:
@@ -30,6 +33,23 @@ class FVLM(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """Whether it gives the secondary scores."""
         return cfg.MODEL.OVD.SECONDARY_SCORES == "map"
+
+    def check(self, cfg: CfgNode) -> None:
+        """Refuse a temperature that is not above 0.
+
+        Raises:
+            UsageError: names the key.
+        """
+        if cfg.MODEL.FVLM.TEMPERATURE <= 0:
+            raise UsageError(f"MODEL.FVLM.TEMPERATURE is {cfg.MODEL.FVLM.TEMPERATURE}: it must be above 0.")
+
+    def build(self, cfg: CfgNode, host: Host) -> FVLMPart | None:
+        """The part of the frozen-VLM host; None where it is off."""
+        if not self.is_on(cfg):
+            return None
+        from ovdet2.methods.fvlm.part import FVLMPart
+
+        return FVLMPart(host.backbone, host.bank, cfg.MODEL.FVLM.TEMPERATURE)
 
 
 METHOD = FVLM()

@@ -1,4 +1,4 @@
-"""ViLD (Gu et al., ICLR 2022): distillation of CLIP crop embeddings of regions into a Faster R-CNN."""
+"""ViLD (Gu et al., ICLR 2022): distillation of CLIP crop embeddings of regions into a Faster R-CNN. See README.md."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from detectron2.config import CfgNode
 from detectron2.config import CfgNode as CN
 
 from ovdet2.config.method import Method
+from ovdet2.errors import UsageError
 
 if TYPE_CHECKING:
-    pass
+    from ovdet2.data.source_spec import SourceSpec
+    from ovdet2.data.steps.step import Step
+    from ovdet2.methods.vild.part import ViLDPart
+    from ovdet2.modeling.host import Host
 
 
 class ViLD(Method):
@@ -41,6 +45,67 @@ class ViLD(Method):
     def is_on(self, cfg: CfgNode) -> bool:
         """Whether it distils, or gives the secondary scores."""
         return cfg.MODEL.VILD.WEIGHT > 0 or cfg.MODEL.OVD.SECONDARY_SCORES in self.secondary_scores
+
+    def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
+        """Cached regions of training images with boxes, where the weight is above 0."""
+        from ovdet2.data.samples import BOXES
+        from ovdet2.methods.vild.sample import AttachCachedRegions, open_region_cache
+
+        if not is_train or source.kind != BOXES or cfg.MODEL.VILD.WEIGHT <= 0:
+            return []
+        return [AttachCachedRegions(open_region_cache(cfg, source.datasets), cfg.MODEL.VILD.REGIONS_PER_IMAGE)]
+
+    def trains_words(self, cfg: CfgNode) -> bool:
+        """Whether it distils."""
+        return cfg.MODEL.VILD.WEIGHT > 0
+
+    def check(self, cfg: CfgNode) -> None:
+        """Refuse switches that would do nothing, or that would leave what scores the words untrained.
+
+        Raises:
+            UsageError: names the keys.
+        """
+        ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD
+        if vild.WEIGHT < 0:
+            raise UsageError(f"MODEL.VILD.WEIGHT is {vild.WEIGHT}: it must not be negative.")
+        if (vild.WEIGHT > 0 or ovd.SECONDARY_SCORES == "image") and ovd.CLASSIFIER != "text":
+            raise UsageError(
+                f'MODEL.OVD.CLASSIFIER is {ovd.CLASSIFIER!r}, but only "text" has an embedding to distil into: set '
+                "MODEL.VILD.WEIGHT to 0 and MODEL.OVD.SECONDARY_SCORES to none."
+            )
+        if vild.WEIGHT > 0:
+            _check_distillation(cfg)
+        elif vild.OWN_HEAD:
+            raise UsageError("MODEL.VILD.OWN_HEAD without a MODEL.VILD.WEIGHT: nothing trains that head.")
+
+    def build(self, cfg: CfgNode, host: Host) -> ViLDPart | None:
+        """The part of an R-CNN host; None where nothing of ViLD is switched on."""
+        if not self.is_on(cfg):
+            return None
+        from ovdet2.methods.vild.part import build_part
+
+        return build_part(cfg, host)
+
+
+def _check_distillation(cfg):
+    """What goes together with a MODEL.VILD.WEIGHT above 0."""
+    ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD
+    if vild.REGIONS_PER_IMAGE < 1:
+        raise UsageError(
+            f"MODEL.VILD.REGIONS_PER_IMAGE is {vild.REGIONS_PER_IMAGE}: at least 1, or set MODEL.VILD.WEIGHT to 0."
+        )
+    if vild.OWN_HEAD and ovd.SECONDARY_SCORES != "image":
+        raise UsageError('MODEL.VILD.OWN_HEAD trains a head that only MODEL.OVD.SECONDARY_SCORES "image" uses.')
+    if ovd.CLS_LOSS_WEIGHT == 0:
+        if vild.OWN_HEAD:
+            raise UsageError("MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.VILD.OWN_HEAD leaves the classifier untrained.")
+        if ovd.SECONDARY_SCORES != "image" or ovd.SECONDARY_USE == "fuse":
+            raise UsageError(
+                "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves background untrained: score words by the image branch alone, "
+                'MODEL.OVD.SECONDARY_SCORES "image" with SECONDARY_USE "only" or "only_objectness".'
+            )
+    if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
+        raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")
 
 
 METHOD = ViLD()

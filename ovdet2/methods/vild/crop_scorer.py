@@ -1,24 +1,35 @@
-"""CLIP on cropped regions: the R-CNN style reference of the ViLD paper, as a test-time branch.
+"""CLIP on cropped regions: the R-CNN style reference of the ViLD paper, as secondary scores.
 
 Shapes: R proposals, K words, H x W network input.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.fingerprint import require_same_teacher
+
+if TYPE_CHECKING:
+    from ovdet2.vlm.teacher import Teacher
+    from ovdet2.vocabulary.bank import WordBank
 
 
 class CropScorer(nn.Module):
     """Scores proposals by the teacher's embedding of their crops (1x and 1.5x). Slow: one CLIP pass per crop."""
 
-    def __init__(self, teacher, vocabulary, input_format):
+    def __init__(self, teacher: Teacher, vocabulary: WordBank, input_format: str) -> None:
         """
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
-            vocabulary: :class:`~ovdet2.layers.WordBank` of the same teacher.
+            vocabulary: :class:`~ovdet2.vocabulary.bank.WordBank` of the same teacher.
             input_format: "RGB" or "BGR", channel order of the network input.
+
+        Raises:
+            DataError: the vocabulary is of another teacher.
         """
         super().__init__()
         require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.words.teacher, "the vocabulary")
@@ -27,7 +38,7 @@ class CropScorer(nn.Module):
         self.input_format = input_format
 
     @torch.no_grad()
-    def forward(self, image, boxes_xyxy):
+    def forward(self, image: Tensor, boxes_xyxy: Tensor) -> Tensor:
         """
         Args:
             image: Tensor [3, H, W] uint8, network input before normalisation.

@@ -1,25 +1,26 @@
-"""Box algebra of DETR: normalised boxes by centre and size, and a generalised IoU that bears boxes without area."""
+"""Box algebra of DETR: normalised boxes by centre and size, and a generalised IoU that handles zero-area boxes."""
 
 import torch
+from torch import Tensor
 
 # About the area of a hundredth of a pixel in an image of 300 x 300, as a share of the image. Nothing that a detector
 # finds is smaller; it keeps the quotients of boxes without area, and their gradients, finite.
 _SMALLEST_AREA = 1e-9
 
 
-def cxcywh_to_xyxy(boxes_cxcywh):
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
     """Tensor [..., 4] (centre x, centre y, width, height) -> [..., 4] (left, top, right, bottom), in the same unit."""
     centre, size = boxes_cxcywh.split(2, dim=-1)
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def xyxy_to_cxcywh(boxes_xyxy):
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """The inverse of :func:`cxcywh_to_xyxy`."""
     first, last = boxes_xyxy.split(2, dim=-1)
     return torch.cat([(first + last) / 2, last - first], dim=-1)
 
 
-def generalized_iou(boxes1_xyxy, boxes2_xyxy):
+def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     """IoU less the share of the enclosing box that neither covers (Rezatofighi et al., CVPR 2019), by broadcasting.
 
     torchvision's pairwise function gives NaN for two boxes without area, and its loss adds 1e-7 to the areas, which

@@ -1,27 +1,36 @@
 """From MODEL.DETR.* to the parts of the query-based detectors."""
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
 from torch import nn
 
+from ovdet2.config.method import Method
 from ovdet2.errors import UsageError
 from ovdet2.layers.ms_deform_attn import KERNELS, MultiScaleDeformableAttention
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.heads import ClosedSetBranch, TextBranch
-from ovdet2.modeling.detr.matcher import HungarianMatcher
+from ovdet2.modeling.detr.matcher import HungarianMatcher, MatchingCost
 from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
+from ovdet2.modeling.detr.part import DetrPart
 from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.transformer import DeformableTransformer
+from ovdet2.modeling.host import Host
+from ovdet2.modeling.part import build_parts
+from ovdet2.vocabulary.bank import WordBank
 
 _GROUPS = 32  # of the neck's group norm
 
 
-def build_detr(cfg, backbone, vocabulary):
+def build_detr(cfg: CfgNode, backbone: Any, vocabulary: WordBank) -> DeformableDETR:
     """The network, from images to logits and boxes.
 
     Args:
         cfg: configuration.
         backbone: Detectron2 Backbone with the maps of MODEL.DETR.IN_FEATURES.
-        vocabulary: :class:`~ovdet2.layers.WordBank`.
+        vocabulary: of the detector.
 
     Raises:
         UsageError: maps that the backbone does not have, or has and are not used; sizes that do not fit; an unknown
@@ -70,8 +79,25 @@ def build_detr(cfg, backbone, vocabulary):
     return DeformableDETR(backbone, neck, transformer, branches, detr.IN_FEATURES)
 
 
-def refuse_unused(cfg):
-    """Settings of the two-stage detectors would change nothing here, in silence.
+def build_detr_parts(cfg: CfgNode, methods: Sequence[Method], host: Host) -> list[DetrPart]:
+    """The parts of a configuration.
+
+    Raises:
+        UsageError: a method has a part that is for another host.
+    """
+    parts = []
+    for part in build_parts(cfg, methods, host):
+        if not isinstance(part, DetrPart):
+            raise UsageError(
+                f"the method {part.name} builds a {type(part).__name__}, which is no DetrPart: state its hosts in its "
+                "METHOD, or choose another MODEL.META_ARCHITECTURE."
+            )
+        parts.append(part)
+    return parts
+
+
+def refuse_unused(cfg: CfgNode) -> None:
+    """Refuse settings of the two-stage detectors, which would silently change nothing here.
 
     Raises:
         UsageError: one of them is not at its default.
@@ -79,7 +105,6 @@ def refuse_unused(cfg):
     ovd = cfg.MODEL.OVD
     unused = {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
-        "MODEL.VILD.WEIGHT": cfg.MODEL.VILD.WEIGHT > 0,
         "MODEL.OVD.SECONDARY_SCORES": ovd.SECONDARY_SCORES != "none",
         "MODEL.OVD.CLS_LOSS": ovd.CLS_LOSS != "softmax",
         "MODEL.OVD.CLS_LOSS_WEIGHT": ovd.CLS_LOSS_WEIGHT != 1,
@@ -90,8 +115,8 @@ def refuse_unused(cfg):
         raise UsageError(f"OpenVocabularyDeformableDETR has no {', '.join(names)}: leave them at their defaults.")
 
 
-def build_criterion(cfg, extra_costs=()):
-    """The criterion; ``extra_costs`` (see :class:`HungarianMatcher`) are those of a method, for the decoder alone."""
+def build_criterion(cfg: CfgNode, extra_costs: Iterable[MatchingCost] = ()) -> SetCriterion:
+    """The criterion; ``extra_costs`` are those of parts, for the decoder and not for the encoder's proposals."""
     detr = cfg.MODEL.DETR
     costs = (detr.CLASS_COST, detr.L1_COST, detr.GIOU_COST, detr.FOCAL_ALPHA, detr.FOCAL_GAMMA)
     return SetCriterion(
@@ -103,18 +128,18 @@ def build_criterion(cfg, extra_costs=()):
     )
 
 
-def build_postprocessor(cfg):
+def build_postprocessor(cfg: CfgNode) -> PostProcessor:
     """The :class:`PostProcessor` of TEST.DETECTIONS_PER_IMAGE and MODEL.DETR.SCORE_THRESH_TEST."""
     return PostProcessor(cfg.TEST.DETECTIONS_PER_IMAGE, cfg.MODEL.DETR.SCORE_THRESH_TEST)
 
 
-def loss_weights(cfg):
+def loss_weights(cfg: CfgNode) -> dict[str, float]:
     """Weights by kind of loss, as :func:`~ovdet2.modeling.detr.criterion.weighted` takes them."""
     detr = cfg.MODEL.DETR
     return {"loss_class": detr.CLASS_WEIGHT, "loss_l1": detr.L1_WEIGHT, "loss_giou": detr.GIOU_WEIGHT}
 
 
-def _class_branch(cfg, vocabulary) -> nn.Module:
+def _class_branch(cfg: CfgNode, vocabulary: WordBank) -> nn.Module:
     """The class branch of a decoder layer, of MODEL.OVD.CLASSIFIER.
 
     Raises:

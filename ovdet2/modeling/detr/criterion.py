@@ -7,14 +7,20 @@ Shapes: L decoder layers, B images, N queries, K words, S tokens of the encoder,
 """
 
 import re
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy, generalized_iou
+from ovdet2.modeling.detr.matcher import HungarianMatcher
+from ovdet2.modeling.detr.memory import EncoderOutputs
+from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.modeling.detr.targets import Matches, Targets
 
 _PLACE = re.compile(r"_(\d+|encoder)$")
 
@@ -22,11 +28,18 @@ _PLACE = re.compile(r"_(\d+|encoder)$")
 class SetCriterion:
     """Matches every decoder layer with the objects and gives its losses."""
 
-    def __init__(self, matcher, encoder_matcher=None, alpha=0.25, gamma=2.0, auxiliary=True):
+    def __init__(
+        self,
+        matcher: HungarianMatcher,
+        encoder_matcher: HungarianMatcher | None = None,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        auxiliary: bool = True,
+    ) -> None:
         """
         Args:
-            matcher: :class:`~ovdet2.modeling.detr.matcher.HungarianMatcher` of the decoder layers.
-            encoder_matcher: the same for the proposals of a two-stage encoder, without costs that need words; None:
+            matcher: of the decoder layers.
+            encoder_matcher: of the proposals of a two-stage encoder, without costs that need words; None:
                 ``matcher``.
             alpha, gamma: of the focal loss.
             auxiliary: whether the layers before the last have losses, too.
@@ -36,44 +49,48 @@ class SetCriterion:
         self.alpha, self.gamma = alpha, gamma
         self.auxiliary = auxiliary
 
-    def __call__(self, outputs, targets):
+    def __call__(
+        self, outputs: DetrOutputs, targets: Targets, num_boxes: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], list[Matches]]:
         """
         Args:
-            outputs: dict with "pred_logits" [L, B, N, K], "pred_boxes" [L, B, N, 4] (cxcywh, normalised by the image
-                without padding), what else the matcher's costs need, beginning with L, and of a two-stage detector
-                "encoder", a dict with "logits" [B, S, 1], "boxes_cxcywh" [B, S, 4] and "valid" [B, S] bool: tokens
-                that are not valid are neither matched nor trained.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets`.
+            outputs: with the logits of every layer, and of a two-stage detector with ``encoder``, of which tokens that
+                are not valid are neither matched nor trained.
+            targets: the objects.
+            num_boxes: of :func:`mean_box_count`; None: it is counted here, a collective call.
 
         Returns:
-            (losses, matches): dict of unweighted scalar Tensors, float32 or better, and a list with the
-            :class:`~ovdet2.modeling.detr.targets.Matches` of each layer that has losses, the last layer's last.
+            (losses, matches): unweighted scalar Tensors, float32 or better, and the pairs of each layer with losses,
+            those of the last layer last.
 
         Raises:
             UsageError: a label that the K columns do not have.
             NumericalError: see :class:`~ovdet2.modeling.detr.matcher.HungarianMatcher`.
         """
         # First of all: a process that stops at a cost that is not finite must not leave the others waiting here.
-        num_boxes = mean_box_count(len(targets), outputs["pred_boxes"].device)
+        if num_boxes is None:
+            num_boxes = mean_box_count(len(targets), outputs.pred_boxes.device)
         if not self.auxiliary:
-            outputs = {key: value[-1:] if isinstance(value, torch.Tensor) else value for key, value in outputs.items()}
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+            outputs = outputs.last_layer()
+        logits, boxes = outputs.pred_logits, outputs.pred_boxes
         if targets.label_limit > logits.shape[-1]:
             raise UsageError(
                 f"the batch has an object of class {targets.label_limit - 1}, but the classifier has the "
                 f"{logits.shape[-1]} columns 0 to {logits.shape[-1] - 1} in training; images "
                 f"{', '.join(targets.names)}: train on the data set whose base classes the vocabulary has."
             )
-        matches, losses = self.matcher(outputs, targets), {}
+        matches, losses = self.matcher(outputs, targets), dict[str, Tensor]()
         for layer, found in enumerate(matches):
             place = "" if layer == len(matches) - 1 else f"_{layer}"
             of_layer = self.losses_of(logits[layer], boxes[layer], targets, found, num_boxes)
             losses.update((f"{name}{place}", value) for name, value in of_layer.items())
-        if "encoder" in outputs:
-            losses.update(self._encoder_losses(outputs["encoder"], targets.without_labels(), num_boxes))
+        if outputs.encoder is not None:
+            losses.update(self._encoder_losses(outputs.encoder, targets.without_labels(), num_boxes))
         return losses, matches
 
-    def losses_of(self, logits, boxes_cxcywh, targets, matches, num_boxes):
+    def losses_of(
+        self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor | float
+    ) -> dict[str, Tensor]:
         """The losses of one set of queries under given pairs, found by matching or assigned directly.
 
         Args:
@@ -100,9 +117,11 @@ class SetCriterion:
                 "loss_giou": (1 - giou).sum() / num_boxes,
             }
 
-    def _encoder_losses(self, encoder, targets, num_boxes):
-        logits, boxes, valid = encoder["logits"], encoder["boxes_cxcywh"], encoder["valid"]
-        proposals = {"pred_logits": logits[None], "pred_boxes": boxes[None]}
+    def _encoder_losses(self, encoder: EncoderOutputs, targets: Targets, num_boxes: Tensor) -> dict[str, Tensor]:
+        logits, boxes, valid = encoder
+        proposals = DetrOutputs(
+            logits[None], boxes[None], hidden=boxes[None, ..., :0]
+        )  # no cost of theirs reads states
         [matches] = self.encoder_matcher(proposals, targets, valid)
         # A logit of minus infinity would be background at no cost, but its gradient is not a number.
         logits = logits.masked_fill(~valid[..., None], _SURE_BACKGROUND)
@@ -114,7 +133,7 @@ class SetCriterion:
 _SURE_BACKGROUND = -1e3
 
 
-def class_targets(logits, targets, matches):
+def class_targets(logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
     """Rows of the focal loss: one 1 in the row of a matched query, at its object's label; a background query's is 0.
 
     Args:
@@ -129,7 +148,7 @@ def class_targets(logits, targets, matches):
     return classes
 
 
-def mean_box_count(count, device):
+def mean_box_count(count: int, device: torch.device | str) -> Tensor:
     """Objects per process, at least 1, by which every process divides its sums; a collective call.
 
     Gradients are averaged over the processes, so the whole batch is divided by the number of its objects.
@@ -147,7 +166,12 @@ def mean_box_count(count, device):
     return (total / comm.get_world_size()).clamp(min=1)
 
 
-def weighted(losses, weights):
+def kind_of(name: str) -> str:
+    """The name of a loss without its layer's number, or "encoder"."""
+    return _PLACE.sub("", name)
+
+
+def weighted(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Losses times the weight of their kind.
 
     Args:
@@ -160,4 +184,4 @@ def weighted(losses, weights):
     Raises:
         KeyError: a kind without a weight.
     """
-    return {name: weights[_PLACE.sub("", name)] * value for name, value in losses.items()}
+    return {name: weights[kind_of(name)] * value for name, value in losses.items()}

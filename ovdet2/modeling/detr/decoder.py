@@ -4,17 +4,19 @@ Shapes: B images, N queries, C channels, S tokens, H heads, L levels, P points.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.layers.ms_deform_attn import MultiScaleDeformableAttention
 from ovdet2.modeling.detr.encoder import FeedForward
 from ovdet2.modeling.detr.heads import BoxHead, inverse_sigmoid
+from ovdet2.modeling.detr.memory import Memory
+from ovdet2.modeling.detr.outputs import Decoded
 
 
 class DecoderLayer(nn.Module):
     """Self-attention of the queries, deformable attention to the image, feed-forward block; norm after each."""
 
-    def __init__(self, dim, heads, levels, points, ffn_dim, dropout):
+    def __init__(self, dim: int, heads: int, levels: int, points: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
         self.self_norm = nn.LayerNorm(dim)
@@ -24,7 +26,14 @@ class DecoderLayer(nn.Module):
         self.ffn = FeedForward(dim, ffn_dim, dropout)
         nn.init.xavier_uniform_(self.self_attn.out_proj.weight)
 
-    def forward(self, content, position, references, memory, attention_mask=None):
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Memory,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """
         Args:
             content, position: Tensor [B, N, C].
@@ -50,21 +59,21 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        dim=256,
-        heads=8,
-        levels=4,
-        points=4,
-        ffn_dim=1024,
-        dropout=0.1,
-        layers=6,
-        refine=True,
-        look_forward_twice=False,
-        size_bias=-2.0,
-    ):
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        layers: int = 6,
+        refine: bool = True,
+        look_forward_twice: bool = False,
+        size_bias: float = -2.0,
+    ) -> None:
         """
         Args:
             dim, heads, levels, points, ffn_dim, dropout, layers: sizes of the layers.
-            refine: each layer's box is the next one's reference, and each layer has a box head of its own; otherwise
+            refine: each layer's box is the next one's reference, and each layer has a separate box head; otherwise
                 all layers share one head and the first references.
             look_forward_twice: the gradient of a layer's box passes through the layer before, too (DINO, Eq. 4).
             size_bias: initial width and height logit of the first head.
@@ -75,23 +84,29 @@ class Decoder(nn.Module):
         biases = [size_bias] + [0.0] * (layers - 1) if refine else [size_bias]
         self.box_heads = nn.ModuleList(BoxHead(dim, bias) for bias in biases)
 
-    def forward(self, content, position, references, memory, attention_mask=None, keep_sampling=False):
+    def forward(
+        self,
+        content: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Memory,
+        attention_mask: Tensor | None = None,
+        keep_sampling: bool = False,
+    ) -> Decoded:
         """
         Args:
             content, position: Tensor [B, N, C].
             references: Tensor [B, N, 2 or 4] in (0, 1) of the image without its padding.
             memory, attention_mask: as of :class:`DecoderLayer`.
             keep_sampling: return where and how strongly each query looked.
-
-        Returns:
-            dict, see :meth:`~ovdet2.modeling.detr.transformer.DeformableTransformer.decode`.
         """
-        hidden, boxes, used, sampled = [], [], [], []
+        hidden, boxes, used = [], [], []
+        sampled: tuple[list[Tensor], list[Tensor]] = [], []
         previous = references
         for index, layer in enumerate(self.layers):
             ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
             used.append(references)
-            content, *sampling = layer(
+            content, locations, weights = layer(
                 content, position, references[:, :, None] * ratios[:, None], memory, attention_mask
             )
             change = self.box_heads[index if self.refine else 0](content)
@@ -101,14 +116,13 @@ class Decoder(nn.Module):
             if self.refine:
                 previous, references = own, own.detach()
             if keep_sampling:
-                sampled.append(sampling)
-        output = {"hidden": torch.stack(hidden), "boxes_cxcywh": torch.stack(boxes), "references": used}
-        if keep_sampling:
-            output["sampling_locations"], output["sampling_weights"] = (torch.stack(parts) for parts in zip(*sampled))
-        return output
+                sampled[0].append(locations)
+                sampled[1].append(weights)
+        sampling = [torch.stack(part) for part in sampled] if keep_sampling else []
+        return Decoded(torch.stack(hidden), torch.stack(boxes), tuple(used), *sampling)
 
 
-def update(references, change):
+def update(references: Tensor, change: Tensor) -> Tensor:
     """Boxes whose logits are those of the references plus a predicted change.
 
     Args:

@@ -3,8 +3,10 @@
 Shapes: B images, S tokens, C channels, L levels.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.layers.ms_deform_attn import MultiScaleDeformableAttention
 
@@ -12,7 +14,7 @@ from ovdet2.layers.ms_deform_attn import MultiScaleDeformableAttention
 class FeedForward(nn.Module):
     """Two linear layers with a ReLU, a residual connection and layer norm."""
 
-    def __init__(self, dim, hidden_dim, dropout):
+    def __init__(self, dim: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
         self.linear1 = nn.Linear(dim, hidden_dim)
         self.linear2 = nn.Linear(hidden_dim, dim)
@@ -21,7 +23,7 @@ class FeedForward(nn.Module):
         for layer in (self.linear1, self.linear2):
             nn.init.xavier_uniform_(layer.weight)
 
-    def forward(self, tokens):
+    def forward(self, tokens: Tensor) -> Tensor:
         """Tensor [..., C] -> [..., C]."""
         hidden = self.dropout(self.linear1(tokens).relu_())  # in place: its gradient needs the result alone
         return self.norm(tokens + self.dropout(self.linear2(hidden)))
@@ -30,14 +32,21 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Deformable self-attention and a feed-forward block, norm after each."""
 
-    def __init__(self, dim, heads, levels, points, ffn_dim, dropout):
+    def __init__(self, dim: int, heads: int, levels: int, points: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
         self.self_attn = MultiScaleDeformableAttention(dim, heads, levels, points)
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.ffn = FeedForward(dim, ffn_dim, dropout)
 
-    def forward(self, tokens, position, references, spatial_shapes, padding_mask):
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        references: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: Tensor,
+    ) -> Tensor:
         """Arguments as of :class:`Encoder`, references [B, S, L, 2]; returns Tensor [B, S, C]."""
         attended = self.self_attn(tokens + position, references, tokens, spatial_shapes, padding_mask)
         return self.ffn(self.norm(tokens + self.dropout(attended)))
@@ -46,11 +55,27 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """A stack of :class:`EncoderLayer`."""
 
-    def __init__(self, dim=256, heads=8, levels=4, points=4, ffn_dim=1024, dropout=0.1, layers=6):
+    def __init__(
+        self,
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        layers: int = 6,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, levels, points, ffn_dim, dropout) for _ in range(layers))
 
-    def forward(self, tokens, position, spatial_shapes, padding_mask, valid_ratios):
+    def forward(
+        self,
+        tokens: Tensor,
+        position: Tensor,
+        spatial_shapes: Sequence[tuple[int, int]],
+        padding_mask: Tensor,
+        valid_ratios: Tensor,
+    ) -> Tensor:
         """
         Args:
             tokens, position: Tensor [B, S, C].
@@ -67,7 +92,7 @@ class Encoder(nn.Module):
         return tokens
 
 
-def cell_centres(spatial_shapes, valid_ratios):
+def cell_centres(spatial_shapes: Sequence[tuple[int, int]], valid_ratios: Tensor) -> Tensor:
     """Centres of all cells, in units of the valid part of their map.
 
     Args:

@@ -6,9 +6,12 @@ value projections are one matrix.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+from torch import Tensor
 
 from ovdet2.errors import DataError
 from ovdet2.modeling.detr.heads import ClosedSetBranch
@@ -67,7 +70,9 @@ _TRANSFORMERS = {
 }
 
 
-def import_weights(weights, class_rows=None):
+def import_weights(
+    weights: Mapping[str, Any], class_rows: Sequence[int] | None = None
+) -> tuple[dict[str, Tensor], str]:
     """Rename the weights of a published Deformable DETR.
 
     Args:
@@ -252,7 +257,7 @@ def _skeleton(weights, variant):
         return DeformableDETR(trunk_of(weights), neck, transformer, branches, ["res3", "res4", "res5"])
 
 
-def trunk_of(weights):
+def trunk_of(weights: Mapping[str, Tensor]) -> ResNet:
     """Detectron2's ResNet of the depth that the weights show, torchvision's kind: stride in the 3x3 convolution."""
     blocks = len({name.split(".")[2] for name in weights if name.startswith("backbone.res4.")})
     if blocks not in _DEPTHS:

@@ -4,17 +4,24 @@ Deformable DETR.
 Shapes: L decoder layers, B images, N queries, K words, X the most objects of one image.
 """
 
+from collections.abc import Callable, Iterable
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 from torch.nn import functional as F
 
 from ovdet2.errors import NumericalError
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy, generalized_iou
-from ovdet2.modeling.detr.targets import Matches
+from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.modeling.detr.targets import Matches, Targets
+
+# A weight, and a function of the outputs and the padded labels [B, X] that gives a cost Tensor [L, B, N, X].
+MatchingCost = tuple[float, Callable[[DetrOutputs, Tensor], Tensor]]
 
 
-def class_cost(logits, labels, alpha=0.25, gamma=2.0):
+def class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
     """What the focal loss of a query changes by when it is given a label instead of none.
 
     Args:
@@ -32,7 +39,7 @@ def class_cost(logits, labels, alpha=0.25, gamma=2.0):
     return positive - (1 - alpha) * probability**gamma * F.softplus(logits)
 
 
-def box_costs(boxes_cxcywh, target_boxes_cxcywh):
+def box_costs(boxes_cxcywh: Tensor, target_boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
     """L1 distance and negative generalised IoU of all pairs: [..., N, 4] and [..., X, 4] -> two Tensors [..., N, X]."""
     l1 = torch.cdist(boxes_cxcywh, target_boxes_cxcywh, p=1)
     queries, targets = cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
@@ -42,30 +49,37 @@ def box_costs(boxes_cxcywh, target_boxes_cxcywh):
 class HungarianMatcher:
     """Finds, for each decoder layer and image, the pairs of least cost."""
 
-    def __init__(self, class_weight=2.0, l1_weight=5.0, giou_weight=2.0, alpha=0.25, gamma=2.0, extra_costs=()):
+    def __init__(
+        self,
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        alpha: float = 0.25,
+        gamma: float = 2.0,
+        extra_costs: Iterable[MatchingCost] = (),
+    ) -> None:
         """
         Args:
             class_weight, l1_weight, giou_weight: of the three costs.
             alpha, gamma: of the focal class cost.
-            extra_costs: further pairs (weight, function) of a method; the function takes the outputs and the padded
-                labels [B, X] and gives a cost Tensor [L, B, N, X].
+            extra_costs: further costs, those of parts.
         """
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.alpha, self.gamma = alpha, gamma
         self.extra_costs = tuple(extra_costs)
 
     @torch.no_grad()
-    def cost(self, outputs, targets):
+    def cost(self, outputs: DetrOutputs, targets: Targets) -> Tensor:
         """The weighted sum of the costs.
 
         Args:
-            outputs: dict with "pred_logits" [L, B, N, K] and "pred_boxes" [L, B, N, 4], cxcywh normalised.
-            targets: :class:`~ovdet2.modeling.detr.targets.Targets` of the B images.
+            outputs: with the logits of every layer.
+            targets: of the B images.
 
         Returns:
             Tensor [L, B, N, X], float32 or float64; columns beyond an image's objects mean nothing.
         """
-        logits, boxes = _full_precision(outputs["pred_logits"]), _full_precision(outputs["pred_boxes"])
+        logits, boxes = _full_precision(outputs.pred_logits), _full_precision(outputs.pred_boxes)
         layers = len(logits)
         labels = targets.padded(targets.labels)
         target_boxes = targets.padded(targets.boxes_cxcywh).to(boxes)
@@ -78,7 +92,7 @@ class HungarianMatcher:
                 cost = cost + weight * extra(outputs, labels)
         return cost
 
-    def __call__(self, outputs, targets, valid=None):
+    def __call__(self, outputs: DetrOutputs, targets: Targets, valid: Tensor | None = None) -> list[Matches]:
         """Match every layer by itself.
 
         Args:
@@ -86,14 +100,14 @@ class HungarianMatcher:
             valid: Tensor [B, N] bool, the queries that may be matched; None: all.
 
         Returns:
-            list of L :class:`~ovdet2.modeling.detr.targets.Matches`, on the device of the outputs. An image has as many
-            pairs as it has objects, or queries if those are fewer.
+            The pairs of each of the L layers, on the device of the outputs. An image has as many pairs as it has
+            objects, or queries if those are fewer.
 
         Raises:
             NumericalError: a cost is not finite; the message names the image. It is a FloatingPointError raised within
                 the forward pass, which stops the training in all processes.
         """
-        layers, device = len(outputs["pred_logits"]), outputs["pred_boxes"].device
+        layers, device = outputs.layers, outputs.pred_boxes.device
         pairs = [[np.empty((3, 0), np.int64)] for _ in range(layers)]
         if len(targets):
             cost = self.cost(outputs, targets).cpu().numpy()  # of all layers and images in one transfer

@@ -3,15 +3,20 @@
 Shapes: B images, S tokens of L levels, N queries, C channels.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+Attachment = TypeVar("Attachment")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The encoded image.
+    """The encoded images.
 
     Attributes:
         tokens: Tensor [B, S, C], level after level, each row by row. Padded ones mean nothing.
@@ -20,22 +25,32 @@ class Memory:
         valid_ratios: Tensor [B, L, 2], (x, y): the part of each map that is not padding, in (0, 1].
     """
 
-    tokens: torch.Tensor
-    spatial_shapes: tuple
-    padding_mask: torch.Tensor
-    valid_ratios: torch.Tensor
+    tokens: Tensor
+    spatial_shapes: tuple[tuple[int, int], ...]
+    padding_mask: Tensor
+    valid_ratios: Tensor
 
-    def levels(self):
-        """The tokens as maps: list of Tensor [B, C, h, w], one per level."""
+    def levels(self) -> list[Tensor]:
+        """The tokens as maps: L Tensor [B, C, h, w]."""
         sizes = [height * width for height, width in self.spatial_shapes]
         return [
             tokens.transpose(1, 2).unflatten(2, shape)
             for tokens, shape in zip(self.tokens.split(sizes, dim=1), self.spatial_shapes)
         ]
 
+    def take(self, images: Sequence[int]) -> Memory:
+        """The memory of some of the images, by their positions in the batch."""
+        rows = list(images)
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            padding_mask=self.padding_mask[rows],
+            valid_ratios=self.valid_ratios[rows],
+        )
+
 
 class EncoderOutputs(NamedTuple):
-    """What the first stage says of every token.
+    """What the first stage gives for every token.
 
     Attributes:
         logits: Tensor [B, S, 1], objectness.
@@ -44,14 +59,14 @@ class EncoderOutputs(NamedTuple):
             boxes are the whole image and their logits mean nothing.
     """
 
-    logits: torch.Tensor
-    boxes_cxcywh: torch.Tensor
-    valid: torch.Tensor
+    logits: Tensor
+    boxes_cxcywh: Tensor
+    valid: Tensor
 
 
 @dataclass(frozen=True)
 class Queries:
-    """What the decoder starts from; ``dataclasses.replace`` makes altered ones.
+    """What the decoder starts from; ``dataclasses.replace`` makes altered ones, which keep the attachments.
 
     Attributes:
         content: Tensor [B, N, C].
@@ -59,11 +74,19 @@ class Queries:
         references: Tensor [B, N, 2] of centres or [B, N, 4] of (cx, cy, w, h), in (0, 1) of the image without its
             padding.
         encoder_outputs: :class:`EncoderOutputs`, or None with one stage.
-        words: Tensor [B, N] int64, the vocabulary's word that each query carries as a prior, -1 for none; or None.
+        attachments: what parts know of the queries, by its class.
     """
 
-    content: torch.Tensor
-    position: torch.Tensor | None
-    references: torch.Tensor
+    content: Tensor
+    position: Tensor | None
+    references: Tensor
     encoder_outputs: EncoderOutputs | None = None
-    words: torch.Tensor | None = None
+    attachments: Mapping[type, Any] = field(default_factory=dict)
+
+    def attach(self, value: object) -> Queries:
+        """The same queries with what a part knows of them; one value of a class."""
+        return replace(self, attachments={**self.attachments, type(value): value})
+
+    def attached(self, kind: type[Attachment]) -> Attachment | None:
+        """What :meth:`attach` was given of a class; None if nothing."""
+        return self.attachments.get(kind)

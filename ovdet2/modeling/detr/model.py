@@ -3,23 +3,36 @@
 Shapes: B images, N queries, C channels, K classes, Ld decoder layers.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
+from ovdet2.modeling.detr.memory import Memory, Queries
+from ovdet2.modeling.detr.neck import MultiScaleNeck
+from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
+from ovdet2.modeling.detr.transformer import DeformableTransformer
 
 
 class DeformableDETR(nn.Module):
     """Backbone, neck, transformer and class branches. Losses and post-processing are objects of their own."""
 
-    def __init__(self, backbone, neck, transformer, class_branches, in_features):
+    def __init__(
+        self,
+        backbone: Any,
+        neck: MultiScaleNeck,
+        transformer: DeformableTransformer,
+        class_branches: Sequence[nn.Module],
+        in_features: Sequence[str],
+    ) -> None:
         """
         Args:
-            backbone: module from Tensor [B, 3, H, W] to a dict of maps.
-            neck: :class:`~ovdet2.modeling.detr.neck.MultiScaleNeck`.
-            transformer: :class:`~ovdet2.modeling.detr.transformer.DeformableTransformer`.
-            class_branches: list of modules from Tensor [B, N, C] to logits [B, N, K]: one per decoder layer where the
+            backbone: Detectron2 Backbone, from Tensor [B, 3, H, W] to a dict of maps.
+            neck, transformer: from maps to levels, and from levels to queries.
+            class_branches: modules from Tensor [B, N, C] to logits [B, N, K]: one per decoder layer where the
                 layers refine, one for all otherwise.
             in_features: names of the backbone's maps, finest first.
 
@@ -29,21 +42,21 @@ class DeformableDETR(nn.Module):
         super().__init__()
         if len(class_branches) != transformer.num_branches:
             raise UsageError(
-                f"{len(class_branches)} class branches were given, the transformer wants {transformer.num_branches}."
+                f"{len(class_branches)} class branches were given, the transformer requires {transformer.num_branches}."
             )
         self.backbone, self.neck, self.transformer = backbone, neck, transformer
         self.class_branches = nn.ModuleList(class_branches)
         self.in_features = tuple(in_features)
 
     @property
-    def strides(self):
+    def strides(self) -> tuple[int, ...]:
         """Pixels between the cells of each level, finest first."""
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.in_features]
         coarser = range(1, len(self.neck.levels) - len(strides) + 1)
         return (*strides, *(strides[-1] * 2**step for step in coarser))
 
-    def features(self, images, image_sizes):
+    def features(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor]]:
         """
         Args:
             images: Tensor [B, 3, H, W], normalised, padded at the right and the bottom.
@@ -57,12 +70,12 @@ class DeformableDETR(nn.Module):
         shapes = [level.shape[-2:] for level in maps]
         return maps, level_masks(image_sizes, images.shape[-2:], shapes, images.device)
 
-    def classify(self, hidden, all_layers):
+    def classify(self, hidden: Tensor, all_layers: bool) -> Tensor:
         """Logits of queries.
 
         Args:
             hidden: Tensor [Ld, B, N, C].
-            all_layers: of every layer, or of the last alone: with 21,000 words the others would cost more than the
+            all_layers: of every layer, or only of the last: with 21,000 words the others would cost more than the
                 detector.
 
         Returns:
@@ -72,29 +85,43 @@ class DeformableDETR(nn.Module):
         pairs = list(zip(branches, hidden))
         return torch.stack([branch(states) for branch, states in (pairs if all_layers else pairs[-1:])])
 
-    def encode(self, images, image_sizes):
-        """The :class:`~ovdet2.modeling.detr.memory.Memory` of images, as of :meth:`features`."""
+    def encode(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Memory:
+        """The memory of images, given as for :meth:`features`."""
         return self.transformer.encode(*self.features(images, image_sizes))
 
-    def decode(self, memory, queries, attention_mask=None, all_layers=None, keep_sampling=False):
+    def decode(
+        self,
+        memory: Memory,
+        queries: Queries,
+        attention_mask: Tensor | None = None,
+        all_layers: bool | None = None,
+        keep_sampling: bool = False,
+    ) -> DetrOutputs:
         """
         Args:
             memory: of :meth:`encode`.
-            queries: :class:`~ovdet2.modeling.detr.memory.Queries`, of any number.
+            queries: of any number.
             attention_mask, keep_sampling: of :meth:`DeformableTransformer.decode`.
             all_layers: whether to return the logits of every layer; None: in training.
-
-        Returns:
-            dict: "pred_logits" Tensor [Ld or 1, B, N, K]; "pred_boxes" Tensor [Ld, B, N, 4], cxcywh in (0, 1) of the
-            image without its padding; with two stages "encoder", a dict of the fields of
-            :class:`~ovdet2.modeling.detr.memory.EncoderOutputs`; and all of :meth:`DeformableTransformer.decode`.
         """
         decoded = self.transformer.decode(memory, queries, attention_mask, keep_sampling)
-        logits = self.classify(decoded["hidden"], self.training if all_layers is None else all_layers)
-        encoder = {} if queries.encoder_outputs is None else {"encoder": queries.encoder_outputs._asdict()}
-        return {"pred_logits": logits, "pred_boxes": decoded.pop("boxes_cxcywh"), **encoder, **decoded}
+        return DetrOutputs(
+            self.classify(decoded.hidden, self.training if all_layers is None else all_layers),
+            decoded.boxes_cxcywh,
+            decoded.hidden,
+            decoded.references,
+            decoded.sampling_locations,
+            decoded.sampling_weights,
+            queries.encoder_outputs,
+        )
 
-    def forward(self, images, image_sizes, all_layers=None, keep_sampling=False):
+    def forward(
+        self,
+        images: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        all_layers: bool | None = None,
+        keep_sampling: bool = False,
+    ) -> DetrOutputs:
         """:meth:`encode`, the transformer's queries, :meth:`decode`: the published model."""
         memory = self.encode(images, image_sizes)
         queries = self.transformer.queries(memory)

@@ -3,13 +3,15 @@
 Shapes: B images, C channels of the transformer.
 """
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 
 class MultiScaleNeck(nn.Module):
     """A 1x1 convolution per backbone map, 3x3 ones of stride 2 for coarser levels; group norm after each."""
 
-    def __init__(self, in_channels, dim=256, levels=4, groups=32):
+    def __init__(self, in_channels: Sequence[int], dim: int = 256, levels: int = 4, groups: int = 32) -> None:
         """
         Args:
             in_channels: channels of each backbone map, finest first.
@@ -26,7 +28,7 @@ class MultiScaleNeck(nn.Module):
             channels = dim
         self.levels = nn.ModuleList(blocks)
 
-    def forward(self, features):
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """
         Args:
             features: list of Tensor [B, channels, h, w], finest first.

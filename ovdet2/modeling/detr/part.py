@@ -5,7 +5,7 @@ Shapes: L decoder layers, B images, N queries, G extra queries of a part, K word
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,11 @@ from ovdet2.modeling.part import Part
 
 if TYPE_CHECKING:
     from ovdet2.modeling.detr.criterion import SetCriterion
+    from ovdet2.modeling.detr.matcher import MatchingCost
     from ovdet2.modeling.detr.memory import Memory, Queries
     from ovdet2.modeling.detr.model import DeformableDETR
     from ovdet2.modeling.detr.outputs import DetrOutputs
     from ovdet2.modeling.detr.targets import Matches, Targets
-
-MatchingCost = tuple[float, Callable[["DetrOutputs", Tensor], Tensor]]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,19 @@ Shapes: B images, h x w map, N boxes, C channels.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def level_masks(image_sizes, padded_size, spatial_shapes, device=None):
+def level_masks(
+    image_sizes: Sequence[tuple[int, int]],
+    padded_size: Sequence[int],
+    spatial_shapes: Sequence[Sequence[int]],
+    device: torch.device | None = None,
+) -> list[Tensor]:
     """Padding masks of the maps of a padded batch.
 
     A cell is padding if the pixel that nearest interpolation picks for it is.
@@ -30,7 +37,7 @@ def level_masks(image_sizes, padded_size, spatial_shapes, device=None):
     return [F.interpolate(shown, size=tuple(shape))[:, 0] == 0 for shape in spatial_shapes]
 
 
-def valid_size(mask):
+def valid_size(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(heights, widths), each integer Tensor [B]: the part of a map that is not padding.
 
     Args:
@@ -39,7 +46,7 @@ def valid_size(mask):
     return (~mask[:, :, 0]).sum(1), (~mask[:, 0, :]).sum(1)
 
 
-def sine_position(mask, channels, dtype, temperature=10000.0):
+def sine_position(mask: Tensor, channels: int, dtype: torch.dtype, temperature: float = 10000.0) -> Tensor:
     """Sines and cosines of the position within the valid part, which spans (0, 2 pi) along each axis.
 
     Args:
@@ -61,7 +68,7 @@ def sine_position(mask, channels, dtype, temperature=10000.0):
     return torch.cat([y, x], dim=-1)
 
 
-def box_position(boxes_cxcywh, channels, temperature=10000.0):
+def box_position(boxes_cxcywh: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
     """The encoding of boxes that two-stage queries start from.
 
     In float32 whatever the dtype: half precision cannot hold the low frequencies.

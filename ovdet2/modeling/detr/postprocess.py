@@ -3,15 +3,19 @@
 Shapes: B images, N queries, K words, T detections.
 """
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
 
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
+from ovdet2.modeling.detr.outputs import DetrOutputs
 
 _BLOCK = 64  # values per block of top_values
 
 
-def top_values(values, count):
+def top_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The highest values of each row and where they are: ``values.topk(count)``, for rows of millions.
 
     The highest T values lie in the T blocks with the highest maxima: one pass finds the maxima, and the selection is
@@ -39,7 +43,7 @@ def top_values(values, count):
 class PostProcessor:
     """Each pair of a query and a word is a candidate, scored by its sigmoid; the best of an image are kept."""
 
-    def __init__(self, detections_per_image=100, score_threshold=0.0):
+    def __init__(self, detections_per_image: int = 100, score_threshold: float = 0.0) -> None:
         """
         Args:
             detections_per_image: most detections of an image.
@@ -49,19 +53,18 @@ class PostProcessor:
         self.score_threshold = score_threshold
 
     @torch.no_grad()
-    def __call__(self, outputs, sizes, layer=-1):
+    def __call__(self, outputs: DetrOutputs, sizes: Sequence[tuple[int, int]], layer: int = -1) -> list[Instances]:
         """
         Args:
-            outputs: dict with "pred_logits" [L, B, N, K] and "pred_boxes" [L, B, N, 4], cxcywh normalised by the image
-                without padding.
-            sizes: B pairs (height, width) in pixels that the detections are wanted in.
+            outputs: whose logits become scores by a sigmoid.
+            sizes: B pairs (height, width), the pixels that the detections are given in.
             layer: the decoder layer that counts.
 
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
             (0 to 1, float32), ``pred_classes`` (0..K-1) and ``queries`` (0..N-1) that they were read from.
         """
-        logits, boxes = outputs["pred_logits"][layer].float(), outputs["pred_boxes"][layer].float()
+        logits, boxes = outputs.pred_logits[layer].float(), outputs.pred_boxes[layer].float()
         words = logits.shape[2]
         top, places = top_values(logits.flatten(1), self.detections_per_image)  # B x T
         scores, classes, queries = top.sigmoid(), places % words, places // words

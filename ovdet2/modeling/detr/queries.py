@@ -6,19 +6,19 @@ Shapes: B images, S tokens, N queries, C channels.
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.encoder import cell_centres
 from ovdet2.modeling.detr.heads import BoxHead, in_full_precision
-from ovdet2.modeling.detr.memory import EncoderOutputs, Queries
+from ovdet2.modeling.detr.memory import EncoderOutputs, Memory, Queries
 from ovdet2.modeling.detr.position_encoding import box_position
 
 
 class LearnedQueries(nn.Module):
     """N learned queries, whose reference points are a linear function of their positions."""
 
-    def __init__(self, dim, num_queries):
+    def __init__(self, dim: int, num_queries: int) -> None:
         """
         Args:
             dim: C.
@@ -31,13 +31,16 @@ class LearnedQueries(nn.Module):
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
 
-    def forward(self, memory):
+    def forward(self, memory: Memory) -> Queries:
         """The same :class:`Queries` for every image, with 2-d references."""
         batch = len(memory.tokens)
         references = in_full_precision(self.reference, self.position).to(memory.valid_ratios.dtype).sigmoid()
-        return Queries(*(part.expand(batch, -1, -1) for part in (self.content, self.position, references)))
+        content, position, references = (
+            part.expand(batch, -1, -1) for part in (self.content, self.position, references)
+        )
+        return Queries(content, position, references)
 
-    def encode_position(self, references):
+    def encode_position(self, references: Tensor) -> Tensor:
         """Learned queries have learned positions.
 
         Raises:
@@ -55,7 +58,7 @@ class ProposalQueries(nn.Module):
     tokens propose, the remaining references are the whole image.
     """
 
-    def __init__(self, dim, num_queries, mixed=False):
+    def __init__(self, dim: int, num_queries: int, mixed: bool = False) -> None:
         """
         Args:
             dim: C.
@@ -78,7 +81,7 @@ class ProposalQueries(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.constant_(self.objectness.bias, -math.log(99))
 
-    def forward(self, memory):
+    def forward(self, memory: Memory) -> Queries:
         """:class:`Queries` with 4-d references, which carry no gradient, and the encoder's outputs."""
         outputs = self.propose(memory)
         references = self._best(outputs)
@@ -86,7 +89,7 @@ class ProposalQueries(nn.Module):
         content = embedded[..., self.dim :] if self.content is None else self.content.expand(len(references), -1, -1)
         return Queries(content, embedded[..., : self.dim], references, outputs)
 
-    def propose(self, memory):
+    def propose(self, memory: Memory) -> EncoderOutputs:
         """The :class:`EncoderOutputs` of every token."""
         centres = cell_centres(memory.spatial_shapes, memory.valid_ratios)
         sizes = [
@@ -104,7 +107,7 @@ class ProposalQueries(nn.Module):
         objectness = in_full_precision(self.objectness, tokens)
         return EncoderOutputs(objectness, torch.where(valid[..., None], boxes, whole), valid)
 
-    def encode_position(self, references):
+    def encode_position(self, references: Tensor) -> Tensor:
         """Positions of boxes: Tensor [B, N, 4] -> [B, N, C].
 
         Raises:

@@ -3,11 +3,16 @@
 Shapes: B images, M objects over all images, X the most objects of one image, P pairs.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ovdet2.data.samples import Sample
 from ovdet2.modeling.detr.boxes import xyxy_to_cxcywh
 
 
@@ -22,54 +27,53 @@ class Targets:
         names: tuple of B strings, what messages call the images.
         label_limit: 1 + the highest label, 0 without objects; known to the host without asking the device.
         image_sizes: tuple of B (height, width) in pixels, without padding.
-        embeddings: Tensor [M, D] float16, the teacher's of the objects' crops, unit rows where ``embedded``; or None.
-        embedded: Tensor [M] bool, or None.
     """
 
-    labels: torch.Tensor
-    boxes_cxcywh: torch.Tensor
-    counts: tuple
-    names: tuple
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    counts: tuple[int, ...]
+    names: tuple[str, ...]
     label_limit: int
-    image_sizes: tuple
-    embeddings: torch.Tensor | None = None
-    embedded: torch.Tensor | None = None
+    image_sizes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of_records(cls, records, device):
+    def of_samples(cls, samples: Sequence[Sample], device: torch.device | str) -> Targets:
         """
         Args:
-            records: B records as of the mapper: "instances" with ``gt_boxes`` (pixels of the augmented image) and
-                ``gt_classes``, on the CPU, in all or in none of them also ``gt_embeddings`` and ``gt_embedded``. The
-                mapper has left out crowds and boxes that were cropped away.
-            device: where the tensors are wanted.
+            samples: B samples with ``instances`` on the CPU; the loading has left out crowds and boxes that were
+                cropped away.
+            device: of the tensors.
+
+        Raises:
+            KeyError: a sample without instances.
         """
-        labels, boxes = [], []
-        for record in records:
-            height, width = record["instances"].image_size
+        labels, boxes, sizes = [], [], []
+        for sample in samples:
+            instances = sample["instances"]
+            height, width = instances.image_size
             size = torch.tensor([width, height, width, height], dtype=torch.float32)
-            boxes.append(xyxy_to_cxcywh(record["instances"].gt_boxes.tensor / size))
-            labels.append(record["instances"].gt_classes)
+            boxes.append(xyxy_to_cxcywh(instances.gt_boxes.tensor / size))
+            labels.append(instances.gt_classes)
+            sizes.append((height, width))
         highest = max((int(found.max()) for found in labels if len(found)), default=-1)
         return cls(
             torch.cat(labels).to(device, non_blocking=True),
             torch.cat(boxes).to(device, non_blocking=True),
             tuple(len(found) for found in labels),
-            tuple(image_name(record) for record in records),
+            tuple(sample.name for sample in samples),
             highest + 1,
-            tuple(tuple(record["instances"].image_size) for record in records),
-            *(_joined(records, name, device) for name in ("gt_embeddings", "gt_embedded")),
+            tuple(sizes),
         )
 
-    def without_labels(self):
+    def without_labels(self) -> Targets:
         """The same objects under the one label 0, for a class-agnostic head."""
         return replace(self, labels=torch.zeros_like(self.labels), label_limit=min(1, len(self)))
 
-    def padded(self, rows):
+    def padded(self, rows: Tensor) -> Tensor:
         """Rows of the objects, [M, ...], as [B, X, ...], filled up with zeros."""
-        return pad_sequence(rows.split(self.counts), batch_first=True)
+        return pad_sequence(list(rows.split(self.counts)), batch_first=True)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
 
@@ -83,23 +87,9 @@ class Matches:
         target: Tensor [P] int64, 0..M-1, row of the :class:`Targets`.
     """
 
-    image: torch.Tensor
-    query: torch.Tensor
-    target: torch.Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.query)
-
-
-def _joined(records, name, device):
-    """A field of all instances, or None where they do not have it."""
-    if not all(record["instances"].has(name) for record in records):
-        return None
-    with torch.autocast("cpu", enabled=False):  # which cannot join float16 rows, even to leave them as they are
-        joined = torch.cat([record["instances"].get(name) for record in records])
-    return joined.to(device, non_blocking=True)
-
-
-def image_name(record):
-    """What messages call the image of a record."""
-    return f"{record.get('file_name')} (id {record.get('image_id')})"

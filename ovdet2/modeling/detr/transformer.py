@@ -3,13 +3,16 @@
 Shapes: B images, S tokens of L levels, N queries, C channels, H heads, P points, Ld decoder layers.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
 from ovdet2.modeling.detr.decoder import Decoder
 from ovdet2.modeling.detr.encoder import Encoder
-from ovdet2.modeling.detr.memory import Memory
+from ovdet2.modeling.detr.memory import Memory, Queries
+from ovdet2.modeling.detr.outputs import Decoded
 from ovdet2.modeling.detr.position_encoding import sine_position, valid_size
 from ovdet2.modeling.detr.queries import LearnedQueries, ProposalQueries
 
@@ -25,17 +28,17 @@ class DeformableTransformer(nn.Module):
 
     def __init__(
         self,
-        variant="refine",
-        dim=256,
-        heads=8,
-        levels=4,
-        points=4,
-        ffn_dim=1024,
-        dropout=0.1,
-        encoder_layers=6,
-        decoder_layers=6,
-        num_queries=300,
-    ):
+        variant: str = "refine",
+        dim: int = 256,
+        heads: int = 8,
+        levels: int = 4,
+        points: int = 4,
+        ffn_dim: int = 1024,
+        dropout: float = 0.1,
+        encoder_layers: int = 6,
+        decoder_layers: int = 6,
+        num_queries: int = 300,
+    ) -> None:
         """
         Args:
             variant: "one_stage"; "refine", each layer refines the boxes of the one before; "two_stage", which also
@@ -75,21 +78,18 @@ class DeformableTransformer(nn.Module):
         )
 
     @property
-    def num_branches(self):
-        """Prediction heads wanted: one per decoder layer, or one for all where layers do not refine."""
+    def num_branches(self) -> int:
+        """Prediction heads required: one per decoder layer, or one for all where layers do not refine."""
         return len(self.decoder.box_heads)
 
-    def encode(self, features, masks):
+    def encode(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
         """
         Args:
             features: list of L Tensor [B, C, h, w].
             masks: list of L bool Tensor [B, h, w], True where padded; the rest is a rectangle at the upper left.
-
-        Returns:
-            :class:`Memory`.
         """
         dtype = torch.promote_types(features[0].dtype, torch.float32)
-        shapes = tuple(tuple(feature.shape[-2:]) for feature in features)
+        shapes = tuple((feature.shape[-2], feature.shape[-1]) for feature in features)
         tokens = torch.cat([feature.flatten(2).transpose(1, 2) for feature in features], dim=1)
         dim = tokens.shape[-1]
         position = [
@@ -100,25 +100,19 @@ class DeformableTransformer(nn.Module):
         tokens = self.encoder(tokens, torch.cat(position, dim=1), shapes, padding, ratios)
         return Memory(tokens, shapes, padding, ratios)
 
-    def queries(self, memory):
-        """The :class:`~ovdet2.modeling.detr.memory.Queries` for a :class:`Memory`."""
+    def queries(self, memory: Memory) -> Queries:
+        """What the decoder starts from."""
         return self.query_maker(memory)
 
-    def decode(self, memory, queries, attention_mask=None, keep_sampling=False):
+    def decode(
+        self, memory: Memory, queries: Queries, attention_mask: Tensor | None = None, keep_sampling: bool = False
+    ) -> Decoded:
         """
         Args:
-            memory: :class:`Memory`.
-            queries: :class:`~ovdet2.modeling.detr.memory.Queries`, of any number.
+            memory: of :meth:`encode`.
+            queries: of any number.
             attention_mask: bool Tensor [N, N] or [B * H, N, N], True where the row's query must not see the column's.
             keep_sampling: return where and how strongly each query looked.
-
-        Returns:
-            dict of
-            "hidden": Tensor [Ld, B, N, C];
-            "boxes_cxcywh": Tensor [Ld, B, N, 4] in (0, 1) of the image without its padding;
-            "references": list of Ld Tensor [B, N, 2 or 4], what each layer started from, in the same frame;
-            with ``keep_sampling`` "sampling_locations", Tensor [Ld, B, N, H, L, P, 2], (x, y) in [0, 1] of the padded
-            map of each level, and "sampling_weights", Tensor [Ld, B, N, H, L, P].
 
         Raises:
             UsageError: the queries' position is missing and cannot be encoded from their references.

@@ -1,19 +1,47 @@
-"""Deformable DETR whose classes are an input: wiring only.
+"""Deformable DETR whose classes are an input, with a list of parts: wiring only.
 
-Shapes: B images, L decoder layers, N queries, K words.
+Shapes: B images, L decoder layers, N queries, G extra queries of a part, H heads, K words.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import ImageList
-from torch import nn
+from torch import Tensor, nn
 
+from ovdet2.config.methods import check_methods, methods_of
+from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
+from ovdet2.data.sources import TrainSource
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_vocabulary
-from ovdet2.modeling.detr.criterion import mean_box_count, weighted
+from ovdet2.modeling.detr.build import (
+    build_criterion,
+    build_detr,
+    build_detr_parts,
+    build_postprocessor,
+    loss_weights,
+    refuse_unused,
+)
+from ovdet2.modeling.detr.criterion import SetCriterion, kind_of, mean_box_count
+from ovdet2.modeling.detr.criterion import weighted as weighted_core
+from ovdet2.modeling.detr.extra_queries import decode_with
+from ovdet2.modeling.detr.memory import Memory, Queries
+from ovdet2.modeling.detr.model import DeformableDETR
+from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.modeling.detr.part import DetrPart, DetrStep
+from ovdet2.modeling.detr.postprocess import PostProcessor
 from ovdet2.modeling.detr.targets import Targets
+from ovdet2.modeling.host import Host
+from ovdet2.modeling.part import joined, register_parts, require_seen, weighted
+from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
+
+PartLosses = tuple[DetrPart, dict[str, Tensor]]
 
 
 @META_ARCH_REGISTRY.register()
@@ -21,40 +49,40 @@ class OpenVocabularyDeformableDETR(nn.Module):
     """Deformable DETR (Zhu et al., ICLR 2021) that scores its queries against words.
 
     At test each image gives {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels of the
-    original image, best first. With ``every_layer`` also "decoder_layers", those of the layers before the last, from
-    the first on. With semantic priors the instances have ``prior_words``, the word that the query of each detection
-    carried (an index into the vocabulary, -1 for none).
-    """
+    original image, best first; parts may add fields. With ``every_layer`` also "decoder_layers", the detections of the
+    layers before the last, from the first on.
 
-    training_only = ("clip_detr",)  # parts that a checkpoint may have and the model not, or the other way round
+    Attributes:
+        parts: tuple of :class:`DetrPart` in their order, each also a module under the name of its method.
+    """
 
     @configurable
     def __init__(
         self,
         *,
-        network,
-        vocabulary,
-        criterion,
-        postprocessor,
-        loss_weights,
-        pixel_mean,
-        pixel_std,
-        every_layer=False,
-        cckt=None,
-        clip_detr=None,
-    ):
+        network: DeformableDETR,
+        vocabulary: WordBank,
+        criterion: SetCriterion,
+        postprocessor: PostProcessor,
+        loss_weights: Mapping[str, float],
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        every_layer: bool = False,
+        parts: Iterable[DetrPart] = (),
+    ) -> None:
         """
         Args:
-            network: :class:`~ovdet2.modeling.detr.model.DeformableDETR`, whose ``backbone`` says by what the sides of a
-                batch must be divisible.
-            vocabulary: :class:`~ovdet2.layers.WordBank` that the network reads, too.
-            criterion: (outputs, :class:`Targets`) -> (dict of losses, matches).
-            postprocessor: (outputs, B (height, width), layer) -> list of :class:`Instances`.
-            loss_weights: dict by kind of loss.
+            network: whose ``backbone`` states by what the sides of a batch must be divisible.
+            vocabulary: that the network reads, too.
+            criterion: with the matching costs of the parts.
+            postprocessor: from outputs to detections.
+            loss_weights: of the criterion's losses, by kind.
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of INPUT.FORMAT.
             every_layer: at test, give the detections of all decoder layers.
-            cckt: :class:`~ovdet2.methods.cckt.part.CCKT`, or None.
-            clip_detr: :class:`~ovdet2.methods.clip_detr.part.CLIPDETR`, which takes part in training alone, or None.
+            parts: each with the name of its method, which begins its weights in a checkpoint.
+
+        Raises:
+            UsageError: two parts have one name, or a part that of something else of the detector.
         """
         super().__init__()
         self.network = network
@@ -63,133 +91,159 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.postprocessor = postprocessor
         self.loss_weights = dict(loss_weights)
         self.every_layer = every_layer
-        self.cckt = cckt
-        self.clip_detr = clip_detr
+        self.parts: tuple[DetrPart, ...] = register_parts(self, parts)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 
     @classmethod
-    def from_config(cls, cfg, vocabulary=None):
+    def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
         """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
-        from ovdet2.methods.cckt.build import build_cckt, cckt_weights
-        from ovdet2.methods.clip_detr.build import build_clip_detr, clip_detr_weights
-        from ovdet2.modeling.detr.build import (
-            build_criterion,
-            build_detr,
-            build_postprocessor,
-            loss_weights,
-            refuse_unused,
-        )
-
+        check_methods(cfg)
         refuse_unused(cfg)
-        vocabulary = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
-        network = build_detr(cfg, build_backbone(cfg), vocabulary)
-        cckt, extra_costs = build_cckt(cfg, network, vocabulary)
+        bank = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        network = build_detr(cfg, build_backbone(cfg), bank)
+        parts = build_detr_parts(cfg, methods_of(cfg), Host(bank, network.backbone, network))
         return {
             "network": network,
-            "vocabulary": vocabulary,
-            "criterion": build_criterion(cfg, extra_costs),
+            "vocabulary": bank,
+            "criterion": build_criterion(cfg, [cost for part in parts for cost in part.matching_costs()]),
             "postprocessor": build_postprocessor(cfg),
-            "loss_weights": loss_weights(cfg) | cckt_weights(cfg) | clip_detr_weights(cfg),
+            "loss_weights": loss_weights(cfg),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "every_layer": cfg.TEST.DECODER_LAYERS,
-            "cckt": cckt,
-            "clip_detr": build_clip_detr(cfg, network, vocabulary),
+            "parts": parts,
         }
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the pixels are taken to."""
         return self.pixel_mean.device
 
-    def forward(self, batched_inputs):
+    def forward(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """
         Args:
-            batched_inputs: B records with "image", Tensor [3, H, W] uint8 or float, 0 to 255; in training "instances"
-                with ``gt_boxes`` and ``gt_classes``; at test "height" and "width" of the image that boxes are wanted
-                in (its own if absent); with CCKT what its parts need.
+            batched_inputs: B samples, or Detectron2 records, with ``image``, Tensor [3, H, W] uint8 or float, 0 to 255;
+                in training with what their kind has (``instances`` of an image with boxes) and what the parts need; at
+                test with ``height`` and ``width`` of the image that detections are given in (its own if 0).
 
         Returns:
             In training the weighted losses, a dict of scalar Tensors; at test a list of B dicts, see the class.
 
         Raises:
-            UsageError: a closed set of classes is asked for another number of words, or see
-                :class:`~ovdet2.methods.cckt.part.CCKT`.
+            UsageError: a closed set of classes is given another number of words, images that no part has a loss of,
+                what a part needs is missing, or two losses have one name.
             NumericalError: a matching cost is not finite; it names the image.
         """
+        samples = as_samples(batched_inputs)
         if self.training:
-            return weighted(self.losses(batched_inputs), self.loss_weights)
-        images, outputs = self.infer(batched_inputs, all_layers=self.every_layer)
+            core, of_parts = self._losses(samples)
+            added = [weighted(losses, part, kind_of) for part, losses in of_parts]
+            return joined(weighted_core(core, self.loss_weights), *added)
+        images, outputs, queries = self.infer(samples, all_layers=self.every_layer)
         sizes = [
-            (record.get("height", size[0]), record.get("width", size[1]))
-            for record, size in zip(batched_inputs, images.image_sizes)
+            (sample.height or size[0], sample.width or size[1]) for sample, size in zip(samples, images.image_sizes)
         ]
-        results = [{"instances": found} for found in self.postprocessor(outputs, sizes)]
-        if outputs.get("words") is not None:
-            for result, carried in zip(results, outputs["words"]):
-                result["instances"].prior_words = carried[result["instances"].queries]
+        detections = self.postprocessor(outputs, sizes)
+        for part in self.parts:
+            for image, instances in enumerate(detections):
+                part.annotate(instances, queries, image)
+        results: list[dict[str, Any]] = [{"instances": instances} for instances in detections]
         if self.every_layer:
-            layers = [self.postprocessor(outputs, sizes, layer) for layer in range(len(outputs["pred_logits"]) - 1)]
+            layers = [self.postprocessor(outputs, sizes, layer) for layer in range(outputs.layers - 1)]
             for image, result in enumerate(results):
                 result["decoder_layers"] = [of_layer[image] for of_layer in layers]
         return results
 
-    def prepare_training(self, dataset):
-        """Let the parts take what they need of the training set, a :class:`~ovdet2.data.loader.MappedRecords`.
+    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
+        """Let the parts take what they need of the training sets.
 
         Raises:
-            UsageError, CacheError: see :meth:`~ovdet2.methods.cckt.part.CCKT.prepare_training`.
+            UsageError, CacheError: see :meth:`~ovdet2.modeling.part.Part.prepare_training` of the parts.
         """
-        if self.cckt is not None:
-            self.cckt.prepare_training(dataset)
+        for part in self.parts:
+            part.prepare_training(sources)
 
-    def losses(self, batched_inputs):
-        """Unweighted losses of a training batch, a dict of scalar Tensors."""
-        _, memory, queries = self.encode(batched_inputs)
-        targets = Targets.of_records(batched_inputs, self.device)
+    def losses(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Unweighted losses of a training batch, a dict of scalar Tensors; arguments as of :meth:`forward`."""
+        core, of_parts = self._losses(as_samples(batched_inputs))
+        return joined(core, *(losses for _, losses in of_parts))
 
-        def decode(queries, **mask):
-            outputs = self.network.decode(memory, queries, all_layers=True, **mask)
-            return outputs if self.cckt is None else self.cckt.training_outputs(outputs)
+    def infer(
+        self,
+        batched_inputs: Iterable[Sample | Mapping[str, Any]],
+        all_layers: bool = False,
+        keep_sampling: bool = False,
+    ) -> tuple[ImageList, DetrOutputs, Queries]:
+        """The outputs at test: (padded images, outputs whose logits become scores by a sigmoid, queries of them).
 
-        if self.clip_detr is None:
-            outputs, added = decode(queries), {}
-        else:
-            transformer = self.network.transformer
-            outputs, added = self.clip_detr(transformer, decode, memory, queries, targets, self.criterion)
-        if self.cckt is None:
-            return self.criterion(outputs, targets)[0] | added
-        # Before the criterion, which may stop this process alone: a count over all processes would wait for it.
-        num_boxes = mean_box_count(len(targets), self.device)
-        losses, matches = self.criterion(outputs, targets)
-        return losses | self.cckt.losses(outputs, targets, matches, num_boxes) | added
-
-    def infer(self, batched_inputs, all_layers=False, keep_sampling=False):
-        """What the network says of images at test.
-
-        Returns:
-            (:class:`ImageList`, outputs as of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`, with CCKT
-            those of :meth:`~ovdet2.methods.cckt.part.CCKT.scored`).
+        Args:
+            batched_inputs: as of :meth:`forward`.
+            all_layers, keep_sampling: of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`.
         """
         images, memory, queries = self.encode(batched_inputs)
         outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
-        words = outputs["pred_logits"].shape[-1]
+        words = outputs.pred_logits.shape[-1]
         if words != len(self.vocabulary.words):
             raise UsageError(
                 f"a closed-set head of {words} classes cannot take {len(self.vocabulary.words)} words: use "
                 'MODEL.OVD.CLASSIFIER "text".'
             )
-        return images, outputs if self.cckt is None else self.cckt.scored(outputs, queries)
+        for part in self.parts:
+            outputs = part.score(outputs, queries)
+        return images, outputs, queries
 
-    def encode(self, batched_inputs):
-        """(the padded :class:`ImageList`, the :class:`Memory`, the :class:`Queries` that the decoder starts from)."""
-        images = self.preprocess(batched_inputs)
+    def encode(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> tuple[ImageList, Memory, Queries]:
+        """(the padded images, the encoded images, the queries that the decoder starts from)."""
+        samples = as_samples(batched_inputs)
+        images = self.preprocess(samples)
         memory = self.network.encode(images.tensor, images.image_sizes)
         queries = self.network.transformer.queries(memory)
-        return images, memory, queries if self.cckt is None else self.cckt.add_priors(queries, batched_inputs)
+        for part in self.parts:
+            queries = part.alter_queries(queries, samples)
+        return images, memory, queries
 
-    def preprocess(self, batched_inputs):
-        """The normalised images, padded with zeros at the right and the bottom, and their sizes: :class:`ImageList`."""
-        images = [(record["image"].to(self.device) - self.pixel_mean) / self.pixel_std for record in batched_inputs]
+    def preprocess(self, samples: Sequence[Sample]) -> ImageList:
+        """The normalised images, padded with zeros at the right and the bottom, and their sizes."""
+        images = [(sample["image"].to(self.device) - self.pixel_mean) / self.pixel_std for sample in samples]
         return ImageList.from_tensors(images, self.network.backbone.size_divisibility)
+
+    def _losses(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
+        """Unweighted losses of a batch: (the criterion's, those of parts), in the order that they are summed in."""
+        with_boxes = of_kind(samples, BOXES)
+        core, of_parts = self._losses_of_boxes(with_boxes) if with_boxes else ({}, [])
+        weak = [sample for sample in samples if sample.kind != BOXES]
+        return core, [*of_parts, *(self._weak_losses(weak) if weak else [])]
+
+    def _losses_of_boxes(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
+        """:meth:`_losses` of images with boxes.
+
+        Parts draw random numbers and make collective calls in their order. All collective calls come before the
+        matching, which may stop this process at a cost that is not finite while the others would wait for it.
+        """
+        _, memory, queries = self.encode(samples)
+        targets = Targets.of_samples(samples, self.device)
+        step = DetrStep(samples, targets, memory, queries, self.network, self.criterion)
+        prepared = [part.before_decoding(step) for part in self.parts]
+        outputs, of_parts = decode_with(step, [before.extra for before in prepared], self.parts)
+        before_matching = [
+            (part, joined(before.losses, part.losses_before_matching(step, before, own)))
+            for part, before, own in zip(self.parts, prepared, of_parts)
+        ]
+        num_boxes = mean_box_count(len(targets), self.device)
+        losses, matches = self.criterion(outputs, targets, num_boxes)
+        after_matching = [(part, part.losses(step, outputs, matches, num_boxes)) for part in self.parts]
+        return losses, [*after_matching, *before_matching]
+
+    def _weak_losses(self, samples: list[Sample]) -> list[PartLosses]:
+        """Those of parts on images without boxes, which are encoded and not decoded."""
+        require_seen(self.parts, [sample.kind for sample in samples])
+        images = self.preprocess(samples)
+        memory = self.network.encode(images.tensor, images.image_sizes)
+        found = []
+        for part in self.parts:
+            rows = [row for row, sample in enumerate(samples) if sample.kind in part.sees]
+            if rows:
+                own = memory if len(rows) == len(samples) else memory.take(rows)
+                found.append((part, part.weak_losses([samples[row] for row in rows], own, self.network)))
+        return found

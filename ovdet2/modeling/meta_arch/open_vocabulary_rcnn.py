@@ -1,55 +1,91 @@
 """Faster R-CNN whose classes are an input: wiring only.
 
-Shapes: R proposals, K words.
+Shapes: N images, R proposals, K words.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone, build_proposal_generator
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
 
+from ovdet2.config import check_methods, methods_of
+from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
 from ovdet2.errors import UsageError
-from ovdet2.methods.vild.crop_scorer import CropScorer
-from ovdet2.modeling.build import build_teacher, build_vocabulary_buffer
+from ovdet2.modeling.build import build_vocabulary_buffer
+from ovdet2.modeling.host import Host
+from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
+from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
+from ovdet2.modeling.rcnn.roi_heads import build_similar_box_head
+from ovdet2.vocabulary import Vocabulary
+from ovdet2.vocabulary.bank import WordBank
+
+if TYPE_CHECKING:
+    from ovdet2.data.loader import TrainSource
+
+Batch = Sequence[Sample | Mapping[str, Any]]
 
 
 @META_ARCH_REGISTRY.register()
 class OpenVocabularyRCNN(GeneralizedRCNN):
-    """ViLD's network (Gu et al., ICLR 2022): a class-agnostic Faster R-CNN that scores regions against words.
+    """A class-agnostic Faster R-CNN that scores regions against words, and the parts that methods add to it.
 
     At test each image gives {"instances", "proposals"}: detections whose ``pred_classes`` index the vocabulary, and the
     best proposals of the RPN (``proposal_boxes``, ``objectness_logits``), both in pixels of the original image.
+
+    Attributes:
+        parts: tuple of :class:`RCNNPart`, each also a module under its name (``model.vild``).
     """
 
     @configurable
-    def __init__(self, *, region_scorer=None, proposals_kept=0, **kwargs):
+    def __init__(self, *, parts: Sequence[RCNNPart] = (), proposals_kept: int = 0, **kwargs):
         """
         Args:
-            region_scorer: None, or a module (image [3, H, W], boxes [R, 4]) -> probabilities [R, K] that is asked at
-                test and whose answer the box predictor fuses.
+            parts: of methods, with their names.
             proposals_kept: proposals returned per image; 0 returns none.
             kwargs: backbone, proposal_generator, roi_heads, pixel_mean, pixel_std, input_format, vis_period.
+
+        Raises:
+            UsageError: a name of a part is empty or used twice.
         """
         super().__init__(**kwargs)
-        self.region_scorer = region_scorer
+        self.parts = register_parts(self, parts)
         self.proposals_kept = proposals_kept
 
     @classmethod
-    def from_config(cls, cfg, vocabulary=None):
-        """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
+    def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
+        """Arguments by configuration.
+
+        Args:
+            cfg: configuration.
+            vocabulary: replaces the one that MODEL.VOCABULARY and DATASETS.TEST give.
+
+        Raises:
+            UsageError: settings of the heads or of a method that do not go together.
+        """
+        check_methods(cfg)
         backbone = build_backbone(cfg)
-        vocabulary = build_vocabulary_buffer(cfg, vocabulary)
-        scorer = None
-        if cfg.MODEL.OVD.SECONDARY_SCORES == "crops":
-            scorer = CropScorer(build_teacher(cfg), vocabulary, cfg.INPUT.FORMAT)
-        roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)
+        bank = build_vocabulary_buffer(cfg, vocabulary)
+        shapes = backbone.output_shape()
+        proposal_generator = build_proposal_generator(cfg, shapes)
+        roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)(cfg, shapes, bank)
+        # Parts come last: the first weights of the detector do not depend on them.
+        host = Host(bank, backbone, roi_heads=roi_heads, build_box_head=partial(build_similar_box_head, cfg, shapes))
         return {
             "backbone": backbone,
-            "proposal_generator": build_proposal_generator(cfg, backbone.output_shape()),
-            "roi_heads": roi_heads(cfg, backbone.output_shape(), vocabulary),
-            "region_scorer": scorer,
+            "proposal_generator": proposal_generator,
+            "roi_heads": roi_heads,
+            "parts": build_parts(cfg, methods_of(cfg), host),
             "proposals_kept": cfg.TEST.PROPOSALS_PER_IMAGE,
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
@@ -58,80 +94,128 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         }
 
     @property
-    def vocabulary(self):
-        """The :class:`~ovdet2.layers.WordBank`; ``model.vocabulary.set(v)`` changes the words."""
-        return self.roi_heads.box_predictor.cls_score.vocabulary
+    def vocabulary(self) -> WordBank:
+        """The detector's words; ``model.vocabulary.set(v)`` changes them."""
+        return self.roi_heads.classifier.vocabulary
 
-    def forward(self, batched_inputs):
-        """Losses of a batch in training (see :class:`GeneralizedRCNN`), :meth:`inference` otherwise.
+    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
+        """Let the parts take what they need of the training sets; see :meth:`~ovdet2.modeling.part.Part`."""
+        for part in self.parts:
+            part.prepare_training(sources)
 
-        With distillation a record also holds "regions", :class:`Instances` with ``proposal_boxes`` in pixels of its
-        image and the teacher's ``embeddings`` [R, D].
+    def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """
-        if not self.training or not self.roi_heads.distillation_weight:
-            return super().forward(batched_inputs)
-        if not all("regions" in record for record in batched_inputs):
-            raise UsageError(
-                "MODEL.VILD.WEIGHT is above 0 but the records hold no cached regions: set "
-                "MODEL.VILD.REGION_CACHE and load the data with OpenVocabularyMapper."
-            )
-        images = self.preprocess_image(batched_inputs)
-        targets = [record["instances"].to(self.device) for record in batched_inputs]
-        regions = [record["regions"].to(self.device) for record in batched_inputs]
+        Args:
+            batched_inputs: N samples or Detectron2 records with ``image``; in training ``instances`` of those of kind
+                "boxes", and what the parts read.
+
+        Returns:
+            In training weighted losses by name: of the box head, the parts, masks, the RPN, then of images without
+            boxes; of a kind of images that the batch has none of, there are none. At test see :meth:`inference`.
+
+        Raises:
+            UsageError: images of a kind that no part has losses of.
+        """
+        samples = as_samples(batched_inputs)
+        if not self.training:
+            return self.inference(samples)
+        require_seen(self.parts, (sample.kind for sample in samples))
+        boxed = of_kind(samples, BOXES)
+        others = [sample for sample in samples if sample.kind != BOXES]
+        # Images with boxes first: the casts of weights that autocast keeps would carry no gradient if those of the RPN
+        # were made for the others, without gradient.
+        losses = self._losses(boxed) if boxed else {}
+        return joined(losses, self._weak_losses(others) if others else {})
+
+    def _losses(self, samples):
+        """Weighted losses on images with boxes."""
+        images = self.preprocess_image(samples)
+        targets = [sample["instances"].to(self.device) for sample in samples]
         features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, targets)
-        _, head_losses = self.roi_heads(images, features, proposals, targets, regions)
+        _, head_losses = self.roi_heads(images, features, proposals, targets, samples, self.parts)
         if self.vis_period > 0 and get_event_storage().iter % self.vis_period == 0:
-            self.visualize_training(batched_inputs, proposals)
-        return head_losses | losses
+            self.visualize_training(samples, proposals)
+        return joined(head_losses, losses)
+
+    def _weak_losses(self, samples):
+        """Weighted losses on images without boxes. The RPN proposes as at test: it learns nothing, and no batch
+        statistic, random number or metric of it changes."""
+        images = self.preprocess_image(samples)
+        features = self.backbone(images.tensor)
+        with torch.no_grad(), _evaluating(self.proposal_generator):
+            proposals, _ = self.proposal_generator(images, features, None)
+        batch = WeakBatch(samples, features, proposals, self.roi_heads)
+        seen = [(part, batch.only(part.sees)) for part in self.parts]
+        return joined(*(weighted(part.weak_losses(own), part) for part, own in seen if own is not None))
 
     @torch.no_grad()
-    def propose(self, batched_inputs):
+    def propose(self, batched_inputs: Batch) -> list[Instances]:
         """The RPN alone, in evaluation mode: list of :class:`Instances` with ``proposal_boxes`` (pixels of the original
         image) and ``objectness_logits``, best first."""
         if self.training:
-            raise UsageError("proposals are asked of a model in evaluation mode: call model.eval() first.")
-        _, _, proposals = self._propose(batched_inputs)
-        return [_to_original_pixels(found, inputs) for found, inputs in zip(proposals, batched_inputs)]
+            raise UsageError("proposals are those of a model in evaluation mode: call model.eval() first.")
+        samples = as_samples(batched_inputs)
+        _, _, proposals = self._propose(samples)
+        return [_to_original_pixels(of_image, sample) for of_image, sample in zip(proposals, samples)]
 
-    def _propose(self, batched_inputs):
-        images = self.preprocess_image(batched_inputs)
+    def _propose(self, samples):
+        images = self.preprocess_image(samples)
         features = self.backbone(images.tensor)
         return images, features, self.proposal_generator(images, features, None)[0]
 
-    def inference(self, batched_inputs, detected_instances=None, do_postprocess=True):
-        """Detect in a batch; see :class:`GeneralizedRCNN` for the arguments."""
-        if detected_instances is not None:
-            return super().inference(batched_inputs, detected_instances, do_postprocess)
-        images, features, proposals = self._propose(batched_inputs)
-        self.ask_second_branch(batched_inputs, features, proposals)
-        results, _ = self.roi_heads(images, features, proposals, None)
+    def inference(
+        self, batched_inputs: Batch, detected_instances: list[Instances] | None = None, do_postprocess: bool = True
+    ) -> list[dict[str, Instances]] | list[Instances]:
+        """Detect in a batch; see :class:`GeneralizedRCNN` for the arguments.
+
+        Raises:
+            UsageError: two parts give secondary scores.
+            NumericalError: a score or box is not finite.
+        """
+        samples = as_samples(batched_inputs)
+        proposals: list[Instances] = []
+        if detected_instances is None:
+            images, features, proposals = self._propose(samples)
+            results, _ = self.roi_heads(images, features, proposals, None, samples, self.parts)
+        else:
+            features = self.backbone(self.preprocess_image(samples).tensor)
+            given = [of_image.to(self.device) for of_image in detected_instances]
+            results = self.roi_heads.forward_with_given_boxes(features, given)
         if not do_postprocess:
             return results
-        outputs = self._postprocess(results, batched_inputs, images.image_sizes)
+        outputs = [
+            {"instances": detector_postprocess(found, *_output_size(sample, found))}
+            for found, sample in zip(results, samples)
+        ]
         if self.proposals_kept:
-            for output, inputs, found in zip(outputs, batched_inputs, proposals):
-                output["proposals"] = _to_original_pixels(found[: self.proposals_kept], inputs)
+            for output, sample, of_image in zip(outputs, samples, proposals):
+                output["proposals"] = _to_original_pixels(of_image[: self.proposals_kept], sample)
         return outputs
 
-    def ask_second_branch(self, batched_inputs, features, proposals):
-        """Attach ``secondary_probs`` [R, K] to the proposals of each image, where something but the heads gives them.
 
-        Args:
-            batched_inputs: records.
-            features: dict of maps of the backbone.
-            proposals: list of :class:`Instances` with ``proposal_boxes`` in pixels of the network's input.
-        """
-        if self.region_scorer is None:
-            return
-        for inputs, found in zip(batched_inputs, proposals):
-            found.secondary_probs = self.region_scorer(inputs["image"], found.proposal_boxes.tensor)
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule has its own mode back after it."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
 
 
-def _to_original_pixels(proposals, inputs):
-    """Proposals of one image scaled from the network input to the ``height`` and ``width`` of the record."""
+def _output_size(sample, instances):
+    """(height, width) of the original image, or else of the network's input."""
+    height, width = instances.image_size
+    return sample.height or height, sample.width or width
+
+
+def _to_original_pixels(proposals, sample):
+    """Proposals of one image, scaled from the network's input to the original image."""
     height, width = proposals.image_size
-    out_height, out_width = inputs.get("height", height), inputs.get("width", width)
+    out_height, out_width = _output_size(sample, proposals)
     boxes = Boxes(proposals.proposal_boxes.tensor.clone())
     boxes.scale(out_width / width, out_height / height)
     return Instances((out_height, out_width), proposal_boxes=boxes, objectness_logits=proposals.objectness_logits)

@@ -3,11 +3,17 @@
 Shapes: R regions, C channels, K words.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovdet2.errors import NumericalError, UsageError
@@ -18,10 +24,10 @@ SECONDARY_USES = ("fuse", "only", "only_objectness")
 
 
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
-    """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with a second branch.
+    """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with secondary ones.
 
-    A second branch leaves its probabilities as ``secondary_probs`` [R, K] of the proposals; without the field the
-    classifier's stand. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
+    Secondary scores are given as ``secondary_probs`` [R, K] or [R, K + 1] of the proposals; without the field the
+    classifier's are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1 on
     positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
     binary and may be federated.
     """
@@ -29,16 +35,16 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     @configurable
     def __init__(
         self,
-        input_shape,
+        input_shape: ShapeSpec,
         *,
-        classifier,
-        secondary_use="fuse",
-        fusion_base=1 / 3,
-        fusion_novel=2 / 3,
-        renormalize=False,
-        background_weight=1.0,
-        federated=0,
-        federated_weights=None,
+        classifier: nn.Module,
+        secondary_use: str = "fuse",
+        fusion_base: float = 1 / 3,
+        fusion_novel: float = 2 / 3,
+        renormalize: bool = False,
+        background_weight: float = 1.0,
+        federated: int = 0,
+        federated_weights: Tensor | None = None,
         **kwargs,
     ):
         """
@@ -47,7 +53,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             classifier: module, [R, C] -> logits with background last; has ``num_training_classes``, ``per_word`` and
                 ``vocabulary``.
             secondary_use: what to do with ``secondary_probs``, one of SECONDARY_USES.
-            fusion_base, fusion_novel: exponents of the second branch in "fuse".
+            fusion_base, fusion_novel: exponents of the secondary scores in "fuse".
             renormalize: in "fuse", let the fused scores and the background of a region sum to 1.
             background_weight: of a background region's cross-entropy; the mean is over the number of regions.
             federated: words in the loss of a batch, for a classifier per word; 0: all.
@@ -69,7 +75,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         self.register_buffer("federated_weights", federated_weights, persistent=False)
 
     @classmethod
-    def from_config(cls, cfg, input_shape, classifier):
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, classifier: nn.Module) -> dict[str, Any]:
+        """Arguments by configuration; ``classifier`` as in the constructor."""
         arguments = super().from_config(cfg, input_shape)
         del arguments["num_classes"], arguments["cls_agnostic_bbox_reg"]
         arguments["loss_weight"] = {**arguments["loss_weight"], "loss_cls": cfg.MODEL.OVD.CLS_LOSS_WEIGHT}
@@ -84,7 +91,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             "federated_weights": federated_weights(cfg, classifier),
         }
 
-    def losses(self, predictions, proposals):
+    def losses(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> dict[str, Tensor]:
         """See :class:`FastRCNNOutputLayers`."""
         losses = super().losses(predictions, proposals)
         if not self.cls_score.per_word and self.background_weight == 1.0:
@@ -101,7 +108,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             loss = background_weighted_cross_entropy(predictions[0], labels, self.background_weight)
         return losses | {"loss_cls": loss * self.loss_weight.get("loss_cls", 1.0)}
 
-    def predict_probs(self, predictions, proposals):
+    def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> list[Tensor]:
         """Probabilities per image, list of [R, K + 1] with background last (0 if per word), after any fusion."""
         logits, _ = predictions
         counts = [len(p) for p in proposals]
@@ -109,21 +116,23 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             probs = F.pad(logits[:, :-1].float().sigmoid(), (0, 1)).split(counts)
         else:
             probs = F.softmax(logits.float(), dim=1).split(counts)
-        return [self._with_second_branch(p, instances) for p, instances in zip(probs, proposals)]
+        return [self._with_secondary_probs(p, instances) for p, instances in zip(probs, proposals)]
 
-    def _with_second_branch(self, probs, proposals):
+    def _with_secondary_probs(self, probs, proposals):
         if not proposals.has("secondary_probs"):
             return probs
-        second = proposals.secondary_probs
+        secondary = proposals.secondary_probs
         if self.secondary_use == "fuse":
             mask = self.cls_score.vocabulary.base_mask
             exponents = fusion_exponents(mask, self.fusion_base, self.fusion_novel)
-            return fuse_scores(probs, second, exponents, self.renormalize)
+            return fuse_scores(probs, secondary, exponents, self.renormalize)
         if self.secondary_use == "only_objectness":  # the geometric mean of objectness and class probability
-            second = (second * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
-        return fuse_scores(probs, second, 1.0)
+            secondary = (secondary * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
+        return fuse_scores(probs, secondary, 1.0)
 
-    def inference(self, predictions, proposals):
+    def inference(
+        self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
+    ) -> tuple[list[Instances], list[Tensor]]:
         """Detections per image.
 
         Returns:
@@ -155,7 +164,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         return results, kept
 
 
-def federated_weights(cfg, classifier):
+def federated_weights(cfg: CfgNode, classifier: nn.Module) -> Tensor | None:
     """Image counts of the training sets' base classes to the power MODEL.OVD.FEDERATED_POWER.
 
     Returns:

@@ -1,132 +1,195 @@
-"""Detectron2's StandardROIHeads with the open-vocabulary box predictor and ViLD's image branch.
+"""Detectron2's StandardROIHeads with the open-vocabulary box predictor, for the host and the parts of methods.
 
-Shapes: R regions, C channels, S pooled side, K words, D embedding dimension.
+Shapes: N images, R regions, C channels, S pooled side, F features of the box head, K words, D embedding dimension.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import torch
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import StandardROIHeads, build_box_head
-from torch import nn
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
 
+from ovdet2.config import methods_of
+from ovdet2.data.samples import Sample
 from ovdet2.errors import UsageError
-from ovdet2.layers.text_classifier import EmbeddingProjection
 from ovdet2.modeling.build import build_classifier
-from ovdet2.modeling.losses import embedding_l1
+from ovdet2.modeling.part import joined, weighted
 from ovdet2.modeling.rcnn.output_layers import OpenVocabularyOutputLayers
-
-SECOND_BRANCHES = ("none", "image", "crops", "map")
-
-
-class ImageHead(nn.Module):
-    """ViLD-ensemble's second head: a box head and a projection that only distillation trains."""
-
-    def __init__(self, box_head, input_dim, embed_dim):
-        """
-        Args:
-            box_head: module, pooled features [R, C, S, S] -> [R, input_dim].
-            embed_dim: D.
-        """
-        super().__init__()
-        self.box_head = box_head
-        self.projection = EmbeddingProjection(input_dim, embed_dim)
-
-    def forward(self, pooled):
-        """Pooled features [R, C, S, S] -> unit embeddings [R, D], float32."""
-        return self.projection(self.box_head(pooled))
+from ovdet2.modeling.rcnn.part import RCNNPart, RegionBatch
+from ovdet2.vocabulary.bank import WordBank
 
 
 @ROI_HEADS_REGISTRY.register()
 class OpenVocabularyROIHeads(StandardROIHeads):
-    """Box head, class-agnostic regression, a classifier over the vocabulary it is given, and distillation.
+    """Box head, class-agnostic regression, masks, and a classifier over the vocabulary it is given.
 
-    The label of background, and so the only class count, is read from the classifier. The *image branch* is the
-    embedding that distillation trains: of the classifier's own head (ViLD, ViLD-image) or of a second one
-    (ViLD-ensemble). Distilled regions are no part of sampling, classification and box regression.
+    The label of background, and so the only class count, is read from the classifier. The boxes that parts give are no
+    part of sampling, classification and box regression.
     """
 
     @configurable
-    def __init__(self, *, image_head=None, distillation_weight=0.0, scores_images=False, **kwargs):
+    def __init__(self, **kwargs):
         """
         Args:
-            image_head: None for the classifier's own head, or an :class:`ImageHead`.
-            distillation_weight: w of ViLD's loss.
-            scores_images: at test, attach the image branch's probabilities to the proposals as ``secondary_probs``.
             kwargs: of :class:`StandardROIHeads`.
         """
         super().__init__(**kwargs)
-        self.image_head = image_head
-        self.distillation_weight = distillation_weight
-        self.scores_images = scores_images
 
     @classmethod
-    def from_config(cls, cfg, input_shape, vocabulary):
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], vocabulary: WordBank) -> dict:
+        """Arguments by configuration.
+
+        Raises:
+            UsageError: settings of the heads that do not go together.
+        """
         _require_consistent(cfg)
         arguments = super().from_config(cfg, input_shape)
         head_shape = arguments["box_head"].output_shape
-        width = head_shape.channels * (head_shape.width or 1) * (head_shape.height or 1)
-        classifier = build_classifier(cfg, width, vocabulary)
+        classifier = build_classifier(cfg, _width(head_shape), vocabulary)
         arguments["num_classes"] = classifier.num_training_classes
         arguments["box_predictor"] = OpenVocabularyOutputLayers(cfg, head_shape, classifier)
-        if cfg.MODEL.VILD.OWN_HEAD:
-            side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
-            channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
-            box_head = build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
-            arguments["image_head"] = ImageHead(box_head, width, vocabulary.embeddings.shape[1])
-        return arguments | {
-            "distillation_weight": cfg.MODEL.VILD.WEIGHT,
-            "scores_images": cfg.MODEL.OVD.SECONDARY_SCORES == "image",
-        }
+        return arguments
 
-    def forward(self, images, features, proposals, targets=None, regions=None):
+    @property
+    def classifier(self) -> nn.Module:
+        """Of :mod:`ovdet2.layers.text_classifier`: [R, F] -> logits, background last; ``embed`` gives [R, D]."""
+        return self.box_predictor.cls_score
+
+    @property
+    def feature_dim(self) -> int:
+        """F."""
+        return _width(self.box_head.output_shape)
+
+    def pool(self, features: Mapping[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
+        """RoIAlign on the pyramid.
+
+        Args:
+            features: maps of the backbone by name.
+            boxes: of each of the N images, in pixels of the network's input, on any device.
+
+        Returns:
+            Tensor [R, C, S, S] float32, of the boxes of all images in order.
+        """
+        # Detectron2's RoIAlign rounds boxes to the type of the maps: in bfloat16 they would be pixels off.
+        levels = [features[name].float() for name in self.box_in_features]
+        return self.box_pooler(levels, [of_image.to(levels[0].device) for of_image in boxes])
+
+    def embed_boxes(self, features: Mapping[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
+        """Region embeddings of any boxes, as the classifier compares them with words.
+
+        Args:
+            features, boxes: as of :meth:`pool`.
+
+        Returns:
+            unit Tensor [R, D] float32.
+        """
+        return self.classifier.embed(self.box_head(self.pool(features, boxes)))
+
+    def forward(
+        self,
+        images: ImageList,
+        features: Mapping[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+        samples: Sequence[Sample] = (),
+        parts: Sequence[RCNNPart] = (),
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """See :class:`StandardROIHeads`.
 
         Args:
-            regions: in training with distillation, list of :class:`Instances` with ``proposal_boxes`` and the teacher's
-                ``embeddings`` [R, D]; one per image, possibly empty.
+            samples: of the N images, which the parts read.
+            parts: of the detector.
 
         Returns:
-            As of StandardROIHeads; in training the losses may hold "loss_distillation", weighted.
+            As of StandardROIHeads: (sampled proposals, weighted losses, those of the parts after those of the box head)
+            in training, (detections, {}) at test.
+
+        Raises:
+            UsageError: two losses of one name, or two parts that give secondary scores.
         """
-        # Detectron2's RoIAlign rounds boxes to the type of the maps: in bfloat16 they would be pixels off.
+        # Once for all that is pooled, so that gradients of the maps add up in float32. Why float32: see `pool`.
         features = {name: level.float() for name, level in features.items()}
-        if not self.training or not self.distillation_weight:
-            return super().forward(images, features, proposals, targets)
-        sampled = self.label_and_sample_proposals(proposals, targets)
-        losses = self._box_losses(features, sampled, regions)
-        losses.update(self._forward_mask(features, sampled))
-        return sampled, losses
+        if self.training:
+            sampled = self.label_and_sample_proposals(proposals, targets)
+            losses = self._box_losses(features, sampled, samples, parts)
+            return sampled, joined(losses, self._forward_mask(features, sampled))
+        pooled = self.pool(features, [of_image.proposal_boxes for of_image in proposals])
+        batch = RegionBatch(samples, features, proposals, pooled, self.box_head(pooled), self)
+        self._attach_secondary_probs(batch, parts)
+        detections, _ = self.box_predictor.inference(self.box_predictor(batch.box_features), proposals)
+        return self.forward_with_given_boxes(features, detections), {}
 
-    def _box_losses(self, features, sampled, regions):
-        """Losses of the box head on ``sampled`` proposals and of distillation on ``regions``."""
-        levels = [features[name] for name in self.box_in_features]
-        pooled = self.box_pooler(levels, [p.proposal_boxes for p in sampled])  # [R, C, S, S]
-        distilled = self.box_pooler(levels, [r.proposal_boxes for r in regions])
-        teacher = torch.cat([r.embeddings for r in regions])
-        if self.image_head is None:
-            # One pass: where the head has batch statistics, both kinds of regions share them, as they will at test.
-            joint = self.box_head(torch.cat([pooled, distilled]))
-            box_features, student = joint[: len(pooled)], self.box_predictor.cls_score.embed(joint[len(pooled) :])
-        else:
-            box_features = self.box_head(pooled)
-            # A batch without a region still runs the head, for every process must give its parameters a gradient.
-            student = self.image_head(distilled if len(distilled) else pooled[:2])[: len(distilled)]
-        losses = self.box_predictor.losses(self.box_predictor(box_features), sampled)
-        return losses | {"loss_distillation": self.distillation_weight * embedding_l1(student, teacher)}
+    def _box_losses(self, features, sampled, samples, parts):
+        """Weighted losses of the box head on ``sampled`` proposals, then those of the parts."""
+        pooled = self.pool(features, [of_image.proposal_boxes for of_image in sampled])
+        own = [self._pool_own(features, samples, part) for part in parts]
+        shared = [regions for part, regions in zip(parts, own) if regions is not None and part.shares_head]
+        # One pass: where the head has batch statistics, all kinds of regions share them, as they will at test.
+        joint = self.box_head(torch.cat([pooled, *shared]) if shared else pooled)
+        box_features, start = joint[: len(pooled)], len(pooled)
+        predictions = self.box_predictor(box_features)
+        groups = [self.box_predictor.losses(predictions, sampled)]
+        batch = RegionBatch(samples, features, sampled, pooled, box_features, self)
+        for part, regions in zip(parts, own):
+            own_features = None
+            if regions is not None and part.shares_head:
+                own_features, start = joint[start : start + len(regions)], start + len(regions)
+            of_part = replace(batch, own_pooled=regions, own_features=own_features)
+            groups.append(weighted(part.losses(of_part), part))
+        if self.train_on_pred_boxes:
+            self._replace_by_predicted(sampled, predictions)
+        return joined(*groups)
 
-    def _forward_box(self, features, proposals):
-        if self.training or not self.scores_images:
-            return super()._forward_box(features, proposals)
-        levels = [features[name] for name in self.box_in_features]
-        pooled = self.box_pooler(levels, [p.proposal_boxes for p in proposals])
-        box_features = self.box_head(pooled)
-        classifier = self.box_predictor.cls_score
-        embeddings = classifier.embed(box_features) if self.image_head is None else self.image_head(pooled)
-        probs = classifier.classify_without_background(embeddings)
-        for found, of_image in zip(proposals, probs.split([len(p) for p in proposals])):
-            found.secondary_probs = of_image
-        return self.box_predictor.inference(self.box_predictor(box_features), proposals)[0]
+    def _pool_own(self, features, samples, part):
+        boxes = part.own_boxes(samples)
+        return None if boxes is None else self.pool(features, boxes)
+
+    @torch.no_grad()
+    def _replace_by_predicted(self, sampled, predictions):
+        """Let masks be trained on the boxes that the box head gives (TRAIN_ON_PRED_BOXES)."""
+        boxes = self.box_predictor.predict_boxes_for_gt_classes(predictions, sampled)
+        for of_image, predicted in zip(sampled, boxes):
+            of_image.proposal_boxes = Boxes(predicted)
+
+    def _attach_secondary_probs(self, batch, parts):
+        """Set ``secondary_probs`` of the proposals of each image, if a part gives them."""
+        given = {part.name: part.secondary_probs(batch) for part in parts}
+        given = {name: probs for name, probs in given.items() if probs is not None}
+        if len(given) > 1:
+            raise UsageError(
+                f"{' and '.join(given)} both give secondary scores of proposals: switch off all but one of them, as "
+                "MODEL.OVD.SECONDARY_SCORES names it."
+            )
+        for probs in given.values():
+            for of_image, probs_of_image in zip(batch.proposals, probs, strict=True):
+                of_image.secondary_probs = probs_of_image
+
+
+def build_similar_box_head(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> nn.Module:
+    """Another box head like the detector's, with weights of its own.
+
+    Args:
+        cfg: configuration.
+        input_shape: of the backbone's maps.
+
+    Returns:
+        module, pooled features [R, C, S, S] -> [R, F].
+    """
+    side = cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION
+    channels = input_shape[cfg.MODEL.ROI_HEADS.IN_FEATURES[0]].channels
+    return build_box_head(cfg, ShapeSpec(channels=channels, height=side, width=side))
+
+
+def _width(shape):
+    """Values of a region after the box head, flattened."""
+    return shape.channels * (shape.width or 1) * (shape.height or 1)
 
 
 def _require_consistent(cfg):
@@ -135,56 +198,20 @@ def _require_consistent(cfg):
     Raises:
         UsageError: names the keys.
     """
-    ovd, distillation = cfg.MODEL.OVD, cfg.MODEL.VILD
-    if ovd.SECONDARY_SCORES not in SECOND_BRANCHES:
-        raise UsageError(
-            f"MODEL.OVD.SECONDARY_SCORES is {ovd.SECONDARY_SCORES!r}: choose one of {', '.join(SECOND_BRANCHES)}."
-        )
-    if ovd.SECONDARY_SCORES == "map" and cfg.MODEL.META_ARCHITECTURE != "FrozenVLMRCNN":
-        raise UsageError(
-            'MODEL.OVD.SECONDARY_SCORES "map" needs a trunk that is CLIP: set MODEL.META_ARCHITECTURE to FrozenVLMRCNN.'
-        )
+    ovd = cfg.MODEL.OVD
     if ovd.BACKGROUND_WEIGHT < 0 or (ovd.BACKGROUND_WEIGHT != 1.0 and ovd.CLS_LOSS == "sigmoid"):
         raise UsageError(
             f"MODEL.OVD.BACKGROUND_WEIGHT is {ovd.BACKGROUND_WEIGHT}: it must not be negative, and with "
             'MODEL.OVD.CLS_LOSS "sigmoid", which has no background, it must be 1.'
         )
-    if distillation.WEIGHT < 0:
-        raise UsageError(f"MODEL.VILD.WEIGHT is {distillation.WEIGHT}: it must not be negative.")
     if cfg.MODEL.MASK_ON and not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
         raise UsageError(
-            "a mask per class cannot be asked for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
+            "masks per class do not exist for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
         )
     if cfg.MODEL.KEYPOINT_ON:
         raise UsageError("MODEL.KEYPOINT_ON is True: the open-vocabulary heads know no keypoints.")
-    image_branch = distillation.WEIGHT > 0 or ovd.SECONDARY_SCORES == "image"
-    if image_branch and ovd.CLASSIFIER != "text":
+    if ovd.CLS_LOSS_WEIGHT == 0 and not any(method.trains_words(cfg) for method in methods_of(cfg)):
         raise UsageError(
-            f'MODEL.OVD.CLASSIFIER is {ovd.CLASSIFIER!r}, but only "text" has an embedding to distil into: set '
-            "MODEL.VILD.WEIGHT to 0 and MODEL.OVD.SECONDARY_SCORES to none."
+            "MODEL.OVD.CLS_LOSS_WEIGHT is 0 and no method that teaches words is switched on: nothing learns what a "
+            "region is."
         )
-    if distillation.WEIGHT == 0:
-        if distillation.OWN_HEAD:
-            raise UsageError("MODEL.VILD.OWN_HEAD without a MODEL.VILD.WEIGHT: nothing trains that head.")
-        if ovd.CLS_LOSS_WEIGHT == 0:
-            raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT and MODEL.VILD.WEIGHT are both 0: nothing learns what a region is."
-            )
-        return
-    if distillation.REGIONS_PER_IMAGE < 1:
-        raise UsageError(
-            f"MODEL.VILD.REGIONS_PER_IMAGE is {distillation.REGIONS_PER_IMAGE}: at least 1, or set "
-            "MODEL.VILD.WEIGHT to 0."
-        )
-    if distillation.OWN_HEAD and ovd.SECONDARY_SCORES != "image":
-        raise UsageError('MODEL.VILD.OWN_HEAD trains a head that only MODEL.OVD.SECONDARY_SCORES "image" asks.')
-    if ovd.CLS_LOSS_WEIGHT == 0:
-        if distillation.OWN_HEAD:
-            raise UsageError("MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.VILD.OWN_HEAD leaves the classifier untrained.")
-        if ovd.SECONDARY_SCORES != "image" or ovd.SECONDARY_USE == "fuse":
-            raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves background untrained: score words by the image branch alone, "
-                'MODEL.OVD.SECONDARY_SCORES "image" with SECONDARY_USE "only" or "only_objectness".'
-            )
-    if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
-        raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")

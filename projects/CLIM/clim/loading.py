@@ -6,14 +6,8 @@ from detectron2.data.samplers import TrainingSampler
 from torchvision.transforms import InterpolationMode, v2
 
 from clim.tar_shards import ShuffleBuffer
-from ovdet2.data.loader import MappedRecords, TrainLoader
-
-
-class CaptionedImages(MappedRecords):
-    """:class:`~ovdet2.data.loader.MappedRecords` of a source, whose records are made when they are asked for."""
-
-    def __init__(self, source, mapper, seed=0, max_bad=0):
-        self.records, self.mapper, self.seed, self.max_bad = source, mapper, seed, max_bad
+from ovdet2.data.mapped_records import MappedRecords
+from ovdet2.data.stream import SourceStream
 
 
 class CaptionMapper:
@@ -50,7 +44,7 @@ class CaptionMapper:
 
 
 def build_loader(cfg, source, table, teacher):
-    """The loader of a configuration; see :class:`~ovdet2.data.loader.TrainLoader`."""
+    """The loader of a configuration; see :class:`~ovdet2.data.stream.SourceStream`."""
     clim, seed = cfg.CLIM, cfg.SEED
     mapper = CaptionMapper(source, table, teacher.image_size, teacher.interpolation, clim.CROP_SCALE, clim.FLIP)
     if clim.SOURCE == "tar":
@@ -63,6 +57,6 @@ def build_loader(cfg, source, table, teacher):
         def make_sampler(seed):
             return TrainingSampler(len(source), seed=seed)
 
-    dataset = CaptionedImages(source, mapper, seed, cfg.DATALOADER.MAX_BAD_IMAGES)
+    dataset = MappedRecords(source, mapper, seed, cfg.DATALOADER.MAX_BAD_IMAGES)
     workers = cfg.DATALOADER.NUM_WORKERS
-    return TrainLoader(dataset, make_sampler, cfg.SOLVER.IMS_PER_BATCH, seed=seed, num_workers=workers)
+    return SourceStream(dataset, make_sampler, cfg.SOLVER.IMS_PER_BATCH, seed=seed, num_workers=workers)

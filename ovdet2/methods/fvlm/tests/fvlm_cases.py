@@ -6,7 +6,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional as F
 
-from ovdet2.config import find_config, get_cfg
+from ovdet2.config import check_methods, find_config, get_cfg
 from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
 from ovdet2.modeling.backbone.clip_pyramid import clip_pyramid
 from ovdet2.vocabulary.bank import WordBank
@@ -63,15 +63,15 @@ def background():
 def model(kind="resnet", overrides=(), words=None):
     """A FrozenVLMRCNN with deterministic weights, in evaluation mode."""
     config = cfg(*overrides)
+    check_methods(config)
     backbone = clip_pyramid(config, tower(kind))
     shapes = backbone.output_shape()
     heads = OpenVocabularyROIHeads(config, shapes, WordBank(words or micro.vocabulary(), background()))
-    asks_clip = config.MODEL.OVD.SECONDARY_SCORES == "map"
     network = FrozenVLMRCNN(
         backbone=backbone,
         proposal_generator=build_proposal_generator(config, shapes),
         roi_heads=heads,
-        vlm_temperature=config.MODEL.FVLM.TEMPERATURE if asks_clip else None,
+        parts=micro.rcnn_parts(config, backbone, heads),
         proposals_kept=20,
         pixel_mean=config.MODEL.PIXEL_MEAN,
         pixel_std=config.MODEL.PIXEL_STD,

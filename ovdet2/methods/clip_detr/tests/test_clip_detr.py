@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from ovdet2.config import without_training_parts
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError, UsageError
+from ovdet2.methods.cckt.tests import cckt_cases
 from ovdet2.predictor import Predictor
-from tests import cckt_cases, micro
+from tests import micro
 from tests.test_detr_build import model_of, small_cfg
 
-GOLDEN = Path(__file__).parent / "golden" / "clip_detr.safetensors"
+GOLDEN = Path(__file__).parent / "golden.safetensors"
 TINY = [
     "MODEL.DETR.DIM", "32", "MODEL.DETR.VARIANT", "plus_plus", "MODEL.DETR.DROPOUT", "0.0",
     "MODEL.CLIP_DETR.BETAS", "[0.2, 0.8]",
@@ -53,8 +54,8 @@ def test_training_adds_losses_and_leaves_the_others(parts, classifier):
 
 def test_weights_are_the_detectors_times_one_factor():
     model = detector(*PARTS["both"])
-    assert model.loss_weights["loss_align"] == 0.5
-    assert model.loss_weights["loss_l1_dynamic"] == 10.0 and model.loss_weights["loss_l1"] == 5.0
+    weights = model.clip_detr.loss_weights
+    assert weights["loss_align"] == 0.5 and weights["loss_l1_dynamic"] == 10.0 and model.loss_weights["loss_l1"] == 5.0
     torch.manual_seed(1)
     weighted = model(micro.images())
     torch.manual_seed(1)
@@ -79,8 +80,8 @@ def test_with_cckt(loss_on, variant):
     cckt, model = cckt_cases.model(*options), cckt_cases.model(*options, *PARTS["both"])
     assert model.load_state_dict(cckt.state_dict(), strict=False).unexpected_keys == []
     with torch.no_grad():
-        expected = cckt(cckt_cases.records(words=((2, 1), (0,))))
-    losses = model(cckt_cases.records(words=((2, 1), (0,))))
+        expected = cckt(cckt_cases.samples(words=((2, 1), (0,))))
+    losses = model(cckt_cases.samples(words=((2, 1), (0,))))
     assert set(losses) == set(expected) | ADDED["both"] and any("contrast" in name for name in losses)
     for name, value in expected.items():
         assert losses[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
@@ -115,9 +116,8 @@ def test_at_test_it_is_the_baseline(parts, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         AtomicCheckpointer(plain).load_all(str(tmp_path / "model.pth"))
     assert caplog.text == ""
-    if model.clip_detr is not None:  # whose weights count for nothing
-        for parameter in model.clip_detr.parameters():
-            parameter.fill_(float("nan"))
+    for parameter in model.clip_detr.parameters():  # which count for nothing
+        parameter.fill_(float("nan"))
     for mine, theirs in zip(model.eval()(micro.images()), plain.eval()(micro.images())):
         mine, theirs = mine["instances"], theirs["instances"]
         assert torch.equal(mine.scores, theirs.scores) and torch.equal(mine.pred_classes, theirs.pred_classes)
@@ -134,7 +134,7 @@ def test_a_label_table_of_another_teacher(tmp_path):
     named = ["MODEL.CLIP_DETR.LABEL_TABLE", str(tmp_path / "table.safetensors")]
     model = detector(*PARTS["both"], *named)
     words = model.clip_detr.attributes.words
-    assert words.vocabulary.names == micro.NAMES[:3] and words.vocabulary.teacher.architecture == "other"
+    assert words.words.names == micro.NAMES[:3] and words.words.teacher.architecture == "other"
     assert torch.equal(words.embeddings, table.embeddings[[2, 3, 0]])
     assert torch.isfinite(sum(model(micro.images()).values()))
     AtomicCheckpointer(model, str(tmp_path)).save("model")
@@ -154,7 +154,7 @@ def test_prediction_builds_no_part_and_needs_no_table(tmp_path):
     AtomicCheckpointer(detector(*PARTS["both"]), str(tmp_path)).save("model")
     cfg = small_cfg(*TINY, *PARTS["both"], "MODEL.CLIP_DETR.LABEL_TABLE", "nowhere.safetensors")
     predictor = Predictor(cfg, str(tmp_path / "model.pth"))
-    assert predictor.model.clip_detr is None and predictor.names == micro.NAMES
+    assert predictor.model.parts == () and predictor.names == micro.NAMES
     assert cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT == 0.5 and not without_training_parts(cfg).is_frozen()
     cfg.freeze()
     assert without_training_parts(cfg).is_frozen()
@@ -191,7 +191,7 @@ def golden_tensors():
 def test_golden():
     """Tolerances: 1e-3 relative (gradients 1e-2), for the order of sums differs between machines.
 
-    Rewrite: python -m tests.test_clip_detr.
+    Rewrite: python -m ovdet2.methods.clip_detr.tests.test_clip_detr.
     """
     micro.assert_golden(GOLDEN, golden_tensors(), gradient_atol=1e-3)
 

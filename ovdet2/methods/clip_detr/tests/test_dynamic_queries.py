@@ -20,10 +20,12 @@ from ovdet2.methods.clip_detr.dynamic_queries import (
     padded_sets,
     set_members,
 )
-from ovdet2.methods.clip_detr.part import dynamic_losses, split_outputs
+from ovdet2.methods.clip_detr.part import dynamic_losses
 from ovdet2.modeling.detr.criterion import SetCriterion
+from ovdet2.modeling.detr.extra_queries import attention_mask, joined_queries
 from ovdet2.modeling.detr.heads import inverse_sigmoid
 from ovdet2.modeling.detr.matcher import HungarianMatcher
+from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
 from tests import detr_cases
 from tests.micro_detr import QUERIES, SIZES, small_transformer
@@ -122,6 +124,20 @@ def decoder(variant="plus_plus", counts=(3, 1), seed=0):
     return transformer, memory, transformer.queries(memory), targets, attributes
 
 
+def decoded_together(transformer, queries, sets):
+    """(queries, mask) of one decoding of conventional and dynamic queries."""
+    return (
+        joined_queries(queries, [sets.extra], transformer),
+        attention_mask(queries.content.shape[1], [sets.extra.hidden]),
+    )
+
+
+def dynamic_outputs(transformer, memory, queries, sets, classify):
+    """Outputs of the dynamic queries."""
+    found = transformer.decode(memory, *decoded_together(transformer, queries, sets))
+    return DetrOutputs(classify(found.hidden), found.boxes_cxcywh, found.hidden).take(slice(QUERIES, None))
+
+
 def sets_of(maker, transformer, queries, targets, attributes):
     return maker(queries, targets, attributes, transformer.query_maker.encode_position, transformer.heads)
 
@@ -134,27 +150,28 @@ def test_what_sees_what(variant):
     encoder = BoxEncoder(SIZES["dim"]).double() if variant in ("refine", "one_stage") else None
     maker = DynamicQueries(BETAS, box_encoder=encoder)
     sets = sets_of(maker, transformer, queries, targets, attributes)
-    assert sets.queries.content.shape[1] == QUERIES + 9 and sets.queries.encoder_outputs is queries.encoder_outputs
-    assert sets.queries.references.shape[2] == queries.references.shape[2]
+    assert sets.extra.queries.content.shape[1] == 9 and sets.extra.queries.encoder_outputs is None
+    assert sets.extra.queries.references.shape[2] == queries.references.shape[2]
+    joined, mask = decoded_together(transformer, queries, sets)
+    assert joined.content.shape[1] == QUERIES + 9 and joined.encoder_outputs is queries.encoder_outputs
 
     def decode(queries, hidden=None):
         outputs = transformer.decode(memory, queries, hidden)
-        return torch.cat([outputs["hidden"], outputs["boxes_cxcywh"]], dim=-1)
+        return torch.cat([outputs.hidden, outputs.boxes_cxcywh], dim=-1)
 
-    alone, whole = decode(queries), decode(sets.queries, sets.hidden)
+    alone, whole = decode(queries), decode(joined, mask)
     assert torch.isfinite(whole).all()
     torch.testing.assert_close(whole[:, :, :QUERIES], alone, atol=1e-10, rtol=0)
-    assert not torch.allclose(whole, decode(sets.queries))  # without the mask the sets are seen
+    assert not torch.allclose(whole, decode(joined))  # without the mask the sets are seen
 
     def changed_by(image, place):
         """Which queries of which image another content, position and reference of one query changes."""
         parts = {}
         for name in ("content", "position", "references"):
-            value = getattr(sets.queries, name).clone()
+            value = getattr(joined, name).clone()
             value[image, place] = 1 - 0.5 * value[image, place]
             parts[name] = value
-        changed = type(sets.queries)(**parts, encoder_outputs=queries.encoder_outputs)
-        other = decode(changed, sets.hidden)
+        other = decode(replace(joined, **parts), mask)
         return {tuple(at) for at in torch.nonzero((other != whole).any(dim=(0, 3))).tolist()}
 
     second = set(range(QUERIES + 3, QUERIES + 6))
@@ -173,12 +190,12 @@ def test_positions_are_the_detectors_own_and_noise_is_drawn():
     sets = sets_of(maker, transformer, queries, targets, attributes)
     torch.manual_seed(3)
     again = sets_of(maker, transformer, queries, targets, attributes)
-    assert torch.equal(sets.queries.content, again.queries.content)
-    assert torch.equal(sets.queries.references, again.queries.references)
-    references = sets.queries.references[:, QUERIES:]
+    made, again = sets.extra.queries, again.extra.queries
+    assert torch.equal(made.content, again.content) and torch.equal(made.references, again.references)
+    references = made.references
     expected = transformer.query_maker.encode_position(references)
-    torch.testing.assert_close(sets.queries.position[:, QUERIES:], expected)
-    first, second, third = sets.queries.content[0, QUERIES:].split(3)
+    torch.testing.assert_close(made.position, expected)
+    first, second, third = made.content[0].split(3)
     torch.testing.assert_close(first, second)
     assert not torch.allclose(first, third) and not torch.allclose(references[:, :3], references[:, 3:6])
     image, query, target = sets.matches.image, sets.matches.query, sets.matches.target
@@ -208,7 +225,7 @@ def test_losses_equal_the_reference(auxiliary):
     counts, sets, layers = (3, 1, 0), 2, 2
     targets = detr_cases.targets(counts)
     outputs = detr_cases.outputs(layers, 3, sets * 3, dtype=torch.float64)
-    made = DynamicSets(None, None, set_members(counts, sets, torch.arange(4)), sets, 4)
+    made = DynamicSets(None, set_members(counts, sets, torch.arange(4)), sets, 4)
     found = dynamic_losses(outputs, targets, made, SetCriterion(HungarianMatcher(), auxiliary=auxiliary))
     names = ["", "_0"] if auxiliary else [""]
     assert set(found) == {f"loss_{kind}_dynamic{place}" for kind in ("class", "l1", "giou") for place in names}
@@ -217,8 +234,8 @@ def test_losses_equal_the_reference(auxiliary):
         totals, start = np.zeros(3), 0
         for image, count in enumerate(counts):
             for s, member in np.ndindex(sets, count):
-                logits = outputs["pred_logits"][layer, image, s * 3 + member].numpy()
-                box = outputs["pred_boxes"][layer, image, s * 3 + member].numpy()
+                logits = outputs.pred_logits[layer, image, s * 3 + member].numpy()
+                box = outputs.pred_boxes[layer, image, s * 3 + member].numpy()
                 wanted = targets.boxes_cxcywh[start + member].double().numpy()
                 label = int(targets.labels[start + member])
                 totals += [focal(logits, label), np.abs(box - wanted).sum(), giou_loss(box, wanted)]
@@ -237,9 +254,8 @@ def test_padding_does_not_change_the_loss():
     def losses(memory, targets, attributes):
         queries = transformer.queries(memory)
         sets = sets_of(maker, transformer, queries, targets, attributes)
-        decoded = transformer.decode(memory, sets.queries, sets.hidden)
-        outputs = {"pred_logits": decoded["hidden"] @ readout, "pred_boxes": decoded["boxes_cxcywh"]}
-        return dynamic_losses(split_outputs(outputs, QUERIES)[1], targets, sets, criterion)
+        outputs = dynamic_outputs(transformer, memory, queries, sets, lambda hidden: hidden @ readout)
+        return dynamic_losses(outputs, targets, sets, criterion)
 
     batch, singles, start = losses(memory, targets, attributes), [], 0
     for image, count in enumerate(targets.counts):
@@ -263,11 +279,11 @@ def test_most_objects_of_an_image(caplog):
         torch.manual_seed(seed)
         with caplog.at_level(logging.INFO, logger="ovdet2"):
             sets = sets_of(maker, transformer, queries, targets, attributes)
-        assert sets.objects == 5 and sets.queries.content.shape[1] == QUERIES + 3
+        assert sets.objects == 5 and sets.extra.queries.content.shape[1] == 3
         rows = sets.matches.target[sets.matches.image == 0].tolist()
         assert len(set(rows)) == 3 and sets.matches.target[sets.matches.image == 1].tolist() == [5, 6]
         chosen |= set(rows)
-        references = sets.queries.references[sets.matches.image, QUERIES + sets.matches.query]
+        references = sets.extra.queries.references[sets.matches.image, sets.matches.query]
         torch.testing.assert_close(references, targets.boxes_cxcywh[sets.matches.target].double())
     assert chosen == set(range(5))
     assert "0.jpg (id 10): dynamic queries for 3 of its 5 objects" in caplog.text and "1.jpg" not in caplog.text
@@ -279,22 +295,12 @@ def test_no_object_and_one(counts):
     transformer, memory, queries, targets, _ = decoder(counts=counts)
     attributes = torch.randn(sum(counts), SIZES["dim"], dtype=torch.float64, requires_grad=True)
     sets = sets_of(DynamicQueries(BETAS), transformer, queries, targets, attributes)
-    decoded = transformer.decode(memory, sets.queries, sets.hidden)
-    outputs = {"pred_logits": decoded["hidden"][..., :5], "pred_boxes": decoded["boxes_cxcywh"]}
-    losses = dynamic_losses(split_outputs(outputs, QUERIES)[1], targets, sets, SetCriterion(HungarianMatcher()))
+    outputs = dynamic_outputs(transformer, memory, queries, sets, lambda hidden: hidden[..., :5])
+    losses = dynamic_losses(outputs, targets, sets, SetCriterion(HungarianMatcher()))
     sum(losses.values()).backward()
     assert all(torch.isfinite(value) and (value > 0) == (sum(counts) > 0) for value in losses.values())
     assert attributes.grad is not None and torch.isfinite(attributes.grad).all()
     assert transformer.query_maker.box_embed.weight.grad is not None
-
-
-def test_outputs_are_cut_behind_the_conventional_queries():
-    hidden, reference = torch.arange(12.0).view(1, 2, 6, 1), torch.zeros(2, 6, 4)
-    outputs = {"hidden": hidden, "references": [reference], "encoder": {"logits": torch.zeros(2, 9, 1)}}
-    first, others = split_outputs(outputs, 4)
-    assert first["hidden"].shape == (1, 2, 4, 1) and others["hidden"].flatten().tolist() == [4, 5, 10, 11]
-    assert first["references"][0].shape == (2, 4, 4) and others["references"][0].shape == (2, 2, 4)
-    assert first["encoder"] is outputs["encoder"] and "encoder" not in others
 
 
 @pytest.mark.parametrize("options", [{"betas": ()}, {"betas": (1.2,)}, {"rho": -0.1}, {"max_objects": 0}])

@@ -11,34 +11,13 @@ from torch.nn import functional as F
 
 from ovdet2.engine.launch import launch
 from ovdet2.errors import UsageError
-from ovdet2.methods.clip_detr.align_net import AlignNet, duplicates, pooled_objects
+from ovdet2.methods.clip_detr.align_net import AlignNet, near_duplicates, pooled_objects
 from ovdet2.methods.clip_detr.object_attributes import ObjectAttributes
 from ovdet2.modeling.detr.memory import Memory
 from ovdet2.modeling.detr.targets import Targets
 from ovdet2.vocabulary.bank import WordBank
 from tests import detr_cases, micro
-
-SHAPES, STRIDES, CHANNELS = ((12, 16), (6, 8)), (8, 16), 5
-SIZES = ((96, 128), (67, 76))  # pixels of the images in a batch of 96 x 128
-VALID = [[[math.ceil(side / stride) for side in size] for stride in STRIDES] for size in SIZES]  # rows, columns
-
-
-def memory(seed=0, padding=None):
-    """Two images, of which the second is padded, with random tokens; those of the padding may be given."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, masks = [], []
-    for level, (height, width) in enumerate(SHAPES):
-        mask = torch.zeros(2, height, width, dtype=torch.bool)
-        for image in range(2):
-            rows, columns = VALID[image][level]
-            mask[image, rows:], mask[image, :, columns:] = True, True
-        tokens.append(torch.randn(2, height * width, CHANNELS, generator=generator, dtype=torch.float64))
-        masks.append(mask.flatten(1))
-    tokens, masks = torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
-    if padding is not None:
-        tokens = tokens.masked_fill(masks[..., None], padding)
-    sizes = torch.tensor(SHAPES, dtype=torch.float64)
-    return Memory(tokens, SHAPES, masks, (torch.tensor(VALID) / sizes).flip(2))
+from tests.detr_cases import CHANNELS, SHAPES, SIZES, STRIDES, VALID, memory
 
 
 def targets_of(counts, words=5):
@@ -143,7 +122,7 @@ def test_loss_equals_the_reference(ignored, most, pairs):
     module = AlignNet(STRIDES, 3, ignored).double()
     attributes = attributes_of()(targets)
     log_sides = targets.boxes_cxcywh[:, 2:].double().log()
-    same = duplicates(targets.labels, log_sides, most).numpy()
+    same = near_duplicates(targets.labels, log_sides, most).numpy()
     for i, j in np.ndindex(5, 5):
         near = np.abs((log_sides[i] - log_sides[j]).numpy()).max() < most
         assert same[i, j] == (near and targets.labels[i] == targets.labels[j])

@@ -9,21 +9,23 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file, save_file
 
+import ovdet2
 from ovdet2 import Predictor
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import TextBackgroundClassifier
-from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyROIHeads
+from ovdet2.methods.fvlm.tests import fvlm_cases
+from ovdet2.modeling import FrozenVLMRCNN, OpenVocabularyRCNN
 from ovdet2.modeling.losses import background_weighted_cross_entropy
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
-from tests import fvlm_cases, micro
+from tests import micro
 
-GOLDEN = Path(__file__).parent / "golden"
-ASSET = Path(__file__).parents[1] / "ovdet2" / "assets" / "open_clip" / "ovshapes-resnet.safetensors"
+GOLDEN = Path(__file__).parent
+ASSET = Path(ovdet2.__file__).parent / "assets" / "open_clip" / "ovshapes-resnet.safetensors"
 EMBEDDED = ("DATASETS.TEST", ("ov_shapes_val_all",), "MODEL.VOCABULARY.TEMPLATES", "single")
 
 
@@ -123,7 +125,7 @@ class TestScores:
         """Of the proposals before refinement: both softmaxes, exponents, the detector's background, the sum of 1."""
         network, record = fvlm_cases.model(kind), micro.images(1)
         images, features, proposals = network._propose(record)
-        network.ask_second_branch(record, features, proposals)
+        network.roi_heads(images, features, proposals, None, record, network.parts)
         trunk, boxes = network.backbone.trunk, proposals[0].proposal_boxes.tensor
         maps = trunk(images.tensor)[trunk.last_map]
         regions = trunk.embed_regions(maps, [boxes]).double()
@@ -139,6 +141,14 @@ class TestScores:
         assert torch.allclose(found.double(), fused / fused.sum(1, keepdim=True), atol=1e-6)
         predictor.renormalize = False
         assert torch.allclose(predictor.predict_probs((logits, None), proposals)[0].double(), fused, atol=1e-6)
+
+    def test_part_owns_nothing_and_follows_a_copy_of_the_detector(self):
+        """No weight, no entry in a checkpoint; the copy's scores are read from the copy's trunk and words."""
+        network = fvlm_cases.model()
+        assert [part.name for part in network.parts] == ["fvlm"] and not network.fvlm.state_dict()
+        copied = copy.deepcopy(network)
+        backbone, bank = copied.fvlm._of_detector
+        assert backbone is copied.backbone and bank is copied.vocabulary and copied.parts[0] is copied.fvlm
 
     @torch.no_grad()
     def test_region_embedding_of_the_whole_image_is_clips_own(self):
@@ -212,9 +222,8 @@ class TestScores:
         network, record = fvlm_cases.model(kind), micro.images(2)
         images, features, proposals = network._propose(record)
         for empty in ([proposals[0][:0], proposals[1]], [found[:0] for found in proposals]):
-            network.ask_second_branch(record, features, empty)
+            results, _ = network.roi_heads(images, features, empty, None, record, network.parts)
             assert [found.secondary_probs.shape for found in empty] == [(len(found), 6) for found in empty]
-            results, _ = network.roi_heads(images, features, empty, None)
             assert len(results[0]) == 0 and (len(results[1]) > 0) == (len(empty[1]) > 0)
 
 
@@ -287,7 +296,7 @@ class TestByConfiguration:
             Teacher.load("ovshapes-resnet", str(tmp_path / "wrong.safetensors"))
 
     @pytest.mark.parametrize("overrides, words", [
-        (("MODEL.BACKBONE.FREEZE_AT", 2), "FREEZE_AT to 5 .now 2"),
+        (("MODEL.BACKBONE.FREEZE_AT", 2), "fvlm reads a trunk .*FREEZE_AT to 5 .now 2"),
         (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), "build_clip_fpn_backbone"),
         (("MODEL.FVLM.TEMPERATURE", 0.0), "above 0"),
         (("INPUT.FORMAT", "BGR"), "INPUT.FORMAT to RGB"),
@@ -300,11 +309,10 @@ class TestByConfiguration:
         with pytest.raises(UsageError, match=words):
             FrozenVLMRCNN(fvlm_cases.cfg(*EMBEDDED, *overrides))
 
-    def test_only_a_frozen_clip_is_asked_for_its_map(self):
-        config = fvlm_cases.cfg("MODEL.META_ARCHITECTURE", "OpenVocabularyRCNN")
-        shapes = fvlm_cases.model().backbone.output_shape()
-        with pytest.raises(UsageError, match="FrozenVLMRCNN"):
-            OpenVocabularyROIHeads(config, shapes, WordBank(micro.vocabulary(), fvlm_cases.background()))
+    def test_only_a_detector_on_clip_gives_scores_of_its_map(self):
+        config = fvlm_cases.cfg(*EMBEDDED, "MODEL.META_ARCHITECTURE", "OpenVocabularyRCNN")
+        with pytest.raises(UsageError, match="fvlm, which is for FrozenVLMRCNN"):
+            OpenVocabularyRCNN(config)
 
     def test_a_text_background_needs_its_embedding(self):
         with pytest.raises(UsageError, match="WordBank a background"):
@@ -334,11 +342,12 @@ def golden_tensors(kind):
 
 @pytest.mark.parametrize("kind", fvlm_cases.KINDS)
 def test_golden(kind):
-    """Tolerances: 1e-3 relative (gradients 1e-2), for the order of sums differs. Rewrite: python -m tests.test_fvlm."""
-    micro.assert_golden(GOLDEN / f"fvlm_{kind}.safetensors", golden_tensors(kind), gradient_atol=1e-3)
+    """Tolerances: 1e-3 relative (gradients 1e-2), for the order of sums differs. Rewrite:
+    python -m ovdet2.methods.fvlm.tests.test_fvlm.
+    """
+    micro.assert_golden(GOLDEN / f"golden_{kind}.safetensors", golden_tensors(kind), gradient_atol=1e-3)
 
 
 if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
     for kind in fvlm_cases.KINDS:
-        save_file(golden_tensors(kind), str(GOLDEN / f"fvlm_{kind}.safetensors"))
+        save_file(golden_tensors(kind), str(GOLDEN / f"golden_{kind}.safetensors"))

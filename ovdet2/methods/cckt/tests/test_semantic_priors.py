@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ovdet2.data.samples import Sample
 from ovdet2.errors import UsageError
-from ovdet2.methods.cckt.semantic_priors import SemanticPriors, assign_words
+from ovdet2.methods.cckt.sample import PresentWords
+from ovdet2.methods.cckt.semantic_priors import CarriedWords, SemanticPriors, assign_words
 from ovdet2.modeling.detr.memory import Queries
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
@@ -67,11 +69,11 @@ def queries(batch=2, number=7, dim=6):
     )
 
 
-def records(*lists):
-    return [
-        {"file_name": f"{i}.jpg", "image_id": i, "prior_words": torch.tensor(words, dtype=torch.int64)}
-        for i, words in enumerate(lists)
-    ]
+def samples(*lists):
+    made = [Sample(file_name=f"{i}.jpg", image_id=i) for i in range(len(lists))]
+    for sample, words in zip(made, lists):
+        sample.attach(PresentWords(torch.tensor(words, dtype=torch.int64)))
+    return made
 
 
 class TestPriors:
@@ -79,7 +81,7 @@ class TestPriors:
     @pytest.mark.parametrize("lists", [([4, 1], [0]), ([], [3, 2, 0]), ([], []), ([4, 3, 2, 1, 0], [1])])
     def test_adds_the_projected_word_to_the_content_alone(self, assignment, lists):
         module, before = priors(assignment).eval(), queries()
-        after = module(before, records(*lists))
+        after = module(before, samples(*lists))
         assert after.position is before.position and after.references is before.references
         rows, weight, bias = (
             part.double().tolist()
@@ -87,7 +89,7 @@ class TestPriors:
         )
         for image, words in enumerate(lists):
             carried = reference(words, 7, assignment)
-            assert after.words[image].tolist() == carried
+            assert after.attached(CarriedWords).words[image].tolist() == carried
             for query, word in enumerate(carried):
                 expected = before.content[image, query].double().tolist()
                 if word >= 0:
@@ -105,10 +107,10 @@ class TestPriors:
     def test_more_words_than_queries(self):
         module = priors("interleave").eval()
         few = queries(1, 3)
-        assert torch.equal(module(few, records([4, 1, 3, 0, 2])).content, module(few, records([4, 1, 3])).content)
+        assert torch.equal(module(few, samples([4, 1, 3, 0, 2])).content, module(few, samples([4, 1, 3])).content)
 
     def test_batch_equals_singles(self):
-        module, both = priors().eval(), records([2, 4, 0], [1])
+        module, both = priors().eval(), samples([2, 4, 0], [1])
         whole = module(queries(), both).content
         alone = [
             Queries(*(part[i : i + 1] for part in (queries().content, *[queries().position] * 2))) for i in range(2)
@@ -119,7 +121,7 @@ class TestPriors:
     def test_no_word_at_all_has_a_gradient_of_zero(self):
         """A process whose images have no words waits for no one."""
         module = priors()
-        module(queries(), records([], [])).content.sum().backward()
+        module(queries(), samples([], [])).content.sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() == 0 for p in module.parameters())
 
     def test_order_of_the_vocabulary_does_not_matter(self):
@@ -129,21 +131,21 @@ class TestPriors:
             tuple(words.names[i] for i in order), torch.ones(5, dtype=torch.bool), words.embeddings[order],
             words.teacher, words.templates, tuple(range(5)),
         )  # fmt: skip
-        first = priors().eval()(queries(1), records([4, 1]))
-        second = priors(words=moved).eval()(queries(1), records([order.index(4), order.index(1)]))
+        first = priors().eval()(queries(1), samples([4, 1]))
+        second = priors(words=moved).eval()(queries(1), samples([order.index(4), order.index(1)]))
         assert torch.equal(first.content, second.content)
 
     def test_no_novel_word_in_training(self):
         module = priors()
-        with pytest.raises(UsageError, match=r"prior words \[1, 3\] of 0.jpg \(id 0\) are not below 3"):
-            module(queries(1), records([1, 3]))
-        module.eval()(queries(1), records([1, 3]))
+        with pytest.raises(UsageError, match=r"present words \[1, 3\] of 0.jpg \(id 0\) are not below 3"):
+            module(queries(1), samples([1, 3]))
+        module.eval()(queries(1), samples([1, 3]))
         with pytest.raises(UsageError, match="not below 5.*another vocabulary"):
-            module(queries(1), records([5]))
+            module(queries(1), samples([5]))
 
     def test_without_words(self):
-        with pytest.raises(UsageError, match=r"7.jpg \(id 7\) comes without prior_words"):
-            priors()(queries(1), [{"file_name": "7.jpg", "image_id": 7}])
+        with pytest.raises(UsageError, match=r"7.jpg \(id 7\) comes without its present words"):
+            priors()(queries(1), [Sample(file_name="7.jpg", image_id=7)])
 
     def test_unknown_assignment(self):
         with pytest.raises(UsageError, match="blocks or interleave, not 'rows'"):

@@ -8,12 +8,13 @@ from safetensors.torch import save_file
 
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
+from ovdet2.methods.cckt.semantic_priors import CarriedWords
+from ovdet2.methods.cckt.tests.cckt_cases import model, samples
 from ovdet2.vocabulary import Vocabulary
 from tests import micro
-from tests.cckt_cases import model, records
 from tests.test_detr_build import model_of
 
-GOLDEN = Path(__file__).parent / "golden" / "cckt.safetensors"
+GOLDEN = Path(__file__).parent / "golden.safetensors"
 OPTION = {
     "full": [],
     "priors": ["MODEL.CCKT.CONTRAST", "none", "MODEL.CCKT.SCORE", "class"],
@@ -31,7 +32,7 @@ def test_losses_and_gradients(name, objects):
     """Also of images whose objects were all cropped away: every trained parameter has a gradient, as several processes
     need it."""
     detector = model(*OPTION[name], "MODEL.BACKBONE.FREEZE_AT", "0")
-    losses = detector(records(words=((2, 1), (0,)) if objects[0] else ((), ()), objects=objects))
+    losses = detector(samples(words=((2, 1), (0,)) if objects[0] else ((), ()), objects=objects))
     kinds = {"loss_class", "loss_l1", "loss_giou"}
     kinds |= set() if name == "priors" else {"loss_contrast"}
     kinds |= {"loss_similarity"} if name == "both" else set()
@@ -54,9 +55,9 @@ def test_off_it_is_the_plain_text_detector():
     off = model("MODEL.CCKT.PRIORS", "False", "MODEL.CCKT.CONTRAST", "none", "MODEL.CCKT.SCORE", "class")
     assert set(off.state_dict()) == set(plain.state_dict())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(off.parameters(), plain.parameters()))
-    mine, theirs = off(records()), plain(micro.images())
+    mine, theirs = off(samples()), plain(micro.images())
     assert set(mine) == set(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    for ours, found in zip(off.eval()(records()), plain.eval()(micro.images())):
+    for ours, found in zip(off.eval()(samples()), plain.eval()(micro.images())):
         assert torch.equal(ours["instances"].scores, found["instances"].scores)
         assert not ours["instances"].has("prior_words")
 
@@ -72,38 +73,38 @@ def test_order_of_the_vocabulary_permutes_the_outputs(variant):
     )  # fmt: skip
     for score in ("class", "similarity", "product"):
         detector = model("MODEL.DETR.VARIANT", variant, "MODEL.CCKT.SCORE", score).eval()
-        _, before = detector.infer(records(words=((4, 1, 2), (0,))))
+        _, before, queries = detector.infer(samples(words=((4, 1, 2), (0,))))
         detector.vocabulary.set(moved)
         places = [tuple(order.index(word) for word in list_) for list_ in ((4, 1, 2), (0,))]
-        _, after = detector.infer(records(words=places))
-        assert torch.equal(after["pred_boxes"], before["pred_boxes"])
-        assert torch.allclose(after["pred_logits"], before["pred_logits"][..., order], atol=1e-5)
+        _, after, queries = detector.infer(samples(words=places))
+        assert torch.equal(after.pred_boxes, before.pred_boxes)
+        assert torch.allclose(after.pred_logits, before.pred_logits[..., order], atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_word_absent_from_the_priors_changes_no_box():
     detector = model().eval()
-    _, before = detector.infer(records())
+    _, before, carried = detector.infer(samples())
     words = micro.vocabulary(names=(*micro.NAMES, "striped heart"))
     words.embeddings[:5] = micro.vocabulary().embeddings
     detector.vocabulary.set(words)
-    _, after = detector.infer(records())
-    assert torch.equal(after["pred_boxes"], before["pred_boxes"])
-    assert torch.allclose(after["pred_logits"][..., :5], before["pred_logits"], atol=1e-5)
-    assert torch.equal(after["words"], before["words"])
+    _, after, queries = detector.infer(samples())
+    assert torch.equal(after.pred_boxes, before.pred_boxes)
+    assert torch.allclose(after.pred_logits[..., :5], before.pred_logits, atol=1e-5)
+    assert torch.equal(queries.attached(CarriedWords).words, carried.attached(CarriedWords).words)
 
 
 @torch.no_grad()
-def test_priors_change_boxes_and_are_told_of_each_detection():
+def test_priors_change_boxes_and_every_detection_has_its_word():
     detector = model().eval()
-    [first, second] = detector(records())
+    [first, second] = detector(samples())
     assert set(first["instances"].prior_words.tolist()) <= {4, 1} and set(second["instances"].prior_words.tolist()) == {
         0
     }
-    _, outputs = detector.infer(records())
+    _, outputs, queries = detector.infer(samples())
     found = first["instances"]
-    assert torch.equal(found.prior_words, outputs["words"][0][found.queries])
-    [without, _] = detector(records(words=((), (0,))))
+    assert torch.equal(found.prior_words, queries.attached(CarriedWords).words[0][found.queries])
+    [without, _] = detector(samples(words=((), (0,))))
     assert set(without["instances"].prior_words.tolist()) == {-1}
     assert not torch.equal(without["instances"].pred_boxes.tensor, found.pred_boxes.tensor)
 
@@ -111,7 +112,7 @@ def test_priors_change_boxes_and_are_told_of_each_detection():
 @torch.no_grad()
 def test_batch_equals_singles():
     """Images of one size: convolutions see the padding of another."""
-    detector, made = model().eval(), records(3, words=((4, 1, 0), (1,), ()))[::2]
+    detector, made = model().eval(), samples(3, words=((4, 1, 0), (1,), ()))[::2]
     for output, record in zip(detector(made), made):
         [single] = detector([record])
         assert torch.allclose(single["instances"].scores, output["instances"].scores, atol=1e-4)
@@ -121,17 +122,17 @@ def test_batch_equals_singles():
 @torch.no_grad()
 def test_every_decoder_layer_by_its_head():
     detector = model("TEST.DECODER_LAYERS", "True").eval()
-    [output] = detector(records(1))
-    _, outputs = detector.infer(records(1), all_layers=True)
-    assert len(outputs["pred_logits"]) == 2 and len(output["decoder_layers"]) == 1
+    [output] = detector(samples(1))
+    _, outputs, queries = detector.infer(samples(1), all_layers=True)
+    assert outputs.layers == 2 and len(output["decoder_layers"]) == 1
     top = output["decoder_layers"][0].scores[0]
-    assert torch.isclose(top, outputs["pred_logits"][0].sigmoid().max())
+    assert torch.isclose(top, outputs.pred_logits[0].sigmoid().max())
 
 
 def test_mixed_precision():
     detector = model()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = detector(records(words=((2, 1), (0,))))
+        losses = detector(samples(words=((2, 1), (0,))))
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
@@ -143,7 +144,7 @@ def test_checkpoint_holds_one_vocabulary_and_takes_other_words(tmp_path):
     other = model(words=micro.vocabulary(names=("star", "moon"), num_base=2)).eval()
     AtomicCheckpointer(other).load_all(str(tmp_path / "model.pth"))
     assert torch.equal(other.cckt.priors.projection.weight, detector.cckt.priors.projection.weight)
-    [output] = other(records(1, words=((1,),)))
+    [output] = other(samples(1, words=((1,),)))
     assert output["instances"].pred_classes.max() == 1
 
 
@@ -160,7 +161,7 @@ def test_clip_detr_on_it_leaves_its_losses():
     parts = ["MODEL.CLIP_DETR.ALIGN_WEIGHT", "1.0", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT", "1.0"]
     both = model("MODEL.DETR.VARIANT", "plus_plus", *parts)
     assert both.load_state_dict(plain.state_dict(), strict=False).unexpected_keys == []
-    batch = records(words=((2, 1), (0,)))
+    batch = samples(words=((2, 1), (0,)))
     with torch.no_grad():
         alone = plain(batch)
     losses = both(batch)
@@ -172,9 +173,9 @@ def test_clip_detr_on_it_leaves_its_losses():
 
 
 def test_words_of_another_vocabulary():
-    with pytest.raises(UsageError, match="prior words .* of 0.jpg"):
-        model()(records(words=((4, 1), (0,))))  # word 4 is novel
-    with pytest.raises(UsageError, match="comes without prior_words"):
+    with pytest.raises(UsageError, match="present words .* of 0.jpg"):
+        model()(samples(words=((4, 1), (0,))))  # word 4 is novel
+    with pytest.raises(UsageError, match="comes without its present words"):
         model()(micro.images())
 
 
@@ -185,14 +186,14 @@ def golden():
         for number, parameter in enumerate(detector.parameters()):
             if parameter.ndim > 1:
                 parameter.copy_(micro.wave(parameter.shape, 0.3 + 0.01 * number) * (1.5 / parameter[0].numel() ** 0.5))
-    losses = detector(records(words=((2, 1), (0,))))
+    losses = detector(samples(words=((2, 1), (0,))))
     sum(losses.values()).backward()
     found = {name: value.detach() for name, value in losses.items()}
     for name in ("cckt.priors.projection.weight", "cckt.heads.1.weight"):
         found[f"gradient.{name}"] = detector.get_parameter(name).grad.clone()
     with torch.no_grad():
-        _, outputs = detector.eval().infer(records())
-    return found | {name: outputs[name].clone() for name in ("pred_logits", "pred_boxes")}
+        _, outputs, queries = detector.eval().infer(samples())
+    return found | {"pred_logits": outputs.pred_logits.clone(), "pred_boxes": outputs.pred_boxes.clone()}
 
 
 def test_golden():

@@ -1,0 +1,95 @@
+"""Region caches in training: opened against the data set and the teacher, and checked image by image.
+
+Shapes: R regions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from ovdet2.caches.region_cache import MappedRegions, RegionCache, Regions
+from ovdet2.errors import CacheError, UsageError
+from ovdet2.vlm.fingerprint import Fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key: str, needed_by: str) -> RegionCache:
+    """A region cache, checked against a training set and MODEL.TEACHER.
+
+    Args:
+        folder: of the cache.
+        datasets: registered data sets of the training images.
+        cfg: configuration; MODEL.TEACHER is read.
+        key: configuration key that names the folder, for messages.
+        needed_by: the key that makes a cache necessary, for messages.
+
+    Raises:
+        UsageError: no cache is named, or several data sets, whose image ids one cache cannot tell apart.
+        CacheError: see :class:`RegionCache`; or it is of another teacher or data set.
+    """
+    if not folder:
+        raise UsageError(
+            f"{needed_by} asks for a region cache, but {key} is empty: name the folder of one made by "
+            "tools/build_region_cache.py."
+        )
+    if len(datasets) != 1:
+        raise UsageError(
+            f"a region cache belongs to one data set, DATASETS.TRAIN names {list(datasets)}: join their jsons."
+        )
+    cache = RegionCache(folder)
+    stated = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+    cache.require_teacher(stated, "MODEL.TEACHER of the configuration")
+    cache.require_dataset(datasets[0], MetadataCatalog.get(datasets[0]).ov_files()[0])
+    if cache.unreadable:
+        logger.warning(
+            "%d images have no regions in %s, since they could not be read (image ids %s); once they are repaired, add "
+            "--verify to: %s",
+            *(len(cache.unreadable), folder, ", ".join(list(cache.unreadable)[:5]), cache.manifest["command"]),
+        )
+    return cache
+
+
+def known_regions(
+    cache: RegionCache, image_id: int, width: int, height: int, ann_ids: Iterable[int | None]
+) -> MappedRegions:
+    """The cached regions of an image, checked: they lie in the image, and those that were cut around an annotation are
+    of one that may be trained on.
+
+    Args:
+        cache: of the training set.
+        image_id: of the image.
+        width, height: of the original image in pixels.
+        ann_ids: of its annotations in the training set.
+
+    Raises:
+        CacheError: the cache has no entry for the image; or names the box or annotation at fault.
+    """
+    cached = cache.regions(image_id)
+    where = f"the region cache {cache.folder}, image id {image_id}"
+    _require_inside(cached, width, height, where)
+    known = cached.ann_ids.numpy()
+    unknown = set(known[known >= 0].tolist()) - set(ann_ids)
+    if unknown:
+        raise CacheError(
+            f"{where}: regions were cut around the annotations {sorted(unknown)[:5]}, which the training set does not "
+            "hold: a box of a novel class must not be trained on. Build the cache from the base-only annotations."
+        )
+    return cached
+
+
+def _require_inside(cached: MappedRegions | Regions, width: int, height: int, where: str) -> None:
+    boxes = cached.boxes_xyxy.numpy()
+    limits = np.array([width, height] * 2, dtype=np.float32) + 1
+    inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1) & (boxes >= -1).all(axis=1) & (boxes <= limits).all(axis=1)
+    if not inside.all():  # false for NaN, too
+        worst = boxes[~inside][0].tolist()
+        raise CacheError(
+            f"{where}: region {worst} is no box inside the image of {width}x{height} pixels; the cache was built from "
+            "other images, build it anew."
+        )

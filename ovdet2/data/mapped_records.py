@@ -1,0 +1,109 @@
+"""Records under a sample maker, each draw with random numbers of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data.common import DatasetFromList
+from torch.utils.data import DataLoader, Dataset
+
+from ovdet2.data.samples import Sample
+from ovdet2.errors import CacheError, DataError
+
+Maker = Callable[[Any], Any]
+Fault = tuple[str, str]  # path, reason
+Item = tuple[Sample | CacheError | None, list[Fault]]
+
+
+@contextlib.contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Seed python's, numpy's and torch's global generators inside the block; restore them after it."""
+    saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(saved[0])
+        np.random.set_state(saved[1])
+        torch.set_rng_state(saved[2])
+
+
+class MappedRecords(Dataset):
+    """Records under a maker; in training, an image that cannot be used is replaced by another one.
+
+    An item is ``(sample or None, [(path, reason), ...])``: the second part lists the images that could not be read. It
+    travels to the main process, which counts them over all workers. None: no readable image was found. In the place of
+    a sample there may be a CacheError, to be raised in the main process.
+    """
+
+    def __init__(
+        self, records: Sequence[Any], maker: Maker, seed: int = 0, max_bad: int = 0, entropy: tuple[int, ...] = ()
+    ) -> None:
+        """
+        Args:
+            records: Detectron2 records; a list is stored as bytes, which loading processes share.
+            maker: callable of a record; raises DataError for an image that cannot be used, or returns None to pass.
+            seed: of the augmentations.
+            max_bad: unreadable images after which one item gives up; 0 at evaluation, where every image counts.
+            entropy: beside the seed, for random numbers other than those of another source with the same seed.
+        """
+        self.records = DatasetFromList(records, copy=False) if isinstance(records, list) else records
+        self.maker = maker
+        self.seed = seed
+        self.max_bad = max_bad
+        self.entropy = entropy
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+        """
+        Args:
+            key: (draw number, index) in training, index at evaluation.
+        """
+        draw, index = key if isinstance(key, tuple) else (0, key)
+        faults: list[Fault] = []
+        for candidate in self._candidates(draw, index):
+            with seeded(self.seed, draw, *self.entropy):
+                sample = self._made(candidate, faults)
+            if sample is not None or len(faults) > self.max_bad:
+                return sample, faults
+        return None, faults
+
+    def _candidates(self, draw, index):
+        """The index itself, then the others in an order that depends on (seed, draw) and the source."""
+        yield index
+        others = np.random.default_rng((self.seed, draw, *self.entropy)).permutation(len(self.records))
+        yield from (int(other) for other in others if other != index)
+
+    def _made(self, index, faults):
+        record = self.records[index]
+        try:
+            sample = self.maker(record)
+        except CacheError as error:
+            return error  # no other image would fare better; raised in the main process, where it is readable
+        except DataError as error:
+            faults.append((str(record["file_name"]), str(error)))
+            return None
+        if sample is None:
+            faults.append((str(record["file_name"]), f"the mapper returned nothing for {record['file_name']}"))
+        return sample
+
+
+def plain_loader(dataset: Dataset, num_workers: int, **arguments: Any) -> DataLoader:
+    """A DataLoader without collation, which draws its worker seed from a separate generator: the global one stays
+    untouched, whatever the number of workers."""
+    generator = torch.Generator().manual_seed(0)
+    return DataLoader(dataset, num_workers=num_workers, collate_fn=_no_collation, generator=generator, **arguments)
+
+
+def _no_collation(items):
+    return items

@@ -1,0 +1,95 @@
+"""Annotations as the targets of a detector.
+
+Shapes: M objects.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import detection_utils
+from detectron2.data.dataset_mapper import DatasetMapper
+
+from ovdet2.data.samples import Sample
+from ovdet2.data.steps.step import Step
+from ovdet2.errors import DataError
+
+_PLACE = "annotation_place"  # field that the Instances carry while Detectron2 filters them
+
+
+class AttachInstances(Step):
+    """Sets ``instances``, and ``kept``: the place of each in ``annotations``, which stay as they are.
+
+    Crowds, and objects of which nothing is left in the augmented image, are no instances.
+    """
+
+    def __init__(
+        self,
+        *,
+        use_masks: bool = False,
+        mask_format: str = "polygon",
+        use_keypoints: bool = False,
+        keypoint_hflip_indices: np.ndarray | None = None,
+        recompute_boxes: bool = False,
+    ) -> None:
+        """
+        Args:
+            use_masks, use_keypoints: attach ``gt_masks`` and ``gt_keypoints``.
+            mask_format: INPUT.MASK_FORMAT, "polygon" or "bitmask".
+            keypoint_hflip_indices: of :func:`detectron2.data.detection_utils.create_keypoint_hflip_indices`.
+            recompute_boxes: make boxes tight around what a crop has left of the masks.
+        """
+        self.use_masks, self.mask_format = use_masks, mask_format
+        self.use_keypoints, self.keypoint_hflip_indices = use_keypoints, keypoint_hflip_indices
+        self.recompute_boxes = recompute_boxes
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> AttachInstances:
+        """The arguments that Detectron2's mapper would have in training."""
+        arguments = DatasetMapper.from_config(cfg, True)
+        return cls(
+            use_masks=arguments["use_instance_mask"],
+            mask_format=arguments["instance_mask_format"],
+            use_keypoints=arguments["use_keypoint"],
+            keypoint_hflip_indices=arguments.get("keypoint_hflip_indices"),
+            recompute_boxes=arguments["recompute_boxes"],
+        )
+
+    def __call__(self, sample: Sample) -> None:
+        """
+        Raises:
+            DataError: masks that are not in INPUT.MASK_FORMAT.
+        """
+        if sample.annotations is None:
+            return
+        try:
+            instances = self._instances(sample)
+        except ValueError as error:
+            raise DataError(
+                f"{sample.file_name} (image id {sample.image_id}): {error} For run-length codes set "
+                "INPUT.MASK_FORMAT to bitmask."
+            ) from None
+        sample.kept = instances.get(_PLACE)
+        instances.remove(_PLACE)
+        sample.instances = instances
+
+    def _instances(self, sample):
+        size = tuple(sample.image.shape[1:])
+        places = [place for place, found in enumerate(sample.annotations) if not found.get("iscrowd", 0)]
+        annotations = [self._transformed(sample.annotations[place], sample.transforms, size) for place in places]
+        instances = detection_utils.annotations_to_instances(annotations, size, mask_format=self.mask_format)
+        if self.recompute_boxes and instances.has("gt_masks"):
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        instances.set(_PLACE, torch.tensor(places, dtype=torch.int64))
+        return detection_utils.filter_empty_instances(instances)
+
+    def _transformed(self, annotation, transforms, size):
+        left_out = [] if self.use_masks else ["segmentation"]
+        left_out += [] if self.use_keypoints else ["keypoints"]
+        annotation = copy.deepcopy({key: value for key, value in annotation.items() if key not in left_out})
+        return detection_utils.transform_instance_annotations(
+            annotation, transforms, size, keypoint_hflip_indices=self.keypoint_hflip_indices
+        )

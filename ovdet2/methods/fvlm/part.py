@@ -1,0 +1,43 @@
+"""F-VLM on a frozen CLIP trunk: the secondary scores "map".
+
+Shapes: R proposals, K words, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ovdet2.layers import column_probabilities
+from ovdet2.modeling.rcnn.part import RCNNPart, RegionBatch
+
+if TYPE_CHECKING:
+    from ovdet2.vocabulary.bank import WordBank
+
+
+class FVLMPart(RCNNPart):
+    """CLIP's probabilities of proposals, pooled from the last map of the trunk. Nothing of it is trained or saved."""
+
+    reads_frozen_trunk = True
+
+    def __init__(self, backbone: nn.Module, bank: WordBank, temperature: float) -> None:
+        """
+        Args:
+            backbone: :class:`~ovdet2.modeling.backbone.CLIPPyramid` of the detector.
+            bank: words of the detector, with a ``background``.
+            temperature: tau_v of the softmax, above 0.
+        """
+        super().__init__()
+        # A tuple hides what the detector owns from state_dict.
+        self._of_detector = (backbone, bank)
+        self.temperature = temperature
+
+    def secondary_probs(self, batch: RegionBatch) -> list[Tensor]:
+        """Probabilities [R_i, K + 1] of the proposals of each image, background last."""
+        backbone, bank = self._of_detector
+        boxes = [of_image.proposal_boxes.tensor for of_image in batch.proposals]
+        embeddings = backbone.embed_regions(batch.features, boxes)  # [R, D]
+        columns = torch.cat([bank.embeddings, bank.background[None]])
+        return list(column_probabilities(embeddings, columns, self.temperature).split(batch.counts))
