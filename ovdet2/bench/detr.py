@@ -89,7 +89,7 @@ def their_outputs(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 def our_outputs(model: DeformableDETR, images: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`their_outputs`."""
     outputs = model(images, [tuple(images.shape[-2:])] * len(images))
-    return outputs["pred_logits"][-1], outputs["pred_boxes"][-1]
+    return outputs.pred_logits[-1], outputs.pred_boxes[-1]
 
 
 def run_pass(outputs_of, model, inputs):
