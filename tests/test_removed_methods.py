@@ -76,6 +76,7 @@ def test_the_others_train_without_it(removed, tmp_path):
     ignored = shutil.ignore_patterns("__pycache__", removed)
     shutil.copytree(ROOT / "ovdet2", tmp_path / "ovdet2", ignore=ignored)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(ROOT / "train_net.py", tmp_path)
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "golden"))
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,6 +29,7 @@ from ovdet2.engine.random_state import preserved_random_state, random_state, set
 from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
+from ovdet2.modeling.part import require_seen
 from ovdet2.vocabulary.templates import clean_name
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class Trainer(DefaultTrainer):
                 scaled to the number of processes as Detectron2 does, unless :func:`setup` has done it.
 
         Raises:
-            UsageError: settings that do not go together.
+            UsageError: settings that do not go together, such as a source of captions and no part with a loss on them.
             DataError: the training set cannot be read.
         """
         TrainerBase.__init__(self)
@@ -60,6 +61,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         sources = getattr(data_loader, "sources", [])
         _require_teacher(sources, model)
+        if hasattr(model, "parts"):
+            require_seen(model.parts, [source.spec.kind for source in sources])
         if hasattr(model, "prepare_training"):
             model.prepare_training(sources)
         optimizer = self.build_optimizer(cfg, model)

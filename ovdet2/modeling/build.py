@@ -15,6 +15,8 @@ from ovdet2.config import methods_of
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.splits import distractors
+from ovdet2.data.samples import BOXES
+from ovdet2.data.source_spec import kind_of
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import ClosedSetClassifier, CosineClassifier
 from ovdet2.layers.cosine_classifier import RARE_BIAS
@@ -63,13 +65,24 @@ def require_teacher_pixels(cfg: CfgNode, teacher: Teacher) -> None:
 
 
 def dataset_split(cfg: CfgNode) -> Split:
-    """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first test set (else the first training set)."""
-    for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+    """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first data set with boxes: of tests, else of training.
+
+    Raises:
+        UsageError: there is none, or it is registered without base and novel classes.
+    """
+    sources = [name for entry in cfg.DATASETS.SOURCES for name in entry.get("datasets", ())]
+    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN, *sources]
+    for name in names:
+        if kind_of(name) != BOXES:
+            continue
         split = split_of(name)
         if split is None:
             raise UsageError(f"the data set {name!r} has no base/novel split: register it with register_ov_dataset.")
         return split
-    raise UsageError("DATASETS.TEST and DATASETS.TRAIN are empty: there are no class names to build a vocabulary from.")
+    raise UsageError(
+        f"no data set with boxes among {names or 'DATASETS.TEST and DATASETS.TRAIN, which are empty'}: there are no class "
+        "names to build a vocabulary from. Name one in DATASETS.TEST."
+    )
 
 
 def build_vocabulary(cfg: CfgNode) -> Vocabulary:

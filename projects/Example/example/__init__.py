@@ -1,10 +1,10 @@
-"""Example of a method: relational distillation of regions, a new loss on the R-CNN host, all of it in this directory."""
+"""Example of a method: distillation of the relations of regions, a new loss on the R-CNN host, all in this directory."""
 
 from ovdet2.config.method import Method
 
 
 class Example(Method):
-    """The angles between regions are to be those that the teacher sees (after Park et al., CVPR 2019, Eq. 7)."""
+    """The angles between regions are to be those that the teacher sees (after Tung and Mori, ICCV 2019, Eq. 4)."""
 
     name = "example"
     hosts = ("OpenVocabularyRCNN",)
