@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
-from ovdet2.vocabulary import from_buffers
+from ovdet2.vocabulary import Vocabulary, from_buffers
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
@@ -68,7 +68,7 @@ class Predictor:
         """Words that ``pred_classes`` index."""
         return self.model.vocabulary.names
 
-    def set_vocabulary(self, words, templates=None):
+    def set_vocabulary(self, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None) -> None:
         """Ask for other words from now on; they need not be in any data set.
 
         A word that had training boxes counts as base, every other as novel, whatever the base mask of a vocabulary is
@@ -76,7 +76,7 @@ class Predictor:
 
         Args:
             words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
-                :class:`~ovdet2.vocabulary.Vocabulary`.
+                vocabulary.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
 
         Raises:

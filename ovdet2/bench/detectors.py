@@ -23,8 +23,10 @@ from ovdet2.vocabulary import Vocabulary
 DIM = 512
 
 
-def random_words(names: Sequence[str], base_mask: Sequence[bool], dim: int = DIM, teacher: Fingerprint | None = None):
-    """A :class:`Vocabulary` with random unit embeddings, the same for the same number of words."""
+def random_words(
+    names: Sequence[str], base_mask: Sequence[bool], dim: int = DIM, teacher: Fingerprint | None = None
+) -> Vocabulary:
+    """Words with random unit embeddings, the same for the same number of words."""
     rows = torch.randn(len(names), dim, generator=torch.Generator().manual_seed(len(names)))
     teacher = Fingerprint("synthetic", "none") if teacher is None else teacher
     return Vocabulary(tuple(names), torch.tensor(base_mask), F.normalize(rows, dim=1), teacher, "single")

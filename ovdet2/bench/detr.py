@@ -7,8 +7,10 @@ dropout for forward + backward and in evaluation mode for forward; the trunk's f
 are to ovdet2: above 1, transformers is slower.
 """
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -92,7 +94,7 @@ def our_outputs(model: DeformableDETR, images: Tensor) -> tuple[Tensor, Tensor]:
     return outputs.pred_logits[-1], outputs.pred_boxes[-1]
 
 
-def run_pass(outputs_of, model, inputs):
+def run_pass(outputs_of: Callable[..., tuple[Tensor, Tensor]], model: nn.Module, inputs: tuple[str, Tensor]) -> None:
     """One pass; the loss is the sum of squares of the last layer's logits and boxes, which is what both return."""
     name, images = inputs
     images = images.to(next(model.parameters()).device)

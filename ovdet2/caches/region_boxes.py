@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -84,6 +84,18 @@ def apply_filters(found: FoundBoxes, filters: BoxFilters, height: int, width: in
         best = torch.sort(found.scores, descending=True, stable=True).indices
         found = found[best[: filters.top]]
     return found
+
+
+class BoxSource(Protocol):
+    """Boxes of a record, and what the manifest says of where they come from."""
+
+    def recipe(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> FoundBoxes:
+        """Of a Detectron2 record; with what ``prepare`` made of it, if the source has that method."""
+        ...
 
 
 class AnnotationBoxes:

@@ -1,11 +1,14 @@
 """Checkpoints that survive a kill, a full disk and a file from a stranger."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -31,10 +34,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
     replaced in the same way; only then are older files removed. At every instant the pointer names a whole file.
     """
 
-    def __init__(self, model, save_dir="", *, save_to_disk=None, keep=2, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        keep: int = 2,
+        **checkpointables: Any,
+    ) -> None:
         """
         Args:
-            model: module, or its DistributedDataParallel wrapper.
+            model: or its DistributedDataParallel wrapper.
             save_dir: folder of the run.
             save_to_disk: whether this process writes; None: rank 0 only.
             keep: how many periodic checkpoints stay (the default: one to resume from and one to fall back to);
@@ -46,7 +57,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._incompatible = None  # what the latest load left out
         self.loaded = ""  # the file or URL of the latest load
 
-    def save(self, name, **extra):
+    def save(self, name: str, **extra: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` and point to it.
 
         Call it in every process: the state of the checkpointables may be gathered. Rank 0 writes.
@@ -75,11 +86,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             ) from error
         self._remove_old()
 
-    def tag_last_checkpoint(self, last_filename_basename):
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point to the newest checkpoint, atomically."""
         write_text(Path(self.save_dir) / _POINTER, last_filename_basename)
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights, and checkpointables if asked, as Detectron2 does.
 
         Args:
@@ -93,7 +104,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path = self._fetch(path)
         return super().load(path, *args, **kwargs)
 
-    def load_all(self, path):
+    def load_all(self, path: str) -> dict[str, Any]:
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
 
         Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
@@ -104,7 +115,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path: as for :meth:`load`.
 
         Returns:
-            dict, as of :meth:`load`.
+            As of :meth:`load`.
 
         Raises:
             UsageError: the path is empty.
@@ -134,7 +145,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return loaded
 
-    def resume_or_load(self, path, *, resume=True, whole=False):
+    def resume_or_load(self, path: str, *, resume: bool = True, whole: bool = False) -> dict[str, Any]:
         """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
 
         Args:
@@ -143,7 +154,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             whole: the model is to be evaluated: load its weights alone, by :meth:`load_all`.
 
         Returns:
-            dict: what the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
+            What the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
             was loaded, whose iterations are not those of this run.
 
         Raises:

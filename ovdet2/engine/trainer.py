@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -31,6 +32,11 @@ from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
 from ovdet2.vocabulary.templates import clean_name
 
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ovdet2.evaluation.ov_evaluator import OpenVocabularyEvaluator
+
 logger = logging.getLogger(__name__)
 
 _WRITE_PERIOD = 20
@@ -43,7 +49,7 @@ class Trainer(DefaultTrainer):
     its vocabulary are known to MODEL.META_ARCHITECTURE alone.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
             cfg: frozen configuration. With SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are
@@ -85,7 +91,7 @@ class Trainer(DefaultTrainer):
         self._restored_random_state = None
         self.register_hooks(self.build_hooks())
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest whole checkpoint of OUTPUT_DIR if asked and there is one, else load MODEL.WEIGHTS."""
         if not resume and self.checkpointer.has_checkpoint():
             logger.warning(
@@ -98,7 +104,7 @@ class Trainer(DefaultTrainer):
         elif self._average is not None:
             self._average.start_training_from_average()
 
-    def train(self):
+    def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
 
         Raises:
@@ -112,14 +118,14 @@ class Trainer(DefaultTrainer):
             if bad:
                 logger.warning("%d training images could not be used: %s", len(bad), ", ".join(bad))
 
-    def before_train(self):
+    def before_train(self) -> None:
         """Run the hooks, then restore the random states of a resumed run, so that nothing can change them before."""
         super().before_train()
         if self._restored_random_state is not None:
             set_random_state(self._restored_random_state)
             self._restored_random_state = None
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase]:
         """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
 
         def settle():
@@ -148,7 +154,7 @@ class Trainer(DefaultTrainer):
             built.append(hooks.PeriodicWriter(self.build_writers(), period))
         return built
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
         state = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
@@ -165,8 +171,9 @@ class Trainer(DefaultTrainer):
             state["data"] = self.data_loader.state_dict()
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; with another number of processes the random states start anew."""
+        state = state_dict
         TrainerBase.load_state_dict(self, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -184,7 +191,7 @@ class Trainer(DefaultTrainer):
             self._restored_random_state = state["random"][comm.get_rank()]
 
     @classmethod
-    def build_model(cls, cfg):
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build MODEL.META_ARCHITECTURE and log how many parameters are trained.
 
         Raises:
@@ -204,7 +211,7 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_trained(cls, cfg):
+    def build_trained(cls, cfg: CfgNode) -> nn.Module:
         """MODEL.META_ARCHITECTURE with MODEL.WEIGHTS, for evaluation, on the CPU where there is no GPU.
 
         Raises:
@@ -218,7 +225,7 @@ class Trainer(DefaultTrainer):
         return model.eval()
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """See :func:`ovdet2.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
 
@@ -233,7 +240,9 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, facts=None):
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, facts: dict[str, Any] | None = None
+    ) -> OpenVocabularyEvaluator:
         """The evaluator of a data set, writing to OUTPUT_DIR/inference/<data set>.
 
         Args:
@@ -266,7 +275,13 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None, weights=None):
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+        weights: str | None = None,
+    ) -> dict[str, Any]:
         """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
 
         With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
@@ -348,12 +363,12 @@ class CheckpointHook(HookBase):
     average their batch statistics.
     """
 
-    def __init__(self, checkpointer, period, settle):
+    def __init__(self, checkpointer: AtomicCheckpointer, period: int, settle: Callable[[], object]) -> None:
         self.checkpointer = checkpointer
         self.period = period
         self.settle = settle
 
-    def after_step(self):
+    def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
             self._save("model_final")

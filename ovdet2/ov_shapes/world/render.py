@@ -5,6 +5,9 @@ Images are uint8 (H, W, 3) RGB. Boxes are XYXY absolute pixels, x1 and y1 exclus
 Every function draws all its randomness from the Generator it is given, so that a scene is a pure function of its seed.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,33 +48,38 @@ class PlacedObject:
     shape: str
     texture: str
     color: str
-    box_xyxy: tuple
+    box_xyxy: tuple[float, float, float, float]
     area: int
     visible: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image: (H, W, 3) uint8 RGB. objects: tuple of PlacedObject. masks: (N, H, W) bool of visible pixels."""
+    """image: (H, W, 3) uint8 RGB. objects: N. masks: (N, H, W) bool of visible pixels."""
 
     image: np.ndarray
-    objects: tuple
+    objects: tuple[PlacedObject, ...]
     masks: np.ndarray
 
 
-def render_scene(rng, height, width, wanted, min_visible=0.65, margin=0.2):
+def render_scene(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    wanted: Iterable[tuple[str, str, float]],
+    min_visible: float = 0.65,
+    margin: float = 0.2,
+) -> Scene:
     """Draw a scene.
 
     Args:
-        rng: numpy Generator.
+        rng: of all that is drawn.
         height, width: pixels.
-        wanted: list of (shape, texture, diameter in pixels), painted in this order, later over earlier.
+        wanted: (shape, texture, diameter in pixels), painted in this order, later over earlier.
         min_visible: least share of each object's pixels that stays visible; an object for which no such place is found
             in 30 draws is left out.
         margin: share of the diameter by which a centre must stay inside the image (0.5: never cut off by the border).
 
-    Returns:
-        Scene.
     """
     canvas = _clutter(rng, _background(rng, height, width))
     patches, alphas = [], []
