@@ -13,15 +13,14 @@ from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from PIL import Image, ImageOps
-from torch import nn
 
-import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
+from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
@@ -57,7 +56,7 @@ class Predictor:
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         settle_device(cfg)
         self.cfg = cfg
-        self.model: Any = _build(cfg, weights).eval()
+        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         if cfg.MODEL.VOCABULARY.FILE:  # its base mask may be of another data set than the weights
             self.model.vocabulary.set(self.model.vocabulary.words)
@@ -178,7 +177,7 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return array
 
 
-def _build(cfg: CfgNode, weights: str) -> nn.Module:
+def _build(cfg: CfgNode, weights: str) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
     """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
     if cfg.MODEL.VOCABULARY.FILE:

@@ -5,7 +5,7 @@ Shapes: R boxes of an image. Boxes are XYXY in pixels of the original image.
 
 import bisect
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,7 +105,7 @@ class AnnotationBoxes:
         """What the manifest says of the source."""
         return {"source": "annotations"}
 
-    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
+    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record, scores 1.
 
         Raises:
@@ -159,7 +159,7 @@ class FileBoxes:
             )
         return count
 
-    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
+    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record; none for an image the file does not name."""
         place = bisect.bisect_left(self._image_ids, record["image_id"])
         if place == len(self._image_ids) or self._image_ids[place] != record["image_id"]:

@@ -3,7 +3,7 @@
 Shapes: R regions, F crops of each, S side of the teacher's input, D embedding dimension.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -84,7 +84,7 @@ class ShardEmbedder(Generic[Source]):
         }
 
     def embed(
-        self, records: Sequence[dict[str, Any]], on_image: Callable[[], object] = lambda: None
+        self, records: Sequence[Mapping[str, Any]], on_image: Callable[[], object] = lambda: None
     ) -> tuple[list[Regions], dict[int, str]]:
         """The regions of some images.
 
@@ -121,7 +121,7 @@ class ShardEmbedder(Generic[Source]):
     def _boxes_of(self, record, sample):
         height, width = sample["image"].shape[-2:]
         size = {"height": height, "width": width}
-        found = self.boxes(record | size, sample["prepared"]) if "prepared" in sample else self.boxes(record)
+        found = self.boxes({**record, **size}, sample["prepared"]) if "prepared" in sample else self.boxes(record)
         return apply_filters(found, self.filters, height, width)
 
     def _samples(self, records):

@@ -29,4 +29,6 @@ def large_scale_jitter(scales: Sequence[float], side: int) -> list[T.Augmentatio
             f"INPUT.LSJ has SCALES {tuple(scales)} and SIDE {side}: give the least and the most multiple of the "
             "square, and its side in pixels."
         )
-    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side), pad=False)]
+    least, most = scales
+    crop = T.FixedSizeCrop((side, side), pad=False)  # pyrefly: ignore[bad-argument-type]  its size has two sides
+    return [T.ResizeScale(least, most, side, side), crop]

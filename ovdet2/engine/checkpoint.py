@@ -6,9 +6,9 @@ import contextlib
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -19,6 +19,11 @@ from ovdet2.config import find_methods
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.files import atomic_path, write_text
 from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
+
+if TYPE_CHECKING:
+    from fvcore.common.checkpoint import _IncompatibleKeys
+
+    from ovdet2.modeling.part import Part
 
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
@@ -54,7 +59,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
-        self._incompatible = None  # what the latest load left out
+        self._incompatible: _IncompatibleKeys | None = None  # what the latest load left out
         self.loaded = ""  # the file or URL of the latest load
 
     def save(self, name: str, **extra: Any) -> None:
@@ -99,7 +104,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
         """
-        self.loaded = str(path)
+        self.loaded = path
         if path and not os.path.isfile(path):
             path = self._fetch(path)
         return super().load(path, *args, **kwargs)
@@ -124,16 +129,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if not path:
             raise UsageError("there are no trained weights to evaluate: set MODEL.WEIGHTS to a checkpoint.")
         loaded = self.load(path, checkpointables=[])
-        unused = self._training_only()
+        unused, incompatible = self._training_only(), self._incompatible
+        assert incompatible is not None  # set by the load of a file
         misshaped = [
             f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
-            for name, saved, wanted in self._incompatible.incorrect_shapes
+            for name, saved, wanted in incompatible.incorrect_shapes
             if not name.startswith(unused)
         ]
-        reported = {name for name, _, _ in self._incompatible.incorrect_shapes}
+        reported = {name for name, _, _ in incompatible.incorrect_shapes}
         missing = [
             f"{name} (missing)"
-            for name in self._incompatible.missing_keys
+            for name in incompatible.missing_keys
             if name not in reported and not name.endswith(".num_batches_tracked") and not name.startswith(unused)
         ]
         faults = misshaped + missing
@@ -211,18 +217,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
         earlier versions get the names of today.
         """
         adopting = [
-            (f"{name}.", module)
+            (f"{name}.", adopt)
             for name, module in self.model.named_modules()
-            if name and hasattr(module, "adopt_saved_vocabulary")
+            if name and (adopt := getattr(module, "adopt_saved_vocabulary", None)) is not None
         ]
         weights = checkpoint["model"] = with_present_names(checkpoint["model"], self.model)
         lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1], None) is None)
         for name in [name for name in weights if name.startswith(lacking)]:
             del weights[name]
-        for prefix, module in adopting:
+        for prefix, adopt in adopting:
             saved = {name[len(prefix) :]: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
             if saved:
-                module.adopt_saved_vocabulary(saved)
+                adopt(saved)
         incompatible = super()._load_model(checkpoint)
         prefixes = tuple(prefix for prefix, _ in adopting)
         if prefixes:
@@ -232,7 +238,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _training_only(self):
         """Prefixes of the entries of parts that only training uses, of those that the model lacks, too."""
-        parts = [part.name for part in getattr(self.model, "parts", ()) if part.training_only]
+        parts = [part.name for part in _parts_of(self.model) if part.training_only]
         absent = [method.name for method in find_methods() if method.training_only]
         return tuple(f"{name}." for name in dict.fromkeys(parts + absent))
 
@@ -263,11 +269,15 @@ def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[
         model: whose ``parts``, if it has any, say in ``old_weights`` which prefixes have changed.
     """
     present = dict(weights)
-    for part in getattr(model, "parts", ()):
+    for part in _parts_of(model):
         for old, new in part.old_weights.items():
             for name in [name for name in present if name.startswith(old)]:
                 present[new + name.removeprefix(old)] = present.pop(name)
     return present
+
+
+def _parts_of(model: nn.Module) -> Sequence[Part]:
+    return cast("Sequence[Part]", getattr(model, "parts", ()))
 
 
 @contextlib.contextmanager

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -35,7 +36,9 @@ from ovdet2.vocabulary.templates import clean_name
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from ovdet2.evaluation.evaluation import Evaluation
     from ovdet2.evaluation.ov_evaluator import OpenVocabularyEvaluator
+    from ovdet2.vocabulary.bank import WordBank
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,12 @@ class Trainer(DefaultTrainer):
     Its constructor is replaced, not extended: Detectron2's wraps the model for CUDA only. The model, its classes and
     its vocabulary are known to MODEL.META_ARCHITECTURE alone.
     """
+
+    _trainer: CheckedStep  # pyrefly: ignore[bad-override]  it takes the place of Detectron2's trainers
+    # Properties of the step, which Detectron2 adds to its class.
+    model: nn.Module
+    data_loader: Iterable[Any]
+    optimizer: Optimizer
 
     def __init__(self, cfg: CfgNode) -> None:
         """
@@ -66,8 +75,10 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         sources = getattr(data_loader, "sources", [])
         _require_teacher(sources, model)
-        if hasattr(model, "prepare_training"):
-            model.prepare_training(sources)
+        found = getattr(model, "prepare_training", None)
+        prepare_training = cast("Callable[[Sequence[TrainSource]], None] | None", found)
+        if prepare_training is not None:
+            prepare_training(sources)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._trainer = CheckedStep(
@@ -89,7 +100,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._restored_random_state = None
-        self.register_hooks(self.build_hooks())
+        self.register_hooks([*self.build_hooks()])
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest whole checkpoint of OUTPUT_DIR if asked and there is one, else load MODEL.WEIGHTS."""
@@ -141,7 +152,7 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
             return self._last_eval_results
 
-        built = [
+        built: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             *([] if self._average is None else [AverageHook(self._average)]),
@@ -156,7 +167,7 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
-        state = TrainerBase.state_dict(self)
+        state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would start anew
@@ -307,16 +318,21 @@ class Trainer(DefaultTrainer):
         return results
 
 
-def _vocabulary_of(model):
-    """The :class:`~ovdet2.vocabulary.bank.WordBank` of a model; None for one without words."""
+def _vocabulary_of(model: nn.Module) -> WordBank | None:
+    """The words of a model; None for one without."""
     return getattr(getattr(model, "module", model), "vocabulary", None)
 
 
-def _require_words(cfg, model):
+def _require_words(cfg: CfgNode, model: nn.Module) -> None:
     """A detection's class is a column of the vocabulary: another data set's words would be scored as this one's."""
     vocabulary = _vocabulary_of(model)
-    for name in cfg.DATASETS.TEST if vocabulary is not None else ():
-        wanted = (*split_of(name).names, *distractors(cfg))
+    if vocabulary is None:
+        return
+    for name in cfg.DATASETS.TEST:
+        split = split_of(name)
+        if split is None:
+            continue  # build_evaluator refuses it
+        wanted = (*split.names, *distractors(cfg))
         if vocabulary.names != wanted:
             raise UsageError(
                 f"the model is asked for the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
@@ -324,11 +340,11 @@ def _require_words(cfg, model):
             )
 
 
-def _facts_of(model, weights):
+def _facts_of(model: nn.Module, weights: str) -> dict[str, Any]:
     """What a report says of the detector: its weights and, if it has words, their fingerprint, and the novel ones among
     them that it was trained on, as with pseudo labels."""
     vocabulary = _vocabulary_of(model)
-    facts = {"weights": weights}
+    facts: dict[str, Any] = {"weights": weights}
     if vocabulary is not None:
         stated = vocabulary.words.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
@@ -341,7 +357,7 @@ def _facts_of(model, weights):
     return facts
 
 
-def _draw_report(dataset_name, evaluation, folder):
+def _draw_report(dataset_name: str, evaluation: Evaluation | None, folder: str) -> None:
     """Write report.html; a page that cannot be drawn must not cost the run its figures."""
     if evaluation is None:  # not the first process, or another kind of evaluator
         return
@@ -349,7 +365,9 @@ def _draw_report(dataset_name, evaluation, folder):
 
     path = f"{folder}/report.html"
     try:
-        write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split_of(dataset_name))
+        split = split_of(dataset_name)
+        assert split is not None  # the evaluator requires one
+        write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split)
     except Exception:  # noqa: BLE001
         logger.warning("%s could not be drawn; tools/make_report.py tries again.", path, exc_info=True)
     else:
@@ -363,7 +381,7 @@ class CheckpointHook(HookBase):
     average their batch statistics.
     """
 
-    def __init__(self, checkpointer: AtomicCheckpointer, period: int, settle: Callable[[], object]) -> None:
+    def __init__(self, checkpointer: DetectionCheckpointer, period: int, settle: Callable[[], object]) -> None:
         self.checkpointer = checkpointer
         self.period = period
         self.settle = settle
@@ -395,7 +413,8 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
     # statistics are averaged when they matter (average_batch_norm). torch 2.15 renamed the switch.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **{switch: False})
+    options: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **options)
 
 
 def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
@@ -405,5 +424,7 @@ def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
         CacheError: names both teachers.
     """
     vocabulary = _vocabulary_of(model)
-    for step in [step for source in sources for step in source.steps] if vocabulary is not None else ():
+    if vocabulary is None:
+        return
+    for step in [step for source in sources for step in source.steps]:
         step.require_teacher(vocabulary.teacher, "the vocabulary")

@@ -222,14 +222,13 @@ class Vocabulary:
         rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
         word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
         sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
-        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
         return cls(
             names,
-            mask,
+            _mask(base_mask, len(names)),
             F.normalize(sums, dim=1),  # of a sum as of a mean
             teacher.fingerprint,
             set_title(templates),
-            category_ids,
+            None if category_ids is None else tuple(category_ids),
             averaged if len(rows) > len(names) else None,
             templates_sha256(templates),
         )
@@ -268,8 +267,15 @@ class Vocabulary:
                     f"the embedding of {names[at[0]]!r} (row {at[0]} of the table) is {fault}; such rows: {len(at)}. "
                     "Make the table again, or leave these words out."
                 )
-        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
-        return cls(names, mask, F.normalize(rows, dim=1), teacher, templates, category_ids)
+        ids = None if category_ids is None else tuple(category_ids)
+        return cls(names, _mask(base_mask, len(names)), F.normalize(rows, dim=1), teacher, templates, ids)
+
+
+def _mask(base_mask: Sequence[bool] | Tensor | None, count: int) -> Tensor:
+    """As a Tensor; where there is none, every word is novel."""
+    if base_mask is None:
+        return torch.zeros(count, dtype=torch.bool)
+    return torch.as_tensor(base_mask, dtype=torch.bool)
 
 
 def check_words(names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import pycocotools.mask as mask_api
 from detectron2.structures import BoxMode
@@ -191,7 +191,8 @@ def records_of(
     federated: bool = False,
 ) -> list[dict[str, Any]]:
     """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is what messages call it."""
-    faults, contiguous = _Faults(json_file), split.id_to_contiguous
+    faults = _Faults(json_file)
+    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # None stands for what is no integer
     for category in data["categories"]:
         position = contiguous.get(_integer(category.get("id")))
         if position is not None and category.get("name") != split.names[position]:
@@ -324,12 +325,13 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             record["annotations"][-1]["segmentation"] = segmentation
 
 
-def compressed(code: Mapping[str, Any]) -> Mapping[str, Any]:
+def compressed(code: dict[str, Any]) -> dict[str, Any]:
     """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools want it."""
     if isinstance(code["counts"], str):
         return code
-    code = mask_api.frPyObjects(code, *code["size"])
-    return {**code, "counts": code["counts"].decode("ascii")}
+    height, width = code["size"]
+    encoded = mask_api.frPyObjects(cast(Any, code), height, width)  # of a dict a dict, with its counts as bytes
+    return {**encoded, "counts": encoded["counts"].decode("ascii")}
 
 
 def is_segmentation(value: object) -> TypeGuard[list[list[float]] | dict[str, Any]]:
@@ -340,7 +342,8 @@ def is_segmentation(value: object) -> TypeGuard[list[list[float]] | dict[str, An
             isinstance(size, list)
             and len(size) == 2
             and all(_is_positive(side) for side in size)
-            and len(counts if isinstance(counts, (str, list)) else ()) > 0
+            and isinstance(counts, (str, list))
+            and len(counts) > 0
             and (isinstance(counts, str) or all(_integer(count) is not None for count in counts))
         )
     return (

@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -100,7 +100,7 @@ def _draw_one(seed, split, category_ids, folder, index):
 def _run_length_code(mask):
     """COCO's compressed run-length code of a (H, W) bool mask, ready for json."""
     code = encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+    return {"size": list(code["size"]), "counts": cast(bytes, code["counts"]).decode("ascii")}
 
 
 def annotations_hash(data: Mapping[str, Any]) -> str:

@@ -82,7 +82,8 @@ def render_scene(
 
     """
     canvas = _clutter(rng, _background(rng, height, width))
-    patches, alphas = [], []
+    patches: list[tuple[str, str, str]] = []
+    alphas = []
     for shape, texture, diameter in wanted:
         under = canvas.mean(axis=(0, 1))
         color, patch, alpha = _object_patch(rng, shape, texture, diameter, under)
@@ -94,8 +95,8 @@ def render_scene(
         alphas = [(others & ~solid, count) for others, count in alphas] + [(solid, int((alpha > 0.5).sum()))]
         patches.append((shape, texture, color))
     objects = tuple(
-        PlacedObject(*words, _tight_box(mask), int(mask.sum()), float(mask.sum() / count))
-        for words, (mask, count) in zip(patches, alphas, strict=True)
+        PlacedObject(shape, texture, color, _tight_box(mask), int(mask.sum()), float(mask.sum() / count))
+        for (shape, texture, color), (mask, count) in zip(patches, alphas, strict=True)
     )
     masks = np.stack([mask for mask, _ in alphas]) if alphas else np.zeros((0, height, width), dtype=bool)
     return Scene(_finish(rng, canvas), objects, masks)
@@ -104,7 +105,9 @@ def render_scene(
 def _smooth_noise(rng, height, width, cells):
     """(H, W) float32 noise in [0, 1] whose grain is the image divided by ``cells``."""
     coarse = (rng.random((cells + 1, cells + 1)) * 255.0).astype(np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), dtype=np.float32) / 255.0
+    return (
+        np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32) / 255.0
+    )
 
 
 def _background(rng, height, width):
@@ -125,7 +128,9 @@ def _background(rng, height, width):
 def _clutter(rng, canvas):
     """``canvas`` with lines, scribbles and irregular blobs that belong to no class."""
     height, width = canvas.shape[:2]
-    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((2 * width, 2 * height), Image.BILINEAR)
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize(
+        (2 * width, 2 * height), Image.Resampling.BILINEAR
+    )
     draw = ImageDraw.Draw(image)
     size = np.asarray([2 * width, 2 * height], dtype=float)
     for _ in range(int(rng.integers(0, 5))):
