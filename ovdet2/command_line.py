@@ -1,11 +1,14 @@
 """What the programs that train have in common on the command line."""
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Callable
 
 import torch
 
 
-def add_run_arguments(parser):
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config-file, --resume, processes and machines of the run, and KEY VALUE overrides ("opts", the rest)."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="yaml file, or its name below configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR")
@@ -16,7 +19,7 @@ def add_run_arguments(parser):
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides of the configuration")
 
 
-def launch_run(main, args, device):
+def launch_run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace, device: str) -> None:
     """Run ``main(args)`` in the processes of :func:`add_run_arguments`, on CUDA if ``device`` asks and there is one."""
     from ovdet2.engine import launch  # slow to import, so after the errors a user makes most
 

@@ -113,6 +113,7 @@ def check_detectron2() -> Finding:
     except Exception as error:
         return Finding(WRONG, f"Detectron2 cannot be imported ({_reason(error)}). {INSTALL_DETECTRON2}")
     version = getattr(detectron2, "__version__", "of unknown version")
+    assert detectron2.__file__ is not None
     place = Path(detectron2.__file__).parent
     if _numbers(version) < (0, 6):
         return Finding(WRONG, f"Detectron2 {version} in {place} is too old, 0.6 is needed. {INSTALL_DETECTRON2}")

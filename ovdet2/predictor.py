@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,17 @@ from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from PIL import Image, ImageOps
-from torch import nn
 
-import ovdet2.modeling  # noqa: F401  registers the meta-architectures
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
+from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
-from ovdet2.vocabulary import from_buffers
+from ovdet2.vocabulary import Vocabulary, from_buffers
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
@@ -57,7 +56,7 @@ class Predictor:
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         settle_device(cfg)
         self.cfg = cfg
-        self.model: Any = _build(cfg, weights).eval()
+        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         if cfg.MODEL.VOCABULARY.FILE:  # its base mask may be of another data set than the weights
             self.model.vocabulary.set(self.model.vocabulary.words)
@@ -68,7 +67,7 @@ class Predictor:
         """Words that ``pred_classes`` index."""
         return self.model.vocabulary.names
 
-    def set_vocabulary(self, words, templates=None):
+    def set_vocabulary(self, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None) -> None:
         """Ask for other words from now on; they need not be in any data set.
 
         A word that had training boxes counts as base, every other as novel, whatever the base mask of a vocabulary is
@@ -76,7 +75,7 @@ class Predictor:
 
         Args:
             words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
-                :class:`~ovdet2.vocabulary.Vocabulary`.
+                vocabulary.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
 
         Raises:
@@ -178,7 +177,7 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return array
 
 
-def _build(cfg: CfgNode, weights: str) -> nn.Module:
+def _build(cfg: CfgNode, weights: str) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
     """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
     if cfg.MODEL.VOCABULARY.FILE:

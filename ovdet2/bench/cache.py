@@ -18,7 +18,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -145,9 +145,10 @@ def encode_noise(teacher: Teacher, images: int, args: argparse.Namespace) -> Non
 @torch.no_grad()
 def plain_loop(teacher: Teacher, records: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Embed image by image with PIL and open_clip's transform."""
-    transform = open_clip.image_transform(
-        teacher.image_size, is_train=False, mean=teacher.mean_colour, interpolation=teacher.interpolation
+    made = open_clip.image_transform(
+        teacher.image_size, is_train=False, mean=tuple(teacher.mean_colour), interpolation=teacher.interpolation
     )
+    transform = cast(Callable[[Image.Image], Tensor], made)  # several only for training
     for record in records:
         image = Image.open(record["file_name"]).convert("RGB")
         boxes = random_boxes(record, args.boxes)

@@ -5,14 +5,15 @@ Shapes: H x W image, M objects, K words, D embedding dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ovdet2.modeling  # noqa: F401  registers the detectors
@@ -23,8 +24,10 @@ from ovdet2.vocabulary import Vocabulary
 DIM = 512
 
 
-def random_words(names: Sequence[str], base_mask: Sequence[bool], dim: int = DIM, teacher: Fingerprint | None = None):
-    """A :class:`Vocabulary` with random unit embeddings, the same for the same number of words."""
+def random_words(
+    names: Sequence[str], base_mask: Sequence[bool], dim: int = DIM, teacher: Fingerprint | None = None
+) -> Vocabulary:
+    """Words with random unit embeddings, the same for the same number of words."""
     rows = torch.randn(len(names), dim, generator=torch.Generator().manual_seed(len(names)))
     teacher = Fingerprint("synthetic", "none") if teacher is None else teacher
     return Vocabulary(tuple(names), torch.tensor(base_mask), F.normalize(rows, dim=1), teacher, "single")
@@ -55,7 +58,9 @@ def noise_samples(size: tuple[int, int], batch: int = 1, objects: int = 20) -> l
 class TrainingStep:
     """Forward, backward and an update of size 0, so that all models compared keep equal weights."""
 
-    def __init__(self, model: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options) -> None:
+    def __init__(
+        self, model: nn.Module, kind: Callable[..., torch.optim.Optimizer] = torch.optim.SGD, **options: Any
+    ) -> None:
         """
         Args:
             model: put into training mode.
@@ -69,7 +74,7 @@ class TrainingStep:
     def __call__(self, samples: Sequence[Sample]) -> None:
         torch.manual_seed(0)  # the same proposals are sampled in all models
         with EventStorage():
-            loss = sum(self.model(samples).values())
+            loss = cast(Tensor, sum(self.model(samples).values()))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

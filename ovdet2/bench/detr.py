@@ -7,9 +7,12 @@ dropout for forward + backward and in evaluation mode for forward; the trunk's f
 are to ovdet2: above 1, transformers is slower.
 """
 
+from __future__ import annotations
+
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +54,13 @@ def their_model(variant: str) -> nn.Module:
     from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
     torch.manual_seed(0)
-    config = DeformableDetrConfig(
-        num_labels=CLASSES,
-        dropout=0.0,
-        with_box_refine=variant != "one_stage",
-        two_stage=variant == "two_stage",
-    )
-    model = DeformableDetrForObjectDetection(config)
+    options: dict[str, Any] = {
+        "num_labels": CLASSES,
+        "dropout": 0.0,
+        "with_box_refine": variant != "one_stage",
+        "two_stage": variant == "two_stage",
+    }
+    model = DeformableDetrForObjectDetection(DeformableDetrConfig(**options))
     for name, parameter in model.model.backbone.named_parameters():  # of which it freezes none for a timm trunk
         parameter.requires_grad_(any(f"layer{stage}" in name for stage in (2, 3, 4)))
     return model
@@ -92,7 +95,7 @@ def our_outputs(model: DeformableDETR, images: Tensor) -> tuple[Tensor, Tensor]:
     return outputs.pred_logits[-1], outputs.pred_boxes[-1]
 
 
-def run_pass(outputs_of, model, inputs):
+def run_pass(outputs_of: Callable[..., tuple[Tensor, Tensor]], model: nn.Module, inputs: tuple[str, Tensor]) -> None:
     """One pass; the loss is the sum of squares of the last layer's logits and boxes, which is what both return."""
     name, images = inputs
     images = images.to(next(model.parameters()).device)
@@ -103,7 +106,7 @@ def run_pass(outputs_of, model, inputs):
         return
     for parameter in model.parameters():
         parameter.grad = None
-    sum(output.square().sum() for output in outputs_of(model, images)).backward()
+    cast(Tensor, sum(output.square().sum() for output in outputs_of(model, images))).backward()
 
 
 main = Benchmark("ovdet2.bench.detr", __doc__, OPTIONS, plan).main

@@ -63,7 +63,7 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     case = Case({"images": str(args.images), "detections": str(detections), "classes": str(args.classes)})
     reference = _pycocotools if metric == "ov_coco" else _lvis
     candidates = [Candidate("ovdet2", lambda: _truth_of(args.folder, metric),
-                            lambda loaded, _: _ours(args.folder, *loaded, metric, args.detections))]  # fmt: skip
+                            lambda loaded, _: _ours(args.folder, loaded, metric, args.detections))]  # fmt: skip
     if not args.memory:
         candidates.append(
             Candidate(args.against, lambda: reference(args.folder, args.detections), lambda run, _: run())
@@ -93,8 +93,9 @@ def _truth_of(folder, metric):
     return Truth.of(records, split), split
 
 
-def _ours(folder, truth, split, metric, limit):
-    """Means over all classes, as fractions."""
+def _ours(folder, loaded, metric, limit):
+    """Means over all classes, as fractions; ``loaded`` is of :func:`_truth_of`."""
+    truth, split = loaded
     detections = read_predictions(folder / MERGED).detections
     per_class = measure(truth, detections, split, metric, limit)["bbox"]
     means = {name: mean_of(figures[name] for figures in per_class.values()) / 100 for name in per_class[1]}
@@ -146,7 +147,7 @@ def _lvis(folder, limit):
     except ImportError as error:
         raise SetupError(f"{error}: pip install --no-deps lvis==0.5.3") from None
     if not hasattr(np, "float"):
-        np.float = float  # its last release is older than NumPy 1.24
+        vars(np)["float"] = float  # its last release is older than NumPy 1.24
     truth, results = LVIS(str(folder / TRUTH)), _result_dicts(folder)
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,7 @@ class Benchmark:
             args = self.parse(argv)
             torch.set_num_threads(args.threads)
             try:
-                with contextlib.closing(self.plan(args)) as plan:
+                with contextlib.closing(self._comparisons(args)) as plan:
                     if args.peak:
                         print(json.dumps(_peak_here(plan, args)))
                         return {}
@@ -167,6 +167,10 @@ class Benchmark:
                     return results
             finally:
                 torch.set_num_threads(threads)
+
+    def _comparisons(self, args: argparse.Namespace) -> Generator[Comparison, None, None]:
+        """The plan as a generator, which can be closed early."""
+        yield from self.plan(args)
 
     def _compare(self, comparison: Comparison, args: argparse.Namespace, peak: Callable[[int, str], float]) -> Results:
         names = [candidate.name for candidate in comparison.candidates]
@@ -187,7 +191,7 @@ class Benchmark:
                 if not args.no_memory:
                     row = replace(row, peak=peak(place, name))
                 results[(*case.columns.values(), name)] = row
-                print(row_text(case.columns.values(), name, row), flush=True)
+                print(row_text(list(case.columns.values()), name, row), flush=True)
             if comparison.report is not None and times:
                 comparison.report(times)
         return results

@@ -99,6 +99,7 @@ class Worker:
         with contextlib.suppress(BrokenPipeError):  # it has ended: the line below is empty
             if request:
                 print(request, file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None  # a pipe
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ def take_turns(
     """
     times: dict[str, list[Elapsed]] = {name: [] for name in passes}
     for turn in tqdm(range(warm_up + turns), desc=label, leave=False):
-        for name in passes if turn % 2 else reversed(passes):
+        for name in passes if turn % 2 else reversed(list(passes)):
             with naming(name):
                 started = clock()
                 value = passes[name]()
@@ -90,7 +90,7 @@ def rows_of(times: Mapping[str, Sequence[Elapsed]], reference: str) -> dict[str,
 
 
 @contextlib.contextmanager
-def naming(candidate: str) -> Iterator[None]:
+def naming(candidate: str) -> Generator[None, None, None]:
     """Name the candidate in whatever is raised inside."""
     try:
         yield

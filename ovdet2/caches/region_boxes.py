@@ -5,10 +5,10 @@ Shapes: R boxes of an image. Boxes are XYXY in pixels of the original image.
 
 import bisect
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -86,6 +86,18 @@ def apply_filters(found: FoundBoxes, filters: BoxFilters, height: int, width: in
     return found
 
 
+class BoxSource(Protocol):
+    """Boxes of a record, and what the manifest says of where they come from."""
+
+    def recipe(self) -> dict[str, Any]:
+        """What the manifest says of the source."""
+        ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> FoundBoxes:
+        """Of a Detectron2 record; with what ``prepare`` made of it, if the source has that method."""
+        ...
+
+
 class AnnotationBoxes:
     """The annotated boxes of a record, by annotation id; crowds, which hold many objects, are left out."""
 
@@ -93,7 +105,7 @@ class AnnotationBoxes:
         """What the manifest says of the source."""
         return {"source": "annotations"}
 
-    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
+    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record, scores 1.
 
         Raises:
@@ -147,7 +159,7 @@ class FileBoxes:
             )
         return count
 
-    def __call__(self, record: dict[str, Any]) -> FoundBoxes:
+    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
         """:class:`FoundBoxes` of a Detectron2 record; none for an image the file does not name."""
         place = bisect.bisect_left(self._image_ids, record["image_id"])
         if place == len(self._image_ids) or self._image_ids[place] != record["image_id"]:

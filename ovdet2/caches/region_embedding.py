@@ -3,9 +3,9 @@
 Shapes: R regions, F crops of each, S side of the teacher's input, D embedding dimension.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -17,6 +17,7 @@ from ovdet2.io.images import read_image, require_annotated_size
 from ovdet2.vlm.crops import boxes_to_cut, combine_crops, crop_regions
 from ovdet2.vlm.teacher import Teacher
 
+Source = TypeVar("Source", bound=Callable[..., FoundBoxes])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -42,7 +43,7 @@ class CropRecipe:
         return max(1, self.batch_size // len(self.factors))
 
 
-class ShardEmbedder:
+class ShardEmbedder(Generic[Source]):
     """Embeds the regions of images, shard by shard.
 
     Peak memory above teacher and proposer: one decoded image (and two waiting per loader process), one batch of crops
@@ -52,7 +53,7 @@ class ShardEmbedder:
     def __init__(
         self,
         teacher: Teacher,
-        boxes: Callable[..., FoundBoxes],
+        boxes: Source,
         filters: BoxFilters,
         crops: CropRecipe,
         workers: int = 0,
@@ -83,7 +84,7 @@ class ShardEmbedder:
         }
 
     def embed(
-        self, records: Sequence[dict[str, Any]], on_image: Callable[[], object] = lambda: None
+        self, records: Sequence[Mapping[str, Any]], on_image: Callable[[], object] = lambda: None
     ) -> tuple[list[Regions], dict[int, str]]:
         """The regions of some images.
 
@@ -120,7 +121,7 @@ class ShardEmbedder:
     def _boxes_of(self, record, sample):
         height, width = sample["image"].shape[-2:]
         size = {"height": height, "width": width}
-        found = self.boxes(record | size, sample["prepared"]) if "prepared" in sample else self.boxes(record)
+        found = self.boxes({**record, **size}, sample["prepared"]) if "prepared" in sample else self.boxes(record)
         return apply_filters(found, self.filters, height, width)
 
     def _samples(self, records):

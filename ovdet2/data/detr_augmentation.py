@@ -1,11 +1,15 @@
 """The augmentation of DETR (Carion et al., ECCV 2020): now and then a crop, at another scale, before the resize."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from detectron2.data import transforms as T
 
 from ovdet2.errors import UsageError
 
 
-def detr_crop(resize, sides, probability=0.5):
+def detr_crop(resize: Sequence[int], sides: Sequence[int], probability: float = 0.5) -> T.RandomApply:
     """With a probability, resize the short side and cut out a rectangle; else change nothing.
 
     Put before the ordinary resize and flip it gives DETR's two lists, which both end with these. Boxes, masks and
@@ -18,7 +22,7 @@ def detr_crop(resize, sides, probability=0.5):
         probability: of the crop.
 
     Returns:
-        A Detectron2 augmentation, which draws from numpy's global generator.
+        It draws from numpy's global generator.
 
     Raises:
         UsageError: no short side, or sides in the wrong order.

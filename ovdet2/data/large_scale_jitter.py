@@ -1,11 +1,15 @@
 """Large scale jitter (LSJ; Ghiasi et al., CVPR 2021): a resize over a wide range of scales and a crop to a square."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 from detectron2.data import transforms as T
 
 from ovdet2.errors import UsageError
 
 
-def large_scale_jitter(scales, side):
+def large_scale_jitter(scales: Sequence[float], side: int) -> list[T.Augmentation]:
     """The augmentations that take the place of the ordinary resize; boxes, masks and cached regions go along.
 
     An image smaller than the square stays so: the detector pads its batch, and knows what is padding.
@@ -15,7 +19,7 @@ def large_scale_jitter(scales, side):
         side: of the square, pixels.
 
     Returns:
-        list of Detectron2 augmentations, which draw from numpy's global generator.
+        They draw from numpy's global generator.
 
     Raises:
         UsageError: scales in the wrong order, or no side.
@@ -25,4 +29,6 @@ def large_scale_jitter(scales, side):
             f"INPUT.LSJ has SCALES {tuple(scales)} and SIDE {side}: give the least and the most multiple of the "
             "square, and its side in pixels."
         )
-    return [T.ResizeScale(*scales, side, side), T.FixedSizeCrop((side, side), pad=False)]
+    least, most = scales
+    crop = T.FixedSizeCrop((side, side), pad=False)  # pyrefly: ignore[bad-argument-type]  its size has two sides
+    return [T.ResizeScale(least, most, side, side), crop]

@@ -4,13 +4,20 @@ Shapes: B images of a batch, M mosaics, g cells a side of a mosaic, C channels, 
 XYXY in pixels of the canvas, with pixel edges at integers.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
 
 
-def draw_mosaics(count, grids=(2, 3, 4), singles=0, generator=None):
+def draw_mosaics(
+    count: int, grids: Sequence[int] = (2, 3, 4), singles: int = 0, generator: torch.Generator | None = None
+) -> tuple[list[Tensor], Tensor]:
     """Which images make up the mosaics of a batch; every image is used exactly once.
 
     The batch is used up in rounds of one mosaic of each grid and ``singles`` single images; of what is left, the
@@ -21,7 +28,7 @@ def draw_mosaics(count, grids=(2, 3, 4), singles=0, generator=None):
         count: B.
         grids: distinct numbers of cells a side, each at least 1.
         singles: images of a round that stay single, at least 0.
-        generator: torch Generator of the draw; None: images in their order, for batches that are drawn at random.
+        generator: of the draw; None: images in their order, for batches that are drawn at random.
 
     Returns:
         (mosaics, rest): list of M Tensors [g, g] long, indices of images by row and column, and Tensor [U] long, those
@@ -58,7 +65,9 @@ def draw_mosaics(count, grids=(2, 3, 4), singles=0, generator=None):
     return mosaics, torch.cat([*rest, take(count - used)])
 
 
-def compose_mosaics(images, mosaics, size, mode="bicubic"):
+def compose_mosaics(
+    images: Tensor, mosaics: Sequence[Tensor], size: tuple[int, int], mode: str = "bicubic"
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Put images on canvases, and resize these.
 
     Args:
@@ -87,7 +96,7 @@ def compose_mosaics(images, mosaics, size, mode="bicubic"):
     return canvases, boxes, [mosaic.flatten().to(images.device) for mosaic in mosaics]
 
 
-def grid_boxes(grid, height, width, device=None):
+def grid_boxes(grid: int, height: int, width: int, device: str | torch.device | None = None) -> Tensor:
     """The cells of a canvas, row by row: Tensor [grid * grid, 4] XYXY float32, at exact fractions of its sides."""
     edges = torch.arange(grid + 1, dtype=torch.float64, device=device)
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")

@@ -52,7 +52,7 @@ def test_spec(datasets: Sequence[str]) -> SourceSpec:
     return SourceSpec(", ".join(datasets), tuple(datasets), 1)
 
 
-test_spec.__test__ = False  # the name is no test for pytest
+vars(test_spec)["__test__"] = False  # the name is no test for pytest
 
 
 def source_specs(cfg: CfgNode) -> list[SourceSpec]:

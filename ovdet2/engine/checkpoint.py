@@ -1,11 +1,14 @@
 """Checkpoints that survive a kill, a full disk and a file from a stranger."""
 
+from __future__ import annotations
+
 import contextlib
 import os
 import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -16,6 +19,10 @@ from ovdet2.config import find_methods
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.files import atomic_path, write_text
 from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
+from ovdet2.modeling.part import parts_of
+
+if TYPE_CHECKING:
+    from fvcore.common.checkpoint import _IncompatibleKeys
 
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
@@ -31,10 +38,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
     replaced in the same way; only then are older files removed. At every instant the pointer names a whole file.
     """
 
-    def __init__(self, model, save_dir="", *, save_to_disk=None, keep=2, **checkpointables):
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        keep: int = 2,
+        **checkpointables: Any,
+    ) -> None:
         """
         Args:
-            model: module, or its DistributedDataParallel wrapper.
+            model: or its DistributedDataParallel wrapper.
             save_dir: folder of the run.
             save_to_disk: whether this process writes; None: rank 0 only.
             keep: how many periodic checkpoints stay (the default: one to resume from and one to fall back to);
@@ -43,10 +58,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
-        self._incompatible = None  # what the latest load left out
+        self._incompatible: _IncompatibleKeys | None = None  # what the latest load left out
         self.loaded = ""  # the file or URL of the latest load
 
-    def save(self, name, **extra):
+    def save(self, name: str, **extra: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` and point to it.
 
         Call it in every process: the state of the checkpointables may be gathered. Rank 0 writes.
@@ -75,11 +90,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
             ) from error
         self._remove_old()
 
-    def tag_last_checkpoint(self, last_filename_basename):
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point to the newest checkpoint, atomically."""
         write_text(Path(self.save_dir) / _POINTER, last_filename_basename)
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load weights, and checkpointables if asked, as Detectron2 does.
 
         Args:
@@ -88,12 +103,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
         """
-        self.loaded = str(path)
+        self.loaded = path
         if path and not os.path.isfile(path):
             path = self._fetch(path)
         return super().load(path, *args, **kwargs)
 
-    def load_all(self, path):
+    def load_all(self, path: str) -> dict[str, Any]:
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
 
         Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
@@ -104,7 +119,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path: as for :meth:`load`.
 
         Returns:
-            dict, as of :meth:`load`.
+            As of :meth:`load`.
 
         Raises:
             UsageError: the path is empty.
@@ -113,16 +128,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if not path:
             raise UsageError("there are no trained weights to evaluate: set MODEL.WEIGHTS to a checkpoint.")
         loaded = self.load(path, checkpointables=[])
-        unused = self._training_only()
+        unused, incompatible = self._training_only(), self._incompatible
+        assert incompatible is not None  # set by the load of a file
         misshaped = [
             f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
-            for name, saved, wanted in self._incompatible.incorrect_shapes
+            for name, saved, wanted in incompatible.incorrect_shapes
             if not name.startswith(unused)
         ]
-        reported = {name for name, _, _ in self._incompatible.incorrect_shapes}
+        reported = {name for name, _, _ in incompatible.incorrect_shapes}
         missing = [
             f"{name} (missing)"
-            for name in self._incompatible.missing_keys
+            for name in incompatible.missing_keys
             if name not in reported and not name.endswith(".num_batches_tracked") and not name.startswith(unused)
         ]
         faults = misshaped + missing
@@ -134,7 +150,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return loaded
 
-    def resume_or_load(self, path, *, resume=True, whole=False):
+    def resume_or_load(self, path: str, *, resume: bool = True, whole: bool = False) -> dict[str, Any]:
         """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
 
         Args:
@@ -143,7 +159,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             whole: the model is to be evaluated: load its weights alone, by :meth:`load_all`.
 
         Returns:
-            dict: what the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
+            What the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
             was loaded, whose iterations are not those of this run.
 
         Raises:
@@ -200,18 +216,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
         earlier versions get the names of today.
         """
         adopting = [
-            (f"{name}.", module)
+            (f"{name}.", adopt)
             for name, module in self.model.named_modules()
-            if name and hasattr(module, "adopt_saved_vocabulary")
+            if name and (adopt := getattr(module, "adopt_saved_vocabulary", None)) is not None
         ]
         weights = checkpoint["model"] = with_present_names(checkpoint["model"], self.model)
         lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1], None) is None)
         for name in [name for name in weights if name.startswith(lacking)]:
             del weights[name]
-        for prefix, module in adopting:
+        for prefix, adopt in adopting:
             saved = {name[len(prefix) :]: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
             if saved:
-                module.adopt_saved_vocabulary(saved)
+                adopt(saved)
         incompatible = super()._load_model(checkpoint)
         prefixes = tuple(prefix for prefix, _ in adopting)
         if prefixes:
@@ -221,7 +237,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _training_only(self):
         """Prefixes of the entries of parts that only training uses, of those that the model lacks, too."""
-        parts = [part.name for part in getattr(self.model, "parts", ()) if part.training_only]
+        parts = [part.name for part in parts_of(self.model) if part.training_only]
         absent = [method.name for method in find_methods() if method.training_only]
         return tuple(f"{name}." for name in dict.fromkeys(parts + absent))
 
@@ -252,7 +268,7 @@ def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[
         model: whose ``parts``, if it has any, say in ``old_weights`` which prefixes have changed.
     """
     present = dict(weights)
-    for part in getattr(model, "parts", ()):
+    for part in parts_of(model):
         for old, new in part.old_weights.items():
             for name in [name for name in present if name.startswith(old)]:
                 present[new + name.removeprefix(old)] = present.pop(name)

@@ -259,7 +259,7 @@ def _join_group(use_cuda: bool) -> None:
             members = list(range(first, first + local_size))
             local_group = dist.new_group(members)
             if dist.get_rank() in members:
-                comm._LOCAL_PROCESS_GROUP = local_group
+                comm._LOCAL_PROCESS_GROUP = local_group  # pyrefly: ignore[bad-assignment]  None before
     comm.synchronize()
 
 

@@ -11,7 +11,9 @@ import torch
 
 def random_state() -> dict[str, Any]:
     """The states of python's, numpy's, torch's and the CUDA generators: a dict of tensors, numbers and tuples."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state = np.random.get_state()
+    assert isinstance(numpy_state, tuple)  # a dict only on request
+    name, keys, position, has_gauss, cached = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),

@@ -3,7 +3,10 @@
 Shapes: R proposals of an image, in pixels of the original image.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +20,9 @@ from ovdet2.engine.trainer import Trainer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.vlm.teacher import state_dict_sha256
 from ovdet2.vocabulary.templates import clean_name
+
+if TYPE_CHECKING:
+    from ovdet2.modeling import OpenVocabularyRCNN
 
 
 def proposing_config(cfg: CfgNode, filters: BoxFilters) -> CfgNode:
@@ -43,11 +49,11 @@ def proposing_config(cfg: CfgNode, filters: BoxFilters) -> CfgNode:
 class ProposalBoxes:
     """The best proposals of a detector's RPN; scores are objectness probabilities."""
 
-    def __init__(self, cfg: CfgNode, model: torch.nn.Module) -> None:
+    def __init__(self, cfg: CfgNode, model: OpenVocabularyRCNN) -> None:
         """
         Args:
             cfg: of :func:`proposing_config`.
-            model: :class:`~ovdet2.modeling.OpenVocabularyRCNN` in evaluation mode.
+            model: in evaluation mode.
         """
         self.cfg = cfg
         self.model = model
@@ -55,16 +61,17 @@ class ProposalBoxes:
         self._resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @classmethod
-    def load(cls, cfg: CfgNode, dataset: str) -> "ProposalBoxes":
+    def load(cls, cfg: CfgNode, dataset: str) -> ProposalBoxes:
         """The trained detector of a configuration; the words it was trained with may be of any teacher.
 
         Raises:
             DataError: its weights cannot be read, or it was trained with boxes of a class that is novel in ``dataset``:
                 its proposals would know what must not be known.
         """
-        model = Trainer.build_model(cfg).eval()
-        if not hasattr(model, "propose"):
+        built = Trainer.build_model(cfg).eval()
+        if not hasattr(built, "propose"):
             raise UsageError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} has no RPN that proposes.")
+        model = cast("OpenVocabularyRCNN", built)
         AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
         if not model.vocabulary.from_checkpoint:
             raise DataError(
@@ -72,6 +79,8 @@ class ProposalBoxes:
                 "ovdet2 trained."
             )
         split = split_of(dataset)
+        if split is None:
+            raise UsageError(f"{dataset} has no base and novel classes: name a data set registered by ovdet2.")
         leaked = sorted({clean_name(name) for _, name in split.novel} & model.vocabulary.trained_base_names)
         if leaked:
             raise DataError(
@@ -104,8 +113,8 @@ class ProposalBoxes:
         return image.flip(0) if self._bgr else image
 
     @torch.no_grad()
-    def __call__(self, record, prepared):
-        """:class:`FoundBoxes` of an image.
+    def __call__(self, record: Mapping[str, Any], prepared: torch.Tensor) -> FoundBoxes:
+        """The proposals of an image.
 
         Args:
             record: with "height" and "width" of the original image.

@@ -1,9 +1,13 @@
 """What every program does first: configuration, logging, seeds."""
 
+from __future__ import annotations
+
+import argparse
 import logging
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +31,7 @@ logger = logging.getLogger(__name__)
 _NOT_SUPPORTED = ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED")
 
 
-def setup(args, extend=None):
+def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = None) -> CfgNode:
     """Read the configuration and prepare this process. Call it in every process of the group.
 
     Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
@@ -35,11 +39,11 @@ def setup(args, extend=None):
     with SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are scaled to the number of processes.
 
     Args:
-        args: namespace with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
+        args: with ``config_file`` (str), ``opts`` (list of KEY VALUE ...), and optionally ``eval_only``.
         extend: of :func:`~ovdet2.config.load_config`.
 
     Returns:
-        CfgNode, frozen, the same as config.yaml: what is run. A negative SEED is replaced by the random one that was
+        Frozen, the same as config.yaml: what is run. A negative SEED is replaced by the random one that was
         drawn.
 
     Raises:

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -68,7 +68,10 @@ class CheckedStep:
     def _update(self, batch):
         """Change the weights once; returns the losses."""
         losses, failure = self._forward(batch)
-        total = sum(losses.values()) if losses else torch.full((), float("nan"), device=self._device())
+        if losses:
+            total = cast(torch.Tensor, sum(losses.values()))
+        else:
+            total = torch.full((), float("nan"), device=self._device())
         if not _everywhere(torch.isfinite(total.detach())):
             self._stop("the loss is not finite", batch, losses, failure)
         self.optimizer.zero_grad()

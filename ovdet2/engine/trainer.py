@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
@@ -29,8 +31,15 @@ from ovdet2.engine.random_state import preserved_random_state, random_state, set
 from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
-from ovdet2.modeling.part import require_seen
+from ovdet2.modeling.part import prepare_training
 from ovdet2.vocabulary.templates import clean_name
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from ovdet2.evaluation.evaluation import Evaluation
+    from ovdet2.evaluation.ov_evaluator import OpenVocabularyEvaluator
+    from ovdet2.vocabulary.bank import WordBank
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +53,13 @@ class Trainer(DefaultTrainer):
     its vocabulary are known to MODEL.META_ARCHITECTURE alone.
     """
 
-    def __init__(self, cfg):
+    _trainer: CheckedStep  # pyrefly: ignore[bad-override]  it takes the place of Detectron2's trainers
+    # Properties of the step, which Detectron2 adds to its class.
+    model: nn.Module
+    data_loader: Iterable[Any]
+    optimizer: Optimizer
+
+    def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
             cfg: frozen configuration. With SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are
@@ -61,10 +76,7 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         sources = getattr(data_loader, "sources", [])
         _require_teacher(sources, model)
-        if hasattr(model, "parts"):
-            require_seen(model.parts, [source.spec.kind for source in sources])
-        if hasattr(model, "prepare_training"):
-            model.prepare_training(sources)
+        prepare_training(model, sources)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._trainer = CheckedStep(
@@ -86,9 +98,9 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._restored_random_state = None
-        self.register_hooks(self.build_hooks())
+        self.register_hooks([*self.build_hooks()])
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         """Go on from the newest whole checkpoint of OUTPUT_DIR if asked and there is one, else load MODEL.WEIGHTS."""
         if not resume and self.checkpointer.has_checkpoint():
             logger.warning(
@@ -101,7 +113,7 @@ class Trainer(DefaultTrainer):
         elif self._average is not None:
             self._average.start_training_from_average()
 
-    def train(self):
+    def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
 
         Raises:
@@ -115,14 +127,14 @@ class Trainer(DefaultTrainer):
             if bad:
                 logger.warning("%d training images could not be used: %s", len(bad), ", ".join(bad))
 
-    def before_train(self):
+    def before_train(self) -> None:
         """Run the hooks, then restore the random states of a resumed run, so that nothing can change them before."""
         super().before_train()
         if self._restored_random_state is not None:
             set_random_state(self._restored_random_state)
             self._restored_random_state = None
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase]:
         """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
 
         def settle():
@@ -138,7 +150,7 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
             return self._last_eval_results
 
-        built = [
+        built: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             *([] if self._average is None else [AverageHook(self._average)]),
@@ -151,9 +163,9 @@ class Trainer(DefaultTrainer):
             built.append(hooks.PeriodicWriter(self.build_writers(), period))
         return built
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
-        state = TrainerBase.state_dict(self)
+        state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would start anew
@@ -168,8 +180,9 @@ class Trainer(DefaultTrainer):
             state["data"] = self.data_loader.state_dict()
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; with another number of processes the random states start anew."""
+        state = state_dict
         TrainerBase.load_state_dict(self, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -187,7 +200,7 @@ class Trainer(DefaultTrainer):
             self._restored_random_state = state["random"][comm.get_rank()]
 
     @classmethod
-    def build_model(cls, cfg):
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build MODEL.META_ARCHITECTURE and log how many parameters are trained.
 
         Raises:
@@ -207,7 +220,7 @@ class Trainer(DefaultTrainer):
         return model
 
     @classmethod
-    def build_trained(cls, cfg):
+    def build_trained(cls, cfg: CfgNode) -> nn.Module:
         """MODEL.META_ARCHITECTURE with MODEL.WEIGHTS, for evaluation, on the CPU where there is no GPU.
 
         Raises:
@@ -221,7 +234,7 @@ class Trainer(DefaultTrainer):
         return model.eval()
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """See :func:`ovdet2.engine.optimizer.build_optimizer`."""
         return build_optimizer(cfg, model)
 
@@ -236,7 +249,9 @@ class Trainer(DefaultTrainer):
         return build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, facts=None):
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, facts: dict[str, Any] | None = None
+    ) -> OpenVocabularyEvaluator:
         """The evaluator of a data set, writing to OUTPUT_DIR/inference/<data set>.
 
         Args:
@@ -269,7 +284,13 @@ class Trainer(DefaultTrainer):
         )
 
     @classmethod
-    def test(cls, cfg, model, evaluators=None, weights=None):
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+        weights: str | None = None,
+    ) -> dict[str, Any]:
         """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
 
         With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
@@ -295,16 +316,21 @@ class Trainer(DefaultTrainer):
         return results
 
 
-def _vocabulary_of(model):
-    """The :class:`~ovdet2.vocabulary.bank.WordBank` of a model; None for one without words."""
+def _vocabulary_of(model: nn.Module) -> WordBank | None:
+    """The words of a model; None for one without."""
     return getattr(getattr(model, "module", model), "vocabulary", None)
 
 
-def _require_words(cfg, model):
+def _require_words(cfg: CfgNode, model: nn.Module) -> None:
     """A detection's class is a column of the vocabulary: another data set's words would be scored as this one's."""
     vocabulary = _vocabulary_of(model)
-    for name in cfg.DATASETS.TEST if vocabulary is not None else ():
-        wanted = (*split_of(name).names, *distractors(cfg))
+    if vocabulary is None:
+        return
+    for name in cfg.DATASETS.TEST:
+        split = split_of(name)
+        if split is None:
+            continue  # build_evaluator refuses it
+        wanted = (*split.names, *distractors(cfg))
         if vocabulary.names != wanted:
             raise UsageError(
                 f"the model is asked for the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
@@ -312,11 +338,11 @@ def _require_words(cfg, model):
             )
 
 
-def _facts_of(model, weights):
+def _facts_of(model: nn.Module, weights: str) -> dict[str, Any]:
     """What a report says of the detector: its weights and, if it has words, their fingerprint, and the novel ones among
     them that it was trained on, as with pseudo labels."""
     vocabulary = _vocabulary_of(model)
-    facts = {"weights": weights}
+    facts: dict[str, Any] = {"weights": weights}
     if vocabulary is not None:
         stated = vocabulary.words.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
@@ -329,7 +355,7 @@ def _facts_of(model, weights):
     return facts
 
 
-def _draw_report(dataset_name, evaluation, folder):
+def _draw_report(dataset_name: str, evaluation: Evaluation | None, folder: str) -> None:
     """Write report.html; a page that cannot be drawn must not cost the run its figures."""
     if evaluation is None:  # not the first process, or another kind of evaluator
         return
@@ -337,7 +363,9 @@ def _draw_report(dataset_name, evaluation, folder):
 
     path = f"{folder}/report.html"
     try:
-        write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split_of(dataset_name))
+        split = split_of(dataset_name)
+        assert split is not None  # the evaluator requires one
+        write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split)
     except Exception:  # noqa: BLE001
         logger.warning("%s could not be drawn; tools/make_report.py tries again.", path, exc_info=True)
     else:
@@ -351,12 +379,12 @@ class CheckpointHook(HookBase):
     average their batch statistics.
     """
 
-    def __init__(self, checkpointer, period, settle):
+    def __init__(self, checkpointer: DetectionCheckpointer, period: int, settle: Callable[[], object]) -> None:
         self.checkpointer = checkpointer
         self.period = period
         self.settle = settle
 
-    def after_step(self):
+    def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
             self._save("model_final")
@@ -383,7 +411,8 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
     # statistics are averaged when they matter (average_batch_norm). torch 2.15 renamed the switch.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **{switch: False})
+    options: dict[str, Any] = {switch: False}
+    return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **options)
 
 
 def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
@@ -393,5 +422,7 @@ def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
         CacheError: names both teachers.
     """
     vocabulary = _vocabulary_of(model)
-    for step in [step for source in sources for step in source.steps] if vocabulary is not None else ():
+    if vocabulary is None:
+        return
+    for step in [step for source in sources for step in source.steps]:
         step.require_teacher(vocabulary.teacher, "the vocabulary")

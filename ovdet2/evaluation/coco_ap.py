@@ -101,7 +101,7 @@ class _OneClass(COCOeval_faster):
     def __init__(self, truth, found, task, limits, crowds):
         super().__init__(None, None, task, print_function=lambda *_: None)
         self._truth, self._found, self._crowds = truth, found, crowds
-        self.params.imgIds = np.union1d(truth["image_ids"], found["image_ids"])
+        self.params.imgIds = list(np.union1d(truth["image_ids"], found["image_ids"]))
         self.params.catIds, self.params.maxDets = [_CATEGORY], list(limits)
         shared = np.intersect1d(truth["image_ids"], found["image_ids"])
         self._nonempty_iou_pairs = {(image_id, _CATEGORY) for image_id in shared.tolist()}

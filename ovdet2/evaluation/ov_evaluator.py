@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import detectron2.utils.comm as comm
 import numpy as np
@@ -111,6 +111,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             DataError: an image that is not in the data set, a class beyond its vocabulary, masks of another size.
             UsageError: the model does not give as many decoder layers as were announced.
         """
+        writer = self._open_writer()
         for image, output in zip(inputs, outputs):
             image_id = image["image_id"]
             if image_id not in self._truth.images:
@@ -118,10 +119,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             record = {"image_id": image_id, **self._detections(image_id, output["instances"])}
             if "proposals" in output and self._proposal_limits:
                 record["covered"] = self._covered(image_id, output["proposals"])
-            self._writer.write(record)
+            writer.write(record)
             self._write_layers(image_id, output.get("decoder_layers", ()))
 
-    def evaluate(self) -> OrderedDict[str, OrderedDict[str, float]]:
+    def evaluate(self) -> OrderedDict[str, OrderedDict[str, float]]:  # pyrefly: ignore[bad-override]  None in the base
         """Merge, evaluate, print the table and write report.json.
 
         Returns:
@@ -132,7 +133,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             DataError: on every process, when an image is missing, was predicted twice, or a file is missing.
         """
         self._close()
-        tokens = comm.gather(self._writer.token)  # also waits until every process has closed its file
+        tokens = comm.gather(self._open_writer().token)  # also waits until every process has closed its file
         problem = None
         if comm.is_main_process():
             try:
@@ -197,6 +198,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         write_json(self._output_dir / REPORT, report, indent=1)
         return Evaluation(self._truth, predictions.detections, report)
 
+    def _open_writer(self) -> PredictionWriter:
+        assert self._writer is not None  # reset() comes first, as DatasetEvaluator says
+        return self._writer
+
     def _detections(self, image_id, instances):
         boxes = _array(instances.pred_boxes.tensor)  # R x 4
         scores, classes = _array(instances.scores), _array(instances.pred_classes)
@@ -236,7 +241,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         counts = []
         for row in kept.tolist():  # one at a time: 300 full-size masks in another memory order would be copies
             mask = np.asfortranarray(masks[row].detach().cpu().numpy().astype(np.uint8))
-            counts.append(mask_api.encode(mask)["counts"].decode("ascii"))
+            counts.append(cast(bytes, mask_api.encode(mask)["counts"]).decode("ascii"))
         return {"mask_size": size, "masks": counts}
 
     def _covered(self, image_id, proposals):

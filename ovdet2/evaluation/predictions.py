@@ -89,7 +89,7 @@ class MaskColumn(Sequence):
     def __len__(self):
         return len(self._sizes)
 
-    def __getitem__(self, row):
+    def __getitem__(self, row):  # pyrefly: ignore[bad-override]  no slices
         if not -len(self) <= row < len(self):
             raise IndexError(f"mask {row} of {len(self)}")
         row %= len(self)
@@ -114,7 +114,8 @@ class _MaskWriter:
         self._sizes.append(np.tile(np.array(size, dtype=np.int32), (len(counts), 1)))
 
     def finish(self):
-        """The :class:`MaskColumn`."""
+        """The :class:`MaskColumn`, after :meth:`add`."""
+        assert self._file is not None
         self._file.flush()
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(self._lengths))])
         counts = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if offsets[-1] else b""

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def differing(state: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def recorded(path: Path, state: Mapping[str, Any], inputs: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def recorded(path: Path, state: Mapping[str, Any], inputs: Mapping[str, str]) -> Generator[dict[str, Any], None, None]:
     """Keep the state of a step in ``path``: written before the step, so that a killed one can be recognised, and after.
 
     Args:

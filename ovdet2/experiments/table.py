@@ -41,7 +41,7 @@ def value_of(column: Column, result: Mapping[str, Any]) -> Any:
     Raises:
         UsageError: it is required and does not exist.
     """
-    value = result
+    value, known = result, []
     for key in column.path:
         known = list(value) if isinstance(value, Mapping) else []
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -52,10 +52,11 @@ def value_of(column: Column, result: Mapping[str, Any]) -> Any:
 
 def mean_and_spread(values: Sequence[float | None]) -> str:
     """ "61.2 ± 1.3", "61.2" for one value, "-" where a figure does not exist."""
-    if None in values:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
         return "-"
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
+    mean = f"{statistics.mean(numbers):.1f}"
+    return mean if len(numbers) == 1 else f"{mean} ± {statistics.stdev(numbers):.1f}"
 
 
 def insert_table(path: Path, marker: str, table: str, command: str) -> None:

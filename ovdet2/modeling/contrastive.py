@@ -3,13 +3,16 @@
 Shapes: M pairs, D embedding dimension.
 """
 
+from __future__ import annotations
+
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
+from torch import Tensor
 from torch.nn import functional as F
 
 
-def symmetric_info_nce(logits, ignored=None):
+def symmetric_info_nce(logits: Tensor, ignored: Tensor | None = None) -> Tensor:
     """Cross-entropy of M pairs in both directions, averaged (InfoNCE; CLIP, Radford et al., 2021, Fig. 3).
 
     Args:
@@ -18,7 +21,7 @@ def symmetric_info_nce(logits, ignored=None):
             stays in any case. None: every other row and column is a negative.
 
     Returns:
-        Scalar Tensor, float32 (float64 if ``logits`` is); 0 with one pair or none.
+        A scalar, float32 (float64 if ``logits`` is); 0 with one pair or none.
 
     Raises:
         ValueError: the logits are not square.
@@ -36,7 +39,7 @@ def symmetric_info_nce(logits, ignored=None):
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
-def gather_rows(rows):
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """The rows of all processes, with gradients; a collective call.
 
     A loss over them, computed alike in every process, has the gradients of one process that holds the whole batch once

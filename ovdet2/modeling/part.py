@@ -109,6 +109,23 @@ def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart,
     return registered
 
 
+def parts_of(model: nn.Module) -> tuple[Part, ...]:
+    """The parts of a detector; none of a model that takes none."""
+    return tuple(getattr(model, "parts", ()))
+
+
+def prepare_training(model: nn.Module, sources: Sequence[TrainSource]) -> None:
+    """Let the parts of a detector take what their losses need of the training sets; call it once, before the first step.
+
+    Raises:
+        UsageError, CacheError: see :func:`require_seen` and :meth:`Part.prepare_training`.
+    """
+    if hasattr(model, "parts"):  # another model may train on whatever it likes
+        require_seen(parts_of(model), [source.spec.kind for source in sources])
+    for part in parts_of(model):
+        part.prepare_training(sources)
+
+
 def require_seen(parts: Iterable[Part], kinds: Iterable[str]) -> None:
     """Refuse images that would train nothing.
 

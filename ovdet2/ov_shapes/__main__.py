@@ -1,14 +1,18 @@
 """Generate OV-Shapes: python -m ovdet2.ov_shapes --root datasets"""
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+from collections.abc import Sequence
 
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import exit_on_error
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description="Generate the OV-Shapes data set (2,500 images, under a minute).")
     parser.add_argument(
         "--root",

@@ -33,7 +33,7 @@ def augment(pixels: torch.Tensor, side: int, random: torch.Generator, coarsen: b
     flip = torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0)
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = extent[:, 0] * flip, extent[:, 1], center
-    grid = F.affine_grid(theta, (count, 3, side, side), align_corners=False)
+    grid = F.affine_grid(theta, [count, 3, side, side], align_corners=False)
     crops = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     parts = list(crops.chunk(4))  # each later quarter shares one resolution
     for i in range(1, len(parts) if coarsen else 0):

@@ -20,7 +20,8 @@ class BatchPlan:
                 f"{len(captions)} pairs do not fill a batch of {batch_size}: raise --pairs or lower --batch."
             )
         self._captions, self._batch_size, self._seed = captions, batch_size, seed
-        self._epoch, self._batches = None, []
+        self._epoch: int | None = None
+        self._batches: list[list[int]] = []
         self._per_epoch = len(captions) // batch_size
 
     def batch(self, step: int) -> list[int]:

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import open_clip
 import torch
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "captions_sha256": data_hash,
         "train_seconds": round(seconds),
         "threads": args.threads,
-        "preprocess": {key: model.visual.preprocess_cfg[key] for key in ("size", "mean", "std")}
+        "preprocess": {key: _visual(model).preprocess_cfg[key] for key in ("size", "mean", "std")}
         | {"interpolation": INTERPOLATION},
         "accuracy_percent": measure(teacher, args.seed),
     }
@@ -86,7 +87,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
     first, saved = _read_resume(resume, args)
     torch.manual_seed(args.seed)
     model = open_clip.create_model(args.model, force_image_size=args.small_side).train()
-    for name, parameter in model.visual.named_parameters():
+    for name, parameter in _visual(model).named_parameters():
         if name.endswith("bn3.weight"):  # open_clip starts residual branches at zero; a short run cannot wait for them
             torch.nn.init.constant_(parameter, 0.5)
     if first > args.small_steps:
@@ -96,8 +97,8 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
     tokens = open_clip.get_tokenizer(args.model)(captions)
-    mean = torch.tensor(model.visual.preprocess_cfg["mean"]).view(3, 1, 1)
-    std = torch.tensor(model.visual.preprocess_cfg["std"]).view(3, 1, 1)
+    mean = torch.tensor(_visual(model).preprocess_cfg["mean"]).view(3, 1, 1)
+    std = torch.tensor(_visual(model).preprocess_cfg["std"]).view(3, 1, 1)
     loss_of = open_clip.loss.ClipLoss()
     batches = BatchPlan(captions, args.batch, args.seed)
     progress = tqdm(range(first, args.steps), initial=first, total=args.steps)
@@ -120,7 +121,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0.0, math.log(100.0))
+            cast(torch.Tensor, model.logit_scale).clamp_(0.0, math.log(100.0))
         progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}", refresh=False)
         if (step + 1) % _SAVE_EVERY == 0 and step + 1 < args.steps:
             _save_resume(resume, model, optimizer, step + 1, args)
@@ -140,6 +141,11 @@ def grow(model: torch.nn.Module, name: str) -> torch.nn.Module:
             state[key] = torch.cat([first, grid.flatten(2)[0].T])
     grown.load_state_dict(state)
     return grown
+
+
+def _visual(model: torch.nn.Module) -> Any:
+    """The image tower; what open_clip adds to it is in no type."""
+    return model.visual
 
 
 def _fast_layout(model):

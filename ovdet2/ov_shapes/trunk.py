@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ BASE_SHAPES = [shape for shape in SHAPES if shape not in UNSEEN_SHAPES]
 
 class WordClassifier(nn.Module):
     """Trunk, global average pooling, and one linear classifier for textures and one for shapes."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -109,6 +113,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) 
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     warm_up, per_epoch = 40, len(images) // args.batch
     progress = trange(args.steps)
+    order = torch.arange(0)  # of an epoch, drawn at its first step
     for step in progress:
         if step % per_epoch == 0:
             order = torch.from_numpy(np.random.default_rng((args.seed, step)).permutation(len(images)))
@@ -117,9 +122,8 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) 
             group["lr"] = args.lr * min(1.0, (step + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         pixels = augment(images[chosen].float() / 255.0, args.side, random, coarsen=False)
-        loss = sum(
-            F.cross_entropy(logits, label) for logits, label in zip(model(pixels), labels[chosen].T, strict=True)
-        )
+        pairs = zip(model(pixels), labels[chosen].T, strict=True)
+        loss = cast(torch.Tensor, sum(F.cross_entropy(logits, label) for logits, label in pairs))
         if not torch.isfinite(loss):
             raise NumericalError(f"the loss is {loss.item()} at step {step}: lower --lr.")
         optimizer.zero_grad()

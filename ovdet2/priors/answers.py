@@ -93,7 +93,7 @@ class AnswerBook:
         self._file: io.FileIO | None = None
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path)
-        if self.damaged:
+        if self.damaged > 0:
             logger.warning("%s: %d lines are no answers and are asked again", folder, self.damaged)
 
     def get(self, image_sha256: str, word: str) -> Answer | None:

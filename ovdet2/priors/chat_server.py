@@ -118,6 +118,7 @@ class ChatServer:
         return json.dumps({key: value for key, value in request.items() if value is not None}).encode()
 
     def _asked(self, body, what):
+        last, attempt = _Passing("never asked"), 0
         for attempt in range(self.tries):
             try:
                 return answer_of(self._post(body))
@@ -187,7 +188,7 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
         return None
 
 
@@ -205,7 +206,7 @@ def image_bytes(path: str) -> tuple[str, bytes]:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and not turned
         plain = plain and getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
-        kind = image.format.lower()
+        kind = (image.format or "").lower()
     if plain:
         with open(path, "rb") as handle:
             return kind, handle.read()

@@ -3,7 +3,7 @@
 Shapes: N images, V views of an image, K words, D embedding dimension, S side of the teacher's input.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ class ClipBackend:
         }
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, None, torch.Tensor]]:
         """As every backend; raises NumericalError for embeddings that are not finite."""
         samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, self.teacher.interpolation)

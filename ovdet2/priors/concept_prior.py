@@ -9,12 +9,14 @@ Shapes: I images, W words of the prior, E entries of all images, K words of a ca
 score, ties by ascending word index.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,6 +24,9 @@ from ovdet2.errors import CacheError
 from ovdet2.io.files import sha256_file, write_safetensors
 from ovdet2.vocabulary import check_words
 from ovdet2.vocabulary.templates import clean_name
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +183,9 @@ class ConceptPriors:
             CacheError: no file, another schema, or a damaged one.
         """
         self.path = Path(path)
-        self._file = None
-        self.manifest = self._open_manifest()
-        tensors = {name: self._file.get_tensor(name) for name in _DTYPES}
+        self._file: safe_open | None = None
+        file, self.manifest = self._open()
+        tensors = {name: file.get_tensor(name) for name in _DTYPES}
         self.words = tuple(self.manifest["words"])
         self.kind = self.manifest["kind"]
         self.missing = frozenset(self.manifest["missing_image_ids"])
@@ -225,9 +230,8 @@ class ConceptPriors:
                 f"({self.manifest['dataset']}); {_BUILD} for this data set."
             )
         start, end = (0, 0) if row is None else self._offsets[row : row + 2]
-        if self._file is None:
-            self._open_manifest()
-        word_index, score = (self._file.get_slice(name)[start:end] for name in ("word_index", "score"))
+        file = self._open()[0] if self._file is None else self._file
+        word_index, score = (file.get_slice(name)[start:end] for name in ("word_index", "score"))
         return word_index.long(), score
 
     def ranked(self, image_id: int, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,15 +298,16 @@ class ConceptPriors:
                 )
         return self._matched[1]
 
-    def _open_manifest(self):
+    def _open(self) -> tuple[safe_open, dict[str, Any]]:
+        """(file, manifest); keeps the file."""
         from safetensors import SafetensorError, safe_open
 
         if not self.path.is_file():
             raise CacheError(f"the concept prior {self.path} does not exist: {_BUILD}.")
         try:
-            self._file = safe_open(str(self.path), framework="pt")
-            manifest = json.loads((self._file.metadata() or {}).get("manifest", "{}"))
-            names = set(self._file.keys())
+            self._file = file = safe_open(str(self.path), framework="pt")
+            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+            names = set(file.keys())
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
             raise CacheError(f"{self.path} is not a whole concept prior ({error}): {_BUILD} anew.") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
@@ -311,7 +316,7 @@ class ConceptPriors:
         lacking = [key for key in _MANIFEST_KEYS if key not in manifest] + sorted(set(_DTYPES) - names)
         if lacking:
             raise CacheError(f"{self.path} has no {', '.join(lacking)}: {_BUILD} anew.")
-        return manifest
+        return file, manifest
 
     def __getstate__(self):
         return self.__dict__ | {"_file": None}  # a memory map is opened anew in another process

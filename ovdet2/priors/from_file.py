@@ -1,6 +1,6 @@
 """Priors that somebody else made: JSON {image id: [[category id or word, score], ...]}."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class FromFile:
         return {"backend": "file", "sha256": sha256_file(self.path)}
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As every backend; raises DataError for a malformed list, or where no image or no word is the data set's."""
         ids = {record["image_id"] for record in records}

@@ -6,7 +6,7 @@ Who answers is passed in: :class:`~ovdet2.priors.chat_server.ChatServer` or
 ``ask(prepared, words, questions)`` (a list of :class:`~ovdet2.priors.answers.Answer`) and ``stop()``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.io.files import sha256_file
-from ovdet2.priors.answers import AnswerBook
+from ovdet2.priors.answers import Answer, AnswerBook
 from ovdet2.priors.chat_server import ChatServer
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.local_model import LocalModel
@@ -78,7 +78,7 @@ class MllmBackend:
         return {"backend": "mllm", **self.model.identity, "prompt": self.prompt, **narrowed}
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """As every backend.
 
@@ -98,7 +98,7 @@ class MllmBackend:
             if digest is None:
                 continue
             index = self._wanted(record)
-            answers = [self.book.get(digest, self.words[i]).yes for i in index]
+            answers = [self._answer(digest, self.words[i]).yes for i in index]
             self.unparsable += answers.count(None)
             said = [(i, yes) for i, yes in zip(index, answers) if yes is not None]
             yield (
@@ -106,6 +106,11 @@ class MllmBackend:
                 torch.tensor([i for i, _ in said], dtype=torch.int64),
                 torch.tensor([yes for _, yes in said], dtype=torch.float32),
             )
+
+    def _answer(self, digest, word) -> Answer:
+        answer = self.book.get(digest, word)
+        assert answer is not None  # an image with a question that failed has no digest any more
+        return answer
 
     def _wanted(self, record):
         """Indices of the words to ask of an image."""

@@ -3,7 +3,7 @@
 They bound what a prior can do for a detector. What is drawn for an image depends on the seed and its id alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ class Oracle:
         return {"backend": "oracle"}
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for record in records:
             index = self._present(record["image_id"])
@@ -110,7 +110,7 @@ class NoisyOracle(Oracle):
         }
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         for record in records:
             present = torch.isin(self.candidates, self._present(record["image_id"]))
@@ -139,7 +139,7 @@ class Chance:
         return {"backend": "random", "seed": self.seed}
 
     def lists(
-        self, records: Sequence[dict[str, Any]], skip: Callable[[str], object]
+        self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, None, torch.Tensor]]:
         for record in records:
             yield record["image_id"], None, draws(self.seed, record["image_id"], len(self.words))[1].float()

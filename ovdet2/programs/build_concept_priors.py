@@ -19,10 +19,14 @@ each image whatever they are, so both are chosen later without building again. A
 output as they come: a killed run loses none, and the same command goes on. Exit codes as of train_net.py.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
@@ -30,6 +34,7 @@ from tqdm import tqdm
 
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.records import load_records
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file
@@ -41,7 +46,7 @@ from ovdet2.priors.local_model import LocalModel
 from ovdet2.priors.mllm import PROMPT, MllmBackend
 from ovdet2.priors.quality import as_table, quality
 from ovdet2.priors.simulated import Chance, NoisyOracle, Oracle
-from ovdet2.priors.truth import truth_of
+from ovdet2.priors.truth import Truth, truth_of
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, parse_words
 
@@ -79,11 +84,12 @@ _OPTIONS = {
     "random": {"seed": 0},
     "file": {"input": None},
 }
+Backend = ClipBackend | MllmBackend | FromFile | Chance | Oracle
 _OF_SERVER = ("url", "model", "api_key_env", "request", "workers", "timeout")
 _NEEDED = {"clip": ("architecture", "pretrained"), "noisy-oracle": ("precision", "recall"), "file": ("input",)}
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Command line; returns the rows of the printed table."""
     args = parse_args(argv)
     records = sorted(load_records([args.dataset], "--dataset", False), key=lambda record: record["image_id"])
@@ -105,16 +111,18 @@ def main(argv=None):
     return report(args, backend, split, truth, skipped)
 
 
-def report(args, backend, split, truth, skipped):
+def report(
+    args: argparse.Namespace, backend: Backend, split: Split, truth: dict[int, Truth], skipped: Skipped
+) -> list[dict[str, Any]]:
     """Print what was written and how good it is; returns the rows of the table."""
     priors = ConceptPriors(args.output)
     entries = priors.manifest["entries"]
     print(f"{priors}; {entries} entries, {entries / max(1, len(priors)):.1f} per image")
-    if args.backend == "mllm":
+    if isinstance(backend, MllmBackend):
         print(f"Questions: {backend.asked} put, {backend.known} known; answers that say neither: {backend.unparsable}")
     if skipped.messages:
         print("Without priors, since they cannot be used:\n  " + "\n  ".join(skipped.messages))
-    if args.backend == "file" and (backend.other_images or backend.other_words):
+    if isinstance(backend, FromFile) and (backend.other_images or backend.other_words):
         print(
             f"Left out of {args.input}: {backend.other_images} images that {args.dataset} does not have, and "
             f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that were not asked for."
@@ -133,11 +141,11 @@ def report(args, backend, split, truth, skipped):
 class Skipped:
     """Collects what is wrong with images that are left out, up to a limit."""
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.messages = []
+        self.messages: list[str] = []
 
-    def __call__(self, message):
+    def __call__(self, message: str) -> None:
         self.messages.append(message)
         if len(self.messages) > self.limit:
             raise DataError(
@@ -147,7 +155,7 @@ class Skipped:
             )
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", required=True, choices=sorted(_OPTIONS))
@@ -232,15 +240,21 @@ def _length(text):
     return None if text == "all" else int(text)
 
 
-def wanted_words(args, split):
-    """(words, :class:`Vocabulary` of --vocabulary or None)."""
+def wanted_words(args: argparse.Namespace, split: Split) -> tuple[Sequence[str], Vocabulary | None]:
+    """(words, the vocabulary of --vocabulary or None)."""
     if args.vocabulary:
         vocabulary = Vocabulary.load(args.vocabulary)
         return vocabulary.names, vocabulary
     return (parse_words(args.words) if args.words else split.names), None
 
 
-def make_backend(args, words, vocabulary, split, truth):
+def make_backend(
+    args: argparse.Namespace,
+    words: Sequence[str],
+    vocabulary: Vocabulary | None,
+    split: Split,
+    truth: dict[int, Truth],
+) -> Backend:
     """The backend of the command line."""
     if args.backend == "clip":
         return clip_backend(args, words, vocabulary)
@@ -255,7 +269,7 @@ def make_backend(args, words, vocabulary, split, truth):
     return Oracle(truth, split.names, words)
 
 
-def clip_backend(args, words, vocabulary):
+def clip_backend(args: argparse.Namespace, words: Sequence[str], vocabulary: Vocabulary | None) -> ClipBackend:
     """CLIP with the words of a vocabulary file as they are, if it is of the same teacher, or embedded here."""
     teacher = Teacher.load(args.architecture, args.pretrained, _device(args))
     if vocabulary is None or vocabulary.teacher != teacher.fingerprint:
@@ -268,7 +282,7 @@ def clip_backend(args, words, vocabulary):
     )
 
 
-def mllm_backend(args, words):
+def mllm_backend(args: argparse.Namespace, words: Sequence[str]) -> MllmBackend:
     """The model of --url or --local, asked about every word or about the candidates."""
     if args.local:
         model = LocalModel(args.local, _device(args), args.batch_size)

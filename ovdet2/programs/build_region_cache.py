@@ -24,18 +24,24 @@ claimed, so no work is done twice. A killed run loses the shard it was at, and t
 of train_net.py. See docs/CACHES.md.
 """
 
+from __future__ import annotations
+
 import argparse
 import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
-from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, FileBoxes
+from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, BoxSource, FileBoxes
+from ovdet2.caches.region_cache import Regions
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.config import load_config
@@ -53,7 +59,7 @@ _SAMPLE_IMAGES = 8  # of a dry run
 _COMPARED_CROPS = 16
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Command line; returns the manifest of the cache, None while others are still at work or after --dry-run."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
@@ -81,7 +87,7 @@ def main(argv=None):
     return summary(args, writer, teacher)
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of this program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -137,7 +143,7 @@ def _share(text):
     return number, count
 
 
-def command_of(argv):
+def command_of(argv: Sequence[str]) -> str:
     """What completes the cache: the command without what is this process's own."""
     kept, skip = [], False
     for word in argv:
@@ -150,7 +156,7 @@ def command_of(argv):
     return "python tools/build_region_cache.py " + shlex.join(kept)
 
 
-def device_of(cfg):
+def device_of(cfg: CfgNode) -> str:
     """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU where there is no GPU."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
         return "cpu"
@@ -164,15 +170,15 @@ def device_of(cfg):
     return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
-def teacher_of(args, cfg):
+def teacher_of(args: argparse.Namespace, cfg: CfgNode) -> Teacher:
     """The teacher of the cache, on its device."""
     if args.architecture:
         return Teacher.load(args.architecture, args.pretrained, cfg.MODEL.DEVICE)
     return build_teacher(cfg).to(cfg.MODEL.DEVICE)
 
 
-def boxes_of(args, cfg, image_ids):
-    """(source of boxes, its :class:`BoxFilters`) for a data set's images."""
+def boxes_of(args: argparse.Namespace, cfg: CfgNode, image_ids: Sequence[int]) -> tuple[BoxSource, BoxFilters]:
+    """(source of boxes, its filters) for a data set's images."""
     if args.boxes == "annotations":
         return AnnotationBoxes(), BoxFilters(args.min_score, args.min_side, args.nms, args.top)
     nms, top = 0.7 if args.nms is None else args.nms, 300 if args.top is None else args.top
@@ -186,7 +192,7 @@ def boxes_of(args, cfg, image_ids):
     return ProposalBoxes.load(proposing_config(cfg, filters), args.dataset), filters
 
 
-def recipe_of(args, embedder):
+def recipe_of(args: argparse.Namespace, embedder: ShardEmbedder[BoxSource]) -> dict[str, Any]:
     """What decides the values of a cache; :class:`CacheWriter` and readers compare it."""
     teacher, crops = embedder.teacher, embedder.crops
     return {
@@ -207,12 +213,12 @@ def recipe_of(args, embedder):
     }
 
 
-def share_of(writer, share):
+def share_of(writer: CacheWriter, share: tuple[int, int] | None) -> set[int] | None:
     """Numbers of every N-th shard from the I-th, for a pair (I, N); None for None, which stands for all."""
     return None if share is None else {i for i in range(len(writer.shards)) if i % share[1] == share[0]}
 
 
-def verify(args, writer, by_id):
+def verify(args: argparse.Namespace, writer: CacheWriter, by_id: Mapping[int, Mapping[str, Any]]) -> None:
     """Remove damaged shards, and those with images that could not be read and can be by now."""
 
     def is_mended(image_id):
@@ -230,7 +236,13 @@ def verify(args, writer, by_id):
     print(f"{args.output}: {len(removed)} shards to build anew{' ' + str(removed) if removed else ''}")
 
 
-def build(args, cfg, embedder, writer, by_id):
+def build(
+    args: argparse.Namespace,
+    cfg: CfgNode,
+    embedder: ShardEmbedder[BoxSource],
+    writer: CacheWriter,
+    by_id: Mapping[int, Mapping[str, Any]],
+) -> None:
     """Write the shards that are missing and not somebody else's."""
     only = share_of(writer, args.shard)
     rank, ranks = torchrun_rank() or (0, 1)  # begin apart, then help one another
@@ -259,7 +271,7 @@ def _require_few(unreadable, cfg):
         )
 
 
-def summary(args, writer, teacher):
+def summary(args: argparse.Namespace, writer: CacheWriter, teacher: Teacher) -> dict[str, Any] | None:
     """Finish the manifest if every shard is there, and say what the cache holds; returns the manifest or None."""
     manifest = writer.finish(partial(tqdm, desc="shards hashed", leave=False))
     if manifest is None:
@@ -278,7 +290,9 @@ def summary(args, writer, teacher):
     return manifest
 
 
-def print_estimate(args, embedder, records):
+def print_estimate(
+    args: argparse.Namespace, embedder: ShardEmbedder[BoxSource], records: Sequence[Mapping[str, Any]]
+) -> None:
     """Boxes, bytes and hours of the whole cache, from a few images spread over the data set."""
     chosen = records[:: max(1, len(records) // _SAMPLE_IMAGES)][:_SAMPLE_IMAGES]
     embedder.embed(chosen[:1])  # the first pass allocates
@@ -302,7 +316,9 @@ def print_estimate(args, embedder, records):
         )
 
 
-def compare_with_pillow(embedder, records, regions):
+def compare_with_pillow(
+    embedder: ShardEmbedder[BoxSource], records: Sequence[Mapping[str, Any]], regions: Sequence[Regions]
+) -> torch.Tensor | None:
     """Cosines between embeddings of our crops and of Pillow's, for a few boxes; None if there are no boxes."""
     for record, found in zip(records, regions):
         if len(found):

@@ -9,16 +9,22 @@ Prints top-1 accuracy over base and novel boxes and the evaluator's table (each 
 Run it before training anything: a wrong CLIP or a wrong prompt shows here at once.
 """
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
+from torch import Tensor
 from tqdm import tqdm
 
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.io.files import write_json
@@ -29,7 +35,7 @@ from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Command line; returns {"accuracy-novel": percent, "accuracy-base": percent, ...}."""
     args = parse_args(argv)
     split = split_of(args.dataset)
@@ -62,7 +68,7 @@ def main(argv=None):
     return accuracy
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
@@ -82,7 +88,7 @@ def parse_args(argv):
     return parser.parse_args(argv)
 
 
-def truth_of(record):
+def truth_of(record: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(boxes [G, 4] XYXY float, contiguous classes [G] long) of the objects of a record that are not crowd."""
     annotations = [annotation for annotation in record["annotations"] if not annotation.get("iscrowd", 0)]
     boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
@@ -90,21 +96,27 @@ def truth_of(record):
     return boxes, torch.tensor([annotation["category_id"] for annotation in annotations], dtype=torch.long)
 
 
-def classify(teacher, vocabulary, path, boxes, embed):
+def classify(
+    teacher: Teacher,
+    vocabulary: Vocabulary,
+    path: str | Path,
+    boxes: Tensor,
+    embed: Callable[[Teacher, Tensor, Tensor], Tensor],
+) -> Tensor:
     """Zero-shot probabilities [G, K] of the boxes of an image file; ``embed(teacher, image, boxes)`` gives [G, D]."""
     pixels = torch.from_numpy(read_image(path, "RGB").copy()).permute(2, 0, 1)
     return teacher.classify(embed(teacher, pixels, boxes), vocabulary.embeddings)
 
 
-def every_pair(boxes, probs, image_size):
-    """Instances with each box once per word, scored by its probability."""
+def every_pair(boxes: Tensor, probs: Tensor, image_size: tuple[int, int]) -> Instances:
+    """Each box once per word, scored by its probability."""
     regions, words = torch.meshgrid(torch.arange(len(boxes)), torch.arange(probs.shape[1]), indexing="ij")
     return Instances(
         image_size, pred_boxes=Boxes(boxes[regions.flatten()]), scores=probs.flatten(), pred_classes=words.flatten()
     )
 
 
-def accuracies(hits, split):
+def accuracies(hits: Tensor, split: Split) -> dict[str, float]:
     """Percent of boxes whose best word is right, per subset; ``hits`` is [G, 2] of (class, right)."""
     classes, right = hits[:, 0], hits[:, 1].float()
     ids = torch.tensor(split.category_ids)[classes]

@@ -10,7 +10,7 @@ in pixels of the tensor they come with, with pixel edges at integers.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -120,7 +120,8 @@ def block_tokens(
         _, taken = visual.transformer.forward_intermediates(tokens, indices=sorted(whole), stop_early=True)
         outputs = dict(zip(sorted(whole), taken))
     if free is not None:
-        outputs[free] = attention_free_block(visual.transformer.resblocks[free], outputs.get(free - 1, tokens))
+        block = cast("ResidualAttentionBlock", visual.transformer.resblocks[free])
+        outputs[free] = attention_free_block(block, outputs.get(free - 1, tokens))
     return [outputs[block] for block in wanted]
 
 

@@ -56,7 +56,7 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(preprocess["std"]).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def load(cls, architecture: str, pretrained: str, device: str | torch.device = "cpu") -> "Teacher":
+    def load(cls, architecture: str, pretrained: str | Path, device: str | torch.device = "cpu") -> "Teacher":
         """Load an open_clip model.
 
         Args:
@@ -76,7 +76,8 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}."
             )
-        source, preprocess, file = str(pretrained), None, None
+        source = stated = str(pretrained)
+        preprocess, file = None, None
         if pretrained == "embedded":
             if architecture not in embedded_models():
                 raise UsageError(f"{architecture} is not embedded; embedded ones: {', '.join(embedded_models())}.")
@@ -84,7 +85,7 @@ class Teacher(nn.Module):
         elif Path(pretrained).is_file():
             file = Path(pretrained)
             check_stated_architecture(file, architecture)
-            pretrained, preprocess = file.name, preprocessing_of(architecture)
+            stated, preprocess = file.name, preprocessing_of(architecture)
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise UsageError(
@@ -96,14 +97,14 @@ class Teacher(nn.Module):
                 pretrained=source,
                 precision="fp32",
                 require_pretrained=True,
-                force_quick_gelu=needs_quick_gelu(architecture, pretrained),
+                force_quick_gelu=needs_quick_gelu(architecture, stated),
                 force_preprocess_cfg=preprocess,
                 weights_only=not (file and is_torchscript(file)),
             )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
             raise DataError(
-                f"the weights {pretrained!r} of {architecture} could not be loaded ({reason}). "
+                f"the weights {stated!r} of {architecture} could not be loaded ({reason}). "
                 + (
                     "MODEL.TEACHER.ARCHITECTURE must be that of the file, and the file whole."
                     if file
@@ -112,7 +113,7 @@ class Teacher(nn.Module):
             ) from error
         if file:
             check_resolution(file, architecture, clip.state_dict())
-        fingerprint = Fingerprint(architecture, pretrained, state_dict_sha256(clip.state_dict()))
+        fingerprint = Fingerprint(architecture, stated, state_dict_sha256(clip.state_dict()))
         return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
 
     def train(self, mode: bool = True) -> "Teacher":

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -28,6 +30,11 @@ from ovdet2.vocabulary.templates import (
     template_set_names,
     templates_sha256,
 )
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ovdet2.vlm.teacher import Teacher
 
 SCHEMA = "ovdet2/vocabulary/1"
 _FURTHER = "further_trained_names"  # key of a checkpoint's manifest
@@ -95,27 +102,27 @@ class Vocabulary:
         return len(self.names)
 
     @property
-    def num_base(self):
+    def num_base(self) -> int:
         """B."""
         return int(self.base_mask.sum())
 
     @property
-    def names_sha256(self):
+    def names_sha256(self) -> str:
         """Hash of the words in their order."""
         return hashlib.sha256("\n".join(self.names).encode()).hexdigest()
 
     @property
-    def synonyms_sha256(self):
+    def synonyms_sha256(self) -> str | None:
         """Hash of the names averaged for each word; None where every word stands for itself."""
         if self.synonyms is None:
             return None
         return hashlib.sha256("\n".join("\t".join(names) for names in self.synonyms).encode()).hexdigest()
 
-    def base(self):
+    def base(self) -> Vocabulary:
         """The vocabulary of the base words only, in order."""
         return self.select(self.base_mask)
 
-    def select(self, mask):
+    def select(self, mask: Tensor) -> Vocabulary:
         """The sub-vocabulary of a boolean mask [K]."""
         keep = torch.nonzero(mask).flatten().tolist()
         ids = None if self.category_ids is None else tuple(self.category_ids[i] for i in keep)
@@ -129,7 +136,7 @@ class Vocabulary:
             synonyms=synonyms,
         )
 
-    def joined(self, others):
+    def joined(self, others: Vocabulary) -> Vocabulary:
         """Followed by the words of ``others``, of the same teacher, whose category ids become -1, -2, ..."""
         ids = self.category_ids and (*self.category_ids, *range(-1, -1 - len(others), -1))
         synonyms = None
@@ -145,7 +152,7 @@ class Vocabulary:
             synonyms=synonyms,
         )
 
-    def manifest(self):
+    def manifest(self) -> dict[str, Any]:
         """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
         return {
             "schema": SCHEMA,
@@ -159,12 +166,12 @@ class Vocabulary:
             "teacher": self.teacher.to_dict(),
         }
 
-    def save(self, path):
+    def save(self, path: str | Path) -> None:
         """Write the vocabulary file (safetensors, schema 1)."""
         write_safetensors(path, {"embeddings": self.embeddings.float(), "base_mask": self.base_mask}, self.manifest())
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
         tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
         try:
@@ -181,8 +188,15 @@ class Vocabulary:
 
     @classmethod
     def build(
-        cls, names, teacher, templates="vild63", base_mask=None, category_ids=None, progress=False, synonyms=None
-    ):
+        cls,
+        names: Iterable[str],
+        teacher: Teacher,
+        templates: str | Path = "vild63",
+        base_mask: Sequence[bool] | Tensor | None = None,
+        category_ids: Iterable[int] | None = None,
+        progress: bool = False,
+        synonyms: Iterable[Iterable[str]] | None = None,
+    ) -> Vocabulary:
         """Embed words: each prompt normalised, averaged over the set, normalised again (ViLD, F-VLM).
 
         With synonyms a word's embedding is the mean over its names of that, normalised once more. The file name of
@@ -191,7 +205,7 @@ class Vocabulary:
 
         Args:
             names: K words.
-            teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
+            teacher: embeds the prompts.
             templates: template set name, or a template file.
             base_mask: [K] bool; default: every word is novel.
             category_ids: optional K ids.
@@ -208,26 +222,33 @@ class Vocabulary:
         rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
         word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
         sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
-        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
         return cls(
             names,
-            mask,
+            _mask(base_mask, len(names)),
             F.normalize(sums, dim=1),  # of a sum as of a mean
             teacher.fingerprint,
             set_title(templates),
-            category_ids,
+            None if category_ids is None else tuple(category_ids),
             averaged if len(rows) > len(names) else None,
             templates_sha256(templates),
         )
 
     @classmethod
-    def from_table(cls, names, table, teacher, templates, base_mask=None, category_ids=None):
+    def from_table(
+        cls,
+        names: Iterable[str],
+        table: ArrayLike,
+        teacher: Fingerprint,
+        templates: str,
+        base_mask: Sequence[bool] | Tensor | None = None,
+        category_ids: Iterable[int] | None = None,
+    ) -> Vocabulary:
         """Import raw embedding rows made elsewhere; they are normalised here.
 
         Args:
             names: K words in row order.
             table: array [K, D], any float type, no zero row.
-            teacher: :class:`Fingerprint` as stated by the user, ``weights_sha256`` None.
+            teacher: as stated by the user, ``weights_sha256`` None.
             templates: what the rows were made with, in the user's words.
 
         Raises:
@@ -246,11 +267,18 @@ class Vocabulary:
                     f"the embedding of {names[at[0]]!r} (row {at[0]} of the table) is {fault}; such rows: {len(at)}. "
                     "Make the table again, or leave these words out."
                 )
-        mask = torch.zeros(len(names), dtype=torch.bool) if base_mask is None else base_mask
-        return cls(names, mask, F.normalize(rows, dim=1), teacher, templates, category_ids)
+        ids = None if category_ids is None else tuple(category_ids)
+        return cls(names, _mask(base_mask, len(names)), F.normalize(rows, dim=1), teacher, templates, ids)
 
 
-def check_words(names):
+def _mask(base_mask: Sequence[bool] | Tensor | None, count: int) -> Tensor:
+    """As a Tensor; where there is none, every word is novel."""
+    if base_mask is None:
+        return torch.zeros(count, dtype=torch.bool)
+    return torch.as_tensor(base_mask, dtype=torch.bool)
+
+
+def check_words(names: Sequence[str]) -> None:
     """Raise :class:`UsageError` for an empty vocabulary, an empty word, or two words that clean to the same text."""
     repeated = repeated_words(names)
     if repeated:
@@ -259,7 +287,7 @@ def check_words(names):
         raise UsageError(f"the vocabulary holds {shown}{more}: leave out one of each.")
 
 
-def repeated_words(names):
+def repeated_words(names: Sequence[str]) -> list[tuple[int, int]]:
     """The words that clean to the same text as one before: [(position, position of the first such word)].
 
     Raises:
@@ -278,8 +306,10 @@ def repeated_words(names):
     return repeated
 
 
-def averaged_names(names, synonyms=None):
-    """K tuples of the different names of each class, by what they clean to, its own first.
+def averaged_names(
+    names: Sequence[str], synonyms: Iterable[Iterable[str]] | None = None
+) -> tuple[tuple[str, ...], ...]:
+    """K times the different names of each class, by what they clean to, its own first.
 
     Raises:
         UsageError: an empty synonym, or not one list of synonyms per word.
@@ -314,7 +344,7 @@ def _embed_names(names, teacher, templates, progress):
     return torch.cat(rows)
 
 
-def parse_words(text):
+def parse_words(text: str | Path) -> list[str]:
     """Words from a comma-separated string, or from a ".txt" file with one word per line (UTF-8, "#" starts a comment).
 
     Raises:

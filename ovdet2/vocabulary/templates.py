@@ -4,6 +4,8 @@ The sets are data (``ovdet2/assets/prompts/*.json``, each naming its source); "o
 Wherever a set's name is asked for, the path of a template file of the user's own will do.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -15,13 +17,13 @@ from ovdet2.io.files import read_json
 _PROMPTS = Path(__file__).resolve().parents[1] / "assets" / "prompts"
 
 
-def template_set_names():
+def template_set_names() -> list[str]:
     """Sorted names of the known template sets."""
     return sorted([path.stem for path in _PROMPTS.glob("*.json")] + ["openclip80"])
 
 
-def get_templates(set_name):
-    """The templates of a set: a tuple of strings with "{}" for the name and optionally "{article}".
+def get_templates(set_name: str | Path) -> tuple[str, ...]:
+    """The templates of a set: strings with "{}" for the name and optionally "{article}".
 
     Args:
         set_name: one of :func:`template_set_names`, or the path of a file: ".txt" with a template per line (UTF-8, "#"
@@ -72,17 +74,17 @@ def _read_templates(path, stamp):
     return tuple(templates)
 
 
-def set_title(set_name):
+def set_title(set_name: str | Path) -> str:
     """What artefacts call a template set: its name; of a path the file's name (the hash tells two such files apart)."""
     return Path(set_name).name
 
 
-def templates_sha256(set_name):
+def templates_sha256(set_name: str | Path) -> str:
     """Hex SHA-256 of a set's templates, so that an edited set is seen as another one."""
     return hashlib.sha256("\n".join(get_templates(set_name)).encode()).hexdigest()
 
 
-def clean_name(name):
+def clean_name(name: str) -> str:
     """ViLD's cleaning of a class name: lower case, "_" to space, "/" to " or ", no trailing full stop, single spaces.
 
     Text in parentheses is kept: LVIS tells "bow (weapon)" from "bow (decorative ribbons)" by it.
@@ -91,12 +93,12 @@ def clean_name(name):
     return " ".join(name.split()).rstrip(".").rstrip()
 
 
-def article(name):
+def article(name: str) -> str:
     """ "an" before a, e, i, o, u, else "a": ViLD's rule goes by the letter, not the sound ("a hour", "an unicorn")."""
     return "an" if name[:1] in "aeiou" and name else "a"
 
 
-def render(name, set_name):
+def render(name: str, set_name: str | Path) -> list[str]:
     """All prompts of a set for one class name.
 
     In ViLD's set a text that begins with "a" or "the" gets "This is " in front, as in its official demo.
@@ -106,7 +108,7 @@ def render(name, set_name):
         set_name: a template set or file.
 
     Returns:
-        list of strings, one per template.
+        One per template.
     """
     cleaned = clean_name(name)
     texts = [

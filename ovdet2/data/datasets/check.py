@@ -4,6 +4,8 @@ A json is read as strangers write it: any value may be of any type, and no file 
 :mod:`ovdet2.data.datasets.repair` mends what can be mended without a guess.
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import math
@@ -11,9 +13,10 @@ import multiprocessing
 import os
 from array import array
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from tqdm import tqdm
@@ -40,7 +43,9 @@ _ENOUGH = 10  # boxes below which nothing is suspected of a whole file
 _FIT, _LEAVE = 0.9, 0.25  # shares of boxes, see _suspect_xyxy
 
 
-def check(data, source, image_root=None, decode=False, workers=1):
+def check(
+    data: Any, source: str | Path, image_root: str | Path | None = None, decode: bool = False, workers: int = 1
+) -> list[Finding]:
     """Everything found in a json and, with ``image_root``, in its image files.
 
     Args:
@@ -51,7 +56,7 @@ def check(data, source, image_root=None, decode=False, workers=1):
         workers: processes of the image pass; the findings do not depend on it.
 
     Returns:
-        list of :class:`Finding` in the order of KINDS, then of the json.
+        In the order of KINDS, then of the json.
 
     Raises:
         DataError: ``data`` is no object with the three lists of the format, or ``image_root`` is no folder.
@@ -62,12 +67,12 @@ def check(data, source, image_root=None, decode=False, workers=1):
     return sorted(found, key=_order)
 
 
-def problems(findings):
+def problems(findings: Iterable[Finding]) -> list[Finding]:
     """The findings without the notes."""
     return [finding for finding in findings if finding.kind not in NOTES]
 
 
-def is_lvis(data):
+def is_lvis(data: Mapping[str, Any]) -> bool:
     """Whether a json with the three lists is of LVIS: one of its images or categories has a field of that format."""
     return any(
         isinstance(record, dict) and not fields.isdisjoint(record)
@@ -76,7 +81,7 @@ def is_lvis(data):
     )
 
 
-def check_json(data, source):
+def check_json(data: Any, source: str | Path) -> list[Finding]:
     """What can be found without the image files; arguments, result and errors as of :func:`check`."""
     for key in LISTS.values():
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
@@ -93,7 +98,7 @@ def check_json(data, source):
     return sorted(found, key=_order)
 
 
-def image_name(image, lvis):
+def image_name(image: Mapping[str, Any], lvis: bool) -> str | None:
     """Where an image lies below the image root, or None when its record does not say.
 
     "file_name"; in LVIS the last two parts of "coco_url" where that is given ("train2017/000000000009.jpg"), as
@@ -105,7 +110,9 @@ def image_name(image, lvis):
     return name if isinstance(name, str) and name else None
 
 
-def check_images(records, lvis, image_root, decode=False, workers=1):
+def check_images(
+    records: Sequence[Any], lvis: bool, image_root: str | Path, decode: bool = False, workers: int = 1
+) -> list[Finding]:
     """Compare the image files with their records.
 
     Args:
@@ -114,7 +121,7 @@ def check_images(records, lvis, image_root, decode=False, workers=1):
         image_root, decode, workers: as of :func:`check`.
 
     Returns:
-        list of :class:`Finding` in the order of ``records``.
+        In the order of ``records``.
 
     Raises:
         DataError: ``image_root`` is no folder.
@@ -300,7 +307,7 @@ def _other_faults(annotation, size):
         yield "segmentation", show(segmentation)
 
 
-def is_polygon(polygon):
+def is_polygon(polygon: object) -> TypeGuard[list[float]]:
     """Whether it is a list [x1, y1, x2, y2, ...] of at least 3 points, all finite numbers."""
     return (
         isinstance(polygon, list)

@@ -4,10 +4,14 @@ Category ids in files are the data set's own ("dataset category ids", sparse in 
 contiguous ids, base classes first (0..B-1), then novel (B..K-1); the two are mapped by id, never by position.
 """
 
+from __future__ import annotations
+
 import math
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeGuard, cast
 
 import pycocotools.mask as mask_api
 from detectron2.structures import BoxMode
@@ -36,9 +40,9 @@ class Split:
     """
 
     name: str
-    base: tuple
-    novel: tuple = ()
-    groups: dict = field(default_factory=dict, hash=False)
+    base: tuple[tuple[int, str], ...]
+    novel: tuple[tuple[int, str], ...] = ()
+    groups: Mapping[str, Sequence[int]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self):
         if not self.category_ids:
@@ -56,27 +60,32 @@ class Split:
                 )
 
     @property
-    def category_ids(self):
-        """Tuple of K dataset category ids, base first."""
+    def category_ids(self) -> tuple[int, ...]:
+        """K dataset category ids, base first."""
         return tuple(category_id for category_id, _ in (*self.base, *self.novel))
 
     @property
-    def names(self):
-        """Tuple of K class names, base first."""
+    def names(self) -> tuple[str, ...]:
+        """K class names, base first."""
         return tuple(name for _, name in (*self.base, *self.novel))
 
     @property
-    def base_mask(self):
-        """Tuple of K booleans, True for base."""
+    def base_mask(self) -> tuple[bool, ...]:
+        """K flags, True for base."""
         return (True,) * len(self.base) + (False,) * len(self.novel)
 
     @property
-    def id_to_contiguous(self):
-        """Dict of dataset category id to contiguous id 0..K-1."""
+    def id_to_contiguous(self) -> dict[int, int]:
+        """{dataset category id: contiguous id 0..K-1}."""
         return {category_id: index for index, category_id in enumerate(self.category_ids)}
 
 
-def filter_coco_json(data, category_ids, keep_images="annotated", source="the annotation json"):
+def filter_coco_json(
+    data: Mapping[str, Any],
+    category_ids: Iterable[int],
+    keep_images: str = "annotated",
+    source: str | Path = "the annotation json",
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keep some categories, their annotations (crowds included), and the images that have one.
 
     This is the procedure all OV-COCO files in use go back to (OVR-CNN, Zareian et al. 2021). The input is not changed.
@@ -88,7 +97,7 @@ def filter_coco_json(data, category_ids, keep_images="annotated", source="the an
         source: what error messages call the json, such as its path.
 
     Returns:
-        (filtered, report): the new json (records shared with ``data``), and a dict with "images", "annotations",
+        (filtered, report): the new json (records shared with ``data``), and "images", "annotations",
         "crowds", "categories" (counts kept), "images_read", "annotations_read" and "degenerate", the ids of
         annotations dropped because their box has no area (official COCO train has two).
 
@@ -125,7 +134,14 @@ def filter_coco_json(data, category_ids, keep_images="annotated", source="the an
     return filtered, report
 
 
-def load_ov_json(json_file, image_root, split, base_only=False, masks=False, federated=False):
+def load_ov_json(
+    json_file: str | Path,
+    image_root: str | Path,
+    split: Split,
+    base_only: bool = False,
+    masks: bool = False,
+    federated: bool = False,
+) -> list[dict[str, Any]]:
     """Read a COCO or LVIS json as Detectron2's standard dataset dicts, after checking every record.
 
     The file is parsed once, which is why Detectron2's own readers, that would parse it again after the checks, are not
@@ -134,14 +150,14 @@ def load_ov_json(json_file, image_root, split, base_only=False, masks=False, fed
     Args:
         json_file: annotation file.
         image_root: folder the "file_name" entries are relative to; may be a symbolic link.
-        split: the :class:`Split` its category ids belong to.
+        split: that its category ids belong to.
         base_only: refuse labels of novel classes (training data).
         masks: take the segmentations, too, and refuse a box without one.
         federated: an LVIS json. The last two parts of "coco_url", where an image has one, stand for "file_name", and
             the image's "neg_category_ids" and "not_exhaustive_category_ids" are taken.
 
     Returns:
-        list of dicts by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
+        Records by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
         dataset category ids, and annotations with id, bbox (x, y, width, height in pixels), bbox_mode, area (square
         pixels, of the mask where the file says so), iscrowd, the contiguous, base-first category_id, and with ``masks``
         the segmentation: polygons, or a run-length code.
@@ -156,16 +172,27 @@ def load_ov_json(json_file, image_root, split, base_only=False, masks=False, fed
     return records_of(read_coco_json(json_file), json_file, image_root, split, base_only, masks, federated)
 
 
-def read_coco_json(path, remedy="check the path, or prepare the data set as datasets/README.md says"):
+def read_coco_json(
+    path: str | Path, remedy: str = "check the path, or prepare the data set as datasets/README.md says"
+) -> dict[str, Any]:
     """A parsed json with COCO's three lists; DataError when the file is missing, damaged or something else."""
     data = read_json(path, remedy)
     require_lists(data, path)
     return data
 
 
-def records_of(data, json_file, image_root, split, base_only=False, masks=False, federated=False):
+def records_of(
+    data: Mapping[str, Any],
+    json_file: str | Path,
+    image_root: str | Path,
+    split: Split,
+    base_only: bool = False,
+    masks: bool = False,
+    federated: bool = False,
+) -> list[dict[str, Any]]:
     """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is what messages call it."""
-    faults, contiguous = _Faults(json_file), split.id_to_contiguous
+    faults = _Faults(json_file)
+    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # None stands for what is no integer
     for category in data["categories"]:
         position = contiguous.get(_integer(category.get("id")))
         if position is not None and category.get("name") != split.names[position]:
@@ -185,7 +212,7 @@ def records_of(data, json_file, image_root, split, base_only=False, masks=False,
     return [records[image_id] for image_id in sorted(records)]
 
 
-def require_lists(data, source):
+def require_lists(data: Any, source: str | Path) -> None:
     """Raise a :class:`~ovdet2.errors.DataError` that names ``source`` unless ``data`` has COCO's three lists."""
     for key in ("images", "annotations", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
@@ -298,15 +325,16 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             record["annotations"][-1]["segmentation"] = segmentation
 
 
-def compressed(code):
+def compressed(code: dict[str, Any]) -> dict[str, Any]:
     """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools want it."""
     if isinstance(code["counts"], str):
         return code
-    code = mask_api.frPyObjects(code, *code["size"])
-    return {**code, "counts": code["counts"].decode("ascii")}
+    height, width = code["size"]
+    encoded = mask_api.frPyObjects(cast(Any, code), height, width)  # of a dict a dict, with its counts as bytes
+    return {**encoded, "counts": encoded["counts"].decode("ascii")}
 
 
-def is_segmentation(value):
+def is_segmentation(value: object) -> TypeGuard[list[list[float]] | dict[str, Any]]:
     """Whether ``value`` has COCO's form of a mask: polygons of at least 3 points, or a run-length code."""
     if isinstance(value, dict):
         size, counts = value.get("size"), value.get("counts")
@@ -314,7 +342,8 @@ def is_segmentation(value):
             isinstance(size, list)
             and len(size) == 2
             and all(_is_positive(side) for side in size)
-            and len(counts if isinstance(counts, (str, list)) else ()) > 0
+            and isinstance(counts, (str, list))
+            and len(counts) > 0
             and (isinstance(counts, str) or all(_integer(count) is not None for count in counts))
         )
     return (
@@ -361,8 +390,8 @@ def _integer(value):
     return value if type(value) is int else None
 
 
-def first_few(values):
-    """The first five of a list as text for an error message, with dots where there are more."""
+def first_few(values: Sequence[object]) -> str:
+    """The first five as text for an error message, with dots where there are more."""
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return shown + (", ..." if len(values) > _SHOWN else "")
 

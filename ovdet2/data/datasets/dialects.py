@@ -19,12 +19,16 @@ clin1223/VLDet tools/get_coco_zeroshot, LutingWang/OADP oadp/build_annotations. 
 what its configs and the name of the file say.
 """
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ovdet2.data.datasets.coco_json import filter_coco_json, first_few, require_lists
-from ovdet2.data.datasets.prepare import read_annotations, write_prepared
+from ovdet2.data.datasets.prepare import Official, read_annotations, write_prepared
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.errors import DataError
 from ovdet2.io.files import sha256_file
@@ -51,18 +55,15 @@ class Layout:
 
     name: str
     reason: str
-    names: dict
+    names: Mapping[int, str]
 
 
-def recognise(data, source):
+def recognise(data: Mapping[str, Any], source: str | Path) -> Layout:
     """Say which layout of OV-COCO a json has.
 
     Args:
         data: parsed json.
         source: its path, for messages.
-
-    Returns:
-        A :class:`Layout`.
 
     Raises:
         DataError: the classes cannot be told for certain: categories without names or given twice, names that are not
@@ -99,12 +100,12 @@ def recognise(data, source):
     return Layout("RegionCLIP", f"{count} with COCO's ids, without word vectors", names)
 
 
-def to_coco_ids(data, layout):
+def to_coco_ids(data: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     """Give the annotations and categories of a json COCO's own category ids.
 
     Args:
         data: json as of :func:`recognise`; not changed.
-        layout: its :class:`Layout`.
+        layout: its layout.
 
     Returns:
         The json with COCO's ids; category records keep id, name and supercategory, and lose word vectors.
@@ -120,7 +121,9 @@ def to_coco_ids(data, layout):
     return {**data, "annotations": annotations, "categories": categories}
 
 
-def import_ov_coco(files, folder, official):
+def import_ov_coco(
+    files: Iterable[str | Path], folder: str | Path, official: Mapping[str, Official]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write ov_coco_train_base.json and ov_coco_val_all.json from files of other code bases.
 
     Files of one subset are put together, as where base and novel classes of the test set are apart. Whether a file is
@@ -129,7 +132,7 @@ def import_ov_coco(files, folder, official):
     Args:
         files: paths; at least one.
         folder: where to write.
-        official: {name of the written file: :class:`~ovdet2.data.datasets.prepare.Official`}.
+        official: by name of the written file.
 
     Yields:
         (path, report) as of :func:`~ovdet2.data.datasets.prepare.prepare_split`, for the subsets there are files of;

@@ -3,8 +3,11 @@
 Values from the json may be of any type and are shown in a bounded number of printable characters.
 """
 
+from __future__ import annotations
+
 import reprlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 TOLERANCE = 1.0  # pixels by which a box may leave its image: annotation tools round, and count from 0 or from 1
 NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
@@ -81,7 +84,7 @@ class Finding(NamedTuple):
     detail: str
 
     @property
-    def where(self):
+    def where(self) -> str:
         """ "annotation 11", or "annotations[3]" where it has no id."""
         of = KINDS[self.kind].of
         if self.id is not None:
@@ -89,26 +92,26 @@ class Finding(NamedTuple):
         return of if self.index is None else f"{LISTS[of]}[{self.index}]"
 
 
-def is_id(value):
+def is_id(value: object) -> TypeGuard[int]:
     """Whether it is an integer that fits the int64 of caches and evaluators; True and 1.0 are none."""
     return type(value) is int and -(2**63) <= value < 2**63
 
 
-def usable_id(record):
+def usable_id(record: Mapping[str, Any]) -> int | None:
     """The record's id, or None where it has none that :func:`is_id`."""
     return record["id"] if is_id(record.get("id")) else None
 
 
-def show(value):
+def show(value: object) -> str:
     """A value from the json in a bounded number of printable characters (repr escapes the others)."""
     return _SHORT.repr(value)
 
 
-def show_field(record, key):
+def show_field(record: Mapping[str, Any], key: str) -> str:
     """ "area -1", or "no area"."""
     return f"{key} {show(record[key])}" if key in record else f"no {key}"
 
 
-def printable(text):
+def printable(text: str) -> str:
     """``text`` with what would steer a terminal, or cannot be encoded, escaped."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

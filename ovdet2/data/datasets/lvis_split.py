@@ -4,16 +4,20 @@ LVIS calls a class rare ("r"), common ("c") or frequent ("f") by the number of i
 more. Open-vocabulary detection takes the rare classes as novel (ViLD, Gu et al. 2022).
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ovdet2.data.datasets.coco_json import Split, filter_coco_json, first_few, require_lists
-from ovdet2.data.datasets.prepare import check_counts, read_annotations, source_of, write_prepared
+from ovdet2.data.datasets.prepare import Official, check_counts, read_annotations, source_of, write_prepared
 from ovdet2.errors import DataError
 
 _NOT_LVIS = "use an annotation file of lvisdataset.org (datasets/README.md)"
 
 
-def frequency_split(categories, source="the annotation json"):
+def frequency_split(categories: Sequence[Mapping[str, Any]], source: str | Path = "the annotation json") -> Split:
     """The split of an LVIS json: frequent and common classes are base, rare ones novel.
 
     Args:
@@ -21,8 +25,7 @@ def frequency_split(categories, source="the annotation json"):
         source: what error messages call the json.
 
     Returns:
-        :class:`~ovdet2.data.datasets.coco_json.Split`, base and novel each by ascending category id, with the groups
-        "r", "c" and "f".
+        Base and novel each by ascending category id, with the groups "r", "c" and "f".
 
     Raises:
         DataError: a category without id, name or frequency, an id or a name given twice, or no base class.
@@ -52,7 +55,7 @@ def frequency_split(categories, source="the annotation json"):
         raise DataError(f"{source}: {error}") from None
 
 
-def closed_set_split(categories, source="the annotation json"):
+def closed_set_split(categories: Sequence[Mapping[str, Any]], source: str | Path = "the annotation json") -> Split:
     """The split of a closed set: every class is base, by ascending id, with the groups "r", "c" and "f".
 
     Args and errors are those of :func:`frequency_split`.
@@ -62,7 +65,9 @@ def closed_set_split(categories, source="the annotation json"):
     return Split(f"LVIS, {len(base)} classes, closed set", base, (), split.groups)
 
 
-def filter_lvis_json(data, split, source="the annotation json"):
+def filter_lvis_json(
+    data: Mapping[str, Any], split: Split, source: str | Path = "the annotation json"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Take the novel classes out of what a detector is trained on, and keep the rest as it is.
 
     Annotations of novel classes are dropped; all images and all categories stay. So do the federated lists of an image,
@@ -112,14 +117,16 @@ def filter_lvis_json(data, split, source="the annotation json"):
     return filtered, report
 
 
-def prepare_lvis_train(source, target, remedy, official=None):
+def prepare_lvis_train(
+    source: str | Path, target: str | Path, remedy: str, official: Official | None = None
+) -> tuple[Split, dict[str, Any]]:
     """Write the training file of OV-LVIS.
 
     Args:
         source: LVIS training json.
         target: file to write; one with the right content is left as it is, another is replaced atomically.
         remedy: what the user should do when ``source`` is missing.
-        official: its :class:`~ovdet2.data.datasets.prepare.Official`, where there are published counts.
+        official: its size, where there are published counts.
 
     Returns:
         (split, report): :func:`frequency_split`; the report of :func:`filter_lvis_json` with "written" and "verdict".
@@ -135,7 +142,7 @@ def prepare_lvis_train(source, target, remedy, official=None):
     return split, write_prepared(Path(target), data, report, split, source_of(source))
 
 
-def check_lvis_test(source, split, remedy, official=None):
+def check_lvis_test(source: str | Path, split: Split, remedy: str, official: Official | None = None) -> dict[str, Any]:
     """Count a test json, which is used as it is, after seeing that it has the classes of the training file.
 
     Args:
@@ -145,7 +152,7 @@ def check_lvis_test(source, split, remedy, official=None):
         official: as of :func:`prepare_lvis_train`.
 
     Returns:
-        dict with the counts "images_read", "annotations_read" and "novel_annotations", and "verdict".
+        The counts "images_read", "annotations_read" and "novel_annotations", and "verdict".
 
     Raises:
         DataError: ``source`` is missing, damaged, or divides other classes into base and novel.

@@ -11,8 +11,12 @@ the same and is tested without COCO. On disk it has the layout of COCO 2017:
 <root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
 """
 
+from __future__ import annotations
+
 import fcntl
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.lvis_split import frequency_split, prepare_lvis_train
@@ -53,7 +57,9 @@ OV_SHAPES = Split(
 )
 
 
-def ensure_generated(root, seed=0, counts=None, workers=2):
+def ensure_generated(
+    root: str | Path, seed: int = 0, counts: Mapping[str, int] | None = None, workers: int = 2
+) -> dict[str, Any]:
     """Generate OV-Shapes below ``root`` unless it is there. Safe to call from several processes at once.
 
     One process generates under a file lock, the others wait for it. A generation that was cut short has no manifest
@@ -66,7 +72,7 @@ def ensure_generated(root, seed=0, counts=None, workers=2):
         workers: processes that draw; 1 draws in this process. Any number gives the same files.
 
     Returns:
-        The manifest, a dict.
+        The manifest.
 
     Raises:
         DataError: a finished data set of another seed or size is there.
@@ -90,7 +96,7 @@ def ensure_generated(root, seed=0, counts=None, workers=2):
         return _generate(folder, seed, counts, workers)
 
 
-def ensure_current(root):
+def ensure_current(root: str | Path) -> None:
     """Generate the benchmark below ``root`` if nothing is there; keep one of any seed or size that this version drew.
 
     Annotation files that are missing, as in a folder of before they existed, are made again, of the same seed and size.

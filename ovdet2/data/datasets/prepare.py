@@ -1,13 +1,17 @@
 """Making the files of a benchmark from published annotation files: filtered, counted, written once and whole."""
 
+from __future__ import annotations
+
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from ovdet2.data.datasets.coco_json import filter_coco_json
+from ovdet2.data.datasets.coco_json import Split, filter_coco_json
 from ovdet2.errors import DataError
 from ovdet2.io.files import atomic_path, read_json, sha256_file
 
@@ -25,16 +29,16 @@ class Official:
 
     images: int
     annotations: int
-    kept: dict
+    kept: Mapping[str, int]
 
 
-def check_counts(report, source, official):
+def check_counts(report: Mapping[str, Any], source: str | Path, official: Official | None) -> str:
     """One sentence on whether a file made from ``source`` is the published benchmark.
 
     Args:
-        report: dict with "images_read", "annotations_read" and the keys of ``official.kept``.
+        report: with "images_read", "annotations_read" and the keys of ``official.kept``.
         source: path of the file that was read.
-        official: :class:`Official`, or None where nothing is published.
+        official: None where nothing is published.
 
     Raises:
         DataError: the size is the official file's, but what remains of it differs from the published counts.
@@ -55,7 +59,13 @@ def check_counts(report, source, official):
     return f"as published: {_counts(official.kept)}"
 
 
-def prepare_split(annotations, prefix, split, remedy="check the folder", official=None):
+def prepare_split(
+    annotations: str | Path,
+    prefix: str,
+    split: Split,
+    remedy: str = "check the folder",
+    official: Mapping[str, Official] | None = None,
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write ``<prefix>_train_base.json`` and ``<prefix>_val_all.json`` beside instances_{train,val}2017.json.
 
     A file that already has the right content is left as it is; a new one replaces the old one atomically.
@@ -63,12 +73,12 @@ def prepare_split(annotations, prefix, split, remedy="check the folder", officia
     Args:
         annotations: folder with instances_train2017.json and instances_val2017.json.
         prefix: "ov_coco", "ov_shapes", ...
-        split: the :class:`~ovdet2.data.datasets.coco_json.Split`.
+        split: of the benchmark.
         remedy: what the user should do when an official file is missing.
-        official: {name of the written file: :class:`Official`}, where there are published counts.
+        official: by name of the written file, where there are published counts.
 
     Yields:
-        (path, report) per file when it is in place; report as of ``filter_coco_json`` plus "written" (bool) and
+        (path, report) per file when it is in place; report as of ``filter_coco_json`` plus "written" and
         "verdict" (of :func:`check_counts`).
 
     Raises:
@@ -85,18 +95,20 @@ def prepare_split(annotations, prefix, split, remedy="check the folder", officia
         yield target, write_prepared(target, data, report, split, source_of(source))
 
 
-def read_annotations(path, remedy):
+def read_annotations(path: str | Path, remedy: str) -> Any:
     """:func:`~ovdet2.io.files.read_json` that says what it is busy with: parsing 1 GB takes half a minute."""
     with tqdm(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
         return read_json(path, remedy)
 
 
-def source_of(path):
+def source_of(path: str | Path) -> dict[str, str]:
     """What a manifest says of the file that another one was made from: its name and SHA-256."""
     return {"source": Path(path).name, "source_sha256": sha256_file(path)}
 
 
-def write_prepared(target, data, report, split, provenance):
+def write_prepared(
+    target: Path, data: Mapping[str, Any], report: Mapping[str, Any], split: Split, provenance: Mapping[str, Any]
+) -> dict[str, Any]:
     """Add a manifest to ``data`` and write it to ``target`` atomically, unless the file has that content already.
 
     The text is made record by record, twice where a file is there to compare with, because in one piece the one of LVIS
@@ -105,8 +117,8 @@ def write_prepared(target, data, report, split, provenance):
     Args:
         target: path to write.
         data: COCO or LVIS json; not changed.
-        report: dict with the counts "images", "annotations", "categories" and the list "degenerate".
-        split: the :class:`~ovdet2.data.datasets.coco_json.Split` that the manifest names.
+        report: with the counts "images", "annotations", "categories" and the list "degenerate".
+        split: that the manifest names.
         provenance: further entries of the manifest, such as of :func:`source_of`.
 
     Returns:
@@ -125,7 +137,7 @@ def write_prepared(target, data, report, split, provenance):
     return {**report, "written": True}
 
 
-def summary(target, report, *details):
+def summary(target: Path, report: Mapping[str, Any], *details: str) -> str:
     """The lines that a preparation script prints of one file.
 
     Args:

@@ -154,7 +154,7 @@ def split_by_names(
     Raises:
         UsageError: a name the json does not have, or has twice; or a name in both lists.
     """
-    ids = {}
+    ids: dict[Any, list[Any]] = {}  # name -> ids, as the json has them
     for category in categories:
         ids.setdefault(category.get("name"), []).append(category.get("id"))
     wanted = (*base_names, *novel_names)

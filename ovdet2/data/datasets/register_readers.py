@@ -91,7 +91,8 @@ def register_captions(
             if prepare is not None:
                 prepare()
             return TarShards(resolve(file), None if index_file is None else resolve(index_file), max_bad)
-        return {"coco": CocoCaptions, "tsv": TsvCaptions}[format](*existing(name, files, prepare, remedy), max_bad)
+        captions, folder = existing(name, files, prepare, remedy)
+        return (CocoCaptions if format == "coco" else TsvCaptions)(captions, folder, max_bad)
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(ov_kind=CAPTIONS, evaluator_type=CAPTIONS, ov_files=files)
@@ -171,8 +172,8 @@ def register_image_labels(
         return reader
 
     def resolve_split() -> Split:
-        if isinstance(split, Split):
-            return split
+        if isinstance(read_split, Split):
+            return read_split
         json_path, _, mapping = prepared()
         if json_path is None or mapping is not None:
             return split_of_folders()

@@ -1,10 +1,13 @@
 """A cleaned copy of a checked json: what can be mended without a guess is, and every change is told."""
 
+from __future__ import annotations
+
 import itertools
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ovdet2.data.datasets.check import image_name, is_lvis, is_polygon
-from ovdet2.data.datasets.findings import KINDS, NEGATIVE, NOT_EXHAUSTIVE, is_id, show, usable_id
+from ovdet2.data.datasets.findings import KINDS, NEGATIVE, NOT_EXHAUSTIVE, Finding, is_id, show, usable_id
 from ovdet2.errors import DataError
 
 # Findings that follow from a suspicion: removing or clipping those boxes would spoil a file that one edit can mend.
@@ -22,7 +25,7 @@ class Change(NamedTuple):
     done: str
 
 
-def repair(data, findings):
+def repair(data: Mapping[str, Any], findings: Sequence[Finding]) -> tuple[dict[str, Any], list[Change]]:
     """Mend what a check found.
 
     Records go that cannot be right, and annotations with their image; a box that leaves its image is clipped to it, its
@@ -34,7 +37,7 @@ def repair(data, findings):
         findings: of :func:`ovdet2.data.datasets.check.check` on it.
 
     Returns:
-        (repaired, changes): a json that shares unchanged records with ``data``, and a list of :class:`Change`.
+        (repaired, changes): a json that shares unchanged records with ``data``, and what was done.
 
     Raises:
         DataError: no image would be left.
@@ -59,7 +62,7 @@ def repair(data, findings):
     return repaired, changes
 
 
-def clip_box(box, size):
+def clip_box(box: Sequence[float], size: tuple[float, float]) -> list[float]:
     """Clip a box that overlaps its image to it, along each axis on which it leaves; never to nothing.
 
     Args:
@@ -67,7 +70,7 @@ def clip_box(box, size):
         size: (width, height) of the image.
 
     Returns:
-        list [x, y, width, height].
+        [x, y, width, height].
     """
     clipped = list(box)
     for axis in (0, 1):

@@ -1,5 +1,9 @@
 """Base / novel splits as plain facts."""
 
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
 from ovdet2.data.datasets.coco_json import Split
 
 # Bansal et al., Zero-Shot Object Detection (ECCV 2018); ids are those of the official COCO annotations.
@@ -96,8 +100,8 @@ OV_COCO_UNUSED = (
 )
 
 
-def distractors(cfg):
-    """The words of TEST.DISTRACTORS, a tuple; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
+def distractors(cfg: CfgNode) -> tuple[str, ...]:
+    """The words of TEST.DISTRACTORS; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
     words = []
     for word in cfg.TEST.DISTRACTORS:
         words.extend([name for _, name in OV_COCO_UNUSED] if word == "coco_unused" else [word])

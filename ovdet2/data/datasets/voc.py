@@ -1,6 +1,7 @@
 """PASCAL VOC's annotations (one XML file per image) as a COCO json."""
 
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from ovdet2.errors import DataError
 from ovdet2.vocabulary.word_lists import named_words
 
 
-def voc_json(folder: str | Path, subset: str) -> dict:
+def voc_json(folder: str | Path, subset: str) -> dict[str, Any]:
     """Turn a VOC folder into a COCO json.
 
     VOC counts pixels from 1 and includes the last one: (xmin, xmax) = (1, w) is a box of x 0 and width w. Objects
@@ -21,7 +22,7 @@ def voc_json(folder: str | Path, subset: str) -> dict:
         subset: name of a list in ImageSets/Main, such as "test".
 
     Returns:
-        COCO json, a dict: images numbered from 1 in the order of the list, categories 1 to 20.
+        COCO json: images numbered from 1 in the order of the list, categories 1 to 20.
 
     Raises:
         DataError: a file is missing or no VOC annotation; an unknown class; a box without area.
@@ -35,6 +36,7 @@ def voc_json(folder: str | Path, subset: str) -> dict:
             "Annotations, ImageSets and JPEGImages."
         ) from None
     words = named_words("voc")
+    assert words.category_ids is not None
     ids = {name.replace(" ", ""): number for number, name in zip(words.category_ids, words.names)}
     images, annotations = [], []
     for image_id, stem in enumerate(tqdm(stems, desc=f"reading VOC {subset}", unit="image", leave=False), start=1):
@@ -50,21 +52,27 @@ def _read(path, ids):
     """({"width", "height"}, list of COCO annotations without id and image_id) of one file."""
     try:
         root = ElementTree.parse(path).getroot()
-        image = {key: int(root.find("size").find(key).text) for key in ("width", "height")}
+        image = {key: int(_text(root, f"size/{key}")) for key in ("width", "height")}
         return image, [_annotation(entry, ids) for entry in root.findall("object")]
     except (OSError, ElementTree.ParseError, AttributeError, ValueError, KeyError) as error:
         raise DataError(f"{path} is missing or no VOC annotation ({error!r}): unpack the archive again.") from None
 
 
+def _text(entry, path) -> str:
+    text = entry.findtext(path)
+    if text is None:
+        raise ValueError(f"no {path}")
+    return text
+
+
 def _annotation(entry, ids):
-    box = entry.find("bndbox")
-    x0, y0, x1, y1 = (float(box.find(key).text) for key in ("xmin", "ymin", "xmax", "ymax"))
+    x0, y0, x1, y1 = (float(_text(entry, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
     width, height = x1 - x0 + 1, y1 - y0 + 1
     if width <= 0 or height <= 0:
         raise ValueError(f"a box of {width} x {height} pixels")
     difficult = entry.find("difficult")
     return {
-        "category_id": ids[entry.find("name").text],
+        "category_id": ids[_text(entry, "name")],
         "bbox": [x0 - 1, y0 - 1, width, height],
         "area": width * height,
         "iscrowd": int(difficult is not None and difficult.text.strip() == "1"),

@@ -27,6 +27,7 @@ def words_of_dataset(name: str, with_synonyms: bool = False) -> WordList:
     if with_synonyms:
         described = words_of_json(MetadataCatalog.get(name).ov_files()[0])
         if described.synonyms is not None:
+            assert described.category_ids is not None  # of a json
             known = dict(zip(described.category_ids, described.synonyms))
             synonyms = tuple(known.get(category_id, ()) for category_id in split.category_ids)
     return WordList(split.names, split.category_ids, synonyms, split.base_mask)

@@ -6,10 +6,14 @@ are ordered by a key of the seed, the image and the word itself.
 Shapes: K words of the vocabulary.
 """
 
+from __future__ import annotations
+
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ovdet2.errors import CacheError, UsageError
 from ovdet2.vocabulary.templates import clean_name
@@ -31,7 +35,7 @@ class WordOrder:
         self.hashes = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
         self.seed = seed
 
-    def keys(self, image_id):
+    def keys(self, image_id: int) -> np.ndarray:
         """Array [K] uint64."""
         start = np.array([self.seed, image_id], dtype=np.int64).astype(np.uint64)
         return _mixed(self.hashes ^ _mixed(start[:1] ^ _mixed(start[1:])))
@@ -44,7 +48,7 @@ def _mixed(values):
     return values ^ (values >> np.uint64(31))
 
 
-def ordered_words(index, score, keys, top=None, fill="none"):
+def ordered_words(index: Tensor, score: Tensor, keys: np.ndarray, top: int | None = None, fill: str = "none") -> Tensor:
     """The words of an image, best first.
 
     Args:
@@ -111,6 +115,6 @@ class PriorWords:
         return ordered_words(index[kept], score[kept], self.order.keys(image_id), self.top, self.fill)
 
 
-def few(words):
+def few(words: Sequence[str]) -> str:
     """The first of some words, for a message."""
     return ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")

@@ -102,7 +102,7 @@ class ClassCrops(nn.Module):
         if not len(self.counts):
             raise UsageError(
                 'MODEL.CCKT.CONTRAST "class" has no crops of classes yet: train with ovdet2\'s Trainer, or call '
-                "prepare_training of the detector with the training set."
+                "ovdet2.modeling.part.prepare_training with the detector and its training sources."
             )
         place = (torch.rand(len(self.counts)).to(self.counts.device) * self.counts).long()
         return self.crops[torch.arange(len(place), device=place.device), place], self.counts > 0

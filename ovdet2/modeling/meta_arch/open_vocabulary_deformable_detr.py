@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ovdet2.config.methods import check_methods, methods_of
 from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
-from ovdet2.data.sources import TrainSource
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_vocabulary
 from ovdet2.modeling.detr.build import (
@@ -154,15 +153,6 @@ class OpenVocabularyDeformableDETR(nn.Module):
             for image, result in enumerate(results):
                 result["decoder_layers"] = [of_layer[image] for of_layer in layers]
         return results
-
-    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
-        """Let the parts take what they need of the training sets.
-
-        Raises:
-            UsageError, CacheError: see :meth:`~ovdet2.modeling.part.Part.prepare_training` of the parts.
-        """
-        for part in self.parts:
-            part.prepare_training(sources)
 
     def losses(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor]:
         """Unweighted losses of a training batch, a dict of scalar Tensors; arguments as of :meth:`forward`."""

@@ -31,7 +31,7 @@ from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
 if TYPE_CHECKING:
-    from ovdet2.data.loader import TrainSource
+    pass
 
 Batch = Sequence[Sample | Mapping[str, Any]]
 
@@ -97,11 +97,6 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def vocabulary(self) -> WordBank:
         """The detector's words; ``model.vocabulary.set(v)`` changes them."""
         return self.roi_heads.classifier.vocabulary
-
-    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
-        """Let the parts take what they need of the training sets; see :meth:`~ovdet2.modeling.part.Part`."""
-        for part in self.parts:
-            part.prepare_training(sources)
 
     def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """

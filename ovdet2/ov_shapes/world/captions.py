@@ -6,6 +6,7 @@ the colour, and sometimes leaves out the texture, as captions of the web do. The
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from tqdm import tqdm
 
 from ovdet2.io.files import atomic_path
 from ovdet2.ov_shapes.world.classes import SHAPES, TEXTURES
-from ovdet2.ov_shapes.world.render import render_scene
-from ovdet2.ov_shapes.world.scenes import render_images, stream
+from ovdet2.ov_shapes.world.render import PlacedObject, Scene, render_scene
+from ovdet2.ov_shapes.world.scenes import Progress, render_images, stream
 
 CAPTION_COUNT = 10_000
 _FILES_SEED = 0  # of the images that are drawn as files
@@ -35,7 +36,7 @@ _ENDINGS = ("in the scene", "on a background", "seen today", "for sale", "in a p
 _OPENINGS = ("this is", "there is", "itap of", "look at", "here is", "i like")
 
 
-def caption_pair(seed, index, side=128):
+def caption_pair(seed: int, index: int, side: int = 128) -> tuple[np.ndarray, str, Scene]:
     """One image with its caption.
 
     Args:
@@ -44,8 +45,7 @@ def caption_pair(seed, index, side=128):
         side: width and height of the image in pixels.
 
     Returns:
-        (image, caption, scene): (side, side, 3) uint8 RGB, str, and the
-        :class:`~ovdet2.ov_shapes.world.render.Scene` (which training does not look at).
+        (image, caption, scene): the image is (side, side, 3) uint8 RGB; training does not look at the scene.
     """
     rng = stream(seed, "captions", index)
     while True:
@@ -54,7 +54,7 @@ def caption_pair(seed, index, side=128):
             return scene.image, caption_of(rng, scene.objects), scene
 
 
-def further_captions(seed, index, objects, count):
+def further_captions(seed: int, index: int, objects: Sequence[PlacedObject], count: int) -> list[str]:
     """Other captions of the image of a pair, for data sets with several of each.
 
     Args:
@@ -63,13 +63,13 @@ def further_captions(seed, index, objects, count):
         count: of the captions.
 
     Returns:
-        list of str; the first ones do not depend on ``count``.
+        The first ones do not depend on ``count``.
     """
     rng = stream(seed, "further captions", index)
     return [caption_of(rng, objects) for _ in range(count)]
 
 
-def caption_of(rng, objects):
+def caption_of(rng: np.random.Generator, objects: Sequence[PlacedObject]) -> str:
     """A caption for the objects of a scene, in random order."""
     order = rng.permutation(len(objects))
     phrases = [_object_phrase(rng, objects[i]) for i in order]
@@ -120,7 +120,9 @@ def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def render_captions(seed, count, side=128, workers=1, progress=None):
+def render_captions(
+    seed: int, count: int, side: int = 128, workers: int = 1, progress: Progress | None = None
+) -> tuple[np.ndarray, list[str]]:
     """The first ``count`` pairs as arrays.
 
     Args:
@@ -129,7 +131,7 @@ def render_captions(seed, count, side=128, workers=1, progress=None):
         workers, progress: as of :func:`~ovdet2.ov_shapes.world.scenes.render_images`.
 
     Returns:
-        (images, captions): (count, side, side, 3) uint8 and a list of str.
+        (images, captions): images are (count, side, side, 3) uint8.
     """
     images, captions = np.empty((count, side, side, 3), dtype=np.uint8), []
     pairs = render_images(partial(_image_and_caption, seed, side), count, workers, progress)

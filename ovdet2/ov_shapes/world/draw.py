@@ -1,10 +1,14 @@
 """Drawing a split of OV-Shapes: images, the COCO json of the whole truth, masks. Nothing here knows a data set."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import multiprocessing
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -15,7 +19,14 @@ from ovdet2.ov_shapes.world.classes import CLASS_NAMES
 from ovdet2.ov_shapes.world.scenes import class_index, detection_scene
 
 
-def draw_split(seed, split, count, category_ids, workers=1, folder=None):
+def draw_split(
+    seed: int,
+    split: str,
+    count: int,
+    category_ids: Sequence[int],
+    workers: int = 1,
+    folder: str | Path | None = None,
+) -> tuple[dict[str, Any], str, list[dict[str, Any]]]:
     """Draw the images of a split.
 
     Args:
@@ -52,7 +63,7 @@ def draw_split(seed, split, count, category_ids, workers=1, folder=None):
     return data, pixels.hexdigest(), masks
 
 
-def categories(category_ids):
+def categories(category_ids: Sequence[int]) -> list[dict[str, Any]]:
     """The 65 COCO category records by ascending id."""
     pairs = sorted(zip(category_ids, CLASS_NAMES, strict=True))
     return [{"id": number, "name": name, "supercategory": name.split()[1]} for number, name in pairs]
@@ -89,9 +100,9 @@ def _draw_one(seed, split, category_ids, folder, index):
 def _run_length_code(mask):
     """COCO's compressed run-length code of a (H, W) bool mask, ready for json."""
     code = encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+    return {"size": list(code["size"]), "counts": cast(bytes, code["counts"]).decode("ascii")}
 
 
-def annotations_hash(data):
+def annotations_hash(data: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a COCO json's content, independent of spacing and key order."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -4,23 +4,25 @@ The unit frame has x to the right, y down and the shape inside the disc of radiu
 chosen so that no shape turns into another under rotation (no diamond beside a square, no oval beside a circle).
 """
 
+from __future__ import annotations
+
 import numpy as np
 
 
-def outline(shape):
+def outline(shape: str) -> list[tuple[np.ndarray, bool]]:
     """The paint order of a shape's parts.
 
     Args:
         shape: one of the keys of ``OUTLINES``.
 
     Returns:
-        list of (points, filled): points is an (N, 2) float array in the unit frame; ``filled`` False cuts a hole into
+        (points, filled) of each: points is an (N, 2) float array in the unit frame; ``filled`` False cuts a hole into
         the parts before it.
     """
     return OUTLINES[shape]
 
 
-def pattern(texture, x, y, rng):
+def pattern(texture: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Where the second colour of a texture is painted.
 
     The period follows the unit frame, so that a 36-pixel object shows as many stripes as a 130-pixel one.
@@ -28,7 +30,7 @@ def pattern(texture, x, y, rng):
     Args:
         texture: "plain", "striped", "dotted", "checkered" or "split".
         x, y: float arrays of one shape, coordinates in the unit frame.
-        rng: numpy Generator; draws the pattern's phase and period.
+        rng: draws the pattern's phase and period.
 
     Returns:
         bool array like ``x``.

@@ -1,9 +1,20 @@
 """OV-Shapes as LVIS v1 would state it, so that the federated evaluation runs on it."""
 
+from __future__ import annotations
+
 import random
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
 
 
-def lvis_json(data, masks, train, rare_ids, split):
+def lvis_json(
+    data: Mapping[str, Any],
+    masks: Sequence[Mapping[str, Any]],
+    train: Mapping[str, Any],
+    rare_ids: AbstractSet[int],
+    split: str,
+) -> dict[str, Any]:
     """Turn a COCO json of the whole truth into LVIS v1 form. Pure and deterministic.
 
     LVIS calls a class rare, common or frequent by its number of training images. Here "r" is exactly the novel classes,
@@ -13,11 +24,11 @@ def lvis_json(data, masks, train, rare_ids, split):
         data: COCO json of the split.
         masks: run-length codes of its annotations, in their order.
         train: COCO json of the training split, which the counts and frequencies come from.
-        rare_ids: set of novel category ids.
+        rare_ids: novel category ids.
         split: "train2017" or "val2017", the folder of the images.
 
     Returns:
-        dict with images (neg_category_ids: classes verified absent; not_exhaustive_category_ids: classes of which not
+        images (neg_category_ids: classes verified absent; not_exhaustive_category_ids: classes of which not
         every instance counts as annotated; coco_url), categories (frequency, synonyms, image_count, instance_count,
         ...) and annotations, boxes and masks.
     """

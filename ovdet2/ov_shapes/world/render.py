@@ -5,6 +5,9 @@ Images are uint8 (H, W, 3) RGB. Boxes are XYXY absolute pixels, x1 and y1 exclus
 Every function draws all its randomness from the Generator it is given, so that a scene is a pure function of its seed.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,36 +48,42 @@ class PlacedObject:
     shape: str
     texture: str
     color: str
-    box_xyxy: tuple
+    box_xyxy: tuple[float, float, float, float]
     area: int
     visible: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image: (H, W, 3) uint8 RGB. objects: tuple of PlacedObject. masks: (N, H, W) bool of visible pixels."""
+    """image: (H, W, 3) uint8 RGB. objects: N. masks: (N, H, W) bool of visible pixels."""
 
     image: np.ndarray
-    objects: tuple
+    objects: tuple[PlacedObject, ...]
     masks: np.ndarray
 
 
-def render_scene(rng, height, width, wanted, min_visible=0.65, margin=0.2):
+def render_scene(
+    rng: np.random.Generator,
+    height: int,
+    width: int,
+    wanted: Iterable[tuple[str, str, float]],
+    min_visible: float = 0.65,
+    margin: float = 0.2,
+) -> Scene:
     """Draw a scene.
 
     Args:
-        rng: numpy Generator.
+        rng: of all that is drawn.
         height, width: pixels.
-        wanted: list of (shape, texture, diameter in pixels), painted in this order, later over earlier.
+        wanted: (shape, texture, diameter in pixels), painted in this order, later over earlier.
         min_visible: least share of each object's pixels that stays visible; an object for which no such place is found
             in 30 draws is left out.
         margin: share of the diameter by which a centre must stay inside the image (0.5: never cut off by the border).
 
-    Returns:
-        Scene.
     """
     canvas = _clutter(rng, _background(rng, height, width))
-    patches, alphas = [], []
+    patches: list[tuple[str, str, str]] = []
+    alphas = []
     for shape, texture, diameter in wanted:
         under = canvas.mean(axis=(0, 1))
         color, patch, alpha = _object_patch(rng, shape, texture, diameter, under)
@@ -86,8 +95,8 @@ def render_scene(rng, height, width, wanted, min_visible=0.65, margin=0.2):
         alphas = [(others & ~solid, count) for others, count in alphas] + [(solid, int((alpha > 0.5).sum()))]
         patches.append((shape, texture, color))
     objects = tuple(
-        PlacedObject(*words, _tight_box(mask), int(mask.sum()), float(mask.sum() / count))
-        for words, (mask, count) in zip(patches, alphas, strict=True)
+        PlacedObject(shape, texture, color, _tight_box(mask), int(mask.sum()), float(mask.sum() / count))
+        for (shape, texture, color), (mask, count) in zip(patches, alphas, strict=True)
     )
     masks = np.stack([mask for mask, _ in alphas]) if alphas else np.zeros((0, height, width), dtype=bool)
     return Scene(_finish(rng, canvas), objects, masks)
@@ -96,7 +105,9 @@ def render_scene(rng, height, width, wanted, min_visible=0.65, margin=0.2):
 def _smooth_noise(rng, height, width, cells):
     """(H, W) float32 noise in [0, 1] whose grain is the image divided by ``cells``."""
     coarse = (rng.random((cells + 1, cells + 1)) * 255.0).astype(np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC), dtype=np.float32) / 255.0
+    return (
+        np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32) / 255.0
+    )
 
 
 def _background(rng, height, width):
@@ -117,7 +128,9 @@ def _background(rng, height, width):
 def _clutter(rng, canvas):
     """``canvas`` with lines, scribbles and irregular blobs that belong to no class."""
     height, width = canvas.shape[:2]
-    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((2 * width, 2 * height), Image.BILINEAR)
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize(
+        (2 * width, 2 * height), Image.Resampling.BILINEAR
+    )
     draw = ImageDraw.Draw(image)
     size = np.asarray([2 * width, 2 * height], dtype=float)
     for _ in range(int(rng.integers(0, 5))):

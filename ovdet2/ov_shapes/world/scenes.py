@@ -1,13 +1,17 @@
 """What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
 
+from __future__ import annotations
+
 import contextlib
 import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
 from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES
-from ovdet2.ov_shapes.world.render import render_scene
+from ovdet2.ov_shapes.world.render import PlacedObject, Scene, render_scene
 
 # The number of a split is part of its images' seeds: captions never share one with the detection images.
 _STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4, "further captions": 5}
@@ -16,9 +20,11 @@ IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
 _SIZES = ((224, 224), (256, 192), (192, 256))
 _SIZE_SHARES = (0.5, 0.25, 0.25)
 _DIAMETERS = (36.0, 130.0)
+Drawn = TypeVar("Drawn")
+Progress = Callable[..., Iterable]  # wraps an iterator and takes ``total``, such as tqdm
 
 
-def stream(seed, split, index):
+def stream(seed: int, split: str, index: int) -> np.random.Generator:
     """The random numbers of one image.
 
     Args:
@@ -27,12 +33,12 @@ def stream(seed, split, index):
         index: of the image in its split, >= 0.
 
     Returns:
-        numpy Generator; distinct arguments give independent ones.
+        Distinct arguments give independent ones.
     """
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, _STREAMS[split], index))))
 
 
-def class_weights(split):
+def class_weights(split: str) -> np.ndarray:
     """(65,) probabilities of the classes: uniform for validation; in training base has a mild long tail, 3 to 1."""
     weights = np.ones(len(CLASS_NAMES))
     if split == "train2017":
@@ -43,13 +49,13 @@ def class_weights(split):
     return weights / weights.sum()
 
 
-def detection_scene(seed, split, index):
+def detection_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of one detection image: 1 to 6 objects (2 to 6 are tried) of 36 to 130 pixels.
 
     Args: as of :func:`stream`; split is "train2017" or "val2017".
 
     Returns:
-        :class:`~ovdet2.ov_shapes.world.render.Scene` with at least one object.
+        With at least one object.
     """
     rng = stream(seed, split, index)
     width, height = _SIZES[rng.choice(len(_SIZES), p=_SIZE_SHARES)]
@@ -67,33 +73,27 @@ def detection_scene(seed, split, index):
             return scene
 
 
-def class_index(placed):
-    """Base-first index 0..64 of a :class:`~ovdet2.ov_shapes.world.render.PlacedObject`."""
+def class_index(placed: PlacedObject) -> int:
+    """Base-first index 0..64 of an object."""
     return CLASS_NAMES.index(f"{placed.texture} {placed.shape}")
 
 
-def single_object_scene(seed, index, side=128):
+def single_object_scene(seed: int, index: int, side: int = 128) -> Scene:
     """A clean test image of one class: one whole object that fills 50 to 95% of the frame.
 
     Args:
         seed, index: as of :func:`stream`; the class is ``index`` modulo 65, in base-first order.
         side: width and height in pixels.
-
-    Returns:
-        :class:`~ovdet2.ov_shapes.world.render.Scene`.
     """
     return _one_object(stream(seed, "single", index), CLASS_NAMES[index % len(CLASS_NAMES)], side, least=0.5)
 
 
-def pretraining_scene(seed, index, side=128):
+def pretraining_scene(seed: int, index: int, side: int = 128) -> Scene:
     """An image for the pre-training of a trunk: one object of a base class that fills 35 to 95% of the frame.
 
     Args:
         seed, index: as of :func:`stream`; the class is ``index`` modulo 48, in the order of BASE_NAMES.
         side: width and height in pixels.
-
-    Returns:
-        :class:`~ovdet2.ov_shapes.world.render.Scene`.
     """
     return _one_object(stream(seed, "pretraining", index), BASE_NAMES[index % len(BASE_NAMES)], side, least=0.35)
 
@@ -103,14 +103,16 @@ def _one_object(rng, name, side, least):
     return render_scene(rng, side, side, [(shape, texture, side * rng.uniform(least, 0.95))], margin=0.5)
 
 
-def render_images(draw, count, workers=1, progress=None):
+def render_images(
+    draw: Callable[[int], Drawn], count: int, workers: int = 1, progress: Progress | None = None
+) -> Iterator[Drawn]:
     """``draw(index)`` for 0..count-1, in order.
 
     Args:
         draw: picklable function of an index.
         count: of the results.
         workers: processes that draw; any number gives the same results.
-        progress: optional wrapper of an iterator that takes ``total``, such as tqdm.
+        progress: wraps the results.
 
     Yields:
         what ``draw`` returns.
@@ -124,7 +126,9 @@ def render_images(draw, count, workers=1, progress=None):
         yield from progress(drawn, total=count) if progress else drawn
 
 
-def render_pretraining(seed, count, side=128, workers=1, progress=None):
+def render_pretraining(
+    seed: int, count: int, side: int = 128, workers: int = 1, progress: Progress | None = None
+) -> np.ndarray:
     """Images (count, side, side, 3) uint8 of :func:`pretraining_scene`; arguments as of :func:`render_images`."""
     draw = partial(_pretraining_image, seed, side)
     return np.stack(list(render_images(draw, count, workers, progress)))
