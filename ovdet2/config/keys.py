@@ -34,6 +34,20 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
     cfg.TEST.DETECTIONS_PER_IMAGE = 100
 
+    _add_words(cfg)
+    _add_ovd(cfg)
+    _add_detr(cfg)
+    _add_swin(cfg)
+    _add_input(cfg)
+    _add_solver(cfg)
+    _add_data_and_test(cfg)
+    for method in find_methods(parts):
+        method.add_keys(cfg)
+    return cfg
+
+
+def _add_words(cfg):
+    """The vision-language model and the words."""
     # The frozen vision-language model whose embedding space the detector learns.
     cfg.MODEL.TEACHER = CN()
     # open_clip architecture, such as "ViT-B-32"; "ovshapes-resnet" and "ovshapes-vit" are embedded in the package.
@@ -47,6 +61,9 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
     # Prompt template set used when FILE is empty: "single", "vild63", "openclip80", "photo12", or a file of your own.
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
 
+
+def _add_ovd(cfg):
+    """Classification and secondary scores, whatever the host."""
     cfg.MODEL.OVD = CN()
     # "text": cosine to the vocabulary and a learned background; "text_background": the background is the embedding of
     # the word "background", and the temperature has a learned factor (F-VLM); "closed_set": a linear layer over fixed
@@ -80,15 +97,6 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
     # Divide the fused scores of a region by their sum, the detector's background included.
     cfg.MODEL.OVD.FUSION_RENORMALIZE = False
-
-    _add_detr(cfg)
-    _add_swin(cfg)
-    _add_input(cfg)
-    _add_solver(cfg)
-    _add_data_and_test(cfg)
-    for method in find_methods(parts):
-        method.add_keys(cfg)
-    return cfg
 
 
 def _add_detr(cfg):

@@ -93,40 +93,52 @@ def register_dataset(
     if metric not in METRICS:
         raise UsageError(f"the metric of {name!r} is {metric!r}: choose one of {', '.join(METRICS)}.")
 
-    def files():
-        return resolve(json_file), resolve(image_root)
+    files = partial(_resolved, json_file, image_root)
+    prepared = partial(existing, name, files, prepare, remedy)
 
-    def prepared_files():
-        return existing(name, files, prepare, remedy)
+    def load() -> list[dict[str, Any]]:
+        return _load_boxes(name, *prepared(), split, metric, base_only, masks, pseudo_labels)
 
-    def load():
-        json_path, image_path = prepared_files()
-        stamp = stamp_of(name, json_path)
-        data = read_coco_json(json_path)
-        _require_said(name, data, json_path, pseudo_labels)
-        found = split(data["categories"], json_path) if callable(split) else split
-        records = records_of(data, json_path, image_path, found, base_only, masks, federated=metric == "ov_lvis")
-        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
-        MetadataCatalog.get(name).__dict__.update(
-            json_file=str(json_path),
-            image_root=str(image_path),
-            ov_image_counts=_image_counts(records, found),
-        )
-        if callable(split):
-            MetadataCatalog.get(name).__dict__.update(class_metadata(found))
-            remember_split(stamp, found)
-        return records
-
-    def resolve_split():
-        if not callable(split):
-            return split
-        return split_of_json(name, prepared_files()[0], split, read_coco_json)
+    def resolve_split() -> Split:
+        return split_of_json(name, prepared()[0], split, read_coco_json) if callable(split) else split
 
     DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name)
     metadata.set(ov_kind=BOXES, evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
     if not callable(split):
         metadata.set(**class_metadata(split))
+
+
+def _resolved(json_file: Location, image_root: Location) -> tuple[Path, Path]:
+    return resolve(json_file), resolve(image_root)
+
+
+def _load_boxes(
+    name: str,
+    json_path: Path,
+    image_path: Path,
+    split: Split | ReadSplit,
+    metric: str,
+    base_only: bool,
+    masks: bool,
+    pseudo_labels: bool,
+) -> list[dict[str, Any]]:
+    """The records of a data set, whose metadata then are of the files as they are now."""
+    stamp = stamp_of(name, json_path)
+    data = read_coco_json(json_path)
+    _require_said(name, data, json_path, pseudo_labels)
+    classes = split(data["categories"], json_path) if callable(split) else split
+    records = records_of(data, json_path, image_path, classes, base_only, masks, federated=metric == "ov_lvis")
+    # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+    MetadataCatalog.get(name).__dict__.update(
+        json_file=str(json_path),
+        image_root=str(image_path),
+        ov_image_counts=_image_counts(records, classes),
+    )
+    if callable(split):
+        MetadataCatalog.get(name).__dict__.update(class_metadata(classes))
+        remember_split(stamp, classes)
+    return records
 
 
 def split_of(name: str) -> Split | None:

@@ -6,6 +6,7 @@ What is loaded is a :class:`~ovdet2.data.readers.reader.Reader`, a sequence of r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,54 +140,79 @@ def register_image_labels(
     require_free(name)
     if isinstance(split, str) or (novel_names and (callable(split) or isinstance(split, Split))):
         raise UsageError(f"the classes of {name!r} are {split!r} and {novel_names!r}: give a Split, or lists of names.")
-    by_names = not (callable(split) or isinstance(split, Split))
-    read_split = partial(split_by_names, name, tuple(split), tuple(novel_names)) if by_names else split
-
-    def files() -> tuple[Path | None, Path]:
-        return None if source is None else resolve(source), resolve(image_root)
-
-    def prepared() -> tuple[Path | None, Path, dict[str, str] | None]:
-        """(json, image root, mapping where the json is one)."""
-        existing(name, lambda: tuple(path for path in files() if path is not None), prepare, remedy)
-        json_path, folder = files()
-        return json_path, folder, None if json_path is None else read_mapping(json_path)
-
-    def split_of_folders() -> Split:
-        if by_names:
-            return _numbered(name, split, novel_names)
-        if callable(split):
-            raise UsageError(f"{name} has folders of classes: give their split as a Split or as names of classes.")
-        return split
-
-    def load() -> ImageLabels:
-        json_path, folder, mapping = prepared()
-        if json_path is None or mapping is not None:
-            reader: ImageLabels = FolderImageLabels(folder, split_of_folders(), mapping, novel_labels, json_path)
-        else:
-            stamp = stamp_of(name, json_path)
-            reader = CocoImageLabels(json_path, folder, read_split, novel_labels, max_bad)
-            remember_split(stamp, reader.split)
-        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
-        counts = {"ov_image_counts": reader.image_counts().tolist()}
-        MetadataCatalog.get(name).__dict__.update(counts | class_metadata(reader.split))
-        return reader
-
-    def resolve_split() -> Split:
-        if isinstance(read_split, Split):
-            return read_split
-        json_path, _, mapping = prepared()
-        if json_path is None or mapping is not None:
-            return split_of_folders()
-        return split_of_json(name, json_path, read_split, read_label_json)
-
-    DatasetCatalog.register(name, load)
+    images = _LabelledImages(
+        name, source, image_root, split, tuple(novel_names), novel_labels, max_bad, prepare, remedy
+    )
+    DatasetCatalog.register(name, images.load)
     MetadataCatalog.get(name).set(
         ov_kind=IMAGE_LABELS,
         evaluator_type=IMAGE_LABELS,
-        ov_files=files,
-        ov_split=resolve_split,
+        ov_files=images.files,
+        ov_split=images.resolve_split,
         ov_novel_labels=novel_labels,
     )
+
+
+@dataclass(frozen=True)
+class _LabelledImages:
+    """The arguments of :func:`register_image_labels`, from which everything is read when it is needed."""
+
+    name: str
+    source: Location | None
+    image_root: Location
+    split: Split | ReadSplit | Sequence[str]
+    novel_names: tuple[str, ...]
+    novel_labels: bool
+    max_bad: int
+    prepare: Callable[[], object] | None
+    remedy: str
+
+    def files(self) -> tuple[Path | None, Path]:
+        """(json if there is one, image root)."""
+        return None if self.source is None else resolve(self.source), resolve(self.image_root)
+
+    def load(self) -> ImageLabels:
+        """The records; the data set's metadata then are of the files as they are now."""
+        json_path, folder, folder_names = self._prepared()
+        if json_path is None or folder_names is not None:
+            split = self._split_of_folders()
+            reader: ImageLabels = FolderImageLabels(folder, split, folder_names, self.novel_labels, json_path)
+        else:
+            stamp = stamp_of(self.name, json_path)
+            reader = CocoImageLabels(json_path, folder, self._split_of_json(), self.novel_labels, self.max_bad)
+            remember_split(stamp, reader.split)
+        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+        counts = {"ov_image_counts": reader.image_counts().tolist()}
+        MetadataCatalog.get(self.name).__dict__.update(counts | class_metadata(reader.split))
+        return reader
+
+    def resolve_split(self) -> Split:
+        """The classes, read from the json where it defines them."""
+        read = self._split_of_json()
+        if isinstance(read, Split):
+            return read
+        json_path, _, folder_names = self._prepared()
+        if json_path is None or folder_names is not None:
+            return self._split_of_folders()
+        return split_of_json(self.name, json_path, read, read_label_json)
+
+    def _prepared(self) -> tuple[Path | None, Path, dict[str, str] | None]:
+        """(json if there is one, image root, {folder: class name} where the json is one)."""
+        existing(self.name, lambda: tuple(path for path in self.files() if path is not None), self.prepare, self.remedy)
+        json_path, folder = self.files()
+        return json_path, folder, None if json_path is None else read_mapping(json_path)
+
+    def _split_of_json(self) -> Split | ReadSplit:
+        if isinstance(self.split, Split) or callable(self.split):
+            return self.split
+        return partial(split_by_names, self.name, tuple(self.split), self.novel_names)
+
+    def _split_of_folders(self) -> Split:
+        if isinstance(self.split, Split):
+            return self.split
+        if callable(self.split):
+            raise UsageError(f"{self.name} has folders of classes: give their split as a Split or as names of classes.")
+        return _numbered(self.name, self.split, self.novel_names)
 
 
 def _numbered(title, base_names: Sequence[Any], novel_names: Sequence[Any]) -> Split:
