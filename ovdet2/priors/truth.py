@@ -1,6 +1,6 @@
 """Which classes the annotations say to be in an image, and which they say are not."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # data sets stand above the priors
@@ -20,7 +20,7 @@ class Truth(NamedTuple):
     absent: frozenset | None
 
 
-def truth_of(records: Iterable[dict[str, Any]], split: "Split") -> dict[int, Truth]:
+def truth_of(records: Iterable[Mapping[str, Any]], split: "Split") -> dict[int, Truth]:
     """Dict of image id to :class:`Truth`.
 
     Args:
