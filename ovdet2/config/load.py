@@ -116,7 +116,7 @@ def _rename(given, moved, name):
     _drop_empty(given, {old.rpartition(".")[0] for old in moved})
 
 
-def _drop_empty(given, groups):
+def _drop_empty(given: CfgNode, groups: Iterable[str]) -> None:
     """Groups of keys that have all moved elsewhere."""
     for group in sorted(groups, key=len, reverse=True):
         *path, last = group.split(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from detectron2.data.common import DatasetFromList
 from torch.utils.data import DataLoader, Dataset
 
-from ovdet2.data.samples import Sample
+from ovdet2.data.samples import Records, Sample
 from ovdet2.errors import CacheError, DataError
 
 Maker = Callable[[Any], Any]
@@ -21,7 +21,7 @@ Item = tuple[Sample | CacheError | None, list[Fault]]
 
 
 @contextlib.contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
+def seeded(*entropy: int) -> Generator[None, None, None]:
     """Seed python's, numpy's and torch's global generators inside the block; restore them after it."""
     saved = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -45,7 +45,7 @@ class MappedRecords(Dataset):
     """
 
     def __init__(
-        self, records: Sequence[Any], maker: Maker, seed: int = 0, max_bad: int = 0, entropy: tuple[int, ...] = ()
+        self, records: Records, maker: Maker, seed: int = 0, max_bad: int = 0, entropy: tuple[int, ...] = ()
     ) -> None:
         """
         Args:
@@ -64,27 +64,27 @@ class MappedRecords(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Item:
+    def __getitem__(self, index: int | tuple[int, int]) -> Item:
         """
         Args:
-            key: (draw number, index) in training, index at evaluation.
+            index: (draw number, index) in training, index at evaluation.
         """
-        draw, index = key if isinstance(key, tuple) else (0, key)
+        draw, place = index if isinstance(index, tuple) else (0, index)
         faults: list[Fault] = []
-        for candidate in self._candidates(draw, index):
+        for candidate in self._candidates(draw, place):
             with seeded(self.seed, draw, *self.entropy):
                 sample = self._made(candidate, faults)
             if sample is not None or len(faults) > self.max_bad:
                 return sample, faults
         return None, faults
 
-    def _candidates(self, draw, index):
+    def _candidates(self, draw: int, index: int) -> Iterator[int]:
         """The index itself, then the others in an order that depends on (seed, draw) and the source."""
         yield index
         others = np.random.default_rng((self.seed, draw, *self.entropy)).permutation(len(self.records))
         yield from (int(other) for other in others if other != index)
 
-    def _made(self, index, faults):
+    def _made(self, index: int, faults: list[Fault]) -> Sample | CacheError | None:
         record = self.records[index]
         try:
             sample = self.maker(record)

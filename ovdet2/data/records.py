@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
@@ -75,7 +75,9 @@ def _joined_records(names, filter_empty, base_only):
     """
     joined = []
     for name in names:
-        records = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
+        loaded = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
+        # A list, or of a torch Dataset what has a length and items, too.
+        records = cast(Sequence[Mapping[str, Any]], loaded)
         split = split_of(name)
         if base_only and split is not None:
             require_base_only(name, records, split)

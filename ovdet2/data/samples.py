@@ -5,7 +5,7 @@ Shapes: H x W augmented image, M objects.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,14 @@ from ovdet2.errors import UsageError
 BOXES, CAPTIONS, IMAGE_LABELS = "boxes", "captions", "image_labels"
 KINDS = (BOXES, CAPTIONS, IMAGE_LABELS)
 Attachment = TypeVar("Attachment")
+
+
+class Records(Protocol):
+    """Detectron2 records by their place: a list, or what makes them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 @dataclass

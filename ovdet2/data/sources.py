@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from ovdet2.data.records import load_records, require_one_base
 from ovdet2.data.sample_maker import SampleMaker, build_sample_maker
-from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS
+from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, Records
 from ovdet2.data.source_spec import TRAIN, SourceSpec, source_specs
 from ovdet2.data.steps.step import Step
 from ovdet2.data.stream import SamplerFactory
@@ -36,7 +36,7 @@ class TrainSource:
     """
 
     spec: SourceSpec
-    records: Sequence[Record]
+    records: Records
     maker: SampleMaker | Callable[[Record], Any]
     make_sampler: SamplerFactory
     seed: int = 0
@@ -71,13 +71,15 @@ def build_sources(cfg: CfgNode, maker: Callable[[Record], Any] | None = None) ->
     ]
 
 
-def _records_of(cfg, spec):
+def _records_of(cfg: CfgNode, spec: SourceSpec) -> Sequence[Record]:
     key = TRAIN if spec.name == TRAIN else f"the source {spec.name}"
     filter_empty = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and spec.kind == BOXES
     return load_records(spec.datasets, key, filter_empty, base_only=True, kind=spec.kind)
 
 
-def _source(cfg, spec, records, seed, maker):
+def _source(
+    cfg: CfgNode, spec: SourceSpec, records: Sequence[Record], seed: int, maker: Callable[[Record], Any] | None
+) -> TrainSource:
     wide = None
     # Records that are made when they are asked for are not looked at.
     listed = isinstance(records, list)

@@ -5,11 +5,14 @@ Shapes: R regions, C channels, K words.
 
 from __future__ import annotations
 
-from collections.abc import Sized
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
+
+if TYPE_CHECKING:
+    from ovdet2.vocabulary.bank import WordBank
 
 
 class ClosedSetClassifier(nn.Linear):
@@ -20,11 +23,11 @@ class ClosedSetClassifier(nn.Linear):
 
     per_word = False  # its logits are for a softmax
 
-    def __init__(self, input_dim: int, bank: Sized) -> None:
+    def __init__(self, input_dim: int, bank: WordBank) -> None:
         """
         Args:
             input_dim: C.
-            bank: :class:`~ovdet2.vocabulary.bank.WordBank`; K is fixed to its present length.
+            bank: of the detector; K is fixed to its present length.
         """
         super().__init__(input_dim, len(bank) + 1)
         self.vocabulary = bank
@@ -36,10 +39,10 @@ class ClosedSetClassifier(nn.Linear):
         """K: every word has a column in training."""
         return self.out_features - 1
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """
         Args:
-            features: Tensor [R, C].
+            input: features, Tensor [R, C].
 
         Returns:
             Tensor [R, K + 1], background last.
@@ -52,4 +55,4 @@ class ClosedSetClassifier(nn.Linear):
                 f"a closed-set head of {self.num_training_classes} classes cannot take "
                 f'{len(self.vocabulary)} words: use MODEL.OVD.CLASSIFIER "text".'
             )
-        return super().forward(features)
+        return super().forward(input)

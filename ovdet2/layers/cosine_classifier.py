@@ -6,7 +6,7 @@ Shapes: R regions, C channels, K words, B base words, D embedding dimension; "..
 from __future__ import annotations
 
 import math
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,13 @@ from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
 
+if TYPE_CHECKING:
+    from ovdet2.vocabulary.bank import WordBank
+
 Background = Literal["none", "zero", "learned", "text"]
 
 RARE_BIAS = -math.log(99)  # a probability of 0.01, as for focal loss: many negatives would drown the first steps
 MAX_SCALE = 100.0
-
-
-class TextRows(Protocol):
-    """What a classifier reads from the word bank it is given, :class:`~ovdet2.vocabulary.bank.WordBank`."""
-
-    embeddings: Tensor
-    background: Tensor | None
-
-    @property
-    def num_base(self) -> int: ...
-
-    def rows(self, training: bool) -> Tensor: ...
 
 
 class EmbeddingProjection(nn.Linear):
@@ -47,9 +38,9 @@ class EmbeddingProjection(nn.Linear):
         if bias:
             nn.init.zeros_(self.bias)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Tensor [R, C], or [R, ...] of C values each -> unit Tensor [R, D], float32."""
-        return F.normalize(super().forward(features.flatten(1)).float(), dim=1)
+    def forward(self, input: Tensor) -> Tensor:
+        """Features, Tensor [R, C], or [R, ...] of C values each -> unit Tensor [R, D], float32."""
+        return F.normalize(super().forward(input.flatten(1)).float(), dim=1)
 
 
 def cosine_logits(
@@ -116,10 +107,15 @@ class CosineClassifier(nn.Module):
         background_kind: see the constructor's ``background``.
     """
 
+    vocabulary: WordBank
+    log_scale: nn.Parameter | None
+    bias: nn.Parameter | None
+    background: nn.Parameter | None
+
     def __init__(
         self,
         input_dim: int,
-        bank: TextRows,
+        bank: WordBank,
         *,
         temperature: float | None = None,
         scale: float | None = None,
@@ -132,7 +128,7 @@ class CosineClassifier(nn.Module):
         """
         Args:
             input_dim: C.
-            bank: :class:`~ovdet2.vocabulary.bank.WordBank`; the words may change at any time.
+            bank: the words may change at any time.
             temperature: tau > 0, the same in training and at test. Either this or ``scale`` is given.
             scale: initial value of a learned s, which is kept at or below 100.
             learns_temperature: learn a factor s of tau, which starts at 1. It is learned as its logarithm, which keeps
@@ -213,18 +209,20 @@ class CosineClassifier(nn.Module):
 
     def _columns(self) -> Tensor:
         words = self.vocabulary.rows(self.training)
-        if self.background_kind == "learned":
+        if self.background is not None:  # "learned"
             return torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
         if self.background_kind == "text":
-            return torch.cat([words, self.vocabulary.background[None]])
+            background = self.vocabulary.background
+            assert background is not None  # the constructor refuses a bank without, and none is taken away
+            return torch.cat([words, background[None]])
         return words
 
     def _factor(self) -> dict[str, float | Tensor]:
         """tau or s, as :func:`cosine_logits` takes them."""
-        if self.log_scale is None:
-            return {"temperature": self.temperature}
+        log_scale = self.log_scale
         if self.temperature is not None:
-            return {"temperature": self.temperature * self.log_scale.exp()}
+            return {"temperature": self.temperature if log_scale is None else self.temperature * log_scale.exp()}
+        assert log_scale is not None  # without a temperature the constructor makes one
         with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
-            self.log_scale.clamp_(max=math.log(MAX_SCALE))
-        return {"scale": self.log_scale.exp()}
+            log_scale.clamp_(max=math.log(MAX_SCALE))
+        return {"scale": log_scale.exp()}

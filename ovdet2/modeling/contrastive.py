@@ -74,7 +74,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([part[:count] for part, count in zip(parts, counts)])
 
     @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous().clone()
+    def backward(ctx, *gradients):
+        gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.split(ctx.counts)[comm.get_rank()], None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ovdet2.vocabulary.bank import WordBank
 
 if TYPE_CHECKING:
+    from detectron2.modeling import Backbone
+
+    from ovdet2.modeling.detr.model import DeformableDETR
     from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
 
 
@@ -29,7 +32,7 @@ class Host:
     """
 
     bank: WordBank
-    backbone: nn.Module
-    network: Any = None
+    backbone: Backbone
+    network: DeformableDETR | None = None
     roi_heads: OpenVocabularyROIHeads | None = None
     build_box_head: Callable[[], nn.Module] | None = None

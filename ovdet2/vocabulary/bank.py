@@ -39,6 +39,14 @@ class WordBank(nn.Module):
         from_checkpoint: whether ``trained_base_names`` come from a checkpoint.
     """
 
+    words: Vocabulary
+    embeddings: Tensor
+    base_mask: Tensor
+    manifest: Tensor
+    background: Tensor | None
+    trained_base_names: frozenset[str]
+    from_checkpoint: bool
+
     def __init__(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
         """
         Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_json
@@ -56,6 +57,7 @@ def named_words(name: str, corrected: bool = False) -> WordList:
         return words
     if not corrections:
         raise UsageError(f"no spelling corrections are known for {name!r}: leave them out.")
+    assert words.category_ids is not None  # only lists of text have none
     pairs = zip(words.category_ids, words.names)
     return WordList(tuple(corrections.get(str(number), name) for number, name in pairs), words.category_ids)
 
@@ -84,6 +86,7 @@ def words_of_text(text: str | Path) -> WordList:
         UsageError: the text is an existing file of another suffix.
     """
     text = str(text)
+    entries: list[tuple[Any, ...]]  # of a json file, until their types are checked
     if text.endswith(".json") and "," not in text:
         values = read_json(text, "give a list of words or {word: [synonyms]}")
         if isinstance(values, list):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -26,7 +27,15 @@ class PackedStrings(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    def __getitem__(self, index: int) -> str:
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
         index = require_index(index, len(self))
         start, end = self._ends[index : index + 2]
         return self._bytes[start:end].tobytes().decode("utf-8", "surrogatepass")
@@ -40,7 +49,7 @@ def as_int64(values: array) -> np.ndarray:
     return np.frombuffer(values, dtype=np.int64) if len(values) else np.empty(0, dtype=np.int64)
 
 
-def require_index(index: int, count: int) -> int:
+def require_index(index: int | np.integer, count: int) -> int:
     """``index`` as an int, as of a sequence of ``count``; IndexError where it is none of it."""
     if not -count <= index < count:
         raise IndexError(f"index {index} of {count} entries")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -68,5 +68,8 @@ class CaptionReader(Reader):
 def stated_size(image: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) in pixels of an entry of COCO's "images"; zeros where it does not state both."""
     height, width = image.get("height"), image.get("width")
-    stated = all(type(side) is int and 0 < side < 2**31 for side in (height, width))
-    return (height, width) if stated else (0, 0)
+    return (height, width) if _is_side(height) and _is_side(width) else (0, 0)
+
+
+def _is_side(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < 2**31

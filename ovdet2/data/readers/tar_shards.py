@@ -114,7 +114,7 @@ def _make_index(path, shards, stated):
     for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard")):
         for key, members in _samples(shard):
             fault, row = _row_of(shard, members)
-            if fault:
+            if row is None:
                 faults.append(f"sample {key!r} of {shard.name} {fault}")
             else:
                 rows.extend((number, *row))
@@ -162,8 +162,10 @@ def _split(name):
     return folder + slash + key, ending.lower()
 
 
-def _row_of(path, members):
-    """(fault or None, (image start, image size, text start, text size, text is json))."""
+def _row_of(
+    path: Path, members: dict[str, tuple[int, int]]
+) -> tuple[str, None] | tuple[None, tuple[int, int, int, int, int]]:
+    """(fault, None), or (None, (image start, image size, text start, text size, text is json))."""
     image = next((members[ending] for ending in _IMAGES if ending in members), None)
     ending = next((ending for ending in _TEXTS if ending in members), None)
     if image is None or ending is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,8 +36,11 @@ class AugmentImage(Step):
         self.augmentations = T.AugmentationList(augmentations)
 
     def __call__(self, sample: Sample) -> None:
+        assert sample.pixels is not None, "decode the image first"
         augmented = T.AugInput(sample.pixels)
-        sample.transforms = self.augmentations(augmented)
+        transforms = self.augmentations(augmented)
+        assert isinstance(transforms, T.TransformList)  # what a list of augmentations returns
+        sample.transforms = transforms
         sample.image = torch.as_tensor(np.ascontiguousarray(augmented.image.transpose(2, 0, 1)))
 
 
@@ -55,7 +59,8 @@ def build_augmentations(cfg: CfgNode, source: SourceSpec, is_train: bool) -> lis
         UsageError: INPUT.LSJ together with another crop or with sizes of the source; or sizes that make no sense.
     """
     cfg = _of_source(cfg, source)
-    augmentations = DatasetMapper.from_config(cfg, is_train)["augmentations"]
+    arguments: dict[str, Any] = DatasetMapper.from_config(cfg, is_train)
+    augmentations: list[T.Augmentation] = arguments["augmentations"]
     if is_train and cfg.INPUT.DETR_CROP.ENABLED:
         augmentations.insert(0, detr_crop(cfg.INPUT.DETR_CROP.RESIZE, cfg.INPUT.DETR_CROP.SIDES))
     if is_train and cfg.INPUT.LSJ.ENABLED:

@@ -34,7 +34,7 @@ def build_steps(cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
     with_boxes = is_train and source.kind == BOXES
     if with_boxes and cfg.MODEL.MASK_ON:
         _require_masks(source)
-    steps = [DecodeImage(cfg.INPUT.FORMAT), AugmentImage(build_augmentations(cfg, source, is_train))]
+    steps: list[Step] = [DecodeImage(cfg.INPUT.FORMAT), AugmentImage(build_augmentations(cfg, source, is_train))]
     if with_boxes:
         steps.append(AttachInstances.from_config(cfg))
     for method in methods_of(cfg):
@@ -42,7 +42,7 @@ def build_steps(cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
     return [*steps, Finish()]
 
 
-def _require_masks(source):
+def _require_masks(source: SourceSpec) -> None:
     maskless = [name for name in source.datasets if not MetadataCatalog.get(name).get("ov_masks")]
     if maskless:
         raise UsageError(

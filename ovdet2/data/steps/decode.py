@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
 from ovdet2.io.images import read_image, require_annotated_size
@@ -24,7 +26,7 @@ class DecodeImage(Step):
             UsageError: unknown format.
         """
         sample.pixels = read_image(sample.file_name, self.image_format)
-        stated = {"file_name": sample.file_name, "image_id": sample.image_id}
+        stated: dict[str, Any] = {"file_name": sample.file_name, "image_id": sample.image_id}
         stated |= {key: sample[key] for key in ("height", "width") if sample[key]}
         require_annotated_size(stated, sample.pixels)
         sample.height, sample.width = stated["height"], stated["width"]

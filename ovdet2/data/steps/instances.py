@@ -6,12 +6,15 @@ Shapes: M objects.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import detection_utils
 from detectron2.data.dataset_mapper import DatasetMapper
+from detectron2.data.transforms import TransformList
+from detectron2.structures import Instances
 
 from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
@@ -49,7 +52,7 @@ class AttachInstances(Step):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> AttachInstances:
         """The arguments that Detectron2's mapper would have in training."""
-        arguments = DatasetMapper.from_config(cfg, True)
+        arguments: dict[str, Any] = DatasetMapper.from_config(cfg, True)
         return cls(
             use_masks=arguments["use_instance_mask"],
             mask_format=arguments["instance_mask_format"],
@@ -65,8 +68,10 @@ class AttachInstances(Step):
         """
         if sample.annotations is None:
             return
+        assert sample.image is not None and sample.transforms is not None, "augment the image first"
+        size = (sample.image.shape[1], sample.image.shape[2])
         try:
-            instances = self._instances(sample)
+            instances = self._instances(sample.annotations, sample.transforms, size)
         except ValueError as error:
             raise DataError(
                 f"{sample.file_name} (image id {sample.image_id}): {error} For run-length codes set "
@@ -76,17 +81,22 @@ class AttachInstances(Step):
         instances.remove(_PLACE)
         sample.instances = instances
 
-    def _instances(self, sample):
-        size = tuple(sample.image.shape[1:])
-        places = [place for place, found in enumerate(sample.annotations) if not found.get("iscrowd", 0)]
-        annotations = [self._transformed(sample.annotations[place], sample.transforms, size) for place in places]
-        instances = detection_utils.annotations_to_instances(annotations, size, mask_format=self.mask_format)
+    def _instances(
+        self, annotations: list[dict[str, Any]], transforms: TransformList, size: tuple[int, int]
+    ) -> Instances:
+        places = [place for place, found in enumerate(annotations) if not found.get("iscrowd", 0)]
+        transformed = [self._transformed(annotations[place], transforms, size) for place in places]
+        instances = detection_utils.annotations_to_instances(transformed, size, mask_format=self.mask_format)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
         instances.set(_PLACE, torch.tensor(places, dtype=torch.int64))
-        return detection_utils.filter_empty_instances(instances)
+        left = detection_utils.filter_empty_instances(instances)
+        assert isinstance(left, Instances)  # the mask is not asked for
+        return left
 
-    def _transformed(self, annotation, transforms, size):
+    def _transformed(
+        self, annotation: dict[str, Any], transforms: TransformList, size: tuple[int, int]
+    ) -> dict[str, Any]:
         left_out = [] if self.use_masks else ["segmentation"]
         left_out += [] if self.use_keypoints else ["keypoints"]
         annotation = copy.deepcopy({key: value for key, value in annotation.items() if key not in left_out})

@@ -23,13 +23,15 @@ def build_cckt(cfg: CfgNode, host: Host) -> CCKT:
         UsageError: see :class:`CCKT` and :class:`SemanticPriors`.
     """
     settings, detr = cfg.MODEL.CCKT, cfg.MODEL.DETR
+    network = host.network
+    assert network is not None  # CCKT is of the DETR host only
     two_stage = detr.VARIANT in ("two_stage", "plus_plus")
     assignment = settings.ASSIGNMENT or ("interleave" if two_stage else "blocks")
     part = CCKT(
         host.bank,
         SemanticPriors(host.bank, detr.DIM, assignment, settings.PRIOR_GAIN) if settings.PRIORS else None,
         detr.DIM,
-        host.network.transformer.num_branches,
+        network.transformer.num_branches,
         temperature=settings.TEMPERATURE,
         bias=settings.SIMILARITY_BIAS,
         similarity_cost=settings.SIMILARITY_COST,
@@ -51,5 +53,5 @@ def build_cckt(cfg: CfgNode, host: Host) -> CCKT:
         loss_weights={"loss_similarity": detr.CLASS_WEIGHT, "loss_contrast": settings.CONTRAST_WEIGHT},
     )
     if settings.CLASS_LOSS_ON == "similarity":
-        host.network.class_branches.requires_grad_(False)
+        network.class_branches.requires_grad_(False)
     return part

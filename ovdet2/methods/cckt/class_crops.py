@@ -4,21 +4,20 @@ Shapes: K classes, m crops of each, D embedding dimension.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ovdet2.caches.region_cache import RegionCache
+from ovdet2.data.samples import Records
 from ovdet2.errors import CacheError
 
 logger = logging.getLogger(__name__)
 
 
 def class_crops(
-    records: Sequence[Mapping[str, Any]], cache: RegionCache, num_classes: int, per_class: int = 32, seed: int = 0
+    records: Records, cache: RegionCache, num_classes: int, per_class: int = 32, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The teacher's embeddings of some annotated boxes of each class.
 

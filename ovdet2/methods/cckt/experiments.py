@@ -9,12 +9,12 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ovdet2.config import load_config
-from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.errors import UsageError
 from ovdet2.experiments import Artefact, Column, Entry, Experiment, Plan
 from ovdet2.experiments.state import text_hash
 from ovdet2.io.files import atomic_path
+from ovdet2.methods.cckt.sample import required_split
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.quality import quality
 from ovdet2.priors.truth import Truth, truth_of
@@ -77,7 +77,7 @@ def prior_facts(name: str, truth: Callable[[str], dict[int, Truth]], cfg: CfgNod
     """
     cckt, [dataset] = cfg.MODEL.CCKT, cfg.DATASETS.TEST
     priors = ConceptPriors(cckt.PRIOR_FILE)
-    [judged] = quality(priors, truth(dataset), split_of(dataset), [cckt.PRIOR_THRESHOLD], [cckt.PRIOR_TOP])
+    [judged] = quality(priors, truth(dataset), required_split(dataset), [cckt.PRIOR_THRESHOLD], [cckt.PRIOR_TOP])
     judged["words"] = float(judged["words"])
     return judged | {"prior": name, "kind": priors.kind, "content_sha256": priors.manifest["content_sha256"]}
 
@@ -161,7 +161,7 @@ def _hashes(**facts: Any) -> dict[str, Callable[[], str]]:
 
 
 def _truth(dataset: str) -> dict[int, Truth]:
-    return truth_of(load_records([dataset], "DATASETS.TEST", False), split_of(dataset))
+    return truth_of(load_records([dataset], "DATASETS.TEST", False), required_split(dataset))
 
 
 def _percents(pair: Sequence[float | None]) -> str:

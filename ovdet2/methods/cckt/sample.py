@@ -19,6 +19,7 @@ from torch import Tensor
 from ovdet2.caches.region_cache import RegionCache
 from ovdet2.caches.training_cache import known_regions, open_training_cache
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
@@ -132,6 +133,7 @@ class AnnotatedWords:
         Returns:
             Tensor [P] int64.
         """
+        assert sample.instances is not None  # only images with boxes have annotated words
         present = np.unique(sample.instances.gt_classes.numpy())
         words = present[np.random.random(len(present)) >= self.dropout] if self.dropout else present
         if self.distractors:
@@ -165,7 +167,9 @@ def build_steps(cfg: CfgNode, datasets: Sequence[str], is_train: bool) -> list[S
     if is_train and settings.CONTRAST != "none":
         steps.append(AttachObjectCrops(open_annotation_cache(cfg, datasets)))
     if words is not None and is_train:
-        annotated = AnnotatedWords(_num_base(datasets[0]), settings.PRIOR_DROPOUT, settings.PRIOR_DISTRACTORS)
+        annotated = AnnotatedWords(
+            len(required_split(datasets[0]).base), settings.PRIOR_DROPOUT, settings.PRIOR_DISTRACTORS
+        )
         steps.append(AttachPresentWords(annotated))
     elif words is not None:
         steps.append(AttachPresentWords(WordsOfFile(words)))
@@ -211,7 +215,7 @@ def open_prior_words(cfg: CfgNode) -> PriorWords:
         )
     priors = ConceptPriors(settings.PRIOR_FILE)
     priors.require_dataset(tests[0], MetadataCatalog.get(tests[0]).ov_files()[0])
-    names = (*split_of(tests[0]).names, *distractors(cfg))
+    names = (*required_split(tests[0]).names, *distractors(cfg))
     words = PriorWords(
         priors, names, settings.PRIOR_THRESHOLD, settings.PRIOR_TOP, settings.PRIOR_FILL, max(cfg.SEED, 0)
     )
@@ -237,8 +241,8 @@ def prior_facts(cfg: CfgNode) -> dict[str, Any]:
     return {"concept_prior": {"file": settings.PRIOR_FILE, **stated, **chosen}}
 
 
-def _num_base(dataset):
-    """Base classes of a training set.
+def required_split(dataset: str) -> Split:
+    """The base and novel classes of a data set.
 
     Raises:
         UsageError: it has no split.
@@ -246,4 +250,4 @@ def _num_base(dataset):
     split = split_of(dataset)
     if split is None:
         raise UsageError(f"the data set {dataset!r} has no base/novel split: register it with register_ov_dataset.")
-    return len(split.base)
+    return split

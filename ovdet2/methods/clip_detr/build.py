@@ -42,6 +42,7 @@ def build_clip_detr(cfg: CfgNode, host: Host) -> CLIPDETR | None:
     attributes = ObjectAttributes(dim, host.bank, clip.ATTRIBUTES, table)
     align_net = dynamic_queries = None
     if clip.ALIGN_WEIGHT:
+        assert host.network is not None  # CLIP-DETR is of the DETR host only
         align_net = AlignNet(host.network.strides, clip.ROI_SIZE, clip.IGNORED_PAIRS, clip.GATHER)
     if clip.DYNAMIC_WEIGHT:
         learned_positions = cfg.MODEL.DETR.VARIANT in ("one_stage", "refine")

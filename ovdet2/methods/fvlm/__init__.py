@@ -48,7 +48,9 @@ class FVLM(Method):
         if not self.is_on(cfg):
             return None
         from ovdet2.methods.fvlm.part import FVLMPart
+        from ovdet2.modeling.backbone import CLIPPyramid
 
+        assert isinstance(host.backbone, CLIPPyramid)  # FrozenVLMRCNN has no other
         return FVLMPart(host.backbone, host.bank, cfg.MODEL.FVLM.TEMPERATURE)
 
 

@@ -65,7 +65,7 @@ def build(name: str, args: argparse.Namespace) -> nn.Module:
     words = random_words(split.names, split.base_mask, clip.embed_dim, clip.fingerprint)
     model = copy.deepcopy(build_detector(cfg, words))  # the trunk of a detector is that of the teacher, which is shared
     if name == "trained" and args.trained_contiguous:
-        model.backbone.trunk.to(memory_format=torch.contiguous_format)
+        model.get_submodule(STAGES["trunk"]).to(memory_format=torch.contiguous_format)
     return model.train()
 
 
@@ -75,7 +75,8 @@ class StagedStep(TrainingStep):
     def __init__(self, model: nn.Module, clock: Clock) -> None:
         super().__init__(model, momentum=0.9)
         weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-        print(f"{'trained' if any(p.requires_grad for p in model.backbone.trunk.parameters()) else 'frozen'}: weights "
+        trunk = model.get_submodule(STAGES["trunk"])
+        print(f"{'trained' if any(p.requires_grad for p in trunk.parameters()) else 'frozen'}: weights "
               f"of {weights / MIB:.0f} MiB")  # fmt: skip
         self._clock, self._started, self._stages = clock, {}, {}
         for stage, path in STAGES.items():

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ovdet2.layers import column_probabilities
+from ovdet2.modeling.backbone import CLIPPyramid
 from ovdet2.modeling.rcnn.part import RCNNPart, RegionBatch
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ class FVLMPart(RCNNPart):
 
     reads_frozen_trunk = True
 
-    def __init__(self, backbone: nn.Module, bank: WordBank, temperature: float) -> None:
+    def __init__(self, backbone: CLIPPyramid, bank: WordBank, temperature: float) -> None:
         """
         Args:
-            backbone: :class:`~ovdet2.modeling.backbone.CLIPPyramid` of the detector.
+            backbone: of the detector.
             bank: words of the detector, with a ``background``.
             temperature: tau_v of the softmax, above 0.
         """
@@ -37,7 +38,9 @@ class FVLMPart(RCNNPart):
     def secondary_probs(self, batch: RegionBatch) -> list[Tensor]:
         """Probabilities [R_i, K + 1] of the proposals of each image, background last."""
         backbone, bank = self._of_detector
+        background = bank.background
+        assert background is not None  # F-VLM reads it, so that the detector has it
         boxes = [of_image.proposal_boxes.tensor for of_image in batch.proposals]
         embeddings = backbone.embed_regions(batch.features, boxes)  # [R, D]
-        columns = torch.cat([bank.embeddings, bank.background[None]])
+        columns = torch.cat([bank.embeddings, background[None]])
         return list(column_probabilities(embeddings, columns, self.temperature).split(batch.counts))

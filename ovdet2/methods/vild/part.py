@@ -14,7 +14,7 @@ from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ovdet2.data.samples import Sample
-from ovdet2.layers import EmbeddingProjection, column_probabilities
+from ovdet2.layers import EmbeddingProjection
 from ovdet2.methods.vild.crop_scorer import CropScorer
 from ovdet2.methods.vild.losses import embedding_l1
 from ovdet2.methods.vild.sample import CachedRegions
@@ -89,8 +89,10 @@ class ViLDPart(RCNNPart):
         if not self.weight:
             return {}
         if self.image_head is None:
-            student = batch.heads.classifier.embed(batch.own_features)
+            assert batch.own_features is not None  # of own_boxes, through the detector's box head
+            student = batch.heads.text_classifier.embed(batch.own_features)
         else:
+            assert batch.own_pooled is not None  # of own_boxes
             count = len(batch.own_pooled)
             # A batch without a region still runs the head, for every process must give its parameters a gradient.
             student = self.image_head(batch.own_pooled if count else batch.pooled[:2])[:count]
@@ -107,10 +109,9 @@ class ViLDPart(RCNNPart):
             ]
         if not self.scores_images:
             return None
-        classifier = batch.heads.classifier
-        shared = self.image_head is None
-        embeddings = classifier.embed(batch.box_features) if shared else self.image_head(batch.pooled)
-        probs = column_probabilities(embeddings, classifier.vocabulary.embeddings, classifier.temperature)
+        classifier, head = batch.heads.text_classifier, self.image_head
+        embeddings = classifier.embed(batch.box_features) if head is None else head(batch.pooled)
+        probs = classifier.classify_without_background(embeddings)
         return list(probs.split(batch.counts))
 
 
@@ -122,6 +123,7 @@ def build_part(cfg: CfgNode, host: Host) -> ViLDPart:
     """
     image_head, crop_scorer = None, None
     if cfg.MODEL.VILD.OWN_HEAD:
+        assert host.roi_heads is not None and host.build_box_head is not None  # ViLD is of R-CNN hosts only
         box_head = host.build_box_head()
         image_head = ImageHead(box_head, host.roi_heads.feature_dim, host.bank.embeddings.shape[1])
     if cfg.MODEL.OVD.SECONDARY_SCORES == "crops":

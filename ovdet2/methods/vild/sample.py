@@ -53,6 +53,7 @@ class AttachCachedRegions(Step):
         """
         ann_ids = (annotation.get("id") for annotation in sample.annotations or ())
         cached = known_regions(self.cache, sample.image_id, sample.width, sample.height, ann_ids)
+        assert sample.image is not None and sample.transforms is not None, "augment the image first"
         size = sample.image.shape[1], sample.image.shape[2]
         sample.attach(transform_regions(cached, sample.transforms, size, self.limit))
 

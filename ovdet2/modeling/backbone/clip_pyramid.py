@@ -3,7 +3,7 @@
 Shapes: N images, R regions, D embedding dimension.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -15,6 +15,7 @@ from torch import nn
 from ovdet2.errors import UsageError
 from ovdet2.modeling.backbone.clip_resnet import CLIPResNet
 from ovdet2.modeling.backbone.clip_vit import CLIPViT
+from ovdet2.modeling.backbone.trunk import Trunk
 from ovdet2.modeling.build import build_teacher, require_teacher_pixels
 from ovdet2.vlm.dense import is_vit
 
@@ -33,16 +34,18 @@ class GivenMaps(Backbone):
         super().__init__()
         self._shapes = dict(shapes)
 
-    def output_shape(self) -> dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:  # pyrefly: ignore[bad-override]  Detectron2: keys of any type
         """The shapes of the maps."""
         return self._shapes
 
-    def forward(self, maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def forward(  # pyrefly: ignore[bad-override]  Detectron2: no argument
+        self, maps: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """dict of maps -> the same dict."""
         return maps
 
 
-class CLIPPyramid(Backbone):
+class CLIPPyramid(Trunk):
     """A CLIP trunk and the FPN on its maps; the features are the FPN's and, as "clip", the trunk's last map."""
 
     def __init__(self, trunk: CLIPResNet | CLIPViT, pyramid: FPN) -> None:
@@ -75,7 +78,7 @@ class CLIPPyramid(Backbone):
             inputs = {name: features.contiguous() for name, features in maps.items()}
         return {**self.pyramid(inputs), CLIP_MAP: maps[self.trunk.last_map]}
 
-    def embed_regions(self, features: dict[str, torch.Tensor], boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
+    def embed_regions(self, features: Mapping[str, torch.Tensor], boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
         """CLIP embeddings of regions.
 
         Args:

@@ -2,14 +2,16 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from torch import nn
 
 from ovdet2.errors import UsageError
+from ovdet2.modeling.backbone.trunk import Trunk
 from ovdet2.modeling.build import build_teacher, require_teacher_pixels
 from ovdet2.vlm.dense import pool_regions
 
@@ -17,7 +19,7 @@ _STAGES = ("stem", "res2", "res3", "res4", "res5")
 _STRIDES = (4, 4, 8, 16, 32)
 
 
-class CLIPResNet(Backbone):
+class CLIPResNet(Trunk):
     """The maps of open_clip's ModifiedResNet, strides 4 to 32.
 
     Its batch normalisation is frozen, statistics and affine part, whatever else is trained: batches of a detector are
@@ -57,7 +59,7 @@ class CLIPResNet(Backbone):
             raise UsageError(f"CLIP's attention pool reads {self.last_map}: add it to MODEL.RESNETS.OUT_FEATURES.")
         visual = copy.deepcopy(visual)
         if not keep_pool:
-            visual.attnpool = None
+            visual.register_module("attnpool", None)
         self.visual = FrozenBatchNorm2d.convert_frozen_batchnorm(visual).requires_grad_(True)
         if keep_pool:
             self.visual.attnpool.requires_grad_(False)
@@ -70,23 +72,36 @@ class CLIPResNet(Backbone):
                 module.requires_grad_(False)
         for level in range(max(self._indices) + 1, len(_STAGES)):  # open_clip would compute what nobody reads
             setattr(self.visual, f"layer{level}", nn.Identity())
-        width = visual.conv3.out_channels
+        conv3 = visual.conv3
+        assert isinstance(conv3, nn.Conv2d)  # the last of the stem
+        width = conv3.out_channels
         channels = (width, *(width * 4 * 2**level for level in range(4)))
         self._out_feature_channels = dict(zip(_STAGES, channels))
         self._out_feature_strides = dict(zip(_STAGES, _STRIDES))
 
-    def _stages(self):
+    def _stages(self) -> list[list[nn.Module]]:
         """The modules of each of :data:`_STAGES` that have parameters."""
         visual = self.visual
         stem = [getattr(visual, f"{kind}{number}") for kind in ("conv", "bn") for number in (1, 2, 3)]
         return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4]]
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         # For statistics that a file lacks, as one of a detector with another trunk, FrozenBatchNorm2d would take zeros
         # and ones without a word.
         for name, statistics in self.named_buffers():
             state_dict.setdefault(prefix + name, statistics)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """

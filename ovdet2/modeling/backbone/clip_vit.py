@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.layers import get_norm
-from detectron2.modeling import Backbone
 from torch import nn
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
+from ovdet2.modeling.backbone.trunk import Trunk
 from ovdet2.vlm.dense import block_tokens, embed_patch_tokens, is_vit, pool_regions, stride_of
 
 _LEVELS = ("res2", "res3", "res4", "res5")
@@ -27,7 +27,7 @@ def read_blocks(depth: int) -> tuple[int, ...]:
     return tuple(-(-depth * part // whole) - 1 for part, whole in _PARTS)
 
 
-class CLIPViT(Backbone):
+class CLIPViT(Trunk):
     """F-ViT's trunk (CLIM and CLIPSelf): a frozen CLIP ViT under trained resampling.
 
     The last block is in its attention-free form, so that its tokens stay with their patches; positional embeddings are

@@ -8,19 +8,20 @@ import timm
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.weights import read_weights
+from ovdet2.modeling.backbone.trunk import Trunk
 
 _STAGES = ("res2", "res3", "res4", "res5")
 _PATCH = 4
 
 
-class TimmSwin(Backbone):
+class TimmSwin(Trunk):
     """The maps of a Swin Transformer, strides 4 to 32, each under a layer norm of its own."""
 
     def __init__(self, trunk: SwinTransformer, out_features: Sequence[str] = ("res3", "res4", "res5")) -> None:
@@ -57,6 +58,7 @@ class TimmSwin(Backbone):
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % _PATCH, 0, -height % _PATCH))
         found = self.trunk.forward_intermediates(images, indices=self._indices, intermediates_only=True)
+        assert isinstance(found, list)  # "intermediates_only"
         maps = dict(zip((_STAGES[index] for index in self._indices), found))
         return {
             name: self.norms[name](maps[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for name in self._out_features
@@ -87,6 +89,7 @@ def swin_trunk(
     trunk = timm.create_model(
         name, pretrained=False, drop_path_rate=drop_path, strict_img_size=False, always_partition=True, **changes
     )
+    assert isinstance(trunk, SwinTransformer)  # all of timm's names that begin so
     trunk.set_grad_checkpointing(checkpointing)
     return trunk
 

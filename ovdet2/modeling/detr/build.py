@@ -1,9 +1,11 @@
 """From MODEL.DETR.* to the parts of the query-based detectors."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import cast
 
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
 from torch import nn
 
 from ovdet2.config.method import Method
@@ -24,7 +26,7 @@ from ovdet2.vocabulary.bank import WordBank
 _GROUPS = 32  # of the neck's group norm
 
 
-def build_detr(cfg: CfgNode, backbone: Any, vocabulary: WordBank) -> DeformableDETR:
+def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> DeformableDETR:
     """The network, from images to logits and boxes.
 
     Args:
@@ -36,7 +38,7 @@ def build_detr(cfg: CfgNode, backbone: Any, vocabulary: WordBank) -> DeformableD
         UsageError: maps that the backbone does not have, or has and are not used; sizes that do not fit; an unknown
             kernel; or see :func:`_class_branch`.
     """
-    detr, shapes = cfg.MODEL.DETR, backbone.output_shape()
+    detr, shapes = cfg.MODEL.DETR, cast(dict[str, ShapeSpec], backbone.output_shape())
     missing = [name for name in detr.IN_FEATURES if name not in shapes]
     if missing or not detr.IN_FEATURES or len(detr.IN_FEATURES) > detr.LEVELS:
         raise UsageError(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ovdet2.layers.cosine_classifier import RARE_BIAS, CosineClassifier, TextRows
+from ovdet2.layers.cosine_classifier import RARE_BIAS, CosineClassifier
+from ovdet2.vocabulary.bank import WordBank
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -29,10 +30,11 @@ class BoxHead(nn.Module):
             size_bias: initial logit of width and height; -2 means boxes of 0.12 of the image at first.
         """
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)])
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
-        nn.init.constant_(self.layers[-1].bias[2:], size_bias)
+        first, second, last = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        nn.init.constant_(last.bias[2:], size_bias)
+        self.layers = nn.ModuleList([first, second, last])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Tensor [..., C] -> [..., 4], float32 at least."""
@@ -51,9 +53,9 @@ class ClosedSetBranch(nn.Linear):
         super().__init__(dim, num_classes)
         nn.init.constant_(self.bias, RARE_BIAS)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Tensor [B, N, C] -> logits [B, N, K], float32 at least."""
-        return in_full_precision(super().forward, hidden)
+    def forward(self, input: Tensor) -> Tensor:
+        """Hidden states, Tensor [B, N, C] -> logits [B, N, K], float32 at least."""
+        return in_full_precision(super().forward, input)
 
 
 class TextBranch(CosineClassifier):
@@ -62,11 +64,11 @@ class TextBranch(CosineClassifier):
     Every decoder layer has one, and all read the detector's word bank, which none owns.
     """
 
-    def __init__(self, dim: int, bank: TextRows, scale: float = 1 / 0.07) -> None:
+    def __init__(self, dim: int, bank: WordBank, scale: float = 1 / 0.07) -> None:
         """
         Args:
             dim: C.
-            bank: :class:`~ovdet2.vocabulary.bank.WordBank` of the detector.
+            bank: of the detector.
             scale: initial s, at most 100, where it stays capped.
 
         Raises:

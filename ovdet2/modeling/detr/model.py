@@ -4,9 +4,9 @@ Shapes: B images, N queries, C channels, K classes, Ld decoder layers.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from ovdet2.errors import UsageError
@@ -22,7 +22,7 @@ class DeformableDETR(nn.Module):
 
     def __init__(
         self,
-        backbone: Any,
+        backbone: Backbone,
         neck: MultiScaleNeck,
         transformer: DeformableTransformer,
         class_branches: Sequence[nn.Module],

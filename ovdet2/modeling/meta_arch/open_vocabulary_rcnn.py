@@ -6,16 +6,17 @@ Shapes: N images, R proposals, K words.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_backbone, build_proposal_generator
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from ovdet2.modeling.build import build_word_bank
 from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
-from ovdet2.modeling.rcnn.roi_heads import build_similar_box_head
+from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -44,8 +45,13 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     best proposals of the RPN (``proposal_boxes``, ``objectness_logits``), both in pixels of the original image.
 
     Attributes:
+        roi_heads: box head, classifier over words, masks.
         parts: tuple of :class:`RCNNPart`, each also a module under its name.
     """
+
+    # Detectron2 states an nn.Module, and puts no other here.
+    roi_heads: OpenVocabularyROIHeads  # pyrefly: ignore[bad-override-mutable-attribute]
+    parts: tuple[RCNNPart, ...]
 
     @configurable
     def __init__(self, *, parts: Sequence[RCNNPart] = (), proposals_kept: int = 0, **kwargs):
@@ -76,7 +82,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         check_methods(cfg)
         backbone = build_backbone(cfg)
         bank = build_word_bank(cfg, vocabulary)
-        shapes = backbone.output_shape()
+        shapes = cast(dict[str, ShapeSpec], backbone.output_shape())
         proposal_generator = build_proposal_generator(cfg, shapes)
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)(cfg, shapes, bank)
         # Parts come last: the first weights of the detector do not depend on them.
@@ -122,9 +128,9 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         losses = self._losses(boxed) if boxed else {}
         return joined(losses, self._weak_losses(others) if others else {})
 
-    def _losses(self, samples):
+    def _losses(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Weighted losses on images with boxes."""
-        images = self.preprocess_image(samples)
+        images = self._images(samples)
         targets = [sample["instances"].to(self.device) for sample in samples]
         features = self.backbone(images.tensor)
         proposals, losses = self.proposal_generator(images, features, targets)
@@ -133,10 +139,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             self.visualize_training(samples, proposals)
         return joined(head_losses, losses)
 
-    def _weak_losses(self, samples):
+    def _weak_losses(self, samples: list[Sample]) -> dict[str, Tensor]:
         """Weighted losses on images without boxes. The RPN proposes as at test: it learns nothing, and no batch
         statistic, random number or metric of it changes."""
-        images = self.preprocess_image(samples)
+        images = self._images(samples)
         features = self.backbone(images.tensor)
         with torch.no_grad(), _evaluating(self.proposal_generator):
             proposals, _ = self.proposal_generator(images, features, None)
@@ -154,10 +160,27 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         _, _, proposals = self._propose(samples)
         return [_to_original_pixels(of_image, sample) for of_image, sample in zip(proposals, samples)]
 
-    def _propose(self, samples):
-        images = self.preprocess_image(samples)
+    def _propose(self, samples: list[Sample]) -> tuple[ImageList, dict[str, Tensor], list[Instances]]:
+        images = self._images(samples)
         features = self.backbone(images.tensor)
         return images, features, self.proposal_generator(images, features, None)[0]
+
+    def _images(self, samples: list[Sample]) -> ImageList:
+        # Detectron2 states dicts, and reads their "image", as of a Sample.
+        return self.preprocess_image(samples)  # pyrefly: ignore[bad-argument-type]
+
+    @overload
+    def inference(
+        self,
+        batched_inputs: Batch,
+        detected_instances: list[Instances] | None = None,
+        do_postprocess: Literal[True] = True,
+    ) -> list[dict[str, Instances]]: ...
+
+    @overload
+    def inference(
+        self, batched_inputs: Batch, detected_instances: list[Instances] | None = None, do_postprocess: bool = True
+    ) -> list[dict[str, Instances]] | list[Instances]: ...
 
     def inference(
         self, batched_inputs: Batch, detected_instances: list[Instances] | None = None, do_postprocess: bool = True
@@ -174,7 +197,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             images, features, proposals = self._propose(samples)
             results, _ = self.roi_heads(images, features, proposals, None, samples, self.parts)
         else:
-            features = self.backbone(self.preprocess_image(samples).tensor)
+            features = self.backbone(self._images(samples).tensor)
             given = [of_image.to(self.device) for of_image in detected_instances]
             results = self.roi_heads.forward_with_given_boxes(features, given)
         if not do_postprocess:
@@ -190,7 +213,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _evaluating(module: nn.Module) -> Generator[None, None, None]:
     """Evaluation mode inside the block; every submodule has its own mode back after it."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
@@ -201,13 +224,13 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             submodule.training = mode
 
 
-def _output_size(sample, instances):
+def _output_size(sample: Sample, instances: Instances) -> tuple[int, int]:
     """(height, width) of the original image, or else of the network's input."""
     height, width = instances.image_size
     return sample.height or height, sample.width or width
 
 
-def _to_original_pixels(proposals, sample):
+def _to_original_pixels(proposals: Instances, sample: Sample) -> Instances:
     """Proposals of one image, scaled from the network's input to the original image."""
     height, width = proposals.image_size
     out_height, out_width = _output_size(sample, proposals)

@@ -13,12 +13,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
 from detectron2.structures import Boxes, Instances
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ovdet2.errors import NumericalError, UsageError
-from ovdet2.layers import class_wise_nms, fuse_scores, fusion_exponents
+from ovdet2.layers import ClosedSetClassifier, CosineClassifier, class_wise_nms, fuse_scores, fusion_exponents
 from ovdet2.modeling.losses import background_weighted_cross_entropy, federated_words, sigmoid_classification
+
+Classifier = CosineClassifier | ClosedSetClassifier
 
 SECONDARY_USES = ("fuse", "only", "only_objectness")
 
@@ -30,14 +32,21 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     classifier's are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1
     on positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
     binary and may be federated.
+
+    Attributes:
+        cls_score: the classifier, under Detectron2's name.
+        federated_weights: see the constructor.
     """
+
+    cls_score: Classifier  # pyrefly: ignore[bad-override]  Detectron2 puts an nn.Linear here, and only calls it
+    federated_weights: Tensor | None
 
     @configurable
     def __init__(
         self,
         input_shape: ShapeSpec,
         *,
-        classifier: nn.Module,
+        classifier: Classifier,
         secondary_use: str = "fuse",
         fusion_base: float = 1 / 3,
         fusion_novel: float = 2 / 3,
@@ -50,8 +59,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         """
         Args:
             input_shape: :class:`ShapeSpec` of the box head's output.
-            classifier: module, [R, C] -> logits with background last; has ``num_training_classes``, ``per_word`` and
-                ``vocabulary``.
+            classifier: module, [R, C] -> logits with background last.
             secondary_use: what to do with ``secondary_probs``, one of SECONDARY_USES.
             fusion_base, fusion_novel: exponents of the secondary scores in "fuse".
             renormalize: in "fuse", let the fused scores and the background of a region sum to 1.
@@ -75,9 +83,11 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         self.register_buffer("federated_weights", federated_weights, persistent=False)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec, classifier: nn.Module) -> dict[str, Any]:
+    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on what the constructor is given
+        cls, cfg: CfgNode, input_shape: ShapeSpec, classifier: Classifier
+    ) -> dict[str, Any]:
         """Arguments by configuration; ``classifier`` as in the constructor."""
-        arguments = super().from_config(cfg, input_shape)
+        arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         del arguments["num_classes"], arguments["cls_agnostic_bbox_reg"]
         arguments["loss_weight"] = {**arguments["loss_weight"], "loss_cls": cfg.MODEL.OVD.CLS_LOSS_WEIGHT}
         return arguments | {
@@ -118,7 +128,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             probs = F.softmax(logits.float(), dim=1).split(counts)
         return [self._with_secondary_probs(p, instances) for p, instances in zip(probs, proposals)]
 
-    def _with_secondary_probs(self, probs, proposals):
+    def _with_secondary_probs(self, probs: Tensor, proposals: Instances) -> Tensor:
         if not proposals.has("secondary_probs"):
             return probs
         secondary = proposals.secondary_probs
@@ -164,7 +174,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         return results, kept
 
 
-def federated_weights(cfg: CfgNode, classifier: nn.Module) -> Tensor | None:
+def federated_weights(cfg: CfgNode, classifier: Classifier) -> Tensor | None:
     """Image counts of the training sets' base classes to the power MODEL.OVD.FEDERATED_POWER.
 
     Returns:

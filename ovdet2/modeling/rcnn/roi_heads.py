@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
+from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import StandardROIHeads, build_box_head
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
@@ -19,9 +21,10 @@ from torch import Tensor, nn
 from ovdet2.config import methods_of
 from ovdet2.data.samples import Sample
 from ovdet2.errors import UsageError
+from ovdet2.layers import ClosedSetClassifier, CosineClassifier
 from ovdet2.modeling.build import build_classifier
 from ovdet2.modeling.part import joined, weighted
-from ovdet2.modeling.rcnn.output_layers import OpenVocabularyOutputLayers
+from ovdet2.modeling.rcnn.output_layers import Classifier, OpenVocabularyOutputLayers
 from ovdet2.modeling.rcnn.part import RCNNPart, RegionBatch
 from ovdet2.vocabulary.bank import WordBank
 
@@ -34,6 +37,11 @@ class OpenVocabularyROIHeads(StandardROIHeads):
     part of sampling, classification and box regression.
     """
 
+    box_pooler: ROIPooler
+    box_head: nn.Module
+    # Detectron2 states an nn.Module, and puts no other here.
+    box_predictor: OpenVocabularyOutputLayers  # pyrefly: ignore[bad-override-mutable-attribute]
+
     @configurable
     def __init__(self, **kwargs):
         """
@@ -43,14 +51,16 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], vocabulary: WordBank) -> dict:
+    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on what the constructor is given
+        cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], vocabulary: WordBank
+    ) -> dict[str, Any]:
         """Arguments by configuration.
 
         Raises:
             UsageError: settings of the heads that do not go together.
         """
         _require_consistent(cfg)
-        arguments = super().from_config(cfg, input_shape)
+        arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         head_shape = arguments["box_head"].output_shape
         classifier = build_classifier(cfg, _width(head_shape), vocabulary)
         arguments["num_classes"] = classifier.num_training_classes
@@ -58,9 +68,21 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         return arguments
 
     @property
-    def classifier(self) -> nn.Module:
-        """Of :mod:`ovdet2.layers.cosine_classifier`: [R, F] -> logits, background last; ``embed`` gives [R, D]."""
+    def classifier(self) -> Classifier:
+        """[R, F] -> logits, background last."""
         return self.box_predictor.cls_score
+
+    @property
+    def text_classifier(self) -> CosineClassifier:
+        """:attr:`classifier`, whose ``embed`` gives region embeddings [R, D].
+
+        Raises:
+            UsageError: it is a closed-set layer, which has none.
+        """
+        classifier = self.classifier
+        if isinstance(classifier, ClosedSetClassifier):
+            raise UsageError('a closed-set head has no region embeddings: use MODEL.OVD.CLASSIFIER "text".')
+        return classifier
 
     @property
     def feature_dim(self) -> int:
@@ -89,8 +111,11 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
         Returns:
             unit Tensor [R, D] float32.
+
+        Raises:
+            UsageError: a closed-set head.
         """
-        return self.classifier.embed(self.box_head(self.pool(features, boxes)))
+        return self.text_classifier.embed(self.box_head(self.pool(features, boxes)))
 
     def forward(
         self,
@@ -117,16 +142,24 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         # Once for all that is pooled, so that gradients of the maps add up in float32. Why float32: see `pool`.
         features = {name: level.float() for name, level in features.items()}
         if self.training:
+            assert targets is not None, "a training step needs targets"
             sampled = self.label_and_sample_proposals(proposals, targets)
             losses = self._box_losses(features, sampled, samples, parts)
-            return sampled, joined(losses, self._forward_mask(features, sampled))
+            # Detectron2's method gives instances at test, and losses in training.
+            return sampled, joined(losses, cast(dict[str, Tensor], self._forward_mask(features, sampled)))
         pooled = self.pool(features, [of_image.proposal_boxes for of_image in proposals])
         batch = RegionBatch(samples, features, proposals, pooled, self.box_head(pooled), self)
         self._attach_secondary_probs(batch, parts)
         detections, _ = self.box_predictor.inference(self.box_predictor(batch.box_features), proposals)
         return self.forward_with_given_boxes(features, detections), {}
 
-    def _box_losses(self, features, sampled, samples, parts):
+    def _box_losses(
+        self,
+        features: Mapping[str, Tensor],
+        sampled: list[Instances],
+        samples: Sequence[Sample],
+        parts: Sequence[RCNNPart],
+    ) -> dict[str, Tensor]:
         """Weighted losses of the box head on ``sampled`` proposals, then those of the parts."""
         pooled = self.pool(features, [of_image.proposal_boxes for of_image in sampled])
         own = [self._pool_own(features, samples, part) for part in parts]
@@ -147,7 +180,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
             self._replace_by_predicted(sampled, predictions)
         return joined(*groups)
 
-    def _pool_own(self, features, samples, part):
+    def _pool_own(self, features: Mapping[str, Tensor], samples: Sequence[Sample], part: RCNNPart) -> Tensor | None:
         boxes = part.own_boxes(samples)
         return None if boxes is None else self.pool(features, boxes)
 
@@ -158,7 +191,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         for of_image, predicted in zip(sampled, boxes):
             of_image.proposal_boxes = Boxes(predicted)
 
-    def _attach_secondary_probs(self, batch, parts):
+    def _attach_secondary_probs(self, batch: RegionBatch, parts: Sequence[RCNNPart]) -> None:
         """Set ``secondary_probs`` of the proposals of each image, if a part gives them."""
         given = {part.name: part.secondary_probs(batch) for part in parts}
         given = {name: probs for name, probs in given.items() if probs is not None}

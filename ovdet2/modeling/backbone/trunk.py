@@ -1,0 +1,28 @@
+"""The interface of our trunks: Detectron2's Backbone with the types that it leaves out."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from torch import Tensor
+
+
+class Trunk(Backbone):
+    """From a batch of images to maps by name."""
+
+    _out_features: list[str]
+    _out_feature_channels: dict[str, int]
+    _out_feature_strides: dict[str, int]
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # pyrefly: ignore[bad-override]  Detectron2: no argument
+        """Tensor [B, 3, H, W], normalised -> maps [B, C, h, w] by name."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:  # pyrefly: ignore[bad-override]  Detectron2: keys of any type
+        """Channels and strides of the maps."""
+        return {
+            name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
+            for name in self._out_features
+        }
