@@ -107,6 +107,12 @@ class TestEveryConfiguration:
         full = layer(features)
         assert torch.allclose(logits, full, atol=0.5) and not torch.equal(logits.bfloat16().float(), logits)
 
+    def test_probabilities_of_the_words_are_those_without_background(self, kind):
+        layer, features = build(kind), micro.wave((5, C), 0.31)
+        bias = layer.bias if layer.bias is not None else 0  # which a softmax does not see
+        found = layer.classify_without_background(layer.embed(features))
+        assert torch.allclose(found, (layer(features)[:, :5] - bias).softmax(1), atol=1e-6)
+
     def test_names_of_weights_and_first_values(self, kind):
         bank = WordBank(micro.vocabulary(), BACKGROUND if kind == "text_background" else None)
         parameters = dict(build(kind).named_parameters())

@@ -194,6 +194,10 @@ class CosineClassifier(nn.Module):
             return self.projection(features)
         return self.projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
+    def classify_without_background(self, embeddings: Tensor) -> Tensor:
+        """Softmax over all words without background, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
+        return cosine_logits(embeddings, self.vocabulary.embeddings, **self._factor()).softmax(dim=1)
+
     def forward(self, features: Tensor) -> Tensor:
         """
         Args:

@@ -6,7 +6,7 @@ The hosts extend it: :class:`~ovdet2.modeling.rcnn.part.RCNNPart`, :class:`~ovde
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart,
 
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
     """The parts of a detector; none of a model that takes none."""
-    return tuple(getattr(model, "parts", ()))
+    return cast("tuple[Part, ...]", getattr(model, "parts", ()))
 
 
 def prepare_training(model: nn.Module, sources: Sequence[TrainSource]) -> None:

@@ -97,7 +97,8 @@ def register_dataset(
     prepared = partial(existing, name, files, prepare, remedy)
 
     def load() -> list[dict[str, Any]]:
-        return _load_boxes(name, *prepared(), split, metric, base_only, masks, pseudo_labels)
+        json_path, image_path = prepared()
+        return _load_boxes(name, json_path, image_path, split, metric, base_only, masks, pseudo_labels)
 
     def resolve_split() -> Split:
         return split_of_json(name, prepared()[0], split, read_coco_json) if callable(split) else split
