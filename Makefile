@@ -14,7 +14,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 # The stamp's name changes with whatever decides what is installed, so that a change installs again.
-INPUTS := setup.py pyproject.toml constraints.txt tools/install_detectron2.py
+INPUTS := setup.py pyproject.toml constraints.txt ovdet2/programs/install_detectron2.py
 STAMP := $(VENV)/.ovdet2-$(shell (pwd; cat $(INPUTS)) | sha256sum | cut -c1-16)
 CONSTRAINTS := $(if $(filter .venv,$(VENV)),-c constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -22,11 +22,11 @@ PIP := $(PY) -m pip --disable-pip-version-check
 .PHONY: demo test lint install doctor clean
 
 demo: $(STAMP)
-	@$(PY) -m ovdet2.doctor --quiet
-	$(PY) tools/run_ovshapes.py --demo
+	@$(PY) -m ovdet2 doctor --quiet
+	$(PY) -m ovdet2 demo
 
 test: $(STAMP)
-	@$(PY) -m ovdet2.doctor
+	@$(PY) -m ovdet2 doctor
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto --dist loadfile
 
 lint: $(STAMP)
@@ -37,7 +37,7 @@ lint: $(STAMP)
 install: $(STAMP)
 
 doctor:
-	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2.doctor
+	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2 doctor
 
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache ovdet2.egg-info
@@ -54,5 +54,5 @@ $(STAMP): $(INPUTS)
 	$(PIP) install $(CONSTRAINTS) --no-build-isolation --editable ".[test,dev]"
 	# A reference for tests. It asks for opencv-python, whose files would replace those of opencv-python-headless.
 	$(PIP) install $(CONSTRAINTS) --no-deps lvis
-	$(PY) tools/install_detectron2.py
+	$(PY) -m ovdet2 doctor --install-detectron2
 	@rm -f $(VENV)/.ovdet2-* && touch $@

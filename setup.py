@@ -1,12 +1,20 @@
-"""Package definition. Detectron2, which is not on PyPI under its own name, comes from tools/install_detectron2.py."""
+"""Package definition. Detectron2, which is not on PyPI under its own name, comes from `ovdet2 doctor --install-detectron2`."""
+
+import re
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
+_INIT = (Path(__file__).parent / "ovdet2" / "__init__.py").read_text(encoding="utf-8")
+
 setup(
     name="ovdet2",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', _INIT, re.M)[1],
     description="Open-vocabulary object detection on Detectron2",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
+    entry_points={"console_scripts": ["ovdet2 = ovdet2.cli:main"]},
     # configs/ is installed as ovdet2/configs, where ovdet2.config looks first.
     packages=[*find_packages(include=["ovdet2", "ovdet2.*"], exclude=["*.tests", "*.tests.*"]), "ovdet2.configs"],
     package_dir={"ovdet2.configs": "configs"},
@@ -41,7 +49,7 @@ setup(
         "yacs>=0.1.8,<0.2",
     ],
     extras_require={
-        # A vision-language model on this machine as a source of concept priors (tools/build_concept_priors.py).
+        # A vision-language model on this machine as a source of concept priors (ovdet2 prior).
         "mllm": ["transformers>=4.53,<6"],
         # transformers is a reference for Deformable DETR, too.
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "transformers>=4.53,<6"],

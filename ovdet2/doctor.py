@@ -1,4 +1,4 @@
-"""``python -m ovdet2.doctor``: what of the environment is there, missing or mismatched, in plain sentences.
+"""``ovdet2 doctor``: what of the environment is there, missing or mismatched, in plain sentences.
 
 Every check calls what it judges (NMS, a scheduler, a process group) instead of comparing version numbers alone, and
 ends a complaint with the remedy. Exit code 0: nothing is wrong; 4: something is.
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
-INSTALL_DETECTRON2 = "Run `python tools/install_detectron2.py`."
+INSTALL = "--install-detectron2"
+INSTALL_DETECTRON2 = f"Run `ovdet2 doctor {INSTALL}`."
 INSTALL_OVDET2 = "Run `pip install -c constraints.txt .` in the project folder."
 ASSETS = Path(__file__).resolve().parent / "assets"
 
@@ -305,10 +306,21 @@ CHECKS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the findings; return the exit code (0, or 4 when something is wrong)."""
-    parser = argparse.ArgumentParser(prog="python -m ovdet2.doctor", description=__doc__.splitlines()[0])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if INSTALL in words:
+        from ovdet2.programs import install_detectron2
+
+        install_detectron2.main([word for word in words if word != INSTALL])
+        return 0
+    parser = argparse.ArgumentParser(prog="ovdet2 doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
     parser.add_argument("--only", choices=sorted(CHECKS), action="append", help="one check; may be repeated")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        INSTALL,
+        action="store_true",
+        help=f"install Detectron2 0.6 in pure Python, unless one that works is there; options: {INSTALL} --help",
+    )
+    options = parser.parse_args(words)
     wrong = 0
     for name in options.only or CHECKS:
         finding = CHECKS[name]()

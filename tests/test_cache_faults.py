@@ -86,7 +86,7 @@ def test_killed_thirty_times_and_finished_by_two_at_once(world):
         process.wait()
         at_work += any(output.glob("*.lock"))
         if number == KILLS // 2:
-            with pytest.raises(Exception, match="is incomplete.*complete it with: python tools/build_region_cache.py"):
+            with pytest.raises(Exception, match="is incomplete.*complete it with: ovdet2 cache build"):
                 RegionCache(output)
     assert at_work >= KILLS // 3, "most kills came before or after the work: the test tests nothing"
     first, second = start(root, output), start(root, output)

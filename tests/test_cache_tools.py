@@ -5,14 +5,13 @@ import shutil
 from pathlib import Path
 
 import bench_cache
-import inspect_cache
 import pytest
 import torch
 
 from ovdet2.caches.region_cache import RegionCache
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import CacheError, DataError, UsageError
-from ovdet2.programs import build_region_cache
+from ovdet2.programs import build_region_cache, inspect_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ["--config-file", "configs/ovshapes/vild_text_r18.yaml", "--dataset", "ov_shapes_train_base"]

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import build_pseudo_labels
 import numpy as np
 import pytest
 import sweep_cckt_priors as sweep
@@ -12,7 +11,6 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-import demo
 from ovdet2 import Predictor
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets.own import register_own
@@ -28,7 +26,8 @@ from ovdet2.methods.cckt.experiments import build_prior_sweep
 from ovdet2.methods.cckt.online_priors import OnlinePriors, word_indices
 from ovdet2.methods.cckt.prior_words import WordOrder, ordered_words
 from ovdet2.priors.concept_prior import ConceptPriors
-from ovdet2.programs import experiments
+from ovdet2.programs import build_pseudo_labels, experiments
+from ovdet2.programs import predict as demo
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro

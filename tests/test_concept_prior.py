@@ -177,7 +177,7 @@ def test_inconsistent_tensors_are_refused(tmp_path, changes, message):
 
 
 def test_damaged_files_are_refused(tmp_path):
-    with pytest.raises(CacheError, match="does not exist: build it with tools/build_concept_priors.py"):
+    with pytest.raises(CacheError, match="does not exist: build it with ovdet2 prior"):
         ConceptPriors(tmp_path / "none")
     write(tmp_path / "p", {1: {0: 0.9, 1: 0.8}})
     whole = (tmp_path / "p").read_bytes()

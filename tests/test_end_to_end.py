@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import demo
 from ovdet2 import Predictor, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import DataError, UsageError
 from ovdet2.modeling import build_vocabulary
 from ovdet2.modeling.build import build_classifier, build_teacher
+from ovdet2.programs import predict as demo
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import clean_name

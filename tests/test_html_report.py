@@ -6,8 +6,6 @@ import re
 import uuid
 from pathlib import Path
 
-import compare_reports
-import make_report
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -18,6 +16,7 @@ from ovdet2.data.datasets.register import register_dataset
 from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.io.files import sha256_file
+from ovdet2.programs import compare_reports, make_report
 from ovdet2.report.compare import as_html, as_text, compare
 from ovdet2.report.html_report import write_html
 

@@ -3,7 +3,6 @@
 import argparse
 import re
 
-import import_deformable_detr as tool
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -12,6 +11,7 @@ from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError
 from ovdet2.io.files import read_safetensors
 from ovdet2.modeling.detr.import_weights import import_weights
+from ovdet2.programs import import_deformable_detr as tool
 from tests.micro_detr import CLASSES, SIZES, detector, published
 
 VARIANTS = ["one_stage", "refine", "two_stage"]

@@ -1,6 +1,5 @@
 """Pictures of queries: that what is drawn lies where the detector looked, for padded, resized and oblong images."""
 
-import draw_queries as tool
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from ovdet2.modeling.build import build_teacher
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
 from ovdet2.predictor import Predictor
+from ovdet2.programs import draw_queries as tool
 from ovdet2.report.query_pictures import SIDE, QueryView, draw_query, query_view, to_pixels
 from ovdet2.vocabulary import Vocabulary
 from tests.micro_detr import SIZES, small_transformer

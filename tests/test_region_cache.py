@@ -145,7 +145,7 @@ def no_json(folder):
         (truncate, r"shard-00001.safetensors has \d+ bytes instead of \d+.*complete it with: build it again"),
         (remove, "shard-00001.safetensors is missing: complete it with: build it again"),
         (other_schema, "schema 'ovdet2/region-cache/0', this version reads 'ovdet2/region-cache/1'"),
-        (no_manifest, "manifest.json does not exist: build it with tools/build_region_cache.py"),
+        (no_manifest, "manifest.json does not exist: build it with ovdet2 cache build"),
         (no_json, "not valid JSON"),
     ],
 )

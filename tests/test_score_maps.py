@@ -1,6 +1,5 @@
 """Discriminative scores: norms of the part that is no padding, where they are drawn, and the program."""
 
-import draw_score_maps as tool
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,7 @@ from ovdet2.config import load_config
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
+from ovdet2.programs import draw_score_maps as tool
 from ovdet2.report.score_maps import SIDE, discriminative_scores, draw_scores, joint_scores
 from ovdet2.vocabulary import Vocabulary
 from tests.detr_cases import SHAPES, VALID, memory

@@ -7,11 +7,11 @@ import types
 import zipfile
 from pathlib import Path
 
-import install_detectron2 as installer
 import pytest
 
 from ovdet2 import doctor
 from ovdet2.errors import SetupError
+from ovdet2.programs import install_detectron2 as installer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -119,7 +119,7 @@ def test_rerun_does_nothing_and_a_lost_shard_comes_back(world, tmp_path):
     (copy / "shard-00001.safetensors").unlink()
     before = (copy / "shard-00000.safetensors").stat().st_mtime_ns
     refused = train(root, "vild_r18", copy, tmp_path / "out")
-    assert refused.returncode == 3 and "complete it with: python tools/build_region_cache.py" in refused.stderr
+    assert refused.returncode == 3 and "complete it with: ovdet2 cache build" in refused.stderr
     assert build_cache(root, weights, copy).returncode == 0
     assert {shard["file"]: shard["sha256"] for shard in RegionCache(copy).manifest["shards"]} == hashes
     assert (copy / "shard-00000.safetensors").stat().st_mtime_ns == before

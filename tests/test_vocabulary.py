@@ -111,7 +111,7 @@ def test_bad_embeddings():
 
 def test_damaged_files(tmp_path):
     path = tmp_path / "v.safetensors"
-    with pytest.raises(DataError, match="does not exist: build it with tools/build_vocabulary.py"):
+    with pytest.raises(DataError, match="does not exist: build it with ovdet2 vocab"):
         Vocabulary.load(path)
     micro.vocabulary().save(path)
     whole = path.read_bytes()

@@ -1,4 +1,5 @@
-"""Predict which words are present in each image of a data set: see ovdet2/programs/build_concept_priors.py, or --help."""
+#!/usr/bin/env python
+"""The same as ``ovdet2 prior``."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.programs.build_concept_priors import main

@@ -1,4 +1,5 @@
-"""Embed regions of every training image with the teacher, once: see ovdet2/programs/build_region_cache.py, or --help."""
+#!/usr/bin/env python
+"""The same as ``ovdet2 cache build``."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.programs.build_region_cache import main

@@ -1,4 +1,5 @@
-"""Zero-shot classification of ground-truth boxes by a CLIP: see ovdet2/programs/evaluate_teacher.py, or --help."""
+#!/usr/bin/env python
+"""The same as ``ovdet2 teacher``."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.programs.evaluate_teacher import main

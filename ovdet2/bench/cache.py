@@ -1,7 +1,7 @@
 r"""Time the region cache: embedding against the bare encoder and against a plain loop, reading against raw memory maps.
 
-    python -m ovdet2.bench.cache --images datasets/ov_shapes/val2017
-    python -m ovdet2.bench.cache --images datasets/coco/train2017 --architectures ViT-B-32 ViT-L-14 --boxes 100   # a GPU
+    ovdet2 bench cache --images datasets/ov_shapes/val2017
+    ovdet2 bench cache --images datasets/coco/train2017 --architectures ViT-B-32 ViT-L-14 --boxes 100   # a GPU
 
 Weights are random except for embedded models; boxes are drawn at random. For each teacher, ratios to the builder
 (decode, cut, resize, embed) of:
@@ -9,7 +9,7 @@ Weights are random except for embedded models; boxes are drawn at random. For ea
   nothing.
 - *loop*: the plain way, PIL crop, open_clip's own transform, one forward pass per image.
 Then the ratio of copying the embeddings of random images straight out of memory maps of the shards to copying what
-:class:`RegionCache` gives. ``tools/bench_cache.py`` also compares training samples with and without cached regions.
+:class:`RegionCache` gives. ``ovdet2 bench cache`` also compares training samples with and without cached regions.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def embedding(args: argparse.Namespace, architecture: str, records: list[dict[st
 
 
 def builder_of(teacher: Teacher, args: argparse.Namespace) -> ShardEmbedder:
-    """What tools/build_region_cache.py embeds with."""
+    """What ovdet2 cache build embeds with."""
 
     def source(record):
         boxes = random_boxes(record, args.boxes)
@@ -173,7 +173,7 @@ def make_cache(folder: Path, records: list[dict[str, Any]], args: argparse.Names
     dataset = {"dataset": TRUTH, "dataset_sha256": sha256_file(folder / TRUTH)}
     recipe = {"teacher": Fingerprint("ViT-B-32", "openai").to_dict(), "dim": args.dim} | dataset
     ids = range(max(args.cached_images, len(records)))
-    writer = CacheWriter(folder / CACHE, recipe, ids, _IMAGES_PER_SHARD, "python -m ovdet2.bench.cache")
+    writer = CacheWriter(folder / CACHE, recipe, ids, _IMAGES_PER_SHARD, "ovdet2 bench cache")
     rows = F.normalize(torch.randn(args.regions, args.dim), dim=1).half()
     none, scores = torch.full((args.regions,), -1), torch.rand(args.regions)
     boxes = [random_boxes(record, args.regions) for record in records]

@@ -1,6 +1,6 @@
 """Deformable DETR against that of ``transformers``, with identical weights: time of passes and peak memory.
 
-    python -m ovdet2.bench.detr --sizes 512x512 800x1066 --batches 1 2 --turns 5
+    ovdet2 bench detr --sizes 512x512 800x1066 --batches 1 2 --turns 5
 
 Both are the published R50 model (4 levels, 6 + 6 layers, 300 queries, 91 classes) in float32, in training mode without
 dropout for forward + backward and in evaluation mode for forward; the trunk's first stages are frozen in both. Ratios

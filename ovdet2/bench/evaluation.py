@@ -1,8 +1,8 @@
 r"""Time and memory of the evaluation, against the reference implementations, on synthetic predictions.
 
-    python -m ovdet2.bench.evaluation --against pycocotools --images 5000 --classes 80 --detections 100
-    python -m ovdet2.bench.evaluation --against lvis --images 2000 --classes 1203 --detections 300
-    python -m ovdet2.bench.evaluation --memory --images 20000 --classes 65 --detections 300
+    ovdet2 bench evaluation --against pycocotools --images 5000 --classes 80 --detections 100
+    ovdet2 bench evaluation --against lvis --images 2000 --classes 1203 --detections 300
+    ovdet2 bench evaluation --memory --images 20000 --classes 65 --detections 300
 
 What is timed, on the same boxes:
 - ovdet2: reading predictions.jsonl, and all figures of all classes. The ground truth is in memory.

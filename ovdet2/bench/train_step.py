@@ -1,6 +1,6 @@
 r"""A training step of this checkout of ovdet2 against that of another: is it slower than before?
 
-    python -m ovdet2.bench.train_step --before ../ovdet2-before --config-file configs/ovshapes/vild_text_r18.yaml
+    ovdet2 bench train-step --before ../ovdet2-before --config-file configs/ovshapes/vild_text_r18.yaml
 
 Each checkout trains in a separate process with its own files on PYTHONPATH and in its folder, so that it reads its own
 configuration; relative paths in overrides are relative to it. The processes take turns: one waits while the other does

@@ -1,6 +1,6 @@
 """What more words cost at test: latency of one image for synthetic vocabularies of different sizes.
 
-    python -m ovdet2.bench.vocabulary --config-file configs/ovcoco/deformable_detr_r50.yaml --words 65 1203 21000
+    ovdet2 bench vocabulary --config-file configs/ovcoco/deformable_detr_r50.yaml --words 65 1203 21000
 
 The detector has random weights, which cost what trained ones do; the image is noise. Exchanging the words is not timed.
 Ratios are to the fewest words.

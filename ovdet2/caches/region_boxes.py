@@ -115,7 +115,7 @@ class AnnotationBoxes:
         if any("id" not in a for a in annotations):
             raise DataError(
                 f"image id {record['image_id']} has an annotation without id, by which its region would be found: "
-                "give each an id (tools/check_dataset.py)."
+                "give each an id (ovdet2 dataset check)."
             )
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]

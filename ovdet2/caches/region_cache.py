@@ -31,7 +31,7 @@ SCHEMA = "ovdet2/region-cache/1"
 MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
 _TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
-_BUILD = "build it with tools/build_region_cache.py"
+_BUILD = "build it with ovdet2 cache build"
 _OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allows 65,530 of
 
 
@@ -154,7 +154,7 @@ class RegionCache:
             raise CacheError(
                 f"the region cache {self.folder} was built for {recipe['dataset']} with annotations of SHA-256 "
                 f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {found[:12]}: build one for it "
-                "(tools/build_region_cache.py --output another folder)."
+                "(ovdet2 cache build --output another folder)."
             )
 
     def image_ids(self) -> Iterator[int]:

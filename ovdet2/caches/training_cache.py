@@ -36,7 +36,7 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
     if not folder:
         raise UsageError(
             f"{needed_by} asks for a region cache, but {key} is empty: name the folder of one made by "
-            "tools/build_region_cache.py."
+            "ovdet2 cache build."
         )
     if len(datasets) != 1:
         raise UsageError(

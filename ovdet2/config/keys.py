@@ -56,7 +56,7 @@ def _add_words(cfg):
     cfg.MODEL.TEACHER.PRETRAINED = ""
 
     cfg.MODEL.VOCABULARY = CN()
-    # A file of tools/build_vocabulary.py; empty: the teacher embeds the class names of the data set at start-up.
+    # A file of ovdet2 vocab; empty: the teacher embeds the class names of the data set at start-up.
     cfg.MODEL.VOCABULARY.FILE = ""
     # Prompt template set used when FILE is empty: "single", "vild63", "openclip80", "photo12", or a file of your own.
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"

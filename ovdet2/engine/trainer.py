@@ -367,7 +367,7 @@ def _draw_report(dataset_name: str, evaluation: Evaluation | None, folder: str) 
         assert split is not None  # the evaluator requires one
         write_html(path, evaluation.report, evaluation.truth, evaluation.detections, split)
     except Exception:  # noqa: BLE001
-        logger.warning("%s could not be drawn; tools/make_report.py tries again.", path, exc_info=True)
+        logger.warning("%s could not be drawn; ovdet2 report make tries again.", path, exc_info=True)
     else:
         logger.info("Report: %s", path)
 

@@ -109,7 +109,7 @@ def build_vocabulary(cfg: CfgNode) -> Vocabulary:
         raise DataError(
             f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name}"
             f"{' with TEST.DISTRACTORS' if extra else ''} has {len(names)} ({sum(base_mask)} base); first differences "
-            f"{different}: rebuild it with tools/build_vocabulary.py --dataset."
+            f"{different}: rebuild it with ovdet2 vocab --dataset."
         )
     return vocabulary
 

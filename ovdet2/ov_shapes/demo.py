@@ -1,11 +1,8 @@
 """What `make demo` does: ViLD-text, the region cache, ViLD and ViLD-ensemble on OV-Shapes, and their detections.
 
-    python -m ovdet2.ov_shapes.demo
-
-The pictures are drawn by demo/demo.py of a checkout. ``tools/run_ovshapes.py --demo`` is the same program.
+ovdet2 demo
 """
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +11,9 @@ from typing import Any
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
+from ovdet2.command_line import command_parser
 from ovdet2.errors import exit_on_error
-from ovdet2.experiments.command import checkout_file, run_program
+from ovdet2.experiments.command import run_program
 from ovdet2.experiments.runner import Runner
 from ovdet2.io.files import atomic_path
 from ovdet2.ov_shapes.rows import ENTRIES, OUTPUT, OV_SHAPES_ROWS, TEST_SET
@@ -27,7 +25,7 @@ FREE_WORDS = "red star, blue star, moon, striped shape"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("demo", __doc__)
     parser.add_argument(
         "--output", default=OUTPUT, type=Path, help="folder of the runs; pictures go to demo/ beside it"
     )
@@ -39,11 +37,7 @@ def run_demo(output: Path) -> None:
 
     Args:
         output: folder of the runs.
-
-    Raises:
-        UsageError: there is no demo/demo.py, as in an installed package.
     """
-    checkout_file("demo/demo.py")  # before the minutes of training
     rows, runner = ["teacher", "vild_text", "vild", "vild_ensemble"], Runner(OV_SHAPES_ROWS, output)
     for name in rows:
         runner.run(name)
@@ -64,7 +58,7 @@ def run_demo(output: Path) -> None:
 
 def draw(runner: Runner, row: str, images: Sequence[str], folder: Path, *options: str) -> list[Path]:
     """Draw a row's detections in ``images``; returns the paths of the pictures."""
-    command = ["demo/demo.py", "--config-file", ENTRIES[row].config, "--input", *images]
+    command = ["ovdet2.programs.predict", "--config-file", ENTRIES[row].config, "--input", *images]
     run_program(
         [*command, "--output", str(folder), *options, "MODEL.WEIGHTS", str(runner.folder(row) / "model_final.pth")]
     )

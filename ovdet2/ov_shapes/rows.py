@@ -1,8 +1,6 @@
 """The rows of the OV-Shapes benchmark as entries of an experiment, and the artefacts that they read.
 
-    python -m ovdet2.programs.experiments ovdet2.ov_shapes.rows:PLAN --rows vild_text vild --seeds 0 1 2
-
-tools/run_ovshapes.py is the same program.
+ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Train one of the two embedded CLIP models on the captions of OV-Shapes, and measure it.
 
-    python tools/train_embedded_teacher.py --model ovshapes-resnet --output ovdet2/assets/open_clip
+    python -m ovdet2.ov_shapes.teachers --model ovshapes-resnet --output ovdet2/assets/open_clip
 
 Only image-level captions are used: no box, no detection image. Most steps run on small images, which are cheap, the
 last ones at the model's own size. The output is ``<model>.safetensors`` (float16 weights, loadable by
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     teacher.interpolation = INTERPOLATION
     manifest = {
         "schema": SCHEMA,
-        "script": "tools/train_embedded_teacher.py",
+        "script": "python -m ovdet2.ov_shapes.teachers",
         "arguments": {key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")},
         "weights_sha256": teacher.fingerprint.weights_sha256,
         "captions_sha256": data_hash,

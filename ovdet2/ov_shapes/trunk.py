@@ -1,6 +1,6 @@
 """Pre-train the ResNet-18 of the OV-Shapes detectors on labelled images of base classes, as ImageNet does for COCO.
 
-    python tools/pretrain_backbone.py --output ovdet2/assets/backbones/ovshapes_r18.safetensors
+    python -m ovdet2.ov_shapes.trunk --output ovdet2/assets/backbones/ovshapes_r18.safetensors
 
 Images of one object each, of their own seeds and of base classes only; the two labels are the words of the class, its
 texture and its shape. No box, no word embedding and no novel class is seen. The output holds the trunk in float16 with
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     save(model.trunk, args.output)
     manifest = {
         "schema": SCHEMA,
-        "script": "tools/pretrain_backbone.py",
+        "script": "python -m ovdet2.ov_shapes.trunk",
         "config": CONFIG,
         "arguments": {key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")},
         "images_sha256": data_hash,

@@ -34,7 +34,7 @@ SCHEMA = "ovdet2/concept-prior/1"
 KINDS = ("prediction", "ground truth", "simulation", "control")
 _DTYPES = {"image_ids": torch.int64, "offsets": torch.int64, "word_index": torch.int32, "score": torch.float32}
 _MANIFEST_KEYS = ("words", "kind", "source", "dataset", "dataset_sha256", "missing_image_ids", "content_sha256")
-_BUILD = "build it with tools/build_concept_priors.py"
+_BUILD = "build it with ovdet2 prior"
 
 
 class PriorWriter:

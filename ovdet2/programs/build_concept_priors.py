@@ -1,22 +1,22 @@
 r"""Say which words exist in each image of a data set, once, for detectors that start from such a prior (CCKT).
 
     # CLIP: sigmoid of the cosine between the whole image and a word, over 0.07
-    python tools/build_concept_priors.py --backend clip --dataset ov_coco_val_all \
+    ovdet2 prior --backend clip --dataset ov_coco_val_all \
         --architecture ViT-L-14 --pretrained laion2b_s32b_b82k --output output/priors/clip.safetensors
     # the truth, the truth with stated errors (a simulation), chance
-    python tools/build_concept_priors.py --backend oracle --dataset ov_coco_val_all --output oracle.safetensors
-    python tools/build_concept_priors.py --backend noisy-oracle --precision 0.8 --recall 0.7 ...
-    python tools/build_concept_priors.py --backend random ...
+    ovdet2 prior --backend oracle --dataset ov_coco_val_all --output oracle.safetensors
+    ovdet2 prior --backend noisy-oracle --precision 0.8 --recall 0.7 ...
+    ovdet2 prior --backend random ...
     # somebody else's: JSON {image id: [[category id or word, score], ...]}
-    python tools/build_concept_priors.py --backend file --input priors.json ...
+    ovdet2 prior --backend file --input priors.json ...
     # a vision-language model, asked about each word: behind a URL, or in a folder
-    python tools/build_concept_priors.py --backend mllm --url http://localhost:8000/v1 --model NAME \
+    ovdet2 prior --backend mllm --url http://localhost:8000/v1 --model NAME \
         --candidates output/priors/clip.safetensors --top 20 --dataset ov_coco_val_all --output mllm.safetensors
-    python tools/build_concept_priors.py --backend mllm --local FOLDER ...
+    ovdet2 prior --backend mllm --local FOLDER ...
 
 Prints precision and recall over base and novel classes at --rho and --top-l; the file holds the --keep best words of
 each image whatever they are, so both are chosen later without building again. Answers of a model are kept beside the
-output as they come: a killed run loses none, and the same command goes on. Exit codes as of train_net.py.
+output as they come: a killed run loses none, and the same command goes on. Exit codes as of `ovdet2 train`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from tqdm import tqdm
 
+from ovdet2.command_line import command_parser
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
@@ -157,7 +158,7 @@ class Skipped:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("prior", __doc__)
     parser.add_argument("--backend", required=True, choices=sorted(_OPTIONS))
     parser.add_argument("--dataset", required=True, help="registered data set with a base/novel split")
     parser.add_argument("--output", required=True, help="file to write (.safetensors)")

@@ -1,11 +1,11 @@
 r"""Embed regions of every training image with the teacher, once: proposals for distillation, or annotated boxes.
 
     # proposals of a detector trained on base boxes (ViLD)
-    python tools/build_region_cache.py --config-file configs/ovcoco/vild_text_r50.yaml \
+    ovdet2 cache build --config-file configs/ovcoco/vild_text_r50.yaml \
         --dataset ov_coco_train_base --output output/ovcoco/region_cache \
         MODEL.WEIGHTS output/ovcoco/vild_text_r50/model_final.pth
     # the annotated base boxes, by annotation id
-    python tools/build_region_cache.py --config-file configs/ovcoco/vild_text_r50.yaml \
+    ovdet2 cache build --config-file configs/ovcoco/vild_text_r50.yaml \
         --dataset ov_coco_train_base --boxes annotations --output output/ovcoco/annotation_cache
     # what that would cost, without writing anything
     ... --dry-run
@@ -19,9 +19,9 @@ embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The 
 --architecture and --pretrained, so that a detector trained with one CLIP can propose for another.
 
 Start it as often as you like, on one machine or many that share the output folder, under torchrun (torchrun
---nproc-per-node 8 tools/build_region_cache.py ...) or as a Slurm array (--shard I/N, I counted from 0): shards are
+--nproc-per-node 8 -m ovdet2 cache build ...) or as a Slurm array (--shard I/N, I counted from 0): shards are
 claimed, so no work is done twice. A killed run loses the shard it was at, and the same command goes on. Exit codes as
-of train_net.py. See docs/CACHES.md.
+of `ovdet2 train`. See docs/CACHES.md.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, BoxSource, F
 from ovdet2.caches.region_cache import Regions
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
+from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
@@ -89,10 +90,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The command line of this program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--config-file", required=True, help="states the teacher, and the detector that proposes")
+    parser = command_parser("cache build", __doc__)
+    add_config_file(parser)
     parser.add_argument("--dataset", required=True, help="registered training set, base classes only")
     parser.add_argument("--output", required=True, help="folder of the cache")
     parser.add_argument("--architecture", help="of the teacher; default MODEL.TEACHER")
@@ -115,7 +114,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--verify", action="store_true", help="read every shard and build damaged ones anew")
     parser.add_argument("--dry-run", action="store_true", help="print boxes, bytes and time; write nothing")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="overrides, such as MODEL.WEIGHTS")
+    add_overrides(parser)
     args = parser.parse_args(argv)
     counts = [n for n in (args.images_per_shard, args.batch_size, args.top) if n is not None]
     if min(counts) < 1 or min(args.scales) <= 0 or (args.nms is not None and not 0 < args.nms <= 1):
@@ -153,7 +152,7 @@ def command_of(argv: Sequence[str]) -> str:
             skip = True
         elif word not in ("--verify", "--dry-run") and not word.startswith("--shard="):
             kept.append(word)
-    return "python tools/build_region_cache.py " + shlex.join(kept)
+    return "ovdet2 cache build " + shlex.join(kept)
 
 
 def device_of(cfg: CfgNode) -> str:

@@ -1,8 +1,8 @@
 r"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of what it can teach on a data set.
 
-    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+    ovdet2 teacher --dataset ov_shapes_val_all \
         --architecture ovshapes-resnet --pretrained embedded --output out/
-    python tools/evaluate_teacher.py --dataset ov_shapes_val_all \
+    ovdet2 teacher --dataset ov_shapes_val_all \
         --architecture ovshapes-resnet --pretrained embedded --regions dense --side 256 --output out/
 
 Prints top-1 accuracy over base and novel boxes and the evaluator's table (each box with its probability for each word).
@@ -23,6 +23,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from tqdm import tqdm
 
+from ovdet2.command_line import command_parser
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import UsageError, exit_on_error
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser("teacher", __doc__)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument("--pretrained", required=True, help="tag, 'embedded' or a weight file")

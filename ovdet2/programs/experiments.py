@@ -1,14 +1,14 @@
 r"""Run an experiment, a table of entries as data: train, evaluate, tabulate.
 
-    python -m ovdet2.programs.experiments                                         list the experiments
-    python -m ovdet2.programs.experiments clip_detr.ablations --help
-    python -m ovdet2.programs.experiments ovdet2.ov_shapes.rows:PLAN --rows vild_text vild --seeds 0 1 2
-    python -m ovdet2.programs.experiments NAME ... -- --num-gpus 8 KEY VALUE      arguments of the training program
+    ovdet2 experiment                                         list the experiments
+    ovdet2 experiment clip_detr.ablations --help
+    ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
+    ovdet2 experiment NAME ... -- --num-gpus 8 KEY VALUE      arguments of the training program
 
 An experiment is named as <method>.<name> (PLANS in experiments.py of a method's directory), or by an import path. What
 entries read is made once for all of them. An entry that is done is not run again, an interrupted one goes on where it
 stopped, and one whose folder was made with other inputs is refused. Writes <output>/table.md and <output>/results.json.
-Exit codes as of train_net.py.
+Exit codes as of `ovdet2 train`.
 """
 
 import argparse
@@ -25,6 +25,8 @@ from ovdet2.experiments.runner import Runner
 from ovdet2.experiments.table import insert_table
 from ovdet2.io.files import write_json, write_text
 
+NAMED = {"ov-shapes": "ovdet2.ov_shapes.rows:PLAN"}
+
 
 def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str, Any]]:
     """Command line.
@@ -38,9 +40,9 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str,
     """
     name, *argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nExperiments: {', '.join(known_plans())}")
+        print(f"{__doc__}\nExperiments: {', '.join([*NAMED, *known_plans()])}")
         return []
-    plan, program = find_plan(name), program or f"-m ovdet2.programs.experiments {name}"
+    plan, program = find_plan(NAMED.get(name, name)), program or f"ovdet2 experiment {name}"
     args = parse_args(plan, argv, program)
     experiment = plan.build(args)
     names = list(experiment.entries) if args.rows == ["all"] else args.rows
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str,
     if left:
         print(f"\nNot run to the end: {', '.join(left)}.")
     if args.table:
-        insert_table(Path(args.table), experiment.marker, table, f"python {program} {shlex.join(shown(argv))}")
+        insert_table(Path(args.table), experiment.marker, table, f"{program} {shlex.join(shown(argv))}")
     return rows
 
 

@@ -1,8 +1,8 @@
-"""Train and evaluate a detector. ``python -m ovdet2.programs.train`` and ``train_net.py`` of a checkout are the same.
+"""Train a detector and evaluate it.
 
-    train_net.py --config-file configs/ovcoco/vild_text_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
-    train_net.py --config-file ... --resume                              go on after an interruption
-    train_net.py --config-file ... --eval-only MODEL.WEIGHTS model_final.pth
+    ovdet2 train --config-file ovcoco/vild_text_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
+    ovdet2 train --config-file ... --resume                              go on after an interruption
+    ovdet2 eval --config-file ... MODEL.WEIGHTS model_final.pth          evaluate without training
 
 Several machines: the same command on each, with --num-machines M --machine-rank R --dist-url tcp://<machine 0>:<port>;
 or torchrun, which needs none of these. Without CUDA, --num-gpus N starts N processes on the CPU.
@@ -14,15 +14,18 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from ovdet2.command_line import add_run_arguments, launch_run
+from ovdet2.command_line import add_run_arguments, command_parser, launch_run
 from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import exit_on_error
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line of this program."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop")
+def parse_args(argv: Sequence[str] | None = None, verb: str = "train") -> argparse.Namespace:
+    """The command line of ``ovdet2 train`` or ``ovdet2 eval``."""
+    parser = command_parser(verb, __doc__)
+    if verb == "train":
+        parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop, as ovdet2 eval")
+    else:
+        parser.set_defaults(eval_only=True)
     add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -56,9 +59,14 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     return trainer.train()
 
 
-def run(argv: Sequence[str] | None = None) -> None:
+def evaluate(argv: Sequence[str] | None = None) -> None:
+    """The program ``ovdet2 eval``."""
+    run(argv, "eval")
+
+
+def run(argv: Sequence[str] | None = None, verb: str = "train") -> None:
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
-    args = parse_args(argv)
+    args = parse_args(argv, verb)
     cfg = load_config(args.config_file, args.opts)
     launch_run(main, args, cfg.MODEL.DEVICE)
 

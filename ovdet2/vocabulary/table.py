@@ -173,17 +173,15 @@ class Vocabulary:
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
         """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
-        tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with tools/build_vocabulary.py")
+        tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with ovdet2 vocab")
         try:
             vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
         except (KeyError, OVDetError) as error:
             reason = f"it has no {error}." if isinstance(error, KeyError) else error
-            raise DataError(f"{path}: {reason} Rebuild it with tools/build_vocabulary.py.") from None
+            raise DataError(f"{path}: {reason} Rebuild it with ovdet2 vocab.") from None
         stated = manifest.get("names_sha256"), manifest.get("synonyms_sha256")  # files from before synonyms: None
         if (vocabulary.names_sha256, vocabulary.synonyms_sha256) != stated:
-            raise DataError(
-                f"{path}: its words were changed after it was written. Rebuild it with tools/build_vocabulary.py."
-            )
+            raise DataError(f"{path}: its words were changed after it was written. Rebuild it with ovdet2 vocab.")
         return vocabulary
 
     @classmethod
@@ -356,7 +354,7 @@ def parse_words(text: str | Path) -> list[str]:
         if "," not in text and os.path.isfile(text):  # isfile: no error for a text too long for a path
             raise UsageError(
                 f"{text} is a file, not a word: words are read from a .txt file, one per line (by "
-                "tools/build_vocabulary.py also from a .json file). For the word of that name, add a comma."
+                "ovdet2 vocab also from a .json file). For the word of that name, add a comma."
             )
         return [word.strip() for word in text.split(",") if word.strip()]
     try:

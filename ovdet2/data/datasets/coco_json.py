@@ -267,7 +267,7 @@ def _attach_federated_lists(images, records, novel, faults):
             faults.add(
                 "images with novel classes among neg_category_ids in training data, id",
                 image["id"],
-                "make the file with datasets/prepare_ov_lvis.py",
+                "make the file with ovdet2 dataset prepare ov-lvis",
             )
 
 
@@ -299,7 +299,7 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         record, box = records[image_id], annotation.get("bbox")
         fault = _box_fault(box) or _outside(box, record)
         if fault:
-            faults.add(f"{fault}, annotation id", annotation_id, "drop them (tools/check_dataset.py --fix)")
+            faults.add(f"{fault}, annotation id", annotation_id, "drop them (ovdet2 dataset repair)")
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1):
             faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "mend or drop them")

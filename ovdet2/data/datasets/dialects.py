@@ -40,7 +40,7 @@ _COCO_IDS = dict((*OV_COCO.base, *OV_COCO.novel, *OV_COCO_UNUSED))
 _ID_OF = {name: category_id for category_id, name in _COCO_IDS.items()}
 _VLDET_IDS = dict(enumerate((name for _, name in sorted((*OV_COCO.base, *OV_COCO.novel))), start=1))
 _OADP_IDS = dict(enumerate(OV_COCO.names))
-_OFFICIAL_WAY = "use the official COCO files instead: python datasets/prepare_ov_coco.py (datasets/README.md)"
+_OFFICIAL_WAY = "use the official COCO files instead: ovdet2 dataset prepare ov-coco (datasets/README.md)"
 
 
 @dataclass(frozen=True)

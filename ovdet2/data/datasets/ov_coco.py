@@ -3,7 +3,7 @@
 from ovdet2.data.datasets.register import register_dataset
 from ovdet2.data.datasets.splits import OV_COCO
 
-_REMEDY = "put COCO 2017 there as datasets/README.md shows, then run: python datasets/prepare_ov_coco.py"
+_REMEDY = "put COCO 2017 there as datasets/README.md shows, then run: ovdet2 dataset prepare ov-coco"
 
 for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all", "val2017", False)):
     register_dataset(

@@ -6,7 +6,7 @@ The classes are those of the json: frequent and common ones are base, rare ones 
 from ovdet2.data.datasets.lvis_split import frequency_split
 from ovdet2.data.datasets.register import register_dataset
 
-_REMEDY = "put LVIS v1 there as datasets/README.md shows, then run: python datasets/prepare_ov_lvis.py"
+_REMEDY = "put LVIS v1 there as datasets/README.md shows, then run: ovdet2 dataset prepare ov-lvis"
 
 for _name, _json, _base_only in (
     ("train_base", "ov_lvis_train_base", True),

@@ -82,7 +82,7 @@ def register_dataset(
             is out of date. Several processes may call it at once, so it does its own locking.
         base_only: refuse labels of novel classes; give True for training data.
         masks: load segmentations as well.
-        pseudo_labels: the json may hold annotations that a detector made (tools/build_pseudo_labels.py), by the names
+        pseudo_labels: the json may hold annotations that a detector made (ovdet2 dataset pseudo-labels), by the names
             of novel classes; without, such a json is refused.
         remedy: what to do when the data set is missing, such as the command that makes it.
 

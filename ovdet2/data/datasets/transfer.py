@@ -32,7 +32,7 @@ for _name, _json, _images, _title, _metric, _remedy in (
         "VOC2007/JPEGImages",
         "PASCAL VOC 2007, 20 classes",
         "ov_voc",
-        "unpack VOCtest_06-Nov-2007.tar there, then run: python datasets/prepare_voc.py",
+        "unpack VOCtest_06-Nov-2007.tar there, then run: ovdet2 dataset prepare voc",
     ),
 ):
     register_dataset(f"transfer_{_name}", _json, _images, partial(all_novel, _title), metric=_metric, remedy=_remedy)

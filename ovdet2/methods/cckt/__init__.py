@@ -31,7 +31,7 @@ class CCKTDet(Method):
         cfg.MODEL.CCKT.ENABLED = False
         # Add the words of an image to its queries: in training the annotated ones, at test those of PRIOR_FILE.
         cfg.MODEL.CCKT.PRIORS = True
-        # A file of tools/build_concept_priors.py for DATASETS.TEST.
+        # A file of ovdet2 prior for DATASETS.TEST.
         cfg.MODEL.CCKT.PRIOR_FILE = ""
         # rho: lowest score of a word of PRIOR_FILE.
         cfg.MODEL.CCKT.PRIOR_THRESHOLD = 0.7
@@ -71,7 +71,7 @@ class CCKTDet(Method):
         cfg.MODEL.CCKT.CONTRAST_WEIGHT = 1.0
         # Iteration at which contrast and similarity cost set in; the paper adds them when the learning rate drops.
         cfg.MODEL.CCKT.CONTRAST_START = 0
-        # Folder of a region cache of the annotated boxes of DATASETS.TRAIN (tools/build_region_cache.py --boxes
+        # Folder of a region cache of the annotated boxes of DATASETS.TRAIN (ovdet2 cache build --boxes
         # annotations).
         cfg.MODEL.CCKT.REGION_CACHE = ""
         # Score of a detection: "similarity" (the paper), the "class" branch, or the "product" of their probabilities.

@@ -75,7 +75,7 @@ def _report(counts, cache):
     if not counts.any():
         raise CacheError(
             f"the region cache {cache.folder} has no crop of any annotation of the training set: build one with "
-            "tools/build_region_cache.py --boxes annotations."
+            "ovdet2 cache build --boxes annotations."
         )
     logger.info("%d crops stand for %d classes, %d for the rarest.", counts.sum(), len(counts), counts.min())
     empty = np.flatnonzero(counts == 0)

@@ -185,7 +185,7 @@ def _add_detector(parser: ArgumentParser, overrides: str) -> None:
 
 def _add_priors(parser: ArgumentParser) -> None:
     _add_detector(parser, "MODEL.WEIGHTS model.pth, and KEY VALUE ...")
-    parser.add_argument("--priors", nargs="+", required=True, help="files of tools/build_concept_priors.py")
+    parser.add_argument("--priors", nargs="+", required=True, help="files of ovdet2 prior")
     parser.add_argument("--rho", type=_numbers(float), default=[0.7], help="thresholds, 0.7,0.9")
     parser.add_argument("--top", type=_numbers(int), default=[6], help="lengths L, 6,12")
 

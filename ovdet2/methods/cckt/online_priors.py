@@ -21,7 +21,7 @@ from ovdet2.vocabulary import Vocabulary
 
 
 class OnlinePriors:
-    """Predicts the present words of an image by CLIP, as ``tools/build_concept_priors.py --backend clip`` does for a
+    """Predicts the present words of an image by CLIP, as ``ovdet2 prior --backend clip`` does for a
     data set.
 
     Attributes:

@@ -93,7 +93,7 @@ class PriorWords:
         if not priors.coverage(names).shared:
             raise CacheError(
                 f"the concept prior {priors.path} is about {few(priors.words)}, none of which is in the vocabulary "
-                f"({few(names)}): build one with these words (tools/build_concept_priors.py --words)."
+                f"({few(names)}): build one with these words (ovdet2 prior --words)."
             )
         self.priors, self.names = priors, tuple(names)
         self.threshold, self.top, self.fill = threshold, top, fill

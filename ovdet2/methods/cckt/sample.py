@@ -188,7 +188,7 @@ def open_annotation_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
     if cache.manifest["recipe"]["boxes"]["source"] != "annotations":
         raise CacheError(
             f"the region cache {cache.folder} holds {cache.manifest['recipe']['boxes']['source']}, MODEL.CCKT.CONTRAST "
-            "needs annotated boxes: build one with tools/build_region_cache.py --boxes annotations."
+            "needs annotated boxes: build one with ovdet2 cache build --boxes annotations."
         )
     return cache
 
@@ -205,7 +205,7 @@ def open_prior_words(cfg: CfgNode) -> PriorWords:
     if not settings.PRIOR_FILE:
         raise UsageError(
             "MODEL.CCKT.PRIORS is True but MODEL.CCKT.PRIOR_FILE is empty: name a file that "
-            "tools/build_concept_priors.py made for DATASETS.TEST."
+            "ovdet2 prior made for DATASETS.TEST."
         )
     if settings.PRIOR_FILL not in FILLS:
         raise UsageError(f"MODEL.CCKT.PRIOR_FILL is {settings.PRIOR_FILL!r}: choose {' or '.join(FILLS)}.")

@@ -1,8 +1,8 @@
 r"""Training steps of CLIP-DETR: with AlignNet, with dynamic queries and with both, against the detector without them.
 
-    python -m ovdet2.methods.clip_detr.bench --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml \
+    ovdet2 bench clip-detr --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml \
         --size 160x160 --batch 8 --objects 4 --turns 10
-    python -m ovdet2.methods.clip_detr.bench --config-file configs/coco/clip_detr_r50_12ep.yaml \
+    ovdet2 bench clip-detr --config-file configs/coco/clip_detr_r50_12ep.yaml \
         --size 512x512 --batch 1 --objects 7 --turns 3
 
 All have the same weights and get the same images of noise; a step is forward, backward and an update of size 0. At test

@@ -82,7 +82,7 @@ def label_table(path: str, base: Vocabulary) -> Vocabulary:
     if missing:
         raise DataError(
             f"the label table {path} lacks {len(missing)} of the {len(base)} base words, such as "
-            f"{', '.join(missing[:5])}: build it with tools/build_vocabulary.py --dataset of the test set."
+            f"{', '.join(missing[:5])}: build it with ovdet2 vocab --dataset of the test set."
         )
     chosen = [rows[clean_name(name)] for name in base.names]
     logger.info("CLIP-DETR: attributes of objects are looked up in %s, of %s.", path, table.teacher)

@@ -1,6 +1,6 @@
 """What freezing the trunk of F-VLM saves: training steps and peak memory against the same network with CLIP trained.
 
-    python -m ovdet2.methods.fvlm.bench --size 800x1066 --turns 5
+    ovdet2 bench fvlm --size 800x1066 --turns 5
 
 Both are configs/ovcoco/fvlm_rn50.yaml with equal random weights, in float32, and get the same images of 20 objects,
 hence the same proposals; the learning rate is 0, so they stay equal. There is no cache of features: the frozen trunk

@@ -31,7 +31,7 @@ class ViLD(Method):
 
     def add_keys(self, cfg: CfgNode) -> None:
         """MODEL.VILD.*"""
-        # Distillation of the teacher's region embeddings, computed offline by tools/build_region_cache.py.
+        # Distillation of the teacher's region embeddings, computed offline by ovdet2 cache build.
         cfg.MODEL.VILD = CN()
         # w of ViLD's loss; 0 trains without (ViLD-text) and reads no cache.
         cfg.MODEL.VILD.WEIGHT = 0.0

@@ -1,10 +1,10 @@
 """What ViLD costs: training steps against Detectron2's Faster R-CNN; samples with cached regions against those without.
 
-    python -m ovdet2.methods.vild.bench --sizes 800x1066 512x512 224x224 --turns 8
+    ovdet2 bench vild --sizes 800x1066 512x512 224x224 --turns 8
 
 All models have the same R50-FPN and head weights and get the same image of 20 objects, hence the same proposals (512
 regions are sampled where there are as many). ViLD and ViLD-ensemble distil 300 cached regions as well. Samples are
-compared by ``tools/bench_cache.py``.
+compared by ``ovdet2 bench cache``.
 """
 
 import argparse

@@ -4,7 +4,6 @@ import json
 
 import build_concept_priors
 import build_region_cache
-import build_vocabulary
 import clim_cases as cases
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from ovdet2.config import load_config
 from ovdet2.data.datasets.register import register_ov_dataset
 from ovdet2.errors import UsageError
 from ovdet2.priors.concept_prior import ConceptPriors
+from ovdet2.programs import build_vocabulary
 from ovdet2.vlm.teacher import Teacher
 
 NAMES = ("red square", "blue square")

@@ -1,0 +1,115 @@
+"""The ``ovdet2`` command: its verbs, and nothing else.
+
+A verb's program is imported when the verb is called, so that ``ovdet2 --help`` is quick and ``ovdet2 doctor`` runs
+without Detectron2. Every program ends with exit code 2 for a usage error, 3 for data, 4 for the environment and 5 for a
+loss that is not finite.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ovdet2 import __version__
+from ovdet2.errors import SetupError, UsageError, exit_on_error
+
+INSTALL_DETECTRON2 = "ovdet2 doctor --install-detectron2"
+
+
+class Verb(NamedTuple):
+    """A program: its ``function`` takes the words after the verb; an int that it returns is the exit code."""
+
+    module: str
+    help: str
+    function: str = "main"
+
+
+VERBS = {
+    "train": Verb("ovdet2.programs.train", "train a detector and evaluate it", "run"),
+    "eval": Verb("ovdet2.programs.train", "evaluate a trained detector", "evaluate"),
+    "predict": Verb("ovdet2.programs.predict", "detect any words in your images and draw the detections"),
+    "demo": Verb("ovdet2.ov_shapes.demo", "train, evaluate and draw ViLD on OV-Shapes, a small generated world"),
+    "cache build": Verb("ovdet2.programs.build_region_cache", "embed regions of all training images once"),
+    "cache inspect": Verb("ovdet2.programs.inspect_cache", "print and draw what a region cache holds"),
+    "vocab": Verb("ovdet2.programs.build_vocabulary", "embed words, or import embeddings, as a vocabulary file"),
+    "prior": Verb("ovdet2.programs.build_concept_priors", "list the words present in each image of a data set"),
+    "dataset prepare": Verb("ovdet2.programs.prepare_dataset", "make the annotation files of OV-COCO, OV-LVIS, ..."),
+    "dataset check": Verb("ovdet2.programs.check_dataset", "report every problem of an annotation file and its images"),
+    "dataset repair": Verb(
+        "ovdet2.programs.check_dataset", "write a repaired copy of an annotation file", "repair_main"
+    ),
+    "dataset pseudo-labels": Verb("ovdet2.programs.build_pseudo_labels", "annotate novel classes by a detector"),
+    "report make": Verb("ovdet2.programs.make_report", "write report.html of an evaluation"),
+    "report compare": Verb("ovdet2.programs.compare_reports", "compare two evaluations"),
+    "report queries": Verb("ovdet2.programs.draw_queries", "draw the queries of a Deformable DETR"),
+    "report score-maps": Verb("ovdet2.programs.draw_score_maps", "draw the encoder features of a Deformable DETR"),
+    "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify annotated boxes by a CLIP"),
+    "import-weights": Verb("ovdet2.programs.import_deformable_detr", "import published Deformable DETR weights"),
+    "experiment": Verb("ovdet2.programs.experiments", "run rows, ablations and sweeps, and write their tables"),
+    "bench": Verb("ovdet2.programs.bench", "measure time and memory against a reference"),
+    "doctor": Verb("ovdet2.doctor", "check the environment, or install Detectron2"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a verb and exit with its code.
+
+    Args:
+        argv: the words after ``ovdet2``; None: those of the process.
+
+    Raises:
+        SystemExit: always.
+    """
+    with exit_on_error():
+        code = run(sys.argv[1:] if argv is None else argv)
+    sys.exit(code)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a verb; returns the exit code.
+
+    Raises:
+        UsageError: there is no such verb.
+        SetupError: Detectron2 is not installed.
+    """
+    words = list(argv)
+    if words[:1] == ["--version"]:
+        print(f"ovdet2 {__version__}")
+        return 0
+    name = next((name for name in (" ".join(words[:2]), " ".join(words[:1])) if name in VERBS), "")
+    if not name:
+        return _help(words)
+    verb, arguments = VERBS[name], words[len(name.split()) :]
+    try:
+        program: Callable[[Sequence[str]], object] = getattr(importlib.import_module(verb.module), verb.function)
+        result = program(arguments)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "detectron2":
+            raise
+        raise SetupError(f"ovdet2 {name} needs Detectron2, which is not installed. Run: {INSTALL_DETECTRON2}") from None
+    return result if isinstance(result, int) else 0
+
+
+def _help(words: Sequence[str]) -> int:
+    """The list of all verbs, or of those of a group such as "cache".
+
+    Raises:
+        UsageError: the words name neither.
+    """
+    wanted = [word for word in words if word not in ("-h", "--help")]
+    listed = {name: verb for name, verb in VERBS.items() if not wanted or name.split()[0] == wanted[0]}
+    if not listed or len(wanted) > 1:
+        raise UsageError(f"there is no verb {' '.join(wanted[:2])!r}; see ovdet2 --help.")
+    width = max(map(len, listed))
+    print("usage: ovdet2 VERB ...\n\nOpen-vocabulary object detection on Detectron2.\n")
+    print("\n".join(f"  {name:{width}}  {verb.help}" for name, verb in listed.items()))
+    print(
+        "\novdet2 VERB --help has the options and an example. Overrides of the configuration are KEY VALUE pairs, last."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    main()

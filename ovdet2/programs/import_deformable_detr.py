@@ -1,0 +1,67 @@
+r"""Import a published Deformable DETR for MODEL.WEIGHTS: the official checkpoints and those of ``transformers``.
+
+    # the classes of a registered data set, in its order: here for the published figure on COCO
+    ovdet2 import-weights r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \
+        --dataset closed_coco_2017_val --output r50.safetensors
+    ovdet2 eval --config-file configs/coco/deformable_detr_r50_refine.yaml \
+        MODEL.WEIGHTS r50.safetensors
+    # all 91 rows of the class layers, one per COCO id
+    ovdet2 import-weights model.safetensors --output r50_91.safetensors
+    # for a text branch: everything but the class layers
+    ovdet2 import-weights model.safetensors --without-classes --output r50_text.safetensors
+
+The variant (one_stage, refine, two_stage) is read off the weights and printed; set MODEL.DETR.VARIANT to it. A file
+with a weight that is unknown or missing is refused.
+"""
+
+from ovdet2.command_line import command_parser
+from ovdet2.data.datasets import split_of
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.io.files import sha256_file, write_safetensors
+from ovdet2.io.weights import read_weights
+from ovdet2.modeling.detr.import_weights import import_weights
+
+SCHEMA = "ovdet2/imported-detr/1"
+
+
+def main(argv=None):
+    """Command line; returns the manifest written."""
+    parser = command_parser("import-weights", __doc__)
+    parser.add_argument("weights", help=".pth or .safetensors")
+    parser.add_argument("--output", required=True, help=".safetensors")
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument("--dataset", help="registered data set, whose category ids say which rows to keep")
+    classes.add_argument("--without-classes", action="store_true", help="leave the class layers out")
+    parser.add_argument("--prefix", default="network.", help="of every name written")
+    args = parser.parse_args(argv)
+    if not args.output.endswith(".safetensors"):
+        raise UsageError(f"--output {args.output}: name a .safetensors file.")
+    rows = [] if args.without_classes else class_rows(args.dataset)
+    weights, variant = import_weights(read_weights(args.weights)["model"], rows)
+    manifest = {
+        "schema": SCHEMA,
+        "source_sha256": sha256_file(args.weights),
+        "variant": variant,
+        "class_rows": rows,
+        "num_queries": len(weights.get("transformer.query_maker.content", ())) or None,
+        "tensors": len(weights),
+    }
+    write_safetensors(args.output, {f"{args.prefix}{name}": value for name, value in weights.items()}, manifest)
+    kept = "all rows" if rows is None else f"{len(rows)} rows"
+    print(f"{args.output}: {len(weights)} tensors, variant {variant}, {kept} of the class layers")
+    return manifest
+
+
+def class_rows(dataset):
+    """Category ids of a registered data set in the order of its contiguous classes, or None for none."""
+    if dataset is None:
+        return None
+    split = split_of(dataset)
+    if split is None:
+        raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
+    return list(split.category_ids)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main()
