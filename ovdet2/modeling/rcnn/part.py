@@ -32,7 +32,7 @@ class RegionBatch:
         pooled: Tensor [R, C, S, S], of the proposals of all images in order.
         box_features: Tensor [R, F], the box head's features of them.
         heads: to pool, embed and classify: ``heads.pool(features, boxes)``, ``heads.embed_boxes(features, boxes)``,
-            ``heads.classifier``.
+            ``heads.classifier``, ``heads.text_classifier.embed(box_features)``.
         own_pooled: Tensor [R', C, S, S], of the boxes that the part itself gave; None without, and at test.
         own_features: Tensor [R', F], the box head's features of them; None unless the part shares the head.
     """
