@@ -29,6 +29,7 @@ FLOORS = (
     ("engine",),
     ("predictor",),
     ("ov_shapes", "experiments", "bench", "programs", "command_line", "doctor", "__init__"),
+    ("cli", "__main__"),
 )
 # Programs of a method, in its directory: they stand on the top floor.
 PROGRAMS_OF_METHODS = ("bench", "experiments")

@@ -172,7 +172,7 @@ def test_inconsistent_tensors_are_refused(tmp_path, changes, message):
     _write_raw(tmp_path / "good", _tensors())
     assert _select(ConceptPriors(tmp_path / "good"), 1) == [0]
     _write_raw(tmp_path / "p", _tensors(**changes))
-    with pytest.raises(CacheError, match=f"damaged.*{message}.*build_concept_priors.py anew"):
+    with pytest.raises(CacheError, match=f"damaged.*{message}.*ovdet2 prior anew"):
         ConceptPriors(tmp_path / "p")
 
 

@@ -238,7 +238,7 @@ def test_program_runs_all_and_writes_the_table(programs, tmp_path, capsys):
     assert "The table of words, made once for all rows and seeds, took " in table
     assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == rows
     text = document.read_text()
-    assert text.startswith("before\n<!-- made-up table: by hand -->\n`python -m ovdet2.programs.experiments ")
+    assert text.startswith("before\n<!-- made-up table: by hand -->\n`ovdet2 experiment ")
     assert "tests.test_experiments:PLAN --seeds 0 2`\n" in text and table in text and "old" not in text
     assert text.endswith("<!-- end of made-up table -->\nafter\n")
     ran = len(programs.commands)

@@ -42,8 +42,8 @@ UNCHECKED = {TRAIN: Official(0, 0, {"images": 0}), VAL: Official(0, 0, {"images"
 
 
 def load_script(name):
-    """A preparation script as a module, so that its published counts can be replaced."""
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "datasets" / f"{name}.py")
+    """A new copy of a preparation program as a module, so that its published counts can be replaced."""
+    spec = importlib.util.find_spec(f"ovdet2.programs.{name}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,7 +12,7 @@ from ovdet2.experiments import command
 from ovdet2.experiments.command import CHECKOUT
 from ovdet2.experiments.runner import Runner
 from ovdet2.io.files import sha256_file
-from ovdet2.ov_shapes import demo, rows
+from ovdet2.ov_shapes import rows
 from ovdet2.ov_shapes.rows import OV_SHAPES_ROWS, TEST_SET
 
 METRICS = {
@@ -99,8 +99,6 @@ def test_without_a_checkout_the_row_of_clim_says_so(runs, tmp_path, monkeypatch)
     monkeypatch.setattr(command, "CHECKOUT", tmp_path / "site-packages")
     with pytest.raises(UsageError, match="projects/CLIM/.* is needed, which an installed ovdet2 does not have: get"):
         run_row("fvlm_vit_clim", 0, tmp_path)
-    with pytest.raises(UsageError, match="demo/demo.py is needed"):
-        demo.run_demo(tmp_path)
     assert runs.commands == []
 
 
@@ -195,7 +193,7 @@ def test_table_has_mean_and_spread_of_the_seeds_that_are_done(runs, tmp_path):
     assert lines[3].startswith("| ViLD | 11.0 ± 1.4 | 6.0 ± 1.4 | 21.0 ± 1.4 | 51.0 ± 1.4 | 31.0 ± 1.4 | 40.0 ± 0.0 |")
     assert lines[5].startswith("The region cache, made once for all rows and seeds, took")
     text = document.read_text()
-    assert text.startswith(f"before\n{markers[0]}\n`python tools/run_ovshapes.py --rows vild_text vild vild_image ")
+    assert text.startswith(f"before\n{markers[0]}\n`ovdet2 experiment ov-shapes --rows vild_text vild vild_image ")
     assert (
         "--seeds 0 1 2`\n" in text and text.endswith(f"{markers[1]}\nafter\n") and table in text and "old" not in text
     )

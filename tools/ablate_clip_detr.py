@@ -1,13 +1,5 @@
-r"""Run the ablations of CLIP-DETR's Tables 4 to 8, and some of ours, on any of its configurations, and tabulate them.
-
-    python tools/ablate_clip_detr.py --tables 4 5 6 7 8 --config-file configs/coco/clip_detr_r50_12ep.yaml \
-        --output output/coco/ablations -- --num-gpus 8
-    python tools/ablate_clip_detr.py --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml --figure AP-base \
-        --rows CLIP-DETR label label+box "rho 0.1" "0.5 x 5" --output output/ovshapes/ablations
-    python tools/ablate_clip_detr.py ... --tabulate
-
-The rows are entries of ovdet2/methods/clip_detr/experiments.py.
-"""
+#!/usr/bin/env python
+"""The same as ``ovdet2 experiment clip_detr.ablations``."""
 
 import sys
 
@@ -17,9 +9,7 @@ from ovdet2.programs import experiments
 
 def main(argv=None):
     """Command line."""
-    return experiments.main(
-        ["clip_detr.ablations", *(sys.argv[1:] if argv is None else argv)], "tools/ablate_clip_detr.py"
-    )
+    return experiments.main(["clip_detr.ablations", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time of building and reading a region cache, and of training samples with it. See ``python -m ovdet2.bench.cache --help``."""
+"""Time of building and reading a region cache, and of training samples with it. See ``ovdet2 bench cache --help``."""
 
 import functools
 

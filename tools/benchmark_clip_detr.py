@@ -1,4 +1,4 @@
-"""Time and memory of CLIP-DETR's training steps. See ``python -m ovdet2.methods.clip_detr.bench --help``."""
+"""Time and memory of CLIP-DETR's training steps. See ``ovdet2 bench clip-detr --help``."""
 
 from ovdet2.methods.clip_detr.bench import main
 

@@ -1,4 +1,4 @@
-"""Time and memory of Deformable DETR against that of transformers. See ``python -m ovdet2.bench.detr --help``."""
+"""Time and memory of Deformable DETR against that of transformers. See ``ovdet2 bench detr --help``."""
 
 from ovdet2.bench.detr import main
 

@@ -1,4 +1,4 @@
-"""Time and memory of the evaluation against pycocotools and lvis. See ``python -m ovdet2.bench.evaluation --help``."""
+"""Time and memory of the evaluation against pycocotools and lvis. See ``ovdet2 bench evaluation --help``."""
 
 from ovdet2.bench.evaluation import main
 

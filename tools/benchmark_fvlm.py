@@ -1,4 +1,4 @@
-"""Time and memory of F-VLM's training steps, trunk frozen or trained. See ``python -m ovdet2.methods.fvlm.bench --help``."""
+"""Time and memory of F-VLM's training steps, trunk frozen or trained. See ``ovdet2 bench fvlm --help``."""
 
 from ovdet2.methods.fvlm.bench import main
 

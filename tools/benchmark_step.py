@@ -1,4 +1,4 @@
-"""Time and memory of ViLD's training steps against Faster R-CNN's. See ``python -m ovdet2.methods.vild.bench --help``."""
+"""Time and memory of ViLD's training steps against Faster R-CNN's. See ``ovdet2 bench vild --help``."""
 
 from ovdet2.methods.vild.bench import main
 

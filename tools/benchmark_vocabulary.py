@@ -1,4 +1,4 @@
-"""Latency of a detector with more words. See ``python -m ovdet2.bench.vocabulary --help``."""
+"""Latency of a detector with more words. See ``ovdet2 bench vocabulary --help``."""
 
 from ovdet2.bench.vocabulary import main
 

@@ -28,12 +28,11 @@ from ovdet2.io.files import write_json, write_text
 NAMED = {"ov-shapes": "ovdet2.ov_shapes.rows:PLAN"}
 
 
-def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str, Any]]:
+def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Command line.
 
     Args:
         argv: name of the experiment and its options; None: those of the process.
-        program: what a user typed before the options, for messages and tables; empty: this module and the name.
 
     Returns:
         A flat dict for each entry and seed that is done, see :meth:`~ovdet2.experiments.runner.Runner.rows`.
@@ -42,7 +41,7 @@ def main(argv: Sequence[str] | None = None, program: str = "") -> list[dict[str,
     if name in ("-h", "--help"):
         print(f"{__doc__}\nExperiments: {', '.join([*NAMED, *known_plans()])}")
         return []
-    plan, program = find_plan(NAMED.get(name, name)), program or f"ovdet2 experiment {name}"
+    plan, program = find_plan(NAMED.get(name, name)), f"ovdet2 experiment {name}"
     args = parse_args(plan, argv, program)
     experiment = plan.build(args)
     names = list(experiment.entries) if args.rows == ["all"] else args.rows
