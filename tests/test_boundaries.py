@@ -31,7 +31,7 @@ FLOORS = (
     ("ov_shapes", "experiments", "bench", "programs", "command_line", "doctor", "__init__"),
     ("cli", "__main__"),
 )
-# Programs of a method, in its directory: they stand on the top floor.
+# Programs of a method, in its directory: they stand on the floor of the programs.
 PROGRAMS_OF_METHODS = ("bench", "experiments")
 
 
@@ -86,7 +86,7 @@ def docstrings(tree):
 def floor_of(module):
     """The floor of a module: that of its longest listed prefix."""
     if module.startswith("methods.") and module.split(".")[2:3] in ([name] for name in PROGRAMS_OF_METHODS):
-        return len(FLOORS) - 1
+        return next(number for number, names in enumerate(FLOORS) if "programs" in names)
     found = [
         (len(name), number) for number, names in enumerate(FLOORS) for name in names
         if module == name or module.startswith(f"{name}.")

@@ -356,7 +356,7 @@ def test_a_missing_data_set_names_the_path_and_the_remedy(name, tmp_path):
 
 def test_missing_coco_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    with pytest.raises(DataError, match=r"ov_coco_train_base\.json does not exist.*prepare_ov_coco\.py"):
+    with pytest.raises(DataError, match=r"ov_coco_train_base\.json does not exist.*ovdet2 dataset prepare ov-coco"):
         DatasetCatalog.get("ov_coco_train_base")
 
 

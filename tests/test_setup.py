@@ -205,9 +205,9 @@ def test_doctor_library_that_cannot_be_imported(monkeypatch, name):
 
 def test_doctor_detectron2_missing_or_old(monkeypatch):
     _importing(monkeypatch, {"detectron2": ImportError("No module named 'detectron2'")})
-    _wrong(doctor.check_detectron2(), "cannot be imported", "install_detectron2.py")
+    _wrong(doctor.check_detectron2(), "cannot be imported", "ovdet2 doctor --install-detectron2")
     _importing(monkeypatch, {"detectron2": types.SimpleNamespace(__version__="0.5", __file__=__file__)})
-    _wrong(doctor.check_detectron2(), "0.5", "too old", "install_detectron2.py")
+    _wrong(doctor.check_detectron2(), "0.5", "too old", "ovdet2 doctor --install-detectron2")
 
 
 def test_doctor_detectron2_without_an_edit(monkeypatch):
@@ -217,7 +217,7 @@ def test_doctor_detectron2_without_an_edit(monkeypatch):
         raise AttributeError("module 'numpy' has no attribute 'bool'")
 
     monkeypatch.setattr(masks, "polygons_to_bitmask", unedited)
-    _wrong(doctor.check_detectron2(), "numpy has removed", "install_detectron2.py")
+    _wrong(doctor.check_detectron2(), "numpy has removed", "ovdet2 doctor --install-detectron2")
 
 
 def test_doctor_only_notes_what_ovdet2_can_do_without(monkeypatch):
