@@ -7,11 +7,14 @@ seen; see :mod:`ovdet2.data.stream`.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data.samplers import InferenceSampler
+from detectron2.utils import comm
+from tqdm import tqdm
 
 from ovdet2.data.mapped_records import MappedRecords, plain_loader
 from ovdet2.data.records import load_records
@@ -145,12 +148,16 @@ class TestLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        for ((sample, faults),) in self._loader:
+        for ((sample, faults),) in self._with_progress():
             if isinstance(sample, CacheError):
                 raise sample
             if sample is None:
                 raise DataError(f"{faults[0][1]} An evaluation image cannot be skipped: the metric would change.")
             yield [sample]
+
+    def _with_progress(self) -> Iterator[Any]:
+        shown = comm.is_main_process() and sys.stderr.isatty()
+        return iter(tqdm(self._loader, desc="evaluating", unit="image", dynamic_ncols=True, disable=not shown))
 
 
 def build_train_loader(cfg: CfgNode, maker: Callable[[Record], Any] | None = None) -> TrainLoader:

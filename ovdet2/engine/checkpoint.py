@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ from ovdet2.modeling.part import parts_of
 
 if TYPE_CHECKING:
     from fvcore.common.checkpoint import _IncompatibleKeys
+
+logger = logging.getLogger(__name__)
 
 _POINTER = "last_checkpoint"
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
@@ -106,7 +109,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.loaded = path
         if path and not os.path.isfile(path):
             path = self._fetch(path)
-        return super().load(path, *args, **kwargs)
+        loaded = super().load(path, *args, **kwargs)
+        if path and self._incompatible is not None:
+            _announce(self.loaded, self._incompatible.missing_keys)
+        return loaded
 
     def load_all(self, path: str) -> dict[str, Any]:
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
@@ -258,6 +264,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         for path in self._periodic()[self.keep :] if self.keep else []:
             if path != pointed:
                 path.unlink(missing_ok=True)
+
+
+def _announce(source: str, missing: Sequence[str]) -> None:
+    """Log what was loaded, and which modules it does not hold."""
+    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
+    listed = ", ".join(list(modules)[:_SHOWN]) + ", ..." * (len(modules) > _SHOWN)
+    logger.info("Weights: %s%s", source, f", which does not hold {listed}" if modules else "")
 
 
 def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

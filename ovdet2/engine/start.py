@@ -18,10 +18,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.logger import setup_logger
 
+import ovdet2
 from ovdet2.config import load_config, settle_device
 from ovdet2.data.source_spec import TRAIN, entries_of, source_specs
+from ovdet2.engine.claim import changed_by
+from ovdet2.engine.console import open_logs
 from ovdet2.errors import SetupError, UsageError
 from ovdet2.io.files import write_text
 
@@ -61,8 +63,9 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     on_cpu = settle_device(cfg)
     if cfg.SEED < 0:
         cfg.SEED = comm.shared_random_seed()
-    if not cfg.DATASETS.TEST:
-        cfg.TEST.EXPECTED_RESULTS = []  # of a configuration that is trained without a test
+    changed = changed_by(args.opts or []) if cfg.TEST.EXPECTED_RESULTS else []
+    if not cfg.DATASETS.TEST or (changed and "TEST.EXPECTED_RESULTS" not in args.opts):
+        cfg.TEST.EXPECTED_RESULTS = []  # the claim is about the configuration as it is, with its tests
     evaluates = getattr(args, "eval_only", False)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not evaluates:
@@ -70,11 +73,10 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     cfg.freeze()
     _open_output(cfg)
     rank = comm.get_rank()
-    for name in ("fvcore", "detectron2", "ovdet2"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+    open_logs(cfg.OUTPUT_DIR, rank)
     if comm.is_main_process():
         write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
-    _report(cfg, reference, on_cpu)
+    _report(cfg, reference, on_cpu, changed)
     seed_all_rng(cfg.SEED + rank)
     if not evaluates:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
@@ -128,12 +130,25 @@ def _open_output(cfg):
         raise SetupError(f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be written: choose another one.")
 
 
-def _report(cfg, reference, on_cpu):
-    """Log what is run, and what was changed; ``reference`` is the world size the configuration was written for."""
-    logger.info("Command: %s", " ".join(sys.argv))
-    logger.info("%s", _versions())
-    if on_cpu:
-        logger.warning("MODEL.DEVICE asks for CUDA and there is none here: running on the CPU.")
+def _report(cfg, reference, on_cpu, changed):
+    """Log what is run, and what was changed.
+
+    Args:
+        cfg: what is run.
+        reference: world size that the configuration was written for.
+        on_cpu: whether MODEL.DEVICE asked for CUDA in vain.
+        changed: overrides that make the figures of TEST.EXPECTED_RESULTS meaningless.
+    """
+    logger.debug("Command: %s", " ".join(sys.argv))
+    logger.debug("%s", _versions())
+    processes = comm.get_world_size()
+    where = "the CPU, for there is no CUDA device" if on_cpu else cfg.MODEL.DEVICE
+    logger.info(
+        "ovdet2 %s, torch %s, %d process%s on %s, seed %d",
+        ovdet2.__version__, torch.__version__, processes, "es" * (processes > 1), where, cfg.SEED,
+    )  # fmt: skip
+    if changed:
+        logger.info("The expected figures are not checked, because of %s.", ", ".join(changed))
     if cfg.SOLVER.REFERENCE_WORLD_SIZE != reference:
         logger.info(
             "Scaled from %d processes to %d: IMS_PER_BATCH %d, BASE_LR %g, MAX_ITER %d, STEPS %s, WARMUP_ITERS %d.",
@@ -145,12 +160,7 @@ def _report(cfg, reference, on_cpu):
             cfg.SOLVER.STEPS,
             cfg.SOLVER.WARMUP_ITERS,
         )
-    logger.info(
-        "%d processes, seed %d, configuration written to %s/config.yaml",
-        comm.get_world_size(),
-        cfg.SEED,
-        cfg.OUTPUT_DIR,
-    )
+    logger.info("Configuration, log and results: %s", cfg.OUTPUT_DIR)
 
 
 def _versions():

@@ -25,6 +25,8 @@ from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build
 from ovdet2.data.sources import TrainSource
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.claim import check_claim
+from ovdet2.engine.console import TrainingBar
 from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
@@ -77,6 +79,7 @@ class Trainer(DefaultTrainer):
         sources = getattr(data_loader, "sources", [])
         _require_teacher(sources, model)
         prepare_training(model, sources)
+        _announce(cfg, model, sources)
         optimizer = self.build_optimizer(cfg, model)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self._trainer = CheckedStep(
@@ -120,12 +123,16 @@ class Trainer(DefaultTrainer):
             NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer.
         """
         try:
-            return super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
         finally:
             self._trainer.close()
             bad = getattr(self.data_loader, "bad_images", None)
             if bad:
                 logger.warning("%d training images could not be used: %s", len(bad), ", ".join(bad))
+        results = getattr(self, "_last_eval_results", None)
+        if results and comm.is_main_process():
+            check_claim(self.cfg, results)
+        return results
 
     def before_train(self) -> None:
         """Run the hooks, then restore the random states of a resumed run, so that nothing can change them before."""
@@ -160,7 +167,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             # A run of 50 steps should show more than two lines.
             period = max(1, min(_WRITE_PERIOD, self.max_iter // 10))
-            built.append(hooks.PeriodicWriter(self.build_writers(), period))
+            built += [hooks.PeriodicWriter(self.build_writers(), period), TrainingBar()]
         return built
 
     def state_dict(self) -> dict[str, Any]:
@@ -201,7 +208,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """Build MODEL.META_ARCHITECTURE and log how many parameters are trained.
+        """Build MODEL.META_ARCHITECTURE.
 
         Raises:
             UsageError: no such architecture is registered.
@@ -211,13 +218,7 @@ class Trainer(DefaultTrainer):
         if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
             known = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY))
             raise UsageError(f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is unknown; known are {known}.")
-        model = build_model(cfg)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        logger.info(
-            "%s: %.2f M parameters trained, %.2f M frozen.", cfg.MODEL.META_ARCHITECTURE, trained / 1e6, frozen / 1e6
-        )
-        return model
+        return build_model(cfg)
 
     @classmethod
     def build_trained(cls, cfg: CfgNode) -> nn.Module:
@@ -309,11 +310,32 @@ class Trainer(DefaultTrainer):
             evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
+            logger.info("Evaluating on %s", ", ".join(cfg.DATASETS.TEST))
             results = super().test(cfg, model, evaluators)
             if cfg.TEST.HTML_REPORT:
                 for name, evaluator in zip(cfg.DATASETS.TEST, evaluators):
                     _draw_report(name, getattr(evaluator, "evaluation", None), f"{cfg.OUTPUT_DIR}/inference/{name}")
         return results
+
+
+def _announce(cfg: CfgNode, model: nn.Module, sources: Sequence[TrainSource]) -> None:
+    """Log what is trained on what."""
+    millions = [
+        sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (True, False)
+    ]
+    images = "; ".join(
+        f"{', '.join(source.spec.datasets)} ({len(source.records):,} images, {source.spec.images_per_step} a step)"
+        for source in sources
+    )
+    words = _vocabulary_of(model)
+    logger.info(
+        "Training %s (%.1f M parameters, %.1f M frozen) on %s%s: %d steps",
+        cfg.MODEL.META_ARCHITECTURE,
+        *millions,
+        images,
+        "" if words is None else f", {words.num_base} base words",
+        cfg.SOLVER.MAX_ITER,
+    )
 
 
 def _vocabulary_of(model: nn.Module) -> WordBank | None:

@@ -40,10 +40,10 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         UsageError: --eval-only without weights.
         DataError: --eval-only with weights that are not those of the model.
     """
-    from detectron2.evaluation import verify_results
     from detectron2.utils import comm
 
     from ovdet2.engine import AtomicCheckpointer, Trainer, setup
+    from ovdet2.engine.claim import check_claim
 
     cfg = setup(args)
     if args.eval_only:
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
         results = Trainer.test(cfg, model, weights=checkpointer.loaded)
         if comm.is_main_process():
-            verify_results(cfg, results)
+            check_claim(cfg, results)
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

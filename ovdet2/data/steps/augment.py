@@ -72,7 +72,7 @@ def build_augmentations(cfg: CfgNode, source: SourceSpec, is_train: bool) -> lis
                 "of DATASETS.SOURCES, or switch INPUT.LSJ off."
             )
         augmentations[:1] = large_scale_jitter(cfg.INPUT.LSJ.SCALES, cfg.INPUT.LSJ.SIDE)
-    logger.info("Augmentations of %s in %s: %s", source.name, "training" if is_train else "inference", augmentations)
+    logger.debug("Augmentations of %s in %s: %s", source.name, "training" if is_train else "inference", augmentations)
     return augmentations
 
 
