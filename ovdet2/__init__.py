@@ -1,22 +1,28 @@
 """ovdet2: open-vocabulary object detection on Detectron2."""
 
+from __future__ import annotations
+
+import importlib
 import warnings
 
-# Detectron2 0.6 and fvcore script functions at import; today's torch says twice that it would rather not.
+# Detectron2 0.6 and fvcore script functions at import, which torch 2.15 calls deprecated.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
 
 __version__ = "0.1.0"
-__all__ = ["Predictor", "Vocabulary"]
+__all__ = ["Detector", "Vocabulary", "register_captions", "register_image_labels", "register_ov_dataset"]
+
+# Imported when they are first used: vocabularies and `ovdet2 doctor` work where Detectron2 is not installed.
+_PLACES = {
+    "Detector": "ovdet2.predictor",
+    "Predictor": "ovdet2.predictor",  # the name of earlier versions
+    "Vocabulary": "ovdet2.vocabulary",
+    "register_captions": "ovdet2.data.datasets",
+    "register_image_labels": "ovdet2.data.datasets",
+    "register_ov_dataset": "ovdet2.data.datasets",
+}
 
 
-def __getattr__(name):
-    # Lazy, so that the vocabulary and the tools around it work where Detectron2 is not installed.
-    if name == "Predictor":
-        from ovdet2.predictor import Predictor
-
-        return Predictor
-    if name == "Vocabulary":
-        from ovdet2.vocabulary import Vocabulary
-
-        return Vocabulary
-    raise AttributeError(f"module 'ovdet2' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'ovdet2' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -17,42 +17,53 @@ from PIL import Image, ImageOps
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
-from ovdet2.errors import UsageError
+from ovdet2.errors import DataError, UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
+from ovdet2.zoo import DETECTORS
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
 
 
-class Predictor:
+class Detector:
     """A trained detector with an exchangeable vocabulary; until another is set, that of MODEL.VOCABULARY.FILE, else the
     one it was trained with. No data set is needed.
 
-    >>> predictor = Predictor("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
-    >>> predictor.set_vocabulary("striped moon, red star")
-    >>> instances = predictor.predict("photo.jpg")
+    >>> detector = Detector("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
+    >>> detector.set_vocabulary("striped moon, red star")
+    >>> instances = detector.predict("photo.jpg")
     """
 
-    def __init__(self, config: str | Path | CfgNode, weights: str | Path = "", overrides: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, config: str | Path | CfgNode, weights: str | Path | None = None, overrides: Sequence[Any] = ()
+    ) -> None:
         """
         Args:
-            config: yaml path, name of a shipped configuration, or a CfgNode.
-            weights: checkpoint; empty: MODEL.WEIGHTS of the configuration.
-            overrides: KEY VALUE list.
+            config: a name of :data:`ovdet2.zoo.DETECTORS`, a yaml path, the name of a shipped configuration, or a
+                CfgNode.
+            weights: checkpoint; None or empty: those of the name, else MODEL.WEIGHTS of the configuration.
+            overrides: list [key, value, ...]; not with a CfgNode.
 
         Raises:
             UsageError: no weights are given.
             DataError: the weights cannot be read, are not those of this model, or are of another embedding space.
         """
-        cfg = without_training_parts(load_config(config, overrides) if isinstance(config, (str, Path)) else config)
+        named = DETECTORS.get(str(config)) if isinstance(config, (str, Path)) else None
+        if named is not None:
+            config, overrides = named.config, ["MODEL.WEIGHTS", named.weights, *overrides]
+        if not isinstance(config, CfgNode):
+            config = load_config(config, overrides)
+        cfg = without_training_parts(config)
         weights = str(weights or cfg.MODEL.WEIGHTS)
         if not weights:
-            raise UsageError("a Predictor needs a trained detector: give weights=... or MODEL.WEIGHTS.")
+            raise UsageError("a Detector needs trained weights: give weights=... or MODEL.WEIGHTS.")
+        if named is not None and weights == named.weights and "://" not in weights and not Path(weights).is_file():
+            raise DataError(f"{weights} does not exist: {named.remedy}.")
         cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
         settle_device(cfg)
         self.cfg = cfg
@@ -152,6 +163,9 @@ class Predictor:
             for part in self._priors:
                 part.give_present_words(sample, words)
         return sample
+
+
+Predictor = Detector  # the name of earlier versions
 
 
 def to_rgb_array(image: Picture) -> np.ndarray:

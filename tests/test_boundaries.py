@@ -16,19 +16,19 @@ MAY_NAME_METHODS = ("methods", "ov_shapes", "programs")
 
 # Each package may import from those before it, and from itself. Above stand the command line and the programs.
 FLOORS = (
-    ("errors",),
+    ("errors", "__init__"),
     ("io", "layers"),
     ("ov_shapes.world",),
     ("vlm",),
     ("vocabulary",),
     ("caches", "priors"),
-    ("config",),
+    ("config", "zoo"),
     ("data",),
     ("modeling", "evaluation", "report"),
     ("methods",),
     ("engine",),
     ("predictor",),
-    ("ov_shapes", "experiments", "bench", "programs", "command_line", "doctor", "__init__"),
+    ("ov_shapes", "experiments", "bench", "programs", "command_line", "doctor"),
     ("cli", "__main__"),
 )
 # Programs of a method, in its directory: they stand on the floor of the programs.

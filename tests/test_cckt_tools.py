@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets.own import register_own
 from ovdet2.data.records import load_records
@@ -140,7 +140,7 @@ class TestOnlinePriors:
         overrides, weights = trained
         cfg = get_cfg()
         cfg.merge_from_list(overrides)
-        predictor = Predictor(cfg, weights)
+        predictor = Detector(cfg, weights)
         path = data / "micro" / "images" / "0001.png"
         seen = predictor.predict_present_words(path)
         assert predictor.present(path) == seen
@@ -167,7 +167,7 @@ class TestOnlinePriors:
         overrides, weights = trained
         cfg = get_cfg()
         cfg.merge_from_list([*overrides, "MODEL.CCKT.PRIORS", "False"])
-        predictor = Predictor(cfg, weights)
+        predictor = Detector(cfg, weights)
         assert not predictor.has_priors
         image = np.zeros((40, 40, 3), np.uint8)
         with pytest.raises(UsageError, match="takes no semantic priors: leave out the present words"):

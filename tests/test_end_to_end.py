@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ovdet2 import Predictor, Vocabulary
+from ovdet2 import Detector, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import DataError, UsageError
@@ -66,7 +66,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def predictor(run):
-    return Predictor(CONFIG, run[1] / "model_final.pth", SMALL)
+    return Detector(CONFIG, run[1] / "model_final.pth", SMALL)
 
 
 def report_of(output):
@@ -129,8 +129,8 @@ def predictions_of(output):
 def test_reference_rows_run_on_the_same_weights(run, name):
     root, output = run
     image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
-    plain = Predictor(CONFIG, output / "model_final.pth", SMALL).predict(image)
-    other = Predictor(f"ovshapes/{name}_r18.yaml", output / "model_final.pth", SMALL).predict(image)
+    plain = Detector(CONFIG, output / "model_final.pth", SMALL).predict(image)
+    other = Detector(f"ovshapes/{name}_r18.yaml", output / "model_final.pth", SMALL).predict(image)
     assert len(other) and not torch.equal(plain.scores[:20], other.scores[:20])
 
 
@@ -166,7 +166,7 @@ def test_predictor_knows_the_words_of_training_however_they_come(run, predictor,
         predictor.set_vocabulary(given)
         assert predictor.names == tuple(names) and bank.base_mask.tolist() == known
         assert torch.allclose(bank.embeddings, words.embeddings, atol=1e-6)
-    other = Predictor(
+    other = Detector(
         CONFIG, run[1] / "model_final.pth", [*SMALL, "MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")]
     )
     assert other.names == tuple(names) and other.model.vocabulary.base_mask.tolist() == known
@@ -194,7 +194,7 @@ def test_fine_tuning_on_fewer_classes_forgets_no_trained_word(run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "inference" / "fewer" / "report.json").read_text())
     assert report["novel_words_trained_on"] == ["plain circle"]  # the split's mask stays, the report says what it hides
-    tuned = Predictor(CONFIG, tmp_path / "model_final.pth", SMALL)
+    tuned = Detector(CONFIG, tmp_path / "model_final.pth", SMALL)
     assert tuned.names == (chosen, *own["novel"]) and tuned.model.vocabulary.base_mask.tolist() == [True, False, False]
     assert tuned.model.vocabulary.trained_base_names == {clean_name(name) for name in ids}
     tuned.set_vocabulary(["plain circle", chosen, own["novel"][1], "red mug"])
@@ -215,10 +215,10 @@ def test_predictor_refuses(run, predictor, tmp_path):
         predictor.predict(tmp_path / "thin.png")
     with pytest.raises(UsageError, match="16x64 pixels"):
         predictor.predict(Image.new("RGB", (16, 64)))
-    with pytest.raises(UsageError, match="needs a trained detector"):
-        Predictor(CONFIG, overrides=[*SMALL, "MODEL.WEIGHTS", ""])
+    with pytest.raises(UsageError, match="needs trained weights"):
+        Detector(CONFIG, overrides=[*SMALL, "MODEL.WEIGHTS", ""])
     with pytest.raises(DataError, match="ovshapes_r18.safetensors does not hold [0-9]+ of the model's weights"):
-        Predictor(CONFIG, overrides=SMALL)  # the trunk that training starts from is no detector
+        Detector(CONFIG, overrides=SMALL)  # the trunk that training starts from is no detector
 
 
 def test_vocabulary_file_must_fit(run, tmp_path):
@@ -229,14 +229,14 @@ def test_vocabulary_file_must_fit(run, tmp_path):
         tmp_path / "v.safetensors"
     )
     with pytest.raises(DataError, match="v.safetensors is of teacher ViT-B-32 / openai.*MODEL.TEACHER"):
-        Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
+        Detector(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])
     words = Vocabulary(
         names[:3], load_split().base_mask[:3], rows[:3], Fingerprint.stated("ovshapes-resnet", "embedded"), "single"
     )
     words.save(tmp_path / "v.safetensors")
     with pytest.raises(DataError, match="holds 3 words .3 base., OV-Shapes 48/17 has 65"):
         build_vocabulary(load_config(CONFIG, [*SMALL, *teacherless]))
-    predictor = Predictor(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])  # which needs no data set
+    predictor = Detector(CONFIG, run[1] / "model_final.pth", [*SMALL, *teacherless])  # which needs no data set
     assert predictor.names == names[:3]
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.config import load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.splits import OV_COCO_UNUSED
@@ -92,7 +92,7 @@ def test_the_predictor_needs_no_data_set(run, tmp_path, monkeypatch):
     root, output = run
     image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))  # the split of an LVIS data set is in its json
-    predictor = Predictor(CONFIG, output / "model_final.pth", [*SMALL, *ONE_STAGE_MASKS])
+    predictor = Detector(CONFIG, output / "model_final.pth", [*SMALL, *ONE_STAGE_MASKS])
     assert len(predictor.names) == 65 and predictor.names[0].count("_") == 1
     found = predictor.predict(str(image))
     assert found.has("pred_masks") and len(found)

@@ -12,7 +12,7 @@ from ovdet2.errors import UsageError
 from ovdet2.modeling.build import build_teacher
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
-from ovdet2.predictor import Predictor
+from ovdet2.predictor import Detector
 from ovdet2.programs import draw_queries as tool
 from ovdet2.report.query_pictures import SIDE, QueryView, draw_query, query_view, to_pixels
 from ovdet2.vocabulary import Vocabulary
@@ -143,7 +143,7 @@ def test_the_program_draws_the_best_queries(tmp_path, capsys):
     assert Image.open(written[0]).size == (2 * SIDE, SIDE * 60 // 100)
     said = capsys.readouterr().out
     # The best query is that of the best detection, and its last box is the detection's.
-    predictor = Predictor(cfg, str(tmp_path / "model.pth"))
+    predictor = Detector(cfg, str(tmp_path / "model.pth"))
     best = predictor.predict(pixels)[0]
     (view, text), *_ = tool.best_queries(predictor, pixels, 1)
     assert torch.allclose(view.boxes_xyxy[-1:], best.pred_boxes.tensor, atol=1e-3)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.caches.region_cache import RegionCache
 from ovdet2.config import load_config
 from ovdet2.data.datasets.ov_shapes import OV_SHAPES, ensure_generated
@@ -134,7 +134,7 @@ def test_variant_trains_evaluates_and_predicts(world, tmp_path, config):
     losses = [line["loss_distillation"] for line in metrics if "loss_distillation" in line]
     assert losses and all(0 < loss < 100 for loss in losses)  # that it falls: tests/test_coco_mini.py, on photographs
     assert report_of(tmp_path)["detections"] > 0
-    predictor = Predictor(f"ovshapes/{config}.yaml", tmp_path / "model_final.pth", SMALL)  # needs no cache
+    predictor = Detector(f"ovshapes/{config}.yaml", tmp_path / "model_final.pth", SMALL)  # needs no cache
     predictor.set_vocabulary("striped moon, red mug")
     image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
     assert set(predictor.predict(image).pred_classes.tolist()) <= {0, 1}

@@ -99,7 +99,7 @@ class Sample:
         if value is None:
             raise UsageError(
                 f"{self.name} comes without {kind.__name__}, which a part of the detector needs: load the data with "
-                "the steps of this configuration (ovdet2.data.steps.build_steps), or let Predictor prepare the image."
+                "the steps of this configuration (ovdet2.data.steps.build_steps), or let Detector prepare the image."
             )
         return value
 

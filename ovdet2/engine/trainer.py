@@ -310,7 +310,8 @@ class Trainer(DefaultTrainer):
             evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
-            logger.info("Evaluating on %s", ", ".join(cfg.DATASETS.TEST))
+            if cfg.DATASETS.TEST:
+                logger.info("Evaluating on %s", ", ".join(cfg.DATASETS.TEST))
             results = super().test(cfg, model, evaluators)
             if cfg.TEST.HTML_REPORT:
                 for name, evaluator in zip(cfg.DATASETS.TEST, evaluators):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
@@ -29,7 +29,7 @@ def main(argv=None):
     cfg = load_config(args.config_file, args.opts)
     if not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), OpenVocabularyDeformableDETR):
         raise UsageError(f"{args.config_file} describes no Deformable DETR: only those have queries to draw.")
-    predictor = Predictor(cfg)
+    predictor = Detector(cfg)
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     written = []
@@ -65,7 +65,7 @@ def best_queries(predictor, image, count):
     """Yield (:class:`~ovdet2.report.query_pictures.QueryView`, text) of the queries that are surest of a word.
 
     Args:
-        predictor: :class:`Predictor` of an OpenVocabularyDeformableDETR.
+        predictor: :class:`Detector` of an OpenVocabularyDeformableDETR.
         image: array [H, W, 3] uint8 RGB.
         count: most queries.
     """

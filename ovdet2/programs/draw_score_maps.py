@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
@@ -32,7 +32,7 @@ def main(argv=None):
         raise UsageError(f"{args.config_file} describes no Deformable DETR: only those have an encoder to draw.")
     if len({path.stem for path in args.input}) < len(args.input):
         raise UsageError("two images have the same name: draw them into different folders.")
-    predictor = Predictor(cfg)
+    predictor = Detector(cfg)
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     written = []

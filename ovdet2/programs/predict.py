@@ -20,10 +20,9 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
-from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import write_json
-from ovdet2.predictor import Predictor, to_rgb_array
+from ovdet2.predictor import Detector, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
 from ovdet2.vocabulary import parse_words
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Command line; returns the list of written pictures."""
     args = parse_args(argv)
     setup_logger(name="ovdet2")
-    predictor = Predictor(load_config(args.config_file, args.opts))
+    predictor = Detector(args.config_file, overrides=args.opts)
     if args.present is not None and not predictor.has_priors:
         raise UsageError("--present is for detectors with semantic priors: leave it out.")
     if args.vocabulary is not None:

@@ -44,7 +44,7 @@ class CCKTDet(Method):
         # Training: most base words that are added though they are not annotated; how many is drawn from 0 to this
         # number.
         cfg.MODEL.CCKT.PRIOR_DISTRACTORS = 0
-        # Images of no PRIOR_FILE (Predictor, demo): the teacher scores the image and n x n cells, the best score
+        # Images of no PRIOR_FILE (Detector, demo): the teacher scores the image and n x n cells, the best score
         # counts.
         cfg.MODEL.CCKT.PRIOR_TILES = 1
         # Words to queries: "blocks" of consecutive queries, "interleave" (query i takes word i mod K); empty:

@@ -118,7 +118,7 @@ def _words_of(sample, limit):
     if present is None:
         raise UsageError(
             f"{sample.name} comes without its present words, which MODEL.CCKT.PRIORS needs: load the data with the "
-            "steps of this configuration, or let Predictor prepare the image."
+            "steps of this configuration, or let Detector prepare the image."
         )
     words = present.words
     if len(words) and not 0 <= int(words.min()) <= int(words.max()) < limit:

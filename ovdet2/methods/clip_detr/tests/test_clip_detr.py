@@ -11,7 +11,7 @@ from ovdet2.config import without_training_parts
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError, UsageError
 from ovdet2.methods.cckt.tests import cckt_cases
-from ovdet2.predictor import Predictor
+from ovdet2.predictor import Detector
 from tests import micro
 from tests.test_detr_build import model_of, small_cfg
 
@@ -153,7 +153,7 @@ def test_a_label_table_of_another_teacher(tmp_path):
 def test_prediction_builds_no_part_and_needs_no_table(tmp_path):
     AtomicCheckpointer(detector(*PARTS["both"]), str(tmp_path)).save("model")
     cfg = small_cfg(*TINY, *PARTS["both"], "MODEL.CLIP_DETR.LABEL_TABLE", "nowhere.safetensors")
-    predictor = Predictor(cfg, str(tmp_path / "model.pth"))
+    predictor = Detector(cfg, str(tmp_path / "model.pth"))
     assert predictor.model.parts == () and predictor.names == micro.NAMES
     assert cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT == 0.5 and not without_training_parts(cfg).is_frozen()
     cfg.freeze()

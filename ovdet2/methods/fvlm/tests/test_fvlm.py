@@ -10,7 +10,7 @@ from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file, save_file
 
 import ovdet2
-from ovdet2 import Predictor
+from ovdet2 import Detector
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.engine.optimizer import build_optimizer
 from ovdet2.errors import DataError, UsageError
@@ -241,7 +241,7 @@ class TestByConfiguration:
 
     def test_new_words_bring_the_background_of_their_prompts(self, embedded):
         config, weights = embedded
-        predictor, teacher = Predictor(config, weights), Teacher.load("ovshapes-resnet", "embedded")
+        predictor, teacher = Detector(config, weights), Teacher.load("ovshapes-resnet", "embedded")
         vocabulary = predictor.model.vocabulary
         assert len(predictor.names) == 65
         for words, templates, prompts in (
