@@ -124,9 +124,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         )
     if bool(args.architecture) != bool(args.pretrained):
         parser.error("--architecture and --pretrained go together")
-    late = [option for option in args.opts if option.startswith("--")]
-    if late:
-        parser.error(f"{late[0]} comes after KEY VALUE overrides: put it before them")
     return args
 
 
