@@ -1,22 +1,24 @@
-r"""Say which words exist in each image of a data set, once, for detectors that start from such a prior (CCKT).
+r"""List the words present in each image of a data set, as semantic priors of a detector (CCKT-Det).
 
-    # CLIP: sigmoid of the cosine between the whole image and a word, over 0.07
+    # CLIP: sigmoid of the cosine between the image and a word, divided by 0.07
     ovdet2 prior --backend clip --dataset ov_coco_val_all \
         --architecture ViT-L-14 --pretrained laion2b_s32b_b82k --output output/priors/clip.safetensors
-    # the truth, the truth with stated errors (a simulation), chance
+    # the ground truth; the ground truth with a given precision and recall (a simulation); random words
     ovdet2 prior --backend oracle --dataset ov_coco_val_all --output oracle.safetensors
-    ovdet2 prior --backend noisy-oracle --precision 0.8 --recall 0.7 ...
-    ovdet2 prior --backend random ...
-    # somebody else's: JSON {image id: [[category id or word, score], ...]}
-    ovdet2 prior --backend file --input priors.json ...
-    # a vision-language model, asked about each word: behind a URL, or in a folder
+    ovdet2 prior --backend noisy-oracle --precision 0.8 --recall 0.7 --dataset ov_coco_val_all --output noisy.safetensors
+    ovdet2 prior --backend random --dataset ov_coco_val_all --output random.safetensors
+    # priors made elsewhere: JSON {image id: [[category id or word, score], ...]}
+    ovdet2 prior --backend file --input priors.json --dataset ov_coco_val_all --output priors.safetensors
+    # a vision-language model, which is asked about each word: behind a URL, or in a folder
     ovdet2 prior --backend mllm --url http://localhost:8000/v1 --model NAME \
         --candidates output/priors/clip.safetensors --top 20 --dataset ov_coco_val_all --output mllm.safetensors
-    ovdet2 prior --backend mllm --local FOLDER ...
+    ovdet2 prior --backend mllm --local FOLDER --dataset ov_coco_val_all --output mllm.safetensors
 
-Prints precision and recall over base and novel classes at --rho and --top-l; the file holds the --keep best words of
-each image whatever they are, so both are chosen later without building again. Answers of a model are kept beside the
-output as they come: a killed run loses none, and the same command goes on. Exit codes as of `ovdet2 train`.
+Prints precision and recall over base and novel classes at --rho and --top-l. The file holds the --keep best words of each
+image, so that other thresholds and lengths need no new file. Answers of a model are saved beside the output as they
+arrive: after an interruption the same command continues.
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__)
+        print(f"usage: ovdet2 dataset prepare NAME ...\n\n{__doc__}")
         return
     if name not in MODULES:
         raise UsageError(f"there is no data set {name!r} to prepare; there are {', '.join(MODULES)}.")
