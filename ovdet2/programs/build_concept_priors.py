@@ -128,7 +128,7 @@ def report(
     if isinstance(backend, FromFile) and (backend.other_images or backend.other_words):
         print(
             f"Left out of {args.input}: {backend.other_images} images that {args.dataset} does not have, and "
-            f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that were not asked for."
+            f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that are not in the list."
         )
     coverage = priors.coverage(split.names)
     if coverage.dropped or coverage.unknown:
@@ -154,7 +154,7 @@ class Skipped:
             raise DataError(
                 f"{len(self.messages)} images cannot be used, --max-bad-images is {self.limit}:\n  "
                 + "\n  ".join(self.messages)
-                + "\nMend them or raise --max-bad-images."
+                + "\nRepair them or raise --max-bad-images."
             )
 
 
@@ -165,7 +165,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="registered data set with a base/novel split")
     parser.add_argument("--output", required=True, help="file to write (.safetensors)")
     parser.add_argument("--words", help='"cat, red mug", or a text file with a word per line; default: the classes')
-    parser.add_argument("--vocabulary", help="vocabulary file whose words are asked for, instead of --words")
+    parser.add_argument("--vocabulary", help="vocabulary file of ovdet2 vocab, instead of --words")
     parser.add_argument("--keep", type=int, default=100, help="words kept per image")
     parser.add_argument("--rho", type=_numbers(float), default=[0.0, 0.7, 0.9], help="thresholds of the table, 0.7,0.9")
     parser.add_argument("--top-l", type=_numbers(_length), default=[6, 12, None], help="lengths of it, 6,12,all")
@@ -175,8 +175,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--architecture", help="clip: open_clip architecture")
     own.add_argument("--pretrained", help="clip: pretrained tag, 'embedded' or a weight file")
     own.add_argument("--templates", help="clip: template set (vild63)")
-    own.add_argument("--tiles", type=int, help="clip: n x n cells beside the whole image, the best of all counts (1)")
-    own.add_argument("--resize", choices=RESIZE, help="clip: its own transform, or the whole image warped (crop)")
+    own.add_argument(
+        "--tiles", type=int, help="clip: n x n cells in addition to the image, of which the best counts (1)"
+    )
+    own.add_argument("--resize", choices=RESIZE, help="clip: its own transform, or the image warped (crop)")
     own.add_argument("--temperature", type=float, help="clip: tau (0.07)")
     own.add_argument("--batch-size", type=int, help="clip: views per forward pass (64); mllm --local: questions (8)")
     own.add_argument("--num-workers", type=int, help="clip: processes that decode (2)")
@@ -184,7 +186,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--model", help="mllm: its name there")
     own.add_argument("--api-key-env", help="mllm: environment variable with the key to send; default: none is sent")
     own.add_argument("--request", type=json.loads, help='mllm: changes of the request, {"logprobs": null}')
-    own.add_argument("--workers", type=int, help="mllm: requests at once (4)")
+    own.add_argument("--workers", type=int, help="mllm: requests at the same time (4)")
     own.add_argument("--timeout", type=float, help="mllm: seconds without a byte (120)")
     own.add_argument("--local", help="mllm: folder of a transformers model, instead of --url")
     own.add_argument("--prompt", help=f"mllm: question, [OBJ] for the word ({PROMPT})")
@@ -192,7 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--candidates", help="mllm: another prior of the data set: ask about its --top words only")
     own.add_argument("--top", type=int, help="mllm: see --candidates")
     own.add_argument("--max-queries", type=int, help="mllm: stop after so many questions, writing no prior")
-    own.add_argument("--device", help="clip, mllm --local: cuda where there is one, otherwise cpu")
+    own.add_argument("--device", help="clip, mllm --local: default: cuda if available, otherwise cpu")
     own.add_argument("--precision", type=float, help="noisy-oracle: share of its words that are present, (0, 1]")
     own.add_argument("--recall", type=float, help="noisy-oracle: share of the present classes it lists, (0, 1]")
     own.add_argument("--seed", type=int, help="noisy-oracle, random (0)")

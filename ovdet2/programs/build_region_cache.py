@@ -285,7 +285,7 @@ def summary(args: argparse.Namespace, writer: CacheWriter, teacher: Teacher) -> 
     unreadable = [text for shard in manifest["shards"] for text in shard.get("unreadable", {}).values()]
     if unreadable:
         print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
-        print("Once they are mended, the same command with --verify embeds them.")
+        print("After they are repaired, the same command with --verify embeds them.")
     return manifest
 
 
