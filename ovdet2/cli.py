@@ -1,6 +1,6 @@
-"""The ``ovdet2`` command: its verbs, and nothing else.
+"""The ``ovdet2`` command and its verbs.
 
-A verb's program is imported when the verb is called, so that ``ovdet2 --help`` is quick and ``ovdet2 doctor`` runs
+The program of a verb is imported when the verb is called, so that ``ovdet2 --help`` is quick and ``ovdet2 doctor`` runs
 without Detectron2. Every program ends with exit code 2 for a usage error, 3 for data, 4 for the environment and 5 for a
 loss that is not finite.
 """
@@ -19,7 +19,7 @@ INSTALL_DETECTRON2 = "ovdet2 doctor --install-detectron2"
 
 
 class Verb(NamedTuple):
-    """A program: its ``function`` takes the words after the verb; an int that it returns is the exit code."""
+    """A program: ``function`` of ``module`` takes the words after the verb; if it returns an int, that is the exit code."""
 
     module: str
     help: str
@@ -31,23 +31,27 @@ VERBS = {
     "eval": Verb("ovdet2.programs.train", "evaluate a trained detector", "evaluate"),
     "predict": Verb("ovdet2.programs.predict", "detect any words in your images and draw the detections"),
     "demo": Verb("ovdet2.ov_shapes.demo", "train, evaluate and draw ViLD on OV-Shapes, a small generated world"),
-    "cache build": Verb("ovdet2.programs.build_region_cache", "embed regions of all training images once"),
-    "cache inspect": Verb("ovdet2.programs.inspect_cache", "print and draw what a region cache holds"),
+    "cache build": Verb("ovdet2.programs.build_region_cache", "embed regions of all training images with the teacher"),
+    "cache inspect": Verb("ovdet2.programs.inspect_cache", "print what a region cache contains and draw regions"),
     "vocab": Verb("ovdet2.programs.build_vocabulary", "embed words, or import embeddings, as a vocabulary file"),
     "prior": Verb("ovdet2.programs.build_concept_priors", "list the words present in each image of a data set"),
-    "dataset prepare": Verb("ovdet2.programs.prepare_dataset", "make the annotation files of OV-COCO, OV-LVIS, ..."),
+    "dataset prepare": Verb(
+        "ovdet2.programs.prepare_dataset", "make the annotation files of a data set such as OV-COCO"
+    ),
     "dataset check": Verb("ovdet2.programs.check_dataset", "report every problem of an annotation file and its images"),
     "dataset repair": Verb(
         "ovdet2.programs.check_dataset", "write a repaired copy of an annotation file", "repair_main"
     ),
-    "dataset pseudo-labels": Verb("ovdet2.programs.build_pseudo_labels", "annotate novel classes by a detector"),
-    "report make": Verb("ovdet2.programs.make_report", "write report.html of an evaluation"),
+    "dataset pseudo-labels": Verb(
+        "ovdet2.programs.build_pseudo_labels", "annotate novel classes with a trained detector"
+    ),
+    "report make": Verb("ovdet2.programs.make_report", "write report.html for the folder of an evaluation"),
     "report compare": Verb("ovdet2.programs.compare_reports", "compare two evaluations"),
-    "report queries": Verb("ovdet2.programs.draw_queries", "draw the queries of a Deformable DETR"),
+    "report queries": Verb("ovdet2.programs.draw_queries", "draw the best queries of a Deformable DETR"),
     "report score-maps": Verb("ovdet2.programs.draw_score_maps", "draw the encoder features of a Deformable DETR"),
-    "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify annotated boxes by a CLIP"),
+    "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify ground-truth boxes with a CLIP (zero-shot)"),
     "import-weights": Verb("ovdet2.programs.import_deformable_detr", "import published Deformable DETR weights"),
-    "experiment": Verb("ovdet2.programs.experiments", "run rows, ablations and sweeps, and write their tables"),
+    "experiment": Verb("ovdet2.programs.experiments", "train and evaluate the entries of a table, and write it"),
     "bench": Verb("ovdet2.programs.bench", "measure time and memory against a reference"),
     "doctor": Verb("ovdet2.doctor", "check the environment, or install Detectron2"),
 }
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the words after ``ovdet2``; None: those of the process.
 
     Raises:
-        SystemExit: always.
+        SystemExit: always, with the exit code.
     """
     with exit_on_error():
         code = run(sys.argv[1:] if argv is None else argv)
@@ -88,26 +92,29 @@ def run(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "detectron2":
             raise
+        if {"-h", "--help"} & set(arguments):  # its options cannot be listed, which is no reason to fail
+            print(f"usage: ovdet2 {name} ...\n\n{verb.help[:1].upper()}{verb.help[1:]}.\n")
+            print(f"Detectron2 is not installed. To list the options, first run: {INSTALL_DETECTRON2}")
+            return 0
         raise SetupError(f"ovdet2 {name} needs Detectron2, which is not installed. Run: {INSTALL_DETECTRON2}") from None
     return result if isinstance(result, int) else 0
 
 
 def _help(words: Sequence[str]) -> int:
-    """The list of all verbs, or of those of a group such as "cache".
+    """Print the list of all verbs, or of a group such as "cache"; returns the exit code 0.
 
     Raises:
-        UsageError: the words name neither.
+        UsageError: the words name neither a verb nor a group.
     """
-    wanted = [word for word in words if word not in ("-h", "--help")]
-    listed = {name: verb for name, verb in VERBS.items() if not wanted or name.split()[0] == wanted[0]}
-    if not listed or len(wanted) > 1:
-        raise UsageError(f"there is no verb {' '.join(wanted[:2])!r}; see ovdet2 --help.")
+    names = [word for word in words if word not in ("-h", "--help")]
+    listed = {name: verb for name, verb in VERBS.items() if not names or name.split()[0] == names[0]}
+    if not listed or len(names) > 1:
+        raise UsageError(f"there is no verb {' '.join(names[:2])!r}: see ovdet2 --help.")
     width = max(map(len, listed))
-    print("usage: ovdet2 VERB ...\n\nOpen-vocabulary object detection on Detectron2.\n")
+    print(f"usage: ovdet2 {' '.join([*names, 'VERB'])} ...\n\nOpen-vocabulary object detection on Detectron2.\n")
     print("\n".join(f"  {name:{width}}  {verb.help}" for name, verb in listed.items()))
-    print(
-        "\novdet2 VERB --help has the options and an example. Overrides of the configuration are KEY VALUE pairs, last."
-    )
+    print("\novdet2 VERB --help lists the options of a verb, with examples.")
+    print("Overrides of the configuration are KEY VALUE pairs at the end of the line.")
     return 0
 
 

@@ -1,9 +1,10 @@
-"""What the programs have in common on the command line."""
+"""Arguments that several programs share."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 
 def command_parser(verb: str, doc: str | None) -> argparse.ArgumentParser:
@@ -13,26 +14,51 @@ def command_parser(verb: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def add_config_file(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add --config-file."""
-    shipped = "yaml file, or the name of one that comes with ovdet2, such as ovshapes/vild_text_r18.yaml"
-    parser.add_argument("--config-file", required=required, default="", metavar="FILE", help=shipped)
+class _Overrides(argparse.Action):
+    """Store KEY VALUE overrides; an option among them is an error, because it would be read as a key."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        late = [word for word in values or () if str(word).startswith("--")]
+        if late:
+            parser.error(f"{late[0]} comes after KEY VALUE overrides: put it before them")
+        setattr(namespace, self.dest, list(values or ()))
+
+
+# Arguments of add_argument.
+CONFIG_FILE: dict[str, Any] = {
+    "metavar": "CONFIG_FILE",
+    "help": "yaml file, or the name of a configuration of ovdet2, such as ovshapes/vild_text_r18.yaml",
+}
+OVERRIDES: dict[str, Any] = {
+    "nargs": argparse.REMAINDER,
+    "action": _Overrides,
+    "default": [],
+    "metavar": "KEY VALUE",
+    "help": "overrides of the configuration, last, such as MODEL.WEIGHTS model_final.pth",
+}
+
+
+def add_config_file(parser: argparse.ArgumentParser, required: bool = True, purpose: str = "") -> None:
+    """Add --config-file, whose default is "" (the default values of all keys).
+
+    Args:
+        parser: changed.
+        required: whether the option must be given.
+        purpose: what the configuration is for, the end of the help text.
+    """
+    text = f"{CONFIG_FILE['help']}; {purpose}" if purpose else CONFIG_FILE["help"]
+    parser.add_argument("--config-file", required=required, default="", **CONFIG_FILE | {"help": text})
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Add the rest of the line, KEY VALUE overrides ("opts")."""
-    parser.add_argument(
-        "opts",
-        nargs=argparse.REMAINDER,
-        metavar="KEY VALUE",
-        help="overrides of the configuration, last, such as MODEL.WEIGHTS model_final.pth",
-    )
+    """Add the rest of the line, KEY VALUE overrides: ``opts``, a list that may be empty."""
+    parser.add_argument("opts", **OVERRIDES)
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --config-file, --resume, processes and machines of the run, and overrides."""
     add_config_file(parser, required=False)
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of OUTPUT_DIR")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine")
     parser.add_argument("--num-machines", type=int, default=1, metavar="M", help="number of machines")
     parser.add_argument("--machine-rank", type=int, default=0, metavar="R", help="number of this machine, from 0")
@@ -41,10 +67,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def launch_run(main: Callable[[argparse.Namespace], object], args: argparse.Namespace, device: str) -> None:
-    """Run ``main(args)`` in the processes of :func:`add_run_arguments`, on CUDA if ``device`` asks and there is one."""
+    """Run ``main(args)`` in the processes of :func:`add_run_arguments`, on CUDA if ``device`` names it and it is available."""
     import torch
 
-    from ovdet2.engine import launch  # slow to import, so after the errors a user makes most
+    from ovdet2.engine import launch  # slow to import, so after the most frequent usage errors
 
     use_cuda = device.startswith("cuda") and torch.cuda.is_available()
     launch(main, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,), use_cuda=use_cuda)

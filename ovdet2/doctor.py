@@ -1,10 +1,16 @@
-"""``ovdet2 doctor``: what of the environment is there, missing or mismatched, in plain sentences.
+"""Check the environment, or install Detectron2.
 
-Every check calls what it judges (NMS, a scheduler, a process group) instead of comparing version numbers alone, and
-ends a complaint with the remedy. Exit code 0: nothing is wrong; 4: something is.
+    ovdet2 doctor
+    ovdet2 doctor --only detectron2 --only cuda
+    # install Detectron2 0.6 in pure Python, unless a usable one is installed
+    ovdet2 doctor --install-detectron2
+
+Prints what works, what is missing and what does not fit, each problem with its remedy. A check calls what it judges
+(NMS, a scheduler, a process group), because version numbers do not show whether it works.
+
+Exit codes: 0 nothing is wrong, 4 something is.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib
@@ -17,6 +23,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from ovdet2.command_line import command_parser
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 INSTALL = "--install-detectron2"
@@ -312,13 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         install_detectron2.main([word for word in words if word != INSTALL])
         return 0
-    parser = argparse.ArgumentParser(prog="ovdet2 doctor", description=__doc__.splitlines()[0])
+    parser = command_parser("doctor", __doc__)
     parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
     parser.add_argument("--only", choices=sorted(CHECKS), action="append", help="one check; may be repeated")
     parser.add_argument(
         INSTALL,
         action="store_true",
-        help=f"install Detectron2 0.6 in pure Python, unless one that works is there; options: {INSTALL} --help",
+        help="install Detectron2 0.6, unless a usable one is installed; for its options add --help",
     )
     options = parser.parse_args(words)
     wrong = 0
@@ -328,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if finding.status == WRONG or not options.quiet:
             print(f"{finding.status:>5}  {finding.sentence}", flush=True)
     if wrong:
-        print(f"{wrong} thing{'s' * (wrong > 1)} to mend.", file=sys.stderr)
+        print(f"{wrong} problem{'s' * (wrong > 1)} to fix.", file=sys.stderr)
     return 4 if wrong else 0
 
 

@@ -110,8 +110,8 @@ def test_an_interrupted_build_leaves_nothing(tool, tmp_path, monkeypatch):
         (("--words", "cat", "--names", "coco"), "give one of --words"),
         (("--dataset", "ov_coco_val_all", "--names", "coco"), "give one of --words"),
         (("--names", "imagenet"), "invalid choice"),
-        (("--words", "cat", "--corrected"), "--corrected is for --names"),
-        (("--words", "cat", "--key", "text"), "are for --import-table"),
+        (("--words", "cat", "--corrected"), "--corrected requires --names"),
+        (("--words", "cat", "--key", "text"), "require --import-table"),
         (("--words", "cat", "--first-of-duplicates"), "is for --import-table without --dataset"),
         (
             ("--dataset", "ov_coco_val_all", "--import-table", "t.npy", "--first-of-duplicates"),

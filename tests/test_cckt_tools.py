@@ -72,13 +72,13 @@ class TestPseudoLabels:
             pred_classes=torch.tensor(classes),
         )  # fmt: skip
 
-    def test_what_is_chosen(self):
+    def test_what_is_selected(self):
         """Novel, sure, with an area, on no annotation, and not twice."""
-        found = build_pseudo_labels.chosen(self.instances(), [], 2, 0.9, 0.5)
+        found = build_pseudo_labels.select(self.instances(), [], 2, 0.9, 0.5)
         assert found.scores.tolist() == pytest.approx([0.99, 0.97])
-        found = build_pseudo_labels.chosen(self.instances(), [[29, 30, 20, 20]], 2, 0.9, 0.5)
+        found = build_pseudo_labels.select(self.instances(), [[29, 30, 20, 20]], 2, 0.9, 0.5)
         assert found.scores.tolist() == pytest.approx([0.97])
-        assert len(build_pseudo_labels.chosen(self.instances(), [], 4, 0.9, 0.5)) == 0
+        assert len(build_pseudo_labels.select(self.instances(), [], 4, 0.9, 0.5)) == 0
 
     def test_by_the_tool_marked_refused_and_said(self, data, trained, capsys):
         overrides, weights = trained

@@ -581,8 +581,8 @@ def test_ov_lvis_script(tmp_path, monkeypatch, capsys):
     script.main([])
     printed = capsys.readouterr().out
     assert "ov_lvis_train_base.json: written\n  4 images, 3 annotations of 4 base classes; 6 categories" in printed
-    assert "5 novel classes taken out of the negatives" in printed and "as published: 4 images, 3 base ann" in printed
-    assert "lvis_v1_val.json: not there; testing needs it" in printed
+    assert "5 novel classes removed from the negatives" in printed and "as published: 4 images, 3 base ann" in printed
+    assert "lvis_v1_val.json: missing; required for testing" in printed
     for subset in ("val", "minival"):
         write(folder / f"lvis_v1_{subset}.json", toy_lvis())
     monkeypatch.setitem(script.OFFICIAL, "lvis_v1_val.json", Official(4, 6, {"images_read": 4}))
@@ -592,10 +592,10 @@ def test_ov_lvis_script(tmp_path, monkeypatch, capsys):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert "ov_lvis_train_base.json: already up to date" in printed
     assert (
-        "lvis_v1_val.json: used as it is\n  4 images, 6 annotations, 3 of novel classes\n  as published: 4 images"
+        "lvis_v1_val.json: used unchanged\n  4 images, 6 annotations, 3 of novel classes\n  as published: 4 images"
         in printed
     )
-    assert "lvis_v1_minival.json: used as it is" in printed
+    assert "lvis_v1_minival.json: used unchanged" in printed
     write(folder / "lvis_v9_train.json", toy_lvis())
     script.main(["--json", str(folder), "--version", "v9"])
     made, other = read(folder / "ov_lvis_v9_train_base.json"), read(folder / "ov_lvis_train_base.json")

@@ -187,7 +187,7 @@ def test_novel_negatives_of_lvis_are_refused_in_training(root):
     data = json.loads(json_file.read_text())
     data["images"][3]["neg_category_ids"].append(7)
     json_file.write_text(json.dumps(data))
-    with pytest.raises(DataError, match="neg_category_ids in training data, id 4.*prepare_ov_lvis"):
+    with pytest.raises(DataError, match="neg_category_ids in training data, id 4.*ovdet2 dataset prepare ov-lvis"):
         DatasetCatalog.get("ov_lvis_train_base")
 
 

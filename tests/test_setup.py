@@ -93,7 +93,7 @@ def test_installer_keeps_a_usable_detectron2(monkeypatch, capsys):
     monkeypatch.setattr(installer, "_doctor", lambda: (True, "ok  Detectron2 0.6 of the user."))
     monkeypatch.setattr(installer, "_pip", lambda *arguments: pytest.fail("nothing may be installed"))
     installer.main([])
-    assert "Used as it is" in capsys.readouterr().out
+    assert "Used unchanged" in capsys.readouterr().out
 
 
 def test_installed_detectron2_passes_its_probes():

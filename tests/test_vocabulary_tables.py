@@ -204,7 +204,7 @@ def test_close_words_of_a_real_table(tmp_path, tool):
     write_json(tmp_path / "w.json", [*names, "tomcat"])
     words = ("--words", tmp_path / "w.json", "--import-table", tmp_path / "t.npy")
     _, printed = tool(*words, *STATED, "--show", "0")
-    assert "warning: the teacher can hardly tell apart 1 pairs of words (cosine above 0.98)" in printed
+    assert "warning: 1 near-duplicate pairs, which the teacher hardly distinguishes (cosine above 0.98)" in printed
     assert printed.splitlines()[2].endswith("cat | tomcat") and "... and 81 more words" in printed.splitlines()[0]
 
 

@@ -217,7 +217,6 @@ def size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-OVERRIDES = {"nargs": argparse.REMAINDER, "help": "KEY VALUE ... of the configuration"}
 SIZE = {"type": size_of, "help": "height x width of the images, in pixels"}
 
 

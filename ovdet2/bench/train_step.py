@@ -1,6 +1,6 @@
 r"""A training step of this checkout of ovdet2 against that of another: is it slower than before?
 
-    ovdet2 bench train-step --before ../ovdet2-before --config-file configs/ovshapes/vild_text_r18.yaml
+    ovdet2 bench train-step --before ../ovdet2-before --config-file ovshapes/vild_text_r18.yaml
 
 Each checkout trains in a separate process with its own files on PYTHONPATH and in its folder, so that it reads its own
 configuration; relative paths in overrides are relative to it. The processes take turns: one waits while the other does
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import ovdet2
-from ovdet2.bench.harness import OVERRIDES, Benchmark, Candidate, Case, Comparison
+from ovdet2.bench.harness import Benchmark, Candidate, Case, Comparison
 from ovdet2.bench.turns import Elapsed
+from ovdet2.command_line import CONFIG_FILE, OVERRIDES
 from ovdet2.errors import SetupError, UsageError
 
 _WORKER = importlib.resources.files("ovdet2.bench") / "train_step_worker.py"
@@ -30,7 +31,7 @@ _HERE = Path(ovdet2.__file__).resolve().parents[1]
 OPTIONS = {
     "--before": {"type": Path, "required": True, "help": "folder of the other checkout, the reference"},
     "--after": {"type": Path, "default": _HERE, "help": "folder of the checkout measured (default: this one)"},
-    "--config-file": {"required": True, "help": "yaml file, or its name below configs/"},
+    "--config-file": CONFIG_FILE | {"required": True},
     "opts": OVERRIDES,
 }
 

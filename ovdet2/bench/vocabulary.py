@@ -1,6 +1,6 @@
 """What more words cost at test: latency of one image for synthetic vocabularies of different sizes.
 
-    ovdet2 bench vocabulary --config-file configs/ovcoco/deformable_detr_r50.yaml --words 65 1203 21000
+    ovdet2 bench vocabulary --config-file ovcoco/deformable_detr_r50.yaml --words 65 1203 21000
 
 The detector has random weights, which cost what trained ones do; the image is noise. Exchanging the words is not timed.
 Ratios are to the fewest words.
@@ -13,16 +13,17 @@ from collections.abc import Iterator
 import torch
 
 from ovdet2.bench.detectors import DIM, build_detector, noise_samples, random_words
-from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
+from ovdet2.bench.harness import SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.bench.turns import Clock, Elapsed
+from ovdet2.command_line import CONFIG_FILE, OVERRIDES
 from ovdet2.config import load_config
 
 OPTIONS = {
-    "--config-file": {"default": "configs/ovcoco/deformable_detr_r50.yaml"},
+    "--config-file": CONFIG_FILE | {"default": "ovcoco/deformable_detr_r50.yaml"},
     "--words": {"nargs": "+", "type": positive, "default": [65, 1203, 21000]},
     "--size": SIZE | {"default": "800x1066"},
     "--dim": {"type": positive, "default": DIM, "help": "dimensions of the embedding space"},
-    "overrides": OVERRIDES,
+    "opts": OVERRIDES,
 }
 
 
@@ -30,7 +31,7 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
     """One detector, whose words each candidate sets before it detects."""
     counts = sorted(set(args.words))
     words = {count: random_words([f"word {n}" for n in range(count)], [False] * count, args.dim) for count in counts}
-    cfg = load_config(args.config_file, [*args.overrides, "MODEL.DEVICE", args.device])
+    cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", args.device])
     detector = functools.cache(lambda: build_detector(cfg, words[counts[0]]).eval())
     clock = Clock(args.device, args.cpu_time)
 

@@ -1,6 +1,8 @@
-"""What `make demo` does: ViLD-text, the region cache, ViLD and ViLD-ensemble on OV-Shapes, and their detections.
+"""Train and evaluate ViLD-text, ViLD and ViLD-ensemble on OV-Shapes, and draw their detections.
 
-ovdet2 demo
+    ovdet2 demo
+
+OV-Shapes is a small data set that is generated on the first use. ViLD's region cache is also built.
 """
 
 import json

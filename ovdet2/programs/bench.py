@@ -2,7 +2,7 @@
 
     ovdet2 bench detr --size 800x1066 --turns 5
 
-``ovdet2 bench <name> --help`` has the options of one.
+``ovdet2 bench NAME --help`` lists the options of one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> object:
     """
     name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__ + "\n" + "\n".join(f"  {key:12}{what}" for key, (_, what) in MODULES.items()))
+        print(
+            "usage: ovdet2 bench NAME ...\n\n"
+            + __doc__
+            + "\nBenchmarks:\n"
+            + "\n".join(f"  {key:12}{what}" for key, (_, what) in MODULES.items())
+        )
         return None
     if name not in MODULES:
         raise UsageError(f"there is no benchmark {name!r}; there are {', '.join(MODULES)}.")

@@ -1,22 +1,24 @@
-r"""Say which words exist in each image of a data set, once, for detectors that start from such a prior (CCKT).
+r"""List the words present in each image of a data set, as semantic priors of a detector (CCKT-Det).
 
-    # CLIP: sigmoid of the cosine between the whole image and a word, over 0.07
+    # CLIP: sigmoid of the cosine between the image and a word, divided by 0.07
     ovdet2 prior --backend clip --dataset ov_coco_val_all \
         --architecture ViT-L-14 --pretrained laion2b_s32b_b82k --output output/priors/clip.safetensors
-    # the truth, the truth with stated errors (a simulation), chance
+    # the ground truth; the ground truth with a given precision and recall (a simulation); random words
     ovdet2 prior --backend oracle --dataset ov_coco_val_all --output oracle.safetensors
-    ovdet2 prior --backend noisy-oracle --precision 0.8 --recall 0.7 ...
-    ovdet2 prior --backend random ...
-    # somebody else's: JSON {image id: [[category id or word, score], ...]}
-    ovdet2 prior --backend file --input priors.json ...
-    # a vision-language model, asked about each word: behind a URL, or in a folder
+    ovdet2 prior --backend noisy-oracle --precision 0.8 --recall 0.7 --dataset ov_coco_val_all --output noisy.safetensors
+    ovdet2 prior --backend random --dataset ov_coco_val_all --output random.safetensors
+    # priors made elsewhere: JSON {image id: [[category id or word, score], ...]}
+    ovdet2 prior --backend file --input priors.json --dataset ov_coco_val_all --output priors.safetensors
+    # a vision-language model, which is asked about each word: behind a URL, or in a folder
     ovdet2 prior --backend mllm --url http://localhost:8000/v1 --model NAME \
         --candidates output/priors/clip.safetensors --top 20 --dataset ov_coco_val_all --output mllm.safetensors
-    ovdet2 prior --backend mllm --local FOLDER ...
+    ovdet2 prior --backend mllm --local FOLDER --dataset ov_coco_val_all --output mllm.safetensors
 
-Prints precision and recall over base and novel classes at --rho and --top-l; the file holds the --keep best words of
-each image whatever they are, so both are chosen later without building again. Answers of a model are kept beside the
-output as they come: a killed run loses none, and the same command goes on. Exit codes as of `ovdet2 train`.
+Prints precision and recall over base and novel classes at --rho and --top-l. The file holds the --keep best words of each
+image, so that other thresholds and lengths need no new file. Answers of a model are saved beside the output as they
+arrive: after an interruption the same command continues.
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 from __future__ import annotations
@@ -126,7 +128,7 @@ def report(
     if isinstance(backend, FromFile) and (backend.other_images or backend.other_words):
         print(
             f"Left out of {args.input}: {backend.other_images} images that {args.dataset} does not have, and "
-            f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that were not asked for."
+            f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that are not in the list."
         )
     coverage = priors.coverage(split.names)
     if coverage.dropped or coverage.unknown:
@@ -152,7 +154,7 @@ class Skipped:
             raise DataError(
                 f"{len(self.messages)} images cannot be used, --max-bad-images is {self.limit}:\n  "
                 + "\n  ".join(self.messages)
-                + "\nMend them or raise --max-bad-images."
+                + "\nRepair them or raise --max-bad-images."
             )
 
 
@@ -163,7 +165,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", required=True, help="registered data set with a base/novel split")
     parser.add_argument("--output", required=True, help="file to write (.safetensors)")
     parser.add_argument("--words", help='"cat, red mug", or a text file with a word per line; default: the classes')
-    parser.add_argument("--vocabulary", help="vocabulary file whose words are asked for, instead of --words")
+    parser.add_argument("--vocabulary", help="vocabulary file of ovdet2 vocab, instead of --words")
     parser.add_argument("--keep", type=int, default=100, help="words kept per image")
     parser.add_argument("--rho", type=_numbers(float), default=[0.0, 0.7, 0.9], help="thresholds of the table, 0.7,0.9")
     parser.add_argument("--top-l", type=_numbers(_length), default=[6, 12, None], help="lengths of it, 6,12,all")
@@ -173,8 +175,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--architecture", help="clip: open_clip architecture")
     own.add_argument("--pretrained", help="clip: pretrained tag, 'embedded' or a weight file")
     own.add_argument("--templates", help="clip: template set (vild63)")
-    own.add_argument("--tiles", type=int, help="clip: n x n cells beside the whole image, the best of all counts (1)")
-    own.add_argument("--resize", choices=RESIZE, help="clip: its own transform, or the whole image warped (crop)")
+    own.add_argument(
+        "--tiles", type=int, help="clip: n x n cells in addition to the image, of which the best counts (1)"
+    )
+    own.add_argument("--resize", choices=RESIZE, help="clip: its own transform, or the image warped (crop)")
     own.add_argument("--temperature", type=float, help="clip: tau (0.07)")
     own.add_argument("--batch-size", type=int, help="clip: views per forward pass (64); mllm --local: questions (8)")
     own.add_argument("--num-workers", type=int, help="clip: processes that decode (2)")
@@ -182,7 +186,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--model", help="mllm: its name there")
     own.add_argument("--api-key-env", help="mllm: environment variable with the key to send; default: none is sent")
     own.add_argument("--request", type=json.loads, help='mllm: changes of the request, {"logprobs": null}')
-    own.add_argument("--workers", type=int, help="mllm: requests at once (4)")
+    own.add_argument("--workers", type=int, help="mllm: requests at the same time (4)")
     own.add_argument("--timeout", type=float, help="mllm: seconds without a byte (120)")
     own.add_argument("--local", help="mllm: folder of a transformers model, instead of --url")
     own.add_argument("--prompt", help=f"mllm: question, [OBJ] for the word ({PROMPT})")
@@ -190,7 +194,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--candidates", help="mllm: another prior of the data set: ask about its --top words only")
     own.add_argument("--top", type=int, help="mllm: see --candidates")
     own.add_argument("--max-queries", type=int, help="mllm: stop after so many questions, writing no prior")
-    own.add_argument("--device", help="clip, mllm --local: cuda where there is one, otherwise cpu")
+    own.add_argument("--device", help="clip, mllm --local: default: cuda if available, otherwise cpu")
     own.add_argument("--precision", type=float, help="noisy-oracle: share of its words that are present, (0, 1]")
     own.add_argument("--recall", type=float, help="noisy-oracle: share of the present classes it lists, (0, 1]")
     own.add_argument("--seed", type=int, help="noisy-oracle, random (0)")

@@ -1,27 +1,30 @@
-r"""Embed regions of every training image with the teacher, once: proposals for distillation, or annotated boxes.
+r"""Embed regions of every training image with the teacher: proposals for distillation, or annotated boxes.
 
     # proposals of a detector trained on base boxes (ViLD)
-    ovdet2 cache build --config-file configs/ovcoco/vild_text_r50.yaml \
+    ovdet2 cache build --config-file ovcoco/vild_text_r50.yaml \
         --dataset ov_coco_train_base --output output/ovcoco/region_cache \
         MODEL.WEIGHTS output/ovcoco/vild_text_r50/model_final.pth
-    # the annotated base boxes, by annotation id
-    ovdet2 cache build --config-file configs/ovcoco/vild_text_r50.yaml \
+    # annotated base boxes, by annotation id
+    ovdet2 cache build --config-file ovcoco/vild_text_r50.yaml \
         --dataset ov_coco_train_base --boxes annotations --output output/ovcoco/annotation_cache
-    # what that would cost, without writing anything
-    ... --dry-run
+    # estimate boxes, bytes and time without writing anything
+    ovdet2 cache build --config-file ovcoco/vild_text_r50.yaml \
+        --dataset ov_coco_train_base --boxes annotations --output output/ovcoco/annotation_cache --dry-run
 
---boxes also takes a file: a COCO-results json or a proposal file of Detectron2 (.pkl, only arrays are read from it).
-Where its boxes came from is its maker's word: with boxes of a detector that was trained on novel classes, the result is
-not open-vocabulary.
+--boxes also accepts a file: a COCO-results json, or a proposal file of Detectron2 (.pkl, only arrays are read from it).
+ovdet2 cannot check how the boxes of a file were made: if their detector was trained on novel classes, the result is not
+open-vocabulary.
 
-Each box is cut out of the original image at every scale of --scales, resized to the teacher's input as --crop says, and
-embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The teacher is that of the configuration, or
---architecture and --pretrained, so that a detector trained with one CLIP can propose for another.
+Each box is cropped from the original image at every scale of --scales, resized to the teacher's input as --crop states,
+and embedded; the embeddings are summed and divided by their norm (ViLD Eq. 1). The teacher is that of the configuration,
+or of --architecture and --pretrained, so that a detector trained with one CLIP can propose boxes for another.
 
-Start it as often as you like, on one machine or many that share the output folder, under torchrun (torchrun
---nproc-per-node 8 -m ovdet2 cache build ...) or as a Slurm array (--shard I/N, I counted from 0): shards are
-claimed, so no work is done twice. A killed run loses the shard it was at, and the same command goes on. Exit codes as
-of `ovdet2 train`. See docs/CACHES.md.
+Several processes can build one cache at the same time, on one machine or on many that share the output folder: start the
+same command several times, under torchrun (torchrun --nproc-per-node 8 -m ovdet2 cache build ...), or as a Slurm array
+(--shard I/N, I from 0). Processes claim shards, so no work is done twice. A killed run loses its current shard, and the
+same command continues. See docs/CACHES.md.
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 from __future__ import annotations
@@ -124,9 +127,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         )
     if bool(args.architecture) != bool(args.pretrained):
         parser.error("--architecture and --pretrained go together")
-    late = [option for option in args.opts if option.startswith("--")]
-    if late:
-        parser.error(f"{late[0]} comes after KEY VALUE overrides: put it before them")
     return args
 
 
@@ -285,7 +285,7 @@ def summary(args: argparse.Namespace, writer: CacheWriter, teacher: Teacher) -> 
     unreadable = [text for shard in manifest["shards"] for text in shard.get("unreadable", {}).values()]
     if unreadable:
         print("Without regions, since they cannot be read:\n  " + "\n  ".join(unreadable))
-        print("Once they are mended, the same command with --verify embeds them.")
+        print("After they are repaired, the same command with --verify embeds them.")
     return manifest
 
 

@@ -1,34 +1,39 @@
-r"""Build a vocabulary file: embed words, the classes of a data set or of a COCO json, or import an embedding table.
+r"""Build a vocabulary file: embed words with a CLIP text encoder, or import embeddings made elsewhere.
 
-    # words of your own: a list, or a file (a word per line, synonyms after semicolons: "sofa; couch; settee";
-    # or a json {word: [synonyms]}), with prompts of your own ("a drawing of {article} {}." a line)
-    ovdet2 vocab --words "cat, red mug" \
-        --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # your own words: a list; or a text file with a word per line and synonyms after semicolons ("sofa; couch; settee");
+    # or a json {word: [synonyms]}
+    ovdet2 vocab --words "cat, red mug" --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # your own prompt templates: a text file with a template per line ("a drawing of {article} {}.")
     ovdet2 vocab --words words.txt --templates prompts.txt \
         --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # the classes of a registered data set, base first
-    ovdet2 vocab --dataset ov_coco_val_all \
-        --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # the classes of a public data set by name, by ascending id; of LVIS with all synonyms averaged
-    ovdet2 vocab --names lvis --synonyms \
-        --architecture ViT-B-32 --pretrained openai --output v.safetensors
-    # a table made elsewhere, a row for each of COCO's 80 classes by id, reordered for --dataset
+    # the classes of a registered data set, base classes first
+    ovdet2 vocab --dataset ov_coco_val_all --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # the classes of a public data set by ascending id, here of LVIS with all synonyms averaged
+    ovdet2 vocab --names lvis --synonyms --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # an imported table with a row for each of COCO's 80 classes by id; its rows are reordered for --dataset
     ovdet2 vocab --dataset ov_coco_val_all --import-table table.npy --names coco \
         --architecture ViT-B-32 --pretrained openai --templates "a {name}" --output v.safetensors
-    # likewise, the rows being those of the categories of an annotation file; ViLD's tables have a column per class
+    # an imported table with a column for each category of an annotation file, such as ViLD's
     ovdet2 vocab --json lvis_v1_val.json --import-table table.pt --key text --transpose \
         --architecture ViT-B-32 --pretrained openai --templates "as ViLD" --output v.safetensors
 
-A word's embedding is that of its name alone, as in Detic's and F-VLM's tables; --synonyms averages those of all its
-names, as ViLD's published LVIS classifier does by its file name. Synonyms written into a word list are averaged unless
---no-synonyms is given. No two words may be the same text after cleaning ("red_mug", "Red mug"); of a table with such
-rows, --first-of-duplicates keeps the first of each. The tool prints the number of prompts before it embeds them, then
-words with a prompt and the words nearest to them, and warns of pairs that the teacher can hardly tell apart.
+By default the embedding of a word uses its name only, as the tables of Detic and F-VLM do. --synonyms averages the
+embeddings of all its names, as ViLD's published LVIS classifier does according to its file name. Synonyms in a word list
+are averaged unless --no-synonyms is given. No two words may be the same text after cleaning ("red_mug", "Red mug"); if
+an imported table has such rows, --first-of-duplicates keeps the first of each.
+
+The number of prompts is printed before they are embedded. Then words are printed, each with a prompt and its nearest
+words, and a warning lists near-duplicate pairs, which the teacher hardly distinguishes.
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from ovdet2.command_line import command_parser
@@ -40,21 +45,21 @@ from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
 from ovdet2.vocabulary.templates import clean_name, get_templates, render
-from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_json, words_of_text
+from ovdet2.vocabulary.word_lists import NAMED, WordList, named_words, words_of_json, words_of_text
 
-CLOSE = 0.98  # cosine
+CLOSE = 0.98  # cosine above which two words are a near-duplicate pair
 
 
-def main(argv=None):
-    """Command line; returns the vocabulary written."""
+def main(argv: Sequence[str] | None = None) -> Vocabulary:
+    """Command line; returns the vocabulary that was written."""
     args = parse_args(argv)
-    words = wanted_words(args)
+    words = words_to_embed(args)
     if not args.first_of_duplicates:
         check_words(words.names)
     if args.import_table:
         vocabulary = import_table(args, words)
     else:
-        print_prompts(args, words)  # a wrong template set is seen before the teacher is loaded
+        print_prompts(args, words)  # reports a wrong template set before the teacher is loaded
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
         vocabulary = Vocabulary.build(
             words.names, teacher, args.templates, words.base_mask, words.category_ids, True, words.synonyms
@@ -70,7 +75,7 @@ def main(argv=None):
     return vocabulary
 
 
-def parse_args(argv):
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = command_parser("vocab", __doc__)
     parser.add_argument("--words", help='"cat, red mug", a text file with a word per line, or a json of words')
@@ -81,9 +86,11 @@ def parse_args(argv):
     parser.add_argument(
         "--names", choices=NAMED, help="classes of a public data set; with --dataset, the rows of --import-table"
     )
-    parser.add_argument("--corrected", action="store_true", help="--names with its spelling mistakes mended")
+    parser.add_argument("--corrected", action="store_true", help="correct spelling mistakes in the classes of --names")
     parser.add_argument(
-        "--synonyms", action=argparse.BooleanOptionalAction, help="average synonyms; default: those of --words only"
+        "--synonyms",
+        action=argparse.BooleanOptionalAction,
+        help="average over synonyms; default: only over those in --words",
     )
     parser.add_argument("--import-table", help=".npy, .pt or .pth file with raw embeddings [K, D]")
     parser.add_argument("--key", help="entry of a .pt file that holds several tensors")
@@ -93,35 +100,39 @@ def parse_args(argv):
     )
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument(
-        "--pretrained", required=True, help="pretrained tag, 'embedded' or a weight file; stated for --import-table"
+        "--pretrained",
+        required=True,
+        help="pretrained tag, 'embedded' or a weight file; recorded only, for --import-table",
     )
     parser.add_argument(
-        "--templates", default="vild63", help="template set or file; for --import-table, how the rows were prompted"
+        "--templates",
+        default="vild63",
+        help="template set or file (vild63); for --import-table, a note on how its rows were made",
     )
-    parser.add_argument("--show", type=show_count, default=20, help="words to print, a number or 'all'")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--show", type=show_count, default=20, help="number of words to print, or 'all' (20)")
+    parser.add_argument("--device", default="cpu", help="device of the text encoder (cpu)")
+    parser.add_argument("--output", required=True, help="vocabulary file to write (.safetensors)")
     args = parser.parse_args(argv)
     rows_described = bool(args.dataset and args.import_table and (args.json or args.names))
     sources = [args.words, args.dataset, args.json, args.names]
     if sum(map(bool, sources)) != 1 + rows_described:
         parser.error(
-            "give one of --words, --dataset, --json, --names; beside --dataset, --json or --names describes the rows "
+            "give one of --words, --dataset, --json, --names; with --dataset, --json or --names may describe the rows "
             "of --import-table"
         )
     if args.corrected and not args.names:
-        parser.error("--corrected is for --names")
+        parser.error("--corrected requires --names")
     if args.import_table and args.synonyms:
-        parser.error("--synonyms embeds words: say of an imported table in --templates how it was made")
+        parser.error("--synonyms embeds words: for an imported table, note in --templates how it was made")
     if not args.import_table and (args.key or args.transpose):
-        parser.error("--key and --transpose are for --import-table")
+        parser.error("--key and --transpose require --import-table")
     if args.first_of_duplicates and (args.dataset or not args.import_table):
-        parser.error("--first-of-duplicates is for --import-table without --dataset, which chooses rows by id")
+        parser.error("--first-of-duplicates is for --import-table without --dataset, which selects rows by id")
     return args
 
 
-def show_count(text):
-    """Type of --show: a count, or None for all."""
+def show_count(text: str) -> int | None:
+    """The type of --show: a count, or None for all."""
     if text == "all":
         return None
     if not text.isdigit():
@@ -129,8 +140,12 @@ def show_count(text):
     return int(text)
 
 
-def wanted_words(args):
-    """The :class:`~ovdet2.vocabulary.word_lists.WordList` to write; its synonyms are those to average, or None."""
+def words_to_embed(args: argparse.Namespace) -> WordList:
+    """The words of the vocabulary; its synonyms are those to average over, or None.
+
+    Raises:
+        UsageError: --synonyms, but the source of the words has none.
+    """
     if args.dataset:
         words = words_of_dataset(args.dataset, bool(args.synonyms))
     elif args.words:
@@ -144,13 +159,17 @@ def wanted_words(args):
     return replace(words, synonyms=None)
 
 
-def words_by_id(args):
-    """The :class:`~ovdet2.vocabulary.word_lists.WordList` of --names or --json."""
+def words_by_id(args: argparse.Namespace) -> WordList:
+    """The words of --names or --json."""
     return named_words(args.names, args.corrected) if args.names else words_of_json(args.json)
 
 
-def import_table(args, words):
-    """A vocabulary from the rows of ``--import-table``, matched to the wanted classes by category id."""
+def import_table(args: argparse.Namespace, words: WordList) -> Vocabulary:
+    """A vocabulary from the rows of ``--import-table``, matched to ``words`` by category id.
+
+    Raises:
+        DataError: the table has another number of rows than words, or a word has no row.
+    """
     described = words_by_id(args) if args.dataset and (args.json or args.names) else words
     source = args.json or args.names or args.dataset or "--words"
     table = read_table(args.import_table, args.key)
@@ -165,44 +184,72 @@ def import_table(args, words):
             f"for each of the {count} words of {source}: {remedy}."
         )
     if described is not words:
-        row_of = {category: row for row, category in enumerate(described.category_ids)}
-        wanted = list(zip(words.category_ids, words.names))
-        wrong = [
-            (category, name)
-            for category, name in wanted
-            if category not in row_of or clean_name(described.names[row_of[category]]) != clean_name(name)
-        ]
-        if wrong:  # ids of one data set are ids of the next, with other meanings
-            raise DataError(
-                f"{source} has no category {wrong[:5]} ({len(wrong)} in all) of {args.dataset}: it is of another data "
-                "set, or spelt otherwise."
-            )
-        table = table[[row_of[category] for category, _ in wanted]]
+        table = table[rows_by_id(words, described, source, args.dataset)]
     if args.first_of_duplicates:
         words, table = first_of_duplicates(words, table)
     teacher = Fingerprint.stated(args.architecture, args.pretrained)
     return Vocabulary.from_table(words.names, table, teacher, args.templates, words.base_mask, words.category_ids)
 
 
-def first_of_duplicates(words, table):
-    """Words and rows without those whose word cleans to the same text as one before; prints how many were dropped."""
+def rows_by_id(words: WordList, described: WordList, source: str, dataset: str) -> list[int]:
+    """The row of each of ``words`` in a table whose rows ``described`` lists, by category id.
+
+    Args:
+        words: of the data set ``dataset``.
+        described: K words, one for each row.
+        source: of ``described``, for the message.
+        dataset: name, for the message.
+
+    Raises:
+        DataError: a category is missing, or has another name: ids of one data set can be ids of another.
+    """
+    assert words.category_ids is not None and described.category_ids is not None  # of a data set and a json
+    row_of = {category: row for row, category in enumerate(described.category_ids)}
+    categories = list(zip(words.category_ids, words.names))
+    missing = [
+        (category, name)
+        for category, name in categories
+        if category not in row_of or clean_name(described.names[row_of[category]]) != clean_name(name)
+    ]
+    if missing:
+        raise DataError(
+            f"{source} has no category {missing[:5]} ({len(missing)} in all) of {dataset}: it is of another data "
+            "set, or spells the names differently."
+        )
+    return [row_of[category] for category, _ in categories]
+
+
+def first_of_duplicates(words: WordList, table: np.ndarray) -> tuple[WordList, np.ndarray]:
+    """Drop words, and their rows, that clean to the same text as an earlier word; prints how many were dropped.
+
+    Args:
+        words: K words.
+        table: [K, D].
+    """
     dropped = [position for position, _ in repeated_words(words.names)]
-    kept = sorted(set(range(len(words.names))) - set(dropped))
+    rows = sorted(set(range(len(words.names))) - set(dropped))
     shown = [repr(words.names[i]) for i in dropped[:5]] + ["..."] * (len(dropped) > 5)
     print(f"dropped {len(dropped)} rows whose word an earlier row has: {', '.join(shown) or 'none'}")
-    ids = words.category_ids and tuple(words.category_ids[i] for i in kept)
-    return replace(words, names=tuple(words.names[i] for i in kept), category_ids=ids), table[kept]
+    ids = words.category_ids and tuple(words.category_ids[i] for i in rows)
+    return replace(words, names=tuple(words.names[i] for i in rows), category_ids=ids), table[rows]
 
 
-def print_prompts(args, words):
-    """Print how many prompts are going to be embedded."""
+def print_prompts(args: argparse.Namespace, words: WordList) -> None:
+    """Print the number of prompts to embed."""
     names = sum(map(len, averaged_names(words.names, words.synonyms)))
     templates = len(get_templates(args.templates))
     print(f"embedding {names} names in {templates} templates each: {names * templates} prompts")
 
 
-def print_words(vocabulary, count, templates, neighbours=3):
-    """Print the first ``count`` words (None: all), each with a prompt and the words nearest to it."""
+def print_words(vocabulary: Vocabulary, count: int | None, templates: str | Path | None, neighbours: int = 3) -> None:
+    """Print words, each with a prompt and its nearest words by cosine.
+
+    Args:
+        vocabulary: of K words.
+        count: number of words to print, the first ones; None: all.
+        templates: template set of the prompts; None: print the note of an imported table.
+        neighbours: number of nearest words.
+    """
     count = len(vocabulary) if count is None else min(count, len(vocabulary))
     cosines, nearest = nearest_words(vocabulary.embeddings, torch.arange(count), neighbours)
     for row in range(count):
@@ -215,12 +262,12 @@ def print_words(vocabulary, count, templates, neighbours=3):
         print(f"... and {len(vocabulary) - count} more words (--show all prints them)")
 
 
-def warn_of_close_words(vocabulary):
-    """Print the pairs of words whose embeddings have a cosine above ``CLOSE``, the closest first."""
+def warn_of_close_words(vocabulary: Vocabulary) -> None:
+    """Print the near-duplicate pairs, whose embeddings have a cosine above ``CLOSE``, the closest first."""
     pairs, total = close_pairs(vocabulary.embeddings, CLOSE)
     if not total:
         return
-    print(f"warning: the teacher can hardly tell apart {total} pairs of words (cosine above {CLOSE}):")
+    print(f"warning: {total} near-duplicate pairs, which the teacher hardly distinguishes (cosine above {CLOSE}):")
     for cosine, first, second in pairs:
         print(f"  {cosine:.4f}  {vocabulary.names[first]} | {vocabulary.names[second]}")
     if len(pairs) < total:

@@ -1,14 +1,18 @@
-r"""Two evaluations side by side: figures of A, of B, B - A, and the classes that gained and lost most.
+r"""Compare two evaluations: all figures of A and B, B - A, and the classes with the largest gains and losses.
 
     ovdet2 report compare output/ovshapes/vild_text/seed0/inference/ov_shapes_val_all \
         output/ovshapes/vild/seed0/inference/ov_shapes_val_all --html compare.html
 
-A and B are report.json files or the folders that hold one. Reports that did not measure the same (data set, its
-annotation file, split, protocol, metric, detections per image, distractors) are refused with exit code 3 unless
---anyway is given, which then says so on top.
+A and B are report.json files or the folders that hold them. Both reports must have measured the same (data set,
+annotation file, split, protocol, metric, detections per image, distractors). Otherwise the comparison is refused; with
+--anyway it is made, and starts with a warning.
+
+Exit codes: 2 usage, 3 data, or reports that did not measure the same.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ovdet2.command_line import command_parser
 from ovdet2.errors import DataError, UsageError, exit_on_error
@@ -18,33 +22,34 @@ from ovdet2.report.compare import as_html, as_text, compare, require_comparable
 SCHEMA = "ovdet2/report/"
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns the comparison."""
     parser = command_parser("report compare", __doc__)
-    parser.add_argument("a", metavar="A", type=Path, help="report.json, or its folder")
-    parser.add_argument("b", metavar="B", type=Path)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one HTML file, too")
-    parser.add_argument("--classes", type=int, default=10, help="classes shown of the largest gains, and of losses")
+    parser.add_argument("a", metavar="A", type=Path, help="report.json or its folder")
+    parser.add_argument("b", metavar="B", type=Path, help="report.json or its folder")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write the comparison as an HTML file")
+    parser.add_argument("--classes", type=int, default=10, help="number of classes listed as gains, and as losses (10)")
     parser.add_argument("--anyway", action="store_true", help="compare reports that did not measure the same")
     args = parser.parse_args(argv)
     if args.classes < 0:
-        raise UsageError("--classes is at least 0: change it.")
-    reports = [read_report(path) for path in (args.a, args.b)]
+        raise UsageError("--classes must be at least 0: change it.")
+    reports = read_report(args.a), read_report(args.b)
     if not args.anyway:
         require_comparable(*reports)
     comparison = compare(*reports, args.classes)
-    print(as_text(comparison, (args.a, args.b)))
+    names = str(args.a), str(args.b)
+    print(as_text(comparison, names))
     if args.html:
-        write_text(args.html, as_html(comparison, reports, (args.a, args.b)))
+        write_text(args.html, as_html(comparison, reports, names))
         print(f"\n{args.html}")
     return comparison
 
 
-def read_report(path):
-    """The report of a file or folder.
+def read_report(path: Path) -> dict[str, Any]:
+    """The report in a file or folder.
 
     Raises:
-        DataError: there is none, it is damaged, or it is something else.
+        DataError: it is missing, damaged, or no report.
     """
     path = path / "report.json" if path.is_dir() else path
     report = read_json(path, "give a report.json or the folder of a finished evaluation")

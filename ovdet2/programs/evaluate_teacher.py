@@ -1,12 +1,14 @@
-r"""Zero-shot classification of ground-truth boxes by a CLIP: the upper bound of what it can teach on a data set.
+r"""Classify ground-truth boxes with a CLIP (zero-shot): the upper bound of what it can teach on a data set.
 
-    ovdet2 teacher --dataset ov_shapes_val_all \
-        --architecture ovshapes-resnet --pretrained embedded --output out/
+    ovdet2 teacher --dataset ov_shapes_val_all --architecture ovshapes-resnet --pretrained embedded --output out/
+    # regions pooled from one pass over the image, instead of a pass per crop
     ovdet2 teacher --dataset ov_shapes_val_all \
         --architecture ovshapes-resnet --pretrained embedded --regions dense --side 256 --output out/
 
-Prints top-1 accuracy over base and novel boxes and the evaluator's table (each box with its probability for each word).
-Run it before training anything: a wrong CLIP or a wrong prompt shows here at once.
+Prints top-1 accuracy over base and novel boxes, and the table of the evaluator (each box with its probability for each
+word). Run it before training: a wrong CLIP or wrong prompts lower the accuracy.
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = command_parser("teacher", __doc__)
-    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--dataset", required=True, help="registered data set with a base/novel split")
     parser.add_argument("--architecture", required=True, help="open_clip architecture")
     parser.add_argument("--pretrained", required=True, help="tag, 'embedded' or a weight file")
     parser.add_argument("--templates", default="vild63", help="prompt template set")
@@ -80,12 +82,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--regions",
         choices=["crops", "dense"],
         default="crops",
-        help="a pass per crop, or pooled from one of the image",
+        help="a pass per crop, or features pooled from one pass over the image",
     )
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
     parser.add_argument("--side", type=int, default=1024, help="dense: longest edge of the resized image, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder of the results")
     return parser.parse_args(argv)
 
 

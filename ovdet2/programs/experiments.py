@@ -1,14 +1,17 @@
-r"""Run an experiment, a table of entries as data: train, evaluate, tabulate.
+r"""Run an experiment: train and evaluate the entries of a table, and write the table.
 
-    ovdet2 experiment                                         list the experiments
+    # list the experiments, and the options of one
+    ovdet2 experiment
     ovdet2 experiment clip_detr.ablations --help
     ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
-    ovdet2 experiment NAME ... -- --num-gpus 8 KEY VALUE      arguments of the training program
+    # arguments of the training program come after --
+    ovdet2 experiment ov-shapes --rows vild_text -- --num-gpus 8 SOLVER.MAX_ITER 100
 
-An experiment is named as <method>.<name> (PLANS in experiments.py of a method's directory), or by an import path. What
-entries read is made once for all of them. An entry that is done is not run again, an interrupted one goes on where it
-stopped, and one whose folder was made with other inputs is refused. Writes <output>/table.md and <output>/results.json.
-Exit codes as of `ovdet2 train`.
+An experiment is named <method>.<name> (PLANS in experiments.py of a method's directory), or by an import path. Inputs
+that entries share are made once. A finished entry is not run again, an interrupted one continues, and an entry whose
+folder was made from other inputs is refused. Writes <output>/table.md and <output>/results.json.
+
+Exit codes: those of ovdet2 train.
 """
 
 import argparse
@@ -39,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """
     name, *argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nExperiments: {', '.join([*NAMED, *known_plans()])}")
+        print(f"usage: ovdet2 experiment NAME ...\n\n{__doc__}\nExperiments: {', '.join([*NAMED, *known_plans()])}")
         return []
     plan, program = find_plan(NAMED.get(name, name)), f"ovdet2 experiment {name}"
     args = parse_args(plan, argv, program)

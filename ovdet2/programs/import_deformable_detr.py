@@ -1,18 +1,22 @@
-r"""Import a published Deformable DETR for MODEL.WEIGHTS: the official checkpoints and those of ``transformers``.
+r"""Import the weights of a published Deformable DETR: official checkpoints and those of ``transformers``.
 
-    # the classes of a registered data set, in its order: here for the published figure on COCO
+    # keep the classes of a registered data set, in its order; then measure the published figure on COCO
     ovdet2 import-weights r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \
         --dataset closed_coco_2017_val --output r50.safetensors
-    ovdet2 eval --config-file configs/coco/deformable_detr_r50_refine.yaml \
-        MODEL.WEIGHTS r50.safetensors
-    # all 91 rows of the class layers, one per COCO id
+    ovdet2 eval --config-file coco/deformable_detr_r50_refine.yaml MODEL.WEIGHTS r50.safetensors
+    # keep all 91 rows of the class layers, one per COCO id
     ovdet2 import-weights model.safetensors --output r50_91.safetensors
-    # for a text branch: everything but the class layers
+    # keep everything but the class layers, for a detector with a text branch
     ovdet2 import-weights model.safetensors --without-classes --output r50_text.safetensors
 
-The variant (one_stage, refine, two_stage) is read off the weights and printed; set MODEL.DETR.VARIANT to it. A file
-with a weight that is unknown or missing is refused.
+The output is a file for MODEL.WEIGHTS. The variant (one_stage, refine, two_stage) is inferred from the weights and
+printed: set MODEL.DETR.VARIANT to it. A file with unknown or missing weights is refused.
+
+Exit codes: 2 usage, 3 data.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 from ovdet2.command_line import command_parser
 from ovdet2.data.datasets import split_of
@@ -24,15 +28,15 @@ from ovdet2.modeling.detr.import_weights import import_weights
 SCHEMA = "ovdet2/imported-detr/1"
 
 
-def main(argv=None):
-    """Command line; returns the manifest written."""
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Command line; returns the manifest that was written."""
     parser = command_parser("import-weights", __doc__)
-    parser.add_argument("weights", help=".pth or .safetensors")
-    parser.add_argument("--output", required=True, help=".safetensors")
+    parser.add_argument("weights", help="published checkpoint (.pth or .safetensors)")
+    parser.add_argument("--output", required=True, help="file to write (.safetensors)")
     classes = parser.add_mutually_exclusive_group()
-    classes.add_argument("--dataset", help="registered data set, whose category ids say which rows to keep")
-    classes.add_argument("--without-classes", action="store_true", help="leave the class layers out")
-    parser.add_argument("--prefix", default="network.", help="of every name written")
+    classes.add_argument("--dataset", help="registered data set whose category ids select rows of the class layers")
+    classes.add_argument("--without-classes", action="store_true", help="drop the class layers")
+    parser.add_argument("--prefix", default="network.", help="prefix of every name that is written (network.)")
     args = parser.parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
@@ -47,13 +51,17 @@ def main(argv=None):
         "tensors": len(weights),
     }
     write_safetensors(args.output, {f"{args.prefix}{name}": value for name, value in weights.items()}, manifest)
-    kept = "all rows" if rows is None else f"{len(rows)} rows"
-    print(f"{args.output}: {len(weights)} tensors, variant {variant}, {kept} of the class layers")
+    count = "all rows" if rows is None else f"{len(rows)} rows"
+    print(f"{args.output}: {len(weights)} tensors, variant {variant}, {count} of the class layers")
     return manifest
 
 
-def class_rows(dataset):
-    """Category ids of a registered data set in the order of its contiguous classes, or None for none."""
+def class_rows(dataset: str | None) -> list[int] | None:
+    """Category ids of a registered data set in the order of its contiguous classes; None for no data set.
+
+    Raises:
+        UsageError: the data set has no split.
+    """
     if dataset is None:
         return None
     split = split_of(dataset)

@@ -1,15 +1,18 @@
-"""Install a Detectron2 that runs on today's libraries.
+"""Install Detectron2 0.6, built in pure Python for current libraries.
 
     ovdet2 doctor --install-detectron2
+    # without a package index: give the source archive of pb1-detectron2 0.6
+    ovdet2 doctor --install-detectron2 --sdist pb1-detectron2-0.6.tar.gz
 
+Detectron2 has no release on PyPI under its own name. An installed Detectron2 >= 0.6 that passes the checks of
+``ovdet2 doctor`` is kept unchanged. Otherwise the source of release 0.6, published on PyPI as ``pb1-detectron2``, is
+downloaded (or read from ``--sdist``) and compared with its SHA-256. It is changed by the table EDITS of this program,
+packed as a pure-Python wheel and installed without changing any other package.
 
-Detectron2 has no release on PyPI under its own name. An importable Detectron2 >= 0.6 that passes the checks of
-``ovdet2 doctor`` is left as it is. Otherwise the source of release 0.6, published there as
-``pb1-detectron2``, is fetched (or given by ``--sdist``), compared with its SHA-256, changed by the short table EDITS
-below, packed as a pure-Python wheel and installed without touching any other package.
+The wheel has no compiled operators (rotated boxes, deformable convolution, Detectron2's fast COCO evaluation). A
+stand-in module raises an error with the reason if one of them is called. NMS and RoIAlign come from torchvision.
 
-The compiled operators (rotated boxes, deformable convolution, Detectron2's own fast COCO evaluation) are not part of
-that wheel; a stand-in module says so when one of them is called. NMS and RoIAlign come from torchvision.
+Exit codes: 2 usage, 4 environment.
 """
 
 import base64
@@ -19,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,7 +141,7 @@ EDITS = (
     ),
 )  # fmt: skip
 
-STAND_IN = '''"""Stands where the compiled operators of Detectron2 would be: importable, plain about what is missing."""
+STAND_IN = '''"""A stand-in for the compiled operators of Detectron2: each raises an error that says what is missing."""
 
 STAND_IN = True
 
@@ -169,23 +173,23 @@ def __getattr__(name):
 '''
 
 
-def apply_edits(root, edits=EDITS):
-    """Change the source below ``root`` (the folder that holds ``detectron2/``) and add the stand-in ``_C.py``.
+def apply_edits(root: str | Path, edits: Sequence[Edit] = EDITS) -> None:
+    """Change the source in ``root`` (the folder that holds ``detectron2/``) and add the stand-in ``_C.py``.
 
     Raises:
         SetupError: a text does not occur exactly as often as the table says; the file is named and nothing is written.
     """
-    changed = {}
+    changed: dict[Path, str] = {}
     for edit in edits:
         path = Path(root) / "detectron2" / edit.file
         text = changed.get(path)
         if text is None:
             text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        found = text.count(edit.old)
-        if found != edit.count:
+        count = text.count(edit.old)
+        if count != edit.count:
             raise SetupError(
-                f"{path} has {found} times {edit.old!r}, expected {edit.count}: this is not the source of release 0.6. "
-                f"Give the file of {SDIST} by --sdist."
+                f"{path} has {count} times {edit.old!r}, expected {edit.count}: this is not the source of release 0.6. "
+                f"Give the source archive of {SDIST} with --sdist."
             )
         changed[path] = text.replace(edit.old, edit.new)
     for path, text in changed.items():
@@ -193,26 +197,34 @@ def apply_edits(root, edits=EDITS):
     (Path(root) / "detectron2" / "_C.py").write_text(STAND_IN, encoding="utf-8")
 
 
-def fetch_sdist(folder):
-    """Download the source archive with pip into ``folder``; pip compares the hash before it runs anything of it."""
-    wanted = Path(folder) / "requirement.txt"
-    wanted.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
+def fetch_sdist(folder: str | Path) -> Path:
+    """Download the source archive with pip to ``folder``; pip compares its hash before it runs any code of it.
+
+    Raises:
+        SetupError: pip failed; its output is quoted.
+    """
+    requirement = Path(folder) / "requirement.txt"
+    requirement.write_text(f"{SDIST} --hash=sha256:{SDIST_SHA256}\n", encoding="utf-8")
     options = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "--dest", str(folder)]
-    done = _pip("download", *options, "--requirement", str(wanted))
+    done = _pip("download", *options, "--requirement", str(requirement))
     archives = sorted(Path(folder).glob("*.tar.gz"))
     if done.returncode or len(archives) != 1:
         raise SetupError(
-            f"pip could not download {SDIST}:\n{done.stdout}{done.stderr}\nIt needs torch and setuptools in this "
-            "Python and a reachable package index. Without one, copy the file here and give it by --sdist."
+            f"pip could not download {SDIST}:\n{done.stdout}{done.stderr}\nThis requires torch and setuptools in "
+            "this Python and a package index. Without an index, copy the archive here and give it with --sdist."
         )
     return archives[0]
 
 
-def unpack(archive, folder):
-    """Check the SHA-256 of the source archive, unpack it below ``folder``, return the folder of the source."""
+def unpack(archive: str | Path, folder: str | Path) -> Path:
+    """Check the SHA-256 of the source archive and unpack it to ``folder``; returns the folder of the source.
+
+    Raises:
+        SetupError: there is no such file, or it has another SHA-256.
+    """
     archive = Path(archive)
     if not archive.is_file():
-        raise SetupError(f"there is no file {archive}. Give the source archive of {SDIST} by --sdist.")
+        raise SetupError(f"there is no file {archive}. Give the source archive of {SDIST} with --sdist.")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SDIST_SHA256:
         raise SetupError(
@@ -223,11 +235,11 @@ def unpack(archive, folder):
     return next(path for path in sorted(Path(folder).iterdir()) if (path / "detectron2").is_dir())
 
 
-def build_wheel(source, folder):
-    """Pack the edited source as ``detectron2-0.6+ovdet2.1-py3-none-any.whl`` in ``folder`` and return its path.
+def build_wheel(source: str | Path, folder: str | Path) -> Path:
+    """Pack the edited source as ``detectron2-0.6+ovdet2.1-py3-none-any.whl`` in ``folder``; returns its path.
 
     A pure-Python wheel is a zip archive with three small text files (METADATA, WHEEL, RECORD). It is written directly,
-    so that no line of the package's own setup.py, which wants a compiler, is run.
+    because the setup.py of the package requires a compiler.
     """
     source = Path(source)
     info = f"detectron2-{WHEEL_VERSION}.dist-info"
@@ -257,16 +269,21 @@ def build_wheel(source, folder):
     return wheel
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line: install Detectron2, or write its wheel.
+
+    Raises:
+        SetupError: the archive is missing or wrong, pip failed, or the result does not pass its checks.
+    """
     parser = command_parser("doctor --install-detectron2", __doc__)
-    parser.add_argument("--sdist", help=f"source archive of {SDIST}, instead of a download")
-    parser.add_argument("--force", action="store_true", help="install even where a usable Detectron2 is present")
-    parser.add_argument("--wheel-only", metavar="FOLDER", help="write the wheel there and install nothing")
+    parser.add_argument("--sdist", help=f"source archive of {SDIST}; default: download it")
+    parser.add_argument("--force", action="store_true", help="install even if a usable Detectron2 is installed")
+    parser.add_argument("--wheel-only", metavar="FOLDER", help="write the wheel to this folder and install nothing")
     options = parser.parse_args(arguments)
     if not (options.force or options.wheel_only):
         usable, sentences = _doctor()
         if usable:
-            print(f"{sentences}\nUsed as it is.")
+            print(f"{sentences}\nUsed unchanged.")
             return
         print(f"{sentences}\nBuilding release 0.6 as a pure-Python wheel ...")
     with tempfile.TemporaryDirectory() as scratch:
@@ -287,7 +304,7 @@ def main(arguments=None):
 
 
 def _doctor():
-    """Whether the doctor, in a fresh process, is content with Detectron2, and what it says."""
+    """(whether Detectron2 passes the checks of the doctor in a new process, what it printed)."""
     command = [sys.executable, "-m", "ovdet2.doctor", "--only", "detectron2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode == 0, (done.stdout + done.stderr).strip()

@@ -1,15 +1,21 @@
-r"""Write report.html for an evaluation folder.
+r"""Write report.html for the folder of an evaluation.
 
     ovdet2 report make output/ovshapes/vild_ensemble/seed0/inference/ov_shapes_val_all
+    # an evaluation that stopped after inference: measure its predictions first, then write the report
+    ovdet2 report make output/ovshapes/vild_ensemble/seed0/inference/ov_shapes_val_all --dataset ov_shapes_val_all
 
-The folder holds report.json and predictions.jsonl. Exit codes: 2 usage, 3 data.
+The folder must hold predictions.jsonl and, without --dataset, report.json.
+
+Exit codes: 2 usage, 3 data.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import add_config_file, command_parser
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
@@ -19,41 +25,46 @@ from ovdet2.io.files import read_json
 from ovdet2.report.html_report import write_html
 
 
-def main(argv=None):
-    """Command line; returns the path written."""
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Command line; returns the path that was written."""
     args = parse_args(argv)
-    load_config(args.config_file)
+    load_config(args.config_file)  # registers its DATASETS.OWN
     dataset = args.dataset
     if not dataset:
         remedy = "give the folder of a finished evaluation, or measure its predictions with --dataset"
         dataset = read_json(args.folder / REPORT, remedy).get("dataset")
     if dataset not in DatasetCatalog.list():
-        raise UsageError(
-            f"the data set {dataset!r} is not registered: name with --config-file the config.yaml of the run."
-        )
+        raise UsageError(f"the data set {dataset!r} is not registered: give the run's config.yaml with --config-file.")
+    split = split_of(dataset)
+    if split is None:
+        raise UsageError(f"the data set {dataset!r} has no base and novel classes: give another one with --dataset.")
     if args.dataset:
         evaluation = OpenVocabularyEvaluator(dataset, args.folder).measure_again()
     else:
         evaluation = load_evaluation(args.folder, dataset)
     output = args.output or args.folder / "report.html"
-    write_html(output, evaluation.report, evaluation.truth, evaluation.detections, split_of(dataset), args.pictures)
+    write_html(output, evaluation.report, evaluation.truth, evaluation.detections, split, args.pictures)
     print(output)
     return output
 
 
-def parse_args(argv):
-    """The command line of this program."""
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line of this program.
+
+    Raises:
+        UsageError: --pictures is negative.
+    """
     parser = command_parser("report make", __doc__)
     parser.add_argument("folder", type=Path, help="folder with report.json and predictions.jsonl")
     parser.add_argument(
-        "--dataset", default="", help="measure predictions.jsonl on this data set and write report.json"
+        "--dataset", default="", help="measure predictions.jsonl on this data set and write report.json first"
     )
-    parser.add_argument("--config-file", default="", help="of the run, for a data set that its DATASETS.OWN describes")
+    add_config_file(parser, required=False, purpose="only for a data set in the DATASETS.OWN of the run's config.yaml")
     parser.add_argument("--output", type=Path, help="file to write; default: report.html in the folder")
-    parser.add_argument("--pictures", type=int, default=6, help="images drawn of the worst, and of the best")
+    parser.add_argument("--pictures", type=int, default=6, help="number of worst, and of best, images to draw (6)")
     args = parser.parse_args(argv)
     if args.pictures < 0:
-        raise UsageError("--pictures is at least 0: change it.")
+        raise UsageError("--pictures must be at least 0: change it.")
     return args
 
 

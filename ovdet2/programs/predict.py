@@ -1,10 +1,16 @@
-"""Draw detections of any words on images, folders and glob patterns.
+r"""Detect any words in your images and draw the detections.
 
-    ovdet2 predict --config-file configs/ovshapes/vild_text_r18.yaml --input a.jpg dir/ "*.png" \
+    ovdet2 predict --config-file ovshapes/vild_text_r18.yaml --input a.jpg photos/ "*.png" \
         --vocabulary "striped moon, red star" --output out/ MODEL.WEIGHTS output/model_final.pth
+    # a detector with semantic priors: give the words present in the images instead of predicting them
+    ovdet2 predict --config-file ovshapes/cckt_full_r18.yaml --input a.jpg --present "red star, moon" \
+        --output out/ MODEL.WEIGHTS output/model_final.pth
 
-A detector with semantic priors reads the words present in each image: those that its teacher predicts, or --present.
-Each detection then has the word that it was found with, in the picture after "<-".
+Writes a picture of each image and detections.json to the output folder. Unreadable images are skipped with a message. A
+detector with semantic priors requires the words present in each image: its teacher predicts them, or --present gives
+them. The prior of a detection is drawn after "<-".
+
+Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 from __future__ import annotations
@@ -30,12 +36,12 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Command line; returns the list of written pictures."""
+    """Command line; returns the paths of the pictures."""
     args = parse_args(argv)
     setup_logger(name="ovdet2")
     predictor = Detector(args.config_file, overrides=args.opts)
     if args.present is not None and not predictor.has_priors:
-        raise UsageError("--present is for detectors with semantic priors: leave it out.")
+        raise UsageError("this detector takes no semantic priors: leave out --present.")
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     print(
@@ -53,20 +59,20 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             present = None
             if predictor.has_priors:
                 present = predictor.predict_present_words(image) if args.present is None else parse_words(args.present)
-            found = predictor.predict(image, present)
-            instances = best_per_object(found, args.confidence_threshold, args.overlap)
+            [instances] = predictor.predict([image], present)
+            instances = nms_across_words(instances, args.confidence_threshold, args.overlap)
             picture = output / f"{path.stem}.png"
             if picture in records:  # a/1.jpg and b/1.png would overwrite each other
                 picture = output / f"{path.parent.name}_{path.stem}_{len(records)}.png"
             save_picture(picture, draw(image, instances, predictor.names))
             records[picture] = to_record(path, instances, predictor.names, present)
     finally:
-        if records:  # an interruption keeps what was found
+        if records:  # also after an interruption
             write_json(output / "detections.json", list(records.values()), indent=1)
     if not records:
         raise DataError("no image could be read: see the messages above.")
-    found = sum(len(record["detections"]) for record in records.values())
-    print(f"{found} detections in {len(records)} images, drawn in {output}")
+    count = sum(len(record["detections"]) for record in records.values())
+    print(f"{count} detections in {len(records)} images, drawn in {output}")
     return list(records)
 
 
@@ -74,27 +80,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = command_parser("predict", __doc__)
     add_config_file(parser)
-    parser.add_argument("--input", nargs="+", required=True, help="images, folders, glob patterns")
+    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or glob patterns")
     parser.add_argument("--output", required=True, help="folder for the pictures and detections.json")
     parser.add_argument(
-        "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the data set\'s names'
+        "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the classes of the data set'
     )
-    parser.add_argument("--present", help="words present in the images, for a detector with semantic priors")
-    parser.add_argument("--confidence-threshold", type=float, default=0.3, help="drawn above this score")
     parser.add_argument(
-        "--overlap", type=float, default=0.6, help="of boxes that overlap more, whatever their word, the best is drawn"
+        "--present", help='words present in the images, "cat, red mug", for a detector with semantic priors'
+    )
+    parser.add_argument(
+        "--confidence-threshold", type=float, default=0.3, help="draw detections with a higher score (0.3)"
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.6, help="IoU threshold of the class-agnostic NMS across words (0.6)"
     )
     add_overrides(parser)
     return parser.parse_args(argv)
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Image paths of files, folders (their images, sorted, not recursive) and glob patterns, in the order given.
+    """Image paths of files, folders (sorted, without subfolders) and glob patterns, in the order given, each once.
 
     Raises:
         UsageError: an input matches nothing.
     """
-    found = []
+    paths = []
     for item in inputs:
         path = Path(item)
         if path.is_dir():
@@ -103,23 +113,39 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             matches = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(item))
         if not matches:
             raise UsageError(f"--input {item}: no such file, no image in that folder, or nothing matches the pattern.")
-        found.extend(matches)
-    return list(dict.fromkeys(found))
+        paths.extend(matches)
+    return list(dict.fromkeys(paths))
 
 
-def best_per_object(instances: Instances, threshold: float, overlap: float) -> Instances:
-    """Instances above ``threshold`` after NMS across words: two words for one object would be drawn over each other."""
+def nms_across_words(instances: Instances, threshold: float, overlap: float) -> Instances:
+    """Class-agnostic NMS across words, so that an object is drawn with its best word only.
+
+    Args:
+        instances: detections of one image.
+        threshold: detections with a score of at most this are dropped.
+        overlap: IoU above which the worse of two detections is dropped.
+
+    Returns:
+        The remaining detections, best first.
+    """
     from detectron2.layers import nms
 
     instances = instances[instances.scores > threshold]
-    return instances[nms(instances.pred_boxes.tensor, instances.scores, overlap)]
+    return instances[nms(instances.pred_boxes.tensor, instances.scores, overlap)]  # pyrefly: ignore[bad-index]  indices
 
 
 def to_record(
     path: Path, instances: Instances, names: Sequence[str], present: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """JSON-serialisable detections of one image; boxes XYXY in pixels. With semantic priors also the words ``present``
-    and the "prior" of each detection."""
+    """The entry of an image in detections.json.
+
+    Args:
+        path: of the image.
+        instances: its detections, boxes XYXY in pixels.
+        names: K words.
+        present: words present in the image, for a detector with semantic priors; the entry then has them, and the
+            "prior" of each detection.
+    """
     detections = [
         {"word": names[word], "score": round(score, 4), "box_xyxy": [round(v, 1) for v in box]}
         for box, score, word in zip(

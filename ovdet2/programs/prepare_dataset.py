@@ -1,11 +1,12 @@
 """Make the annotation files of a data set.
 
-    ovdet2 dataset prepare ov-coco --root datasets/coco        48 base, 17 novel classes, from COCO 2017
-    ovdet2 dataset prepare ov-lvis --root datasets/lvis        866 base, 337 novel classes, from LVIS v1
-    ovdet2 dataset prepare voc --root datasets/VOC2007         PASCAL VOC 2007 test as a COCO json, a transfer target
-    ovdet2 dataset prepare ov-shapes --root datasets           generate OV-Shapes, images included
+    ovdet2 dataset prepare ov-coco --root datasets/coco        # 48 base, 17 novel classes, from COCO 2017
+    ovdet2 dataset prepare ov-lvis --root datasets/lvis        # 866 base, 337 novel classes, from LVIS v1
+    ovdet2 dataset prepare voc --root datasets/VOC2007         # PASCAL VOC 2007 test as a COCO json, a transfer target
+    ovdet2 dataset prepare ov-shapes --root datasets           # generate OV-Shapes, images included
 
-``ovdet2 dataset prepare <name> --help`` has the options of one. Expected folders: datasets/README.md of the repository.
+``ovdet2 dataset prepare NAME --help`` lists the options of one. The expected folders are in datasets/README.md of the
+repository.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     name, *options = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__)
+        print(f"usage: ovdet2 dataset prepare NAME ...\n\n{__doc__}")
         return
     if name not in MODULES:
         raise UsageError(f"there is no data set {name!r} to prepare; there are {', '.join(MODULES)}.")

@@ -1,12 +1,19 @@
-"""Make the OV-COCO (48 base, 17 novel classes) annotation files.
+r"""Make the annotation files of OV-COCO (48 base, 17 novel classes).
 
-    ovdet2 dataset prepare ov-coco [--root FOLDER] [--json FOLDER]                   from the official COCO files
-    ovdet2 dataset prepare ov-coco [--root FOLDER] [--json FOLDER] --from FILE ...   from those of another code base
+    # from the official COCO 2017 files in datasets/coco/annotations
+    ovdet2 dataset prepare ov-coco --root datasets/coco
+    # from OV-COCO files of another code base
+    ovdet2 dataset prepare ov-coco --root datasets/coco \
+        --from instances_train2017_seen_2.json instances_val2017_all_2.json
 
-Writes ov_coco_train_base.json (base classes only) and ov_coco_val_all.json (base and novel) to the annotation folder,
-with COCO's own category ids. Running it again changes nothing.
+Writes ov_coco_train_base.json (base classes only) and ov_coco_val_all.json (base and novel classes) to the annotation
+folder, with COCO's category ids. A file that is already up to date is not written again.
+
+Exit codes: 2 usage, 3 data.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,25 +33,25 @@ OFFICIAL = {
 REMEDY = "download annotations_trainval2017.zip from cocodataset.org and unpack it there (datasets/README.md)"
 
 
-def parse_args(argv=None):
-    """Command line: --root, --json and --from."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of this program."""
     parser = command_parser("dataset prepare ov-coco", __doc__)
-    parser.add_argument("--root", type=Path, help="COCO folder (default: coco below $DETECTRON2_DATASETS or datasets)")
-    parser.add_argument("--json", type=Path, help="folder of the annotation files (default: annotations below --root)")
+    parser.add_argument("--root", type=Path, help="COCO folder; default: coco in $DETECTRON2_DATASETS or datasets")
+    parser.add_argument("--json", type=Path, help="folder of the annotation files; default: annotations in --root")
     parser.add_argument(
         "--from",
         dest="sources",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="OV-COCO files of another code base, for training, testing or both: OVR-CNN, Detic (_oriorder), VLDet, "
+        help="import OV-COCO files of another code base, for training, testing or both: OVR-CNN, Detic (_oriorder), VLDet, "
         "CLIPSelf (_65_cat), RegionCLIP, wusize (BARON, CLIM) or OADP; the layout is recognised",
     )
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Prepare the files and print their counts."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: prepare the files and print their counts."""
     args = parse_args(argv)
     folder = args.json or (args.root or data_root() / "coco") / "annotations"
     if args.sources:

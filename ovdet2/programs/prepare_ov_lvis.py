@@ -1,12 +1,16 @@
-"""Make the OV-LVIS training file (base classes: frequent and common; novel: rare) from the official LVIS ones.
+"""Make the training annotation file of OV-LVIS (base: frequent and common classes; novel: rare classes).
 
-    ovdet2 dataset prepare ov-lvis [--root FOLDER] [--json FOLDER] [--version v1]
+    ovdet2 dataset prepare ov-lvis --root datasets/lvis
 
-Reads lvis_v1_train.json and writes ov_lvis_train_base.json beside it: without annotations of rare classes, and without
-rare classes among the negatives of an image. lvis_v1_val.json, and lvis_v1_minival.json if it is there, are the test
-files as they are: they are only counted. Running it again changes nothing.
+Reads the official lvis_v1_train.json and writes ov_lvis_train_base.json to the same folder. It removes annotations of
+rare classes, and rare classes among the negatives of an image. The test files lvis_v1_val.json and, if present,
+lvis_v1_minival.json are used unchanged: they are only counted. A file that is already up to date is not written again.
+
+Exit codes: 2 usage, 3 data.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ovdet2.command_line import command_parser
@@ -26,17 +30,17 @@ OFFICIAL = {
 }
 
 
-def parse_args(argv=None):
-    """Command line: --root, --json and --version."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line of this program."""
     parser = command_parser("dataset prepare ov-lvis", __doc__)
-    parser.add_argument("--root", type=Path, help="LVIS folder (default: lvis below $DETECTRON2_DATASETS or datasets)")
-    parser.add_argument("--json", type=Path, help="folder of the annotation files (default: --root)")
-    parser.add_argument("--version", default="v1", help="of LVIS, as in the names of its files (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="LVIS folder; default: lvis in $DETECTRON2_DATASETS or datasets")
+    parser.add_argument("--json", type=Path, help="folder of the annotation files; default: --root")
+    parser.add_argument("--version", default="v1", help="version of LVIS, as in the names of its files (v1)")
     return parser.parse_args(argv)
 
 
-def main(argv=None):
-    """Prepare the training file, look at the test files, print the counts."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: prepare the training file, check the test files and print the counts."""
     args = parse_args(argv)
     folder = args.json or args.root or data_root() / "lvis"
     source = folder / f"lvis_{args.version}_train.json"
@@ -49,19 +53,19 @@ def main(argv=None):
             report,
             f"{report['images']:,} images, {report['annotations']:,} annotations of {report['base_classes']:,} base "
             f"classes; {report['categories']:,} categories listed, {report['novel_classes']:,} of them novel",
-            f"{report['negatives_masked']:,} novel classes taken out of the negatives of images",
+            f"{report['negatives_masked']:,} novel classes removed from the negatives of images",
         )
     )
     for subset in ("val", "minival"):
         path = folder / f"lvis_{args.version}_{subset}.json"
         if path.is_file():
-            found = check_lvis_test(path, split, remedy, OFFICIAL.get(path.name))
+            counts = check_lvis_test(path, split, remedy, OFFICIAL.get(path.name))
             print(
-                f"{path}: used as it is\n  {found['images_read']:,} images, {found['annotations_read']:,} annotations, "
-                f"{found['novel_annotations']:,} of novel classes\n  {found['verdict']}"
+                f"{path}: used unchanged\n  {counts['images_read']:,} images, {counts['annotations_read']:,} annotations, "
+                f"{counts['novel_annotations']:,} of novel classes\n  {counts['verdict']}"
             )
         elif subset == "val":
-            print(f"{path}: not there; testing needs it, training does not. To get it, {remedy}")
+            print(f"{path}: missing; required for testing, not for training. To get it, {remedy}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Make the COCO-format json of PASCAL VOC 2007 test, a transfer target.
+"""Make the COCO-format annotation file of PASCAL VOC 2007 test, a transfer target.
 
-    ovdet2 dataset prepare voc [--root FOLDER] [--subset test]
+    ovdet2 dataset prepare voc --root datasets/VOC2007
 
-Reads Annotations/*.xml and ImageSets/Main/test.txt of the folder VOC2007 and writes voc_2007_test.json into it.
-Running it again changes nothing.
+Reads Annotations/*.xml and ImageSets/Main/test.txt in the folder and writes voc_2007_test.json to it. A file that is
+already up to date is not written again.
+
+Exit codes: 2 usage, 3 data.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ovdet2.command_line import command_parser
@@ -18,13 +21,11 @@ from ovdet2.errors import exit_on_error
 PUBLISHED = (4_952, 12_032)
 
 
-def main(argv=None):
-    """Write the json, print the counts."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: write the json and print its counts."""
     parser = command_parser("dataset prepare voc", __doc__)
-    parser.add_argument(
-        "--root", type=Path, help="VOC folder (default: VOC2007 below $DETECTRON2_DATASETS or datasets)"
-    )
-    parser.add_argument("--subset", default="test", help="list of ImageSets/Main (default: %(default)s)")
+    parser.add_argument("--root", type=Path, help="VOC folder; default: VOC2007 in $DETECTRON2_DATASETS or datasets")
+    parser.add_argument("--subset", default="test", help="list in ImageSets/Main (test)")
     args = parser.parse_args(argv)
     folder = args.root or data_root() / "VOC2007"
     data = voc_json(folder, args.subset)

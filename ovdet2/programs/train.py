@@ -1,11 +1,14 @@
-"""Train a detector and evaluate it.
+"""Train a detector and evaluate it, or evaluate a trained one.
 
-    ovdet2 train --config-file ovcoco/vild_text_r50.yaml [--num-gpus 8] [SOLVER.BASE_LR 0.01 ...]
-    ovdet2 train --config-file ... --resume                              go on after an interruption
-    ovdet2 eval --config-file ... MODEL.WEIGHTS model_final.pth          evaluate without training
+    ovdet2 train --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 SOLVER.BASE_LR 0.01
+    # continue after an interruption
+    ovdet2 train --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 --resume
+    # evaluate without training
+    ovdet2 eval --config-file ovcoco/vild_text_r50.yaml MODEL.WEIGHTS model_final.pth
 
-Several machines: the same command on each, with --num-machines M --machine-rank R --dist-url tcp://<machine 0>:<port>;
-or torchrun, which needs none of these. Without CUDA, --num-gpus N starts N processes on the CPU.
+On several machines, run the same command on each with --num-machines M --machine-rank R --dist-url
+tcp://<machine 0>:<port>, or start it with torchrun, which needs none of these options. Without CUDA, --num-gpus N starts
+N processes on the CPU.
 
 Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a loss that is not finite.
 """

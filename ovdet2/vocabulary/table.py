@@ -67,7 +67,7 @@ class Vocabulary:
     embeddings: torch.Tensor
     teacher: Fingerprint
     templates: str
-    category_ids: tuple | None = field(default=None)
+    category_ids: tuple[int | str, ...] | None = field(default=None)
     synonyms: tuple | None = None
     templates_sha256: str | None = None
 
@@ -191,7 +191,7 @@ class Vocabulary:
         teacher: Teacher,
         templates: str | Path = "vild63",
         base_mask: Sequence[bool] | Tensor | None = None,
-        category_ids: Iterable[int] | None = None,
+        category_ids: Iterable[int | str] | None = None,
         progress: bool = False,
         synonyms: Iterable[Iterable[str]] | None = None,
     ) -> Vocabulary:
@@ -239,7 +239,7 @@ class Vocabulary:
         teacher: Fingerprint,
         templates: str,
         base_mask: Sequence[bool] | Tensor | None = None,
-        category_ids: Iterable[int] | None = None,
+        category_ids: Iterable[int | str] | None = None,
     ) -> Vocabulary:
         """Import raw embedding rows made elsewhere; they are normalised here.
 

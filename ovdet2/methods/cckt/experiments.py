@@ -1,13 +1,14 @@
 """CCKT-Det's sweeps as entries of experiments: one detector under many priors, and one training for each teacher."""
 
 import functools
-from argparse import REMAINDER, ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
+from ovdet2.command_line import add_config_file, add_overrides
 from ovdet2.config import load_config
 from ovdet2.data.records import load_records
 from ovdet2.errors import UsageError
@@ -29,7 +30,7 @@ def build_prior_sweep(args: Namespace) -> Experiment:
     Raises:
         UsageError: the configuration has no semantic priors, or no weights.
     """
-    cfg = load_config(args.config_file, args.overrides)
+    cfg = load_config(args.config_file, args.opts)
     if not (cfg.MODEL.CCKT.ENABLED and cfg.MODEL.CCKT.PRIORS):
         raise UsageError(f"{args.config_file} has no semantic priors (MODEL.CCKT.PRIORS): there is nothing to vary.")
     if not cfg.MODEL.WEIGHTS:
@@ -45,7 +46,7 @@ def build_prior_sweep(args: Namespace) -> Experiment:
                 entries[entry] = Entry(
                     name,
                     args.config_file,
-                    (*args.overrides, *_NO_CLAIM, "TEST.HTML_REPORT", "False", *chosen),
+                    (*args.opts, *_NO_CLAIM, "TEST.HTML_REPORT", "False", *chosen),
                     needs=(name,),
                     weights=cfg.MODEL.WEIGHTS,
                     folder=entry,
@@ -106,7 +107,7 @@ def build_teacher_sweep(args: Namespace) -> Experiment:
     Raises:
         UsageError: the configuration does not use priors and contrast.
     """
-    cfg = load_config(args.config_file, args.overrides)
+    cfg = load_config(args.config_file, args.opts)
     if not (cfg.MODEL.CCKT.ENABLED and cfg.MODEL.CCKT.PRIORS and cfg.MODEL.CCKT.CONTRAST != "none"):
         raise UsageError(
             f"{args.config_file} is no CCKT-Det with priors and contrast: its teacher would change little."
@@ -139,7 +140,7 @@ def build_teacher_sweep(args: Namespace) -> Experiment:
         entries[teacher] = Entry(
             teacher,
             args.config_file,
-            (*args.overrides, *_NO_CLAIM, *chosen),
+            (*args.opts, *_NO_CLAIM, *chosen),
             needs=(cache, priors),
             folder=f"{folder}/run",
         )
@@ -178,21 +179,18 @@ def _teacher(text: str) -> str:
     return text
 
 
-def _add_detector(parser: ArgumentParser, overrides: str) -> None:
-    parser.add_argument("--config-file", required=True, help="yaml of the detector")
-    parser.add_argument("overrides", nargs=REMAINDER, help=overrides)
-
-
 def _add_priors(parser: ArgumentParser) -> None:
-    _add_detector(parser, "MODEL.WEIGHTS model.pth, and KEY VALUE ...")
+    add_config_file(parser, purpose="of the detector")
     parser.add_argument("--priors", nargs="+", required=True, help="files of ovdet2 prior")
     parser.add_argument("--rho", type=_numbers(float), default=[0.7], help="thresholds, 0.7,0.9")
     parser.add_argument("--top", type=_numbers(int), default=[6], help="lengths L, 6,12")
+    add_overrides(parser)
 
 
 def _add_teachers(parser: ArgumentParser) -> None:
-    _add_detector(parser, "KEY VALUE ... of all trainings")
+    add_config_file(parser, purpose="of all trainings")
     parser.add_argument("--teachers", nargs="+", required=True, type=_teacher, metavar="ARCHITECTURE:PRETRAINED")
+    add_overrides(parser)
 
 
 PLANS = {

@@ -1,8 +1,8 @@
 r"""Training steps of CLIP-DETR: with AlignNet, with dynamic queries and with both, against the detector without them.
 
-    ovdet2 bench clip-detr --config-file configs/ovshapes/clip_detr_both_closed_r18.yaml \
+    ovdet2 bench clip-detr --config-file ovshapes/clip_detr_both_closed_r18.yaml \
         --size 160x160 --batch 8 --objects 4 --turns 10
-    ovdet2 bench clip-detr --config-file configs/coco/clip_detr_r50_12ep.yaml \
+    ovdet2 bench clip-detr --config-file coco/clip_detr_r50_12ep.yaml \
         --size 512x512 --batch 1 --objects 7 --turns 3
 
 All have the same weights and get the same images of noise; a step is forward, backward and an update of size 0. At test
@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from ovdet2.bench.detectors import TrainingStep, build_detector, noise_samples, random_words
-from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
+from ovdet2.bench.harness import SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
+from ovdet2.command_line import CONFIG_FILE, OVERRIDES
 from ovdet2.config import load_config
 
 ALIGN, DYNAMIC = "MODEL.CLIP_DETR.ALIGN_WEIGHT", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT"
@@ -28,11 +29,11 @@ PARTS = {
 }
 WORDS = [f"word {number}" for number in range(80)]
 OPTIONS = {
-    "--config-file": {"default": "configs/ovshapes/clip_detr_both_closed_r18.yaml"},
+    "--config-file": CONFIG_FILE | {"default": "ovshapes/clip_detr_both_closed_r18.yaml"},
     "--size": SIZE | {"default": "160x160"},
     "--batch": {"type": positive, "default": 8},
     "--objects": {"type": int, "choices": range(len(WORDS) + 1), "default": 4, "metavar": "N", "help": "of each image"},
-    "overrides": OVERRIDES,
+    "opts": OVERRIDES,
 }
 
 
@@ -47,7 +48,7 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
 def build(args: argparse.Namespace, name: str) -> TrainingStep:
     """Steps of the detector with some of the parts, which are built last: the weights of the detector are the same."""
     fixed = ["MODEL.DEVICE", args.device, "MODEL.CLIP_DETR.LABEL_TABLE", "", "MODEL.WEIGHTS", ""]
-    cfg = load_config(args.config_file, [*args.overrides, *fixed, *PARTS[name]])
+    cfg = load_config(args.config_file, [*args.opts, *fixed, *PARTS[name]])
     words = random_words(WORDS, [True] * len(WORDS))
     return TrainingStep(build_detector(cfg, words), torch.optim.AdamW, foreach=True)
 

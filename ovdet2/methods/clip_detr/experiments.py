@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from typing import Any
 
+from ovdet2.command_line import add_config_file
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError
 from ovdet2.experiments import Column, Entry, Experiment, Plan
@@ -76,7 +77,7 @@ def overrides_of(keys: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--config-file", required=True, help="yaml of the complete method")
+    add_config_file(parser, purpose="of the complete method")
     parser.add_argument("--tables", nargs="+", type=int, choices=TABLES, default=list(TABLES))
     parser.add_argument("--figure", default="AP-all", help='of the report\'s "bbox", such as AP50-novel')
 

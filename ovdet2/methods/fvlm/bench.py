@@ -22,9 +22,10 @@ from torch import nn
 
 import ovdet2.data.datasets  # noqa: F401  registers OV-COCO, whose 65 words are the vocabulary
 from ovdet2.bench.detectors import TrainingStep, build_detector, noise_samples, random_words
-from ovdet2.bench.harness import OVERRIDES, SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
+from ovdet2.bench.harness import SIZE, Benchmark, Candidate, Case, Comparison, positive, size_text
 from ovdet2.bench.memory import MIB
 from ovdet2.bench.turns import Clock, Elapsed
+from ovdet2.command_line import OVERRIDES
 from ovdet2.config import load_config
 from ovdet2.modeling import dataset_split
 from ovdet2.modeling.backbone.clip_pyramid import ALL_FROZEN
