@@ -10,8 +10,8 @@ from ovdet2.caches.region_cache import Regions
 from ovdet2.config import get_cfg
 from ovdet2.data.detr_augmentation import detr_crop
 from ovdet2.data.sample_maker import build_sample_maker
+from ovdet2.data.steps.regions import CachedRegions, transform_regions
 from ovdet2.errors import UsageError
-from ovdet2.methods.vild.sample import transform_regions
 
 HEIGHT, WIDTH = 120, 200
 
@@ -98,7 +98,7 @@ def test_cached_regions_go_through_the_same_transforms():
         np.random.seed(seed)
         transforms = augmentation(image := T.AugInput(np.zeros((HEIGHT, WIDTH, 3), np.uint8)))
         cached = Regions(torch.from_numpy(boxes).float(), torch.eye(2, 4).half(), torch.tensor([-1, -1]), torch.ones(2))
-        found = transform_regions(cached, transforms, image.image.shape[:2], 10)
+        found = CachedRegions(*transform_regions(cached, transforms, image.image.shape[:2], 10))
         expected = transforms.apply_box(boxes).clip(0, np.array(image.image.shape[1::-1] * 2))
         inside = (expected[:, 2:] > expected[:, :2]).all(axis=1)
         assert np.allclose(found.boxes_xyxy, expected[inside], atol=1e-3)

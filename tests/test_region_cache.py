@@ -24,10 +24,11 @@ from ovdet2.caches.region_cache_writer import CacheWriter, write_shard
 from ovdet2.config import get_cfg
 from ovdet2.data.mapped_records import MappedRecords
 from ovdet2.data.sample_maker import build_sample_maker
+from ovdet2.data.steps.regions import AttachCachedRegions, CachedRegions, transform_regions
 from ovdet2.data.stream import SourceStream
 from ovdet2.errors import CacheError, SetupError, UsageError
 from ovdet2.io.files import sha256_file
-from ovdet2.methods.vild.sample import AttachCachedRegions, CachedRegions, open_region_cache, transform_regions
+from ovdet2.methods.vild.sample import open_region_cache
 from ovdet2.vlm.fingerprint import Fingerprint
 from tests.micro_training import write_data
 
@@ -400,7 +401,7 @@ def test_regions_follow_their_image():
     steps = [T.Resize((96, 192)), T.RandomFlip(prob=1.0), CropTransform(90, 6, 90, 84)]
     augmented = T.AugInput(canvas)
     transforms = T.AugmentationList(steps)(augmented)
-    found = transform_regions(cached, transforms, augmented.image.shape[:2], 10).boxes_xyxy[0]
+    found = transform_regions(cached, transforms, augmented.image.shape[:2], 10)[0][0]
     rows, columns = np.nonzero(augmented.image[:, :, 0] > 127)
     drawn = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
     assert torch.allclose(found, drawn, atol=0.25)
@@ -413,7 +414,7 @@ def test_boxes_of_a_resized_and_flipped_image_agree_to_a_thousandth_of_a_pixel(
 ):
     cached = regions(5, seed, size=(height, width))
     transforms = TransformList([ResizeTransform(height, width, to_height, to_width), HFlipTransform(to_width)])
-    found = transform_regions(cached, transforms, (to_height, to_width), 10).boxes_xyxy.double()
+    found = transform_regions(cached, transforms, (to_height, to_width), 10)[0].double()
     wanted = cached.boxes_xyxy.double() * torch.tensor([to_width / width, to_height / height] * 2, dtype=torch.float64)
     wanted[:, [0, 2]] = to_width - wanted[:, [2, 0]]
     assert torch.allclose(found, wanted, rtol=0, atol=1e-3)
@@ -422,7 +423,7 @@ def test_boxes_of_a_resized_and_flipped_image_agree_to_a_thousandth_of_a_pixel(
 def test_a_sample_does_not_take_its_shard_along(tmp_path):
     """What a loader process sends is the storage of a tensor, not its view."""
     cache = build(tmp_path / "c", [1, 2, 3], 3, make=lambda image_id: regions(3, image_id))
-    sent = transform_regions(cache.regions(2), TransformList([NoOpTransform()]), (48, 64), 10).embeddings
+    sent = transform_regions(cache.regions(2), TransformList([NoOpTransform()]), (48, 64), 10)[1]
     assert sent.shape == (3, 4) and sent.untyped_storage().nbytes() == 3 * 4 * 2
 
 
@@ -430,18 +431,18 @@ def test_regions_cropped_away_are_dropped_and_cut_ones_clipped():
     cached = regions(3)
     cached.boxes_xyxy[:] = torch.tensor([[2.0, 2.0, 20.0, 20.0], [30.0, 10.0, 50.0, 40.0], [40.0, 20.0, 60.0, 40.0]])
     crop = TransformList([CropTransform(25, 5, 20, 30)])
-    found = transform_regions(cached, crop, (30, 20), 10)
+    found = CachedRegions(*transform_regions(cached, crop, (30, 20), 10))
     assert torch.equal(found.boxes_xyxy, torch.tensor([[5.0, 5.0, 20.0, 30.0], [15.0, 15.0, 20.0, 30.0]]))
     assert torch.equal(found.embeddings, cached.embeddings[1:])
-    assert len(transform_regions(cached, TransformList([CropTransform(61, 45, 3, 3)]), (3, 3), 10).boxes_xyxy) == 0
-    assert len(transform_regions(regions(0), TransformList([HFlipTransform(64)]), (48, 64), 10).boxes_xyxy) == 0
+    assert len(transform_regions(cached, TransformList([CropTransform(61, 45, 3, 3)]), (3, 3), 10)[0]) == 0
+    assert len(transform_regions(regions(0), TransformList([HFlipTransform(64)]), (48, 64), 10)[0]) == 0
 
 
 def test_more_regions_than_wanted_are_drawn_at_random():
     cached, seen = regions(20), set()
     for seed in range(10):
         np.random.seed(seed)
-        found = transform_regions(cached, TransformList([NoOpTransform()]), (48, 64), 6)
+        found = CachedRegions(*transform_regions(cached, TransformList([NoOpTransform()]), (48, 64), 6))
         chosen = [int((cached.boxes_xyxy == box).all(dim=1).nonzero()[0, 0]) for box in found.boxes_xyxy]
         assert len(set(chosen)) == 6 and torch.equal(found.embeddings, cached.embeddings[chosen])
         seen |= set(chosen)

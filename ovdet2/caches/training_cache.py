@@ -40,9 +40,12 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
         )
     if len(datasets) != 1:
         raise UsageError(
-            f"a region cache belongs to one data set, DATASETS.TRAIN names {list(datasets)}: join their jsons."
+            f"{key} is the region cache of one data set, and the source has {list(datasets)}: join their jsons."
         )
-    cache = RegionCache(folder)
+    try:
+        cache = RegionCache(folder)
+    except CacheError as error:
+        raise CacheError(f"{key}: {error}") from None
     stated = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
     cache.require_teacher(stated, "MODEL.TEACHER of the configuration")
     cache.require_dataset(datasets[0], MetadataCatalog.get(datasets[0]).ov_files()[0])

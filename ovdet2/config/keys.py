@@ -6,6 +6,7 @@ from detectron2.config import CfgNode as CN
 from detectron2.config import get_cfg as detectron2_get_cfg
 
 from ovdet2.config.methods import find_methods
+from ovdet2.errors import UsageError
 
 # Keys of earlier versions and their names of today; those that a method has taken over are declared by it.
 OLD_KEYS = {
@@ -42,8 +43,25 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
     _add_solver(cfg)
     _add_data_and_test(cfg)
     for method in find_methods(parts):
-        method.add_keys(cfg)
+        _add_keys_of(method, cfg)
     return cfg
+
+
+def _add_keys_of(method, cfg):
+    """Add the keys of a method.
+
+    Raises:
+        UsageError: it replaces a group of keys that is there already.
+    """
+    before = {f"MODEL.{name}": node for name, node in cfg.MODEL.items()} | dict(cfg.items())
+    method.add_keys(cfg)
+    after = {f"MODEL.{name}": node for name, node in cfg.MODEL.items()} | dict(cfg.items())
+    replaced = [name for name, node in before.items() if isinstance(node, CN) and after.get(name) is not node]
+    if replaced:
+        raise UsageError(
+            f"the method {method.name} replaces the keys {', '.join(replaced)}, which are another's: add its own group, "
+            f"such as MODEL.{method.name.upper()}."
+        )
 
 
 def _add_words(cfg):

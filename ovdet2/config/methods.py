@@ -84,5 +84,6 @@ def _method_of(path: str) -> Method:
         ) from None
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):
-        raise UsageError(f"{path} has no METHOD, an instance of ovdet2.config.Method: see docs/ARCHITECTURE.md.")
+        what = "is a class: write METHOD = <Class>()" if isinstance(method, type) else "is lacking or is something else"
+        raise UsageError(f"METHOD of {path}, an instance of a subclass of ovdet2.config.Method, {what}.")
     return method

@@ -160,6 +160,13 @@ def _report(cfg, reference, on_cpu, changed):
             cfg.SOLVER.STEPS,
             cfg.SOLVER.WARMUP_ITERS,
         )
+    if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER > 1:
+        logger.warning(
+            "SOLVER.WARMUP_ITERS, %d, is not below SOLVER.MAX_ITER, %d: the learning rate stays near 0. For a short trial, "
+            "set WARMUP_ITERS to 0.",
+            cfg.SOLVER.WARMUP_ITERS,
+            cfg.SOLVER.MAX_ITER,
+        )
     logger.info("Configuration, log and results: %s", cfg.OUTPUT_DIR)
 
 

@@ -36,7 +36,7 @@ class Part(nn.Module):
         takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
             have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
         sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.
-        loss_weights: weight of each kind of its losses; 1 where a kind is not named.
+        loss_weights: weight of each kind of its losses; empty: 1 for all.
     """
 
     name: str = ""
@@ -88,6 +88,7 @@ def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Par
         if part is not None:
             part.name = method.name
             part.old_weights = method.OLD_WEIGHTS
+            part.training_only = part.training_only or method.training_only
             built.append(part)
     return built
 
@@ -152,7 +153,26 @@ def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str
         losses: by name.
         part: whose ``loss_weights`` apply.
         kind: function of a name that gives its key there, such as one that takes a layer's number off.
+
+    Raises:
+        UsageError: ``losses`` is no mapping, or has a name that does not begin with "loss_" or has no weight although
+            the part has weights.
     """
+    if not isinstance(losses, Mapping):
+        raise UsageError(
+            f"the part {part.name} gives losses of type {type(losses).__name__}: it must be a dict by name."
+        )
+    unknown = [
+        name
+        for name in losses
+        if not name.startswith("loss_") or (part.loss_weights and kind(name) not in part.loss_weights)
+    ]
+    if unknown:
+        raise UsageError(
+            f"the part {part.name} gives losses named {', '.join(unknown)}, and weights of "
+            f"{', '.join(part.loss_weights) or 'none'}: a name begins with loss_, and a part that has weights has one for "
+            "each of its losses."
+        )
     return {name: part.loss_weights.get(kind(name), 1.0) * value for name, value in losses.items()}
 
 

@@ -1,65 +1,16 @@
-"""What ViLD adds to a training sample: cached region embeddings.
-
-Shapes: R regions, D embedding dimension.
-"""
+"""What ViLD adds to a training sample: cached region embeddings, see :mod:`ovdet2.data.steps.regions`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import transforms as T
-from detectron2.structures import Boxes
-from torch import Tensor
 
-from ovdet2.caches.region_cache import MappedRegions, RegionCache, Regions
-from ovdet2.caches.training_cache import known_regions, open_training_cache
-from ovdet2.data.samples import Sample
-from ovdet2.data.steps.step import Step
-from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.caches.region_cache import RegionCache
+from ovdet2.caches.training_cache import open_training_cache
+from ovdet2.data.steps.regions import AttachCachedRegions, CachedRegions
 
-
-@dataclass(frozen=True)
-class CachedRegions:
-    """Regions of an image with the teacher's embeddings.
-
-    Attributes:
-        boxes_xyxy: Tensor [R, 4] float32, pixels of the augmented image, not empty.
-        embeddings: Tensor [R, D] float16, unit rows before rounding.
-    """
-
-    boxes_xyxy: Tensor
-    embeddings: Tensor
-
-
-class AttachCachedRegions(Step):
-    """Attaches :class:`CachedRegions`.
-
-    Attributes:
-        cache: of the training set.
-        limit: regions kept of an image, drawn from numpy's global generator where there are more.
-    """
-
-    def __init__(self, cache: RegionCache, limit: int = 300) -> None:
-        self.cache, self.limit = cache, limit
-
-    def __call__(self, sample: Sample) -> None:
-        """
-        Raises:
-            CacheError: see :func:`~ovdet2.caches.training_cache.known_regions`.
-        """
-        ann_ids = (annotation.get("id") for annotation in sample.annotations or ())
-        cached = known_regions(self.cache, sample.image_id, sample.width, sample.height, ann_ids)
-        assert sample.image is not None and sample.transforms is not None, "augment the image first"
-        size = sample.image.shape[1], sample.image.shape[2]
-        sample.attach(transform_regions(cached, sample.transforms, size, self.limit))
-
-    def require_teacher(self, teacher: Fingerprint, owner: str) -> None:
-        """Raise CacheError unless the cache is of this teacher."""
-        self.cache.require_teacher(teacher, owner)
+__all__ = ["AttachCachedRegions", "CachedRegions", "open_region_cache"]
 
 
 def open_region_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
@@ -70,30 +21,3 @@ def open_region_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
     """
     key = "MODEL.VILD.REGION_CACHE"
     return open_training_cache(cfg.MODEL.VILD.REGION_CACHE, datasets, cfg, key, "MODEL.VILD.WEIGHT")
-
-
-def transform_regions(
-    cached: MappedRegions | Regions, transforms: T.TransformList, image_size: tuple[int, int], limit: int
-) -> CachedRegions:
-    """Cached regions through the geometric transforms of their image, as ViLD does.
-
-    A region of which nothing is left inside the image is dropped; the others are clipped to it.
-
-    Args:
-        cached: regions in pixels of the original image.
-        transforms: that were applied to the image.
-        image_size: (height, width) after them.
-        limit: regions kept at most, drawn from numpy's global generator where there are more.
-    """
-    # What TransformList.apply_box does, with the corners made once and not once for each transform.
-    corners = cached.boxes_xyxy.double().numpy()[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 2)
-    corners = transforms.apply_coords(corners).reshape(-1, 4, 2)
-    boxes = Boxes(torch.from_numpy(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)).float())
-    boxes.clip(image_size)
-    kept = torch.nonzero(boxes.nonempty())[:, 0]
-    if len(kept) == len(boxes) <= limit:
-        # A copy: a view would take its whole shard along from a loader process to the trainer.
-        return CachedRegions(boxes.tensor, cached.embeddings.clone())
-    if len(kept) > limit:
-        kept = kept[torch.from_numpy(np.random.permutation(len(kept))[:limit])]
-    return CachedRegions(boxes.tensor[kept], cached.embeddings[kept])

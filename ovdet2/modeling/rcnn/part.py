@@ -56,6 +56,8 @@ class RegionBatch:
 class WeakBatch:
     """Images without boxes, with proposals of the RPN that carry no gradient.
 
+    They pass through the backbone in training mode: batch statistics, where the backbone has any, are theirs, too.
+
     Attributes:
         samples: N images of one or several of the kinds that the part ``sees``; ``captions`` or ``labels`` of each.
         features: maps [N, ...] of the backbone by name, with gradient.

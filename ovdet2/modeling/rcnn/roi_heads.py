@@ -182,7 +182,14 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
     def _pool_own(self, features: Mapping[str, Tensor], samples: Sequence[Sample], part: RCNNPart) -> Tensor | None:
         boxes = part.own_boxes(samples)
-        return None if boxes is None else self.pool(features, boxes)
+        if boxes is None:
+            return None
+        if len(boxes) != len(samples):
+            raise UsageError(
+                f"the part {part.name} gives own boxes of {len(boxes)} images in a batch of {len(samples)}: give an "
+                "entry for each, possibly empty."
+            )
+        return self.pool(features, boxes)
 
     @torch.no_grad()
     def _replace_by_predicted(self, sampled, predictions):

@@ -1,10 +1,11 @@
 """Example of a method: distillation of the relations of regions, a new loss on the R-CNN host, all in this directory."""
 
 from ovdet2.config.method import Method
+from ovdet2.errors import UsageError
 
 
 class Example(Method):
-    """The angles between regions are to be those that the teacher sees (after Tung and Mori, ICCV 2019, Eq. 4)."""
+    """The angles between regions must be those between their teacher embeddings (after Tung and Mori, ICCV 2019, Eq. 4)."""
 
     name = "example"
     hosts = ("OpenVocabularyRCNN",)
@@ -16,14 +17,20 @@ class Example(Method):
     def is_on(self, cfg):
         return cfg.MODEL.EXAMPLE.WEIGHT > 0
 
+    def check(self, cfg):
+        if cfg.MODEL.EXAMPLE.WEIGHT < 0:
+            raise UsageError(f"MODEL.EXAMPLE.WEIGHT is {cfg.MODEL.EXAMPLE.WEIGHT}: it must not be negative.")
+
     def steps(self, cfg, source, is_train):
         if not (is_train and self.is_on(cfg) and source.kind == "boxes"):
             return []
         from ovdet2.caches.training_cache import open_training_cache
-        from projects.Example.example.relations import AttachRelated
+        from ovdet2.data.steps.regions import AttachCachedRegions
+        from projects.Example.example.relations import RelatedRegions
 
         keys = "MODEL.EXAMPLE.REGION_CACHE", "MODEL.EXAMPLE.WEIGHT"  # for messages
-        return [AttachRelated(open_training_cache(cfg.MODEL.EXAMPLE.REGION_CACHE, source.datasets, cfg, *keys))]
+        cache = open_training_cache(cfg.MODEL.EXAMPLE.REGION_CACHE, source.datasets, cfg, *keys)
+        return [AttachCachedRegions(cache, kind=RelatedRegions)]
 
     def build(self, cfg, host):
         from projects.Example.example.relations import Relations

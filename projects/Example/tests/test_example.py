@@ -11,7 +11,7 @@ from ovdet2.data.samples import as_samples
 from ovdet2.errors import UsageError
 from ovdet2.modeling.rcnn.part import RCNNPart
 from projects.Example.example import METHOD
-from projects.Example.example.relations import Related, Relations, relational_loss
+from projects.Example.example.relations import RelatedRegions, Relations, relational_loss
 from tests import micro
 
 PATH = "projects.Example.example"
@@ -53,7 +53,7 @@ def related_samples():
     samples = as_samples(micro.images(2))
     for number, sample in enumerate(samples):
         boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [10.0, 8.0, 60.0, 50.0]])[: 2 - number]
-        sample.attach(Related(boxes, unit(len(boxes), seed=number).half()))
+        sample.attach(RelatedRegions(boxes, unit(len(boxes), seed=number).half()))
     return samples
 
 
@@ -69,6 +69,19 @@ def test_training_step_of_a_detector():
         torch.testing.assert_close(losses[name], value)
     sum(losses.values()).backward()
     assert detector.roi_heads.classifier.projection.weight.grad.abs().sum() > 0
+
+
+def test_mixed_precision_on_a_cpu():
+    part = Relations({"loss_relations": 2.0})
+    part.name = "example"
+    with EventStorage(), torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = micro.model(parts=[part]).train()(related_samples())
+    assert torch.isfinite(losses["loss_relations"])
+
+
+def test_negative_weight_is_refused():
+    with pytest.raises(UsageError, match="MODEL.EXAMPLE.WEIGHT is -1.0"):
+        check_methods(configured(-1.0))
 
 
 def test_configuration_finds_it_by_its_import_path():
