@@ -231,11 +231,15 @@ class TestOneThing:
             detector(first(), first())
 
         class Same(Extra):
+            def __init__(self):
+                super().__init__(2, 0.5, "other")
+                self.loss_weights = {}
+
             def losses_before_matching(self, *given):
                 return {"loss_first": super().losses_before_matching(*given)[f"loss_{self.name}"]}
 
         with pytest.raises(UsageError, match="two losses named loss_first"):
-            detector(first(), Same(2, 0.5, "other"))(micro.images())
+            detector(first(), Same())(micro.images())
 
     def test_weights_are_saved_under_the_name_and_a_copy_has_its_own(self):
         model = detector(first())
