@@ -19,15 +19,15 @@ SILENCED = (
 )
 
 
-def open_logs(folder: str, rank: int) -> None:
+def open_logs(folder: str = "", rank: int = 0) -> None:
     """Log everything to ``folder``/log.txt, and on rank 0 to the terminal what concerns a user.
 
     Args:
-        folder: of the run.
+        folder: of the run; empty: only the terminal.
         rank: of this process; every process but the first writes log.txt.rank<number>.
     """
     for name in LOGGERS:
-        logger = setup_logger(folder, distributed_rank=rank, name=name)
+        logger = setup_logger(folder or None, distributed_rank=rank, name=name)
         to_terminal = [
             handler
             for handler in logger.handlers

@@ -27,7 +27,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
-from detectron2.utils.logger import setup_logger
 from torchvision.ops import box_iou, nms
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split, read_coco_json
+from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_json
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UsageError(f"{args.dataset} has no novel classes: name a training set of an open-vocabulary split.")
     if not cfg.MODEL.WEIGHTS:
         raise UsageError("pseudo labels need a trained detector: give MODEL.WEIGHTS.")
-    setup_logger(name="ovdet2")
+    open_logs()
     json_file, image_root = MetadataCatalog.get(args.dataset).ov_files()
     data = read_coco_json(json_file)
     boxes = {image["id"]: [] for image in data["images"]}

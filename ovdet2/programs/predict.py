@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.structures import Instances
-from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import write_json
 from ovdet2.predictor import Detector, to_rgb_array
@@ -38,7 +38,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Command line; returns the paths of the pictures."""
     args = parse_args(argv)
-    setup_logger(name="ovdet2")
+    open_logs()
     predictor = Detector(args.config_file, overrides=args.opts)
     if args.present is not None and not predictor.has_priors:
         raise UsageError("this detector takes no semantic priors: leave out --present.")
