@@ -3,7 +3,6 @@
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.utils.logger import setup_logger
 
 
 class SharedDetector:
@@ -19,8 +18,9 @@ class SharedDetector:
             UsageError, DataError: see :meth:`ovdet2.engine.Trainer.build_trained` and :meth:`~ovdet2.engine.Trainer.test`.
         """
         from ovdet2.engine import Trainer  # slow to import, so after the errors a user makes most
+        from ovdet2.engine.console import open_logs
 
         if self._model is None:
-            setup_logger(name="ovdet2")
+            open_logs()
             self._model = Trainer.build_trained(cfg)
         Trainer.test(cfg, self._model)
