@@ -101,7 +101,7 @@ def check_annotations(update: bool = False) -> int:
         UNANNOTATED.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         stale = []
     for line in stale:
-        print(f"{line} is a stale entry of {UNANNOTATED.relative_to(ROOT)}: run tools/check_types.py --update")
+        print(f"{line} is listed in {UNANNOTATED.relative_to(ROOT)} but resolved: run tools/check_types.py --update")
     return int(bool(new or stale))
 
 
