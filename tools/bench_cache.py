@@ -1,4 +1,4 @@
-"""Time of building and reading a region cache, and of training samples with it. See ``ovdet2 bench cache --help``."""
+"""The same as ``ovdet2 bench cache``: time of building and reading a region cache, and of training samples with it."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Time and memory of CLIP-DETR's training steps. See ``ovdet2 bench clip-detr --help``."""
+"""The same as ``ovdet2 bench clip-detr``: time and memory of CLIP-DETR's training steps."""
 
 from ovdet2.methods.clip_detr.bench import main
 

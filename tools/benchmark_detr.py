@@ -1,4 +1,4 @@
-"""Time and memory of Deformable DETR against that of transformers. See ``ovdet2 bench detr --help``."""
+"""The same as ``ovdet2 bench detr``: time and memory of Deformable DETR against that of transformers."""
 
 from ovdet2.bench.detr import main
 

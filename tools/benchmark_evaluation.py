@@ -1,4 +1,4 @@
-"""Time and memory of the evaluation against pycocotools and lvis. See ``ovdet2 bench evaluation --help``."""
+"""The same as ``ovdet2 bench evaluation``: time and memory of the evaluation against pycocotools and lvis."""
 
 from ovdet2.bench.evaluation import main
 

@@ -1,4 +1,4 @@
-"""Time and memory of F-VLM's training steps, trunk frozen or trained. See ``ovdet2 bench fvlm --help``."""
+"""The same as ``ovdet2 bench fvlm``: time and memory of F-VLM's training steps, trunk frozen or trained."""
 
 from ovdet2.methods.fvlm.bench import main
 

@@ -1,4 +1,4 @@
-"""Time and memory of ViLD's training steps against Faster R-CNN's. See ``ovdet2 bench vild --help``."""
+"""The same as ``ovdet2 bench vild``: time and memory of ViLD's training steps against Faster R-CNN's."""
 
 from ovdet2.methods.vild.bench import main
 

@@ -1,4 +1,4 @@
-"""Latency of a detector with more words. See ``ovdet2 bench vocabulary --help``."""
+"""The same as ``ovdet2 bench vocabulary``: latency of a detector with more words."""
 
 from ovdet2.bench.vocabulary import main
 

@@ -1,10 +1,10 @@
-"""Check types with pyrefly, and that every public function is annotated; what is known to fail may only shrink.
+"""Check types with pyrefly, and that every public function is annotated. Exceptions are listed; new ones are refused.
 
-    python tools/check_types.py            # exit 1 and say what is new, or what the lists below need no longer hold
-    python tools/check_types.py --update   # drop from the lists what is repaired; nothing is ever added
+    python tools/check_types.py            # print new errors and stale list entries; exit code 1 if there are any
+    python tools/check_types.py --update   # remove stale entries from the lists; entries are never added
 
 Two lists of known exceptions are committed: .ci/type_errors.json, pyrefly's baseline, and .ci/unannotated.json, the
-public functions without complete annotations by file. A list that does not exist is written as things are.
+public functions without complete annotations, by file. A missing list is created with the current exceptions.
 """
 
 import argparse
@@ -22,9 +22,9 @@ PACKAGE = "ovdet2"
 
 
 def check_types(update: bool = False) -> int:
-    """Run pyrefly with this Python's packages; returns its exit code: 0 if no error is new and none of the list stale.
+    """Run pyrefly with this Python's packages; returns its exit code: 0 without new errors and without stale entries.
 
-    ``update`` drops stale entries.
+    ``update`` removes stale entries of the list.
     """
     command = [sys.executable, "-m", "pyrefly", "check", "--python-interpreter-path", sys.executable]
     command += ["--baseline", str(TYPE_ERRORS.relative_to(ROOT)), "--output-format", "min-text"]
@@ -36,14 +36,16 @@ def check_types(update: bool = False) -> int:
 
 
 def source_files(folder: Path = ROOT / PACKAGE) -> list[Path]:
-    """The Python files below ``folder`` that are no tests."""
+    """The Python files below ``folder``, without tests."""
     return sorted(path for path in folder.rglob("*.py") if "tests" not in path.relative_to(folder).parts)
 
 
 def public_functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef, bool]]:
-    """(qualified name, definition, whether the first parameter is self or cls) of a module's public functions.
+    """The public functions of a module and the public methods of its public classes.
 
-    Those are the functions of the module and the methods of its public classes that do not begin with an underscore.
+    Yields:
+        (qualified name, definition, whether the first parameter is self or cls); names with a leading underscore are
+        not public.
     """
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
@@ -60,7 +62,7 @@ def _is_public_function(node: ast.AST) -> bool:
 
 
 def is_annotated(function: ast.FunctionDef | ast.AsyncFunctionDef, bound: bool) -> bool:
-    """Whether the result and all parameters, but a ``bound`` first one, have annotations."""
+    """Whether the result and all parameters are annotated; with ``bound``, the first parameter is skipped."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args][bound:]
     others = [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
@@ -81,32 +83,32 @@ def unannotated(root: Path = ROOT) -> dict[str, list[str]]:
 
 
 def compare(known: dict[str, list[str]], now: dict[str, list[str]]) -> tuple[list[str], list[str]]:
-    """(functions that lack annotations and are not listed, listed ones that are annotated or gone): "file: name"."""
+    """(unlisted functions without annotations, listed functions that are annotated or deleted), each "file: name"."""
     before, after = ({f"{path}: {name}" for path, names in each.items() for name in names} for each in (known, now))
     return sorted(after - before), sorted(before - after)
 
 
 def check_annotations(update: bool = False) -> int:
-    """Compare with the list and print the differences; 1 if there are any, 0 otherwise. ``update`` drops stale entries."""
+    """Compare with the list and print the differences; 1 if there are any, else 0. ``update`` removes stale entries."""
     now = unannotated()
     known = json.loads(UNANNOTATED.read_text(encoding="utf-8")) if UNANNOTATED.exists() else now
     new, stale = compare(known, now)
     for line in new:
-        print(f"{line} lacks annotations of parameters or of its result")
+        print(f"{line} lacks annotations of parameters or of the result")
     if update or not UNANNOTATED.exists():
         kept = {path: sorted(set(names) & set(now.get(path, ()))) for path, names in known.items()}
         kept = {path: names for path, names in sorted(kept.items()) if names}
         UNANNOTATED.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         stale = []
     for line in stale:
-        print(f"{line} is listed in {UNANNOTATED.relative_to(ROOT)} without need: run tools/check_types.py --update")
+        print(f"{line} is listed in {UNANNOTATED.relative_to(ROOT)} but resolved: run tools/check_types.py --update")
     return int(bool(new or stale))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run both checks; 0 if both pass."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--update", action="store_true", help="drop what is repaired from the lists")
+    parser.add_argument("--update", action="store_true", help="remove stale entries from the lists")
     update = parser.parse_args(arguments).update
     return max(check_annotations(update), int(check_types(update) != 0))
 

@@ -1,4 +1,4 @@
-"""Train ViLD-text, ViLD and ViLD-ensemble on OV-Shapes and draw their detections: see ovdet2/ov_shapes/demo.py, or --help."""
+"""The same as ``ovdet2 demo``: train ViLD-text, ViLD and ViLD-ensemble on OV-Shapes and draw their detections."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.ov_shapes.demo import main

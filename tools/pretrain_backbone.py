@@ -1,4 +1,4 @@
-"""Pre-train the ResNet-18 of the OV-Shapes detectors: see ovdet2/ov_shapes/trunk.py, or --help."""
+"""The same as ``python -m ovdet2.ov_shapes.trunk``: pre-train the ResNet-18 of the OV-Shapes detectors."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.ov_shapes.trunk import main

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The same as ``ovdet2 experiment ov-shapes``; with --demo, as ``ovdet2 demo``."""
+"""The same as ``ovdet2 experiment ov-shapes``; with --demo, the same as ``ovdet2 demo``."""
 
 import sys
 

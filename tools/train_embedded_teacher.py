@@ -1,4 +1,4 @@
-"""Train one of the two embedded CLIP models on the captions of OV-Shapes: see ovdet2/ov_shapes/teachers.py, or --help."""
+"""The same as ``python -m ovdet2.ov_shapes.teachers``: train an embedded CLIP model on the captions of OV-Shapes."""
 
 from ovdet2.errors import exit_on_error
 from ovdet2.ov_shapes.teachers import main
