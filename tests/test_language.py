@@ -38,7 +38,7 @@ UNCLEAR = {
     "the like": r"\b(and|or) the like\b",
 }
 # Fine in these phrases.
-ALLOWED = re.compile(r"\bwhole (images?|numbers?|views?)\b|\bmade of (torch|parts|steps)\b", re.I)
+ALLOWED = re.compile(r'\bwhole (images?|numbers?|views?)\b|\bmade of (torch|parts|steps)\b|"(teddy )?bear"', re.I)
 EXCLUDED = {"docs/LOG.md", "CHANGELOG.md", "LICENSE"}  # the log and the changes tell what was
 
 

@@ -325,8 +325,8 @@ def _require_base(split, labels, image_ids, json_file):
 
 def _novel(count, what, split, source, where):
     return (
-        f"{source} holds {count} {what} of novel classes of {split.name}, first {where}: a detector trained on them has "
-        "seen these classes. Remove them, or, if that is intended, register the data set with novel_labels: True."
+        f"{source} holds {count} {what} of novel classes of {split.name}, first {where}: a detector trained on them "
+        "has seen these classes. Remove them, or, if that is intended, register the data set with novel_labels: True."
     )
 
 
