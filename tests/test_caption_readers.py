@@ -59,7 +59,7 @@ def test_faulty_captions_of_coco(tmp_path):
     assert [record["image_id"] for record in found] == [100, 102] and found[1]["first_text"] == 1
     data["annotations"][0]["image_id"] = 5
     write_json(tmp_path / "captions.json", data)
-    with pytest.raises(DataError, match="image 5, which it does not list"):
+    with pytest.raises(DataError, match="image 5, which is not in its images"):
         CocoCaptions(tmp_path / "captions.json", tmp_path / "images", max_bad=9)
     write_json(tmp_path / "captions.json", {"images": []})
     with pytest.raises(DataError, match="no COCO-captions json"):

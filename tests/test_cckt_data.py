@@ -146,7 +146,7 @@ class TestEmbeddings:
     def test_a_crop_of_an_annotation_outside_the_training_set_stops_the_run(self, data):
         """Such as one of a novel class, which only the json of the test set has."""
         mapper = self.mapper(data)
-        with pytest.raises(CacheError, match=r"regions were cut around the annotations .*a box of a novel class"):
+        with pytest.raises(CacheError, match=r"regions belong to the annotations .*a box of a novel class"):
             mapper(record(data, {999: ((5, 5, 30, 30), 0, 0)}))
 
     def test_crops_of_classes_are_of_all_the_training_set(self, data):
@@ -205,7 +205,7 @@ class TestEmbeddings:
             build_sample_maker(cfg, True)
 
     def test_none_is_named(self, data):
-        with pytest.raises(UsageError, match="MODEL.CCKT.CONTRAST asks .*MODEL.CCKT.REGION_CACHE is empty"):
+        with pytest.raises(UsageError, match="MODEL.CCKT.CONTRAST requires .*MODEL.CCKT.REGION_CACHE is empty"):
             build_sample_maker(configured(data, PRIORS=False), True)
 
     def test_test_and_priors_alone_read_no_cache(self, data):

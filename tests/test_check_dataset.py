@@ -343,7 +343,9 @@ def test_images_without_annotations_are_notes(images, tmp_path, capsys):
 def test_the_suspicion_about_corners_states_its_counts():
     data = fruit_json()
     boxes_as(lambda *corners: corners)(data, None)
-    assert "of 13 boxes 13 lie in their image as (x1, y1, x2, y2), 12 leave it" in check_json(data, "x")[0].detail
+    assert (
+        "of 13 boxes 13 lie in their image as (x1, y1, x2, y2), 12 extend beyond it" in check_json(data, "x")[0].detail
+    )
     boxes_as(lambda x1, y1, x2, y2: (x1, y1, x2 - x1, y2 - y1))(data, None)
     assert check_json(data, "x") == []
     boxes_as(lambda *corners: corners)(data, None)
@@ -355,7 +357,7 @@ def test_the_suspicion_about_category_ids_states_its_counts():
     data = fruit_json()
     category_ids(known=(1, 2, 3), used=(0, 1, 2))(data, None)
     seen = check_json(data, "x")[0].detail
-    assert seen == "4 of 12 annotations have an unknown one; of the 3 ids in use each plus 1 is known"
+    assert seen == "4 of 12 annotations have an unknown id; of the 3 ids in use each plus 1 is known"
     category_ids(known=(1, 2, 3), used=(1, 2, 3, 77))(data, None)
     assert {kind for kind, _ in places(check_json(data, "x"))} == {"category-unknown"}
 

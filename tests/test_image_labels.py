@@ -96,11 +96,11 @@ def test_images_without_a_label(tmp_path):
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({"id": 11}, "1 images are given twice, id 11"),
+        ({"id": 11}, "1 images are listed twice, id 11"),
         ({"id": None}, "no integer id"),
         ({"id": 2**64}, "no integer id"),
-        ({"file_name": None}, "no file_name or one that leaves.*10"),
-        ({"file_name": "../0.png"}, "leaves the image folder.*10"),
+        ({"file_name": None}, "no file_name or one outside.*10"),
+        ({"file_name": "../0.png"}, "outside of the image folder.*10"),
         ({"pos_category_ids": [4, 5]}, "1 labels of classes outside of the split fruit, category id 5"),
         ({"pos_category_ids": 4}, "pos_category_ids of the image 10"),
         ({"pos_category_ids": [2]}, "1 labels of novel classes of fruit.*images 10.*novel_labels: True"),
@@ -122,7 +122,7 @@ def test_novel_labels_that_are_meant(tmp_path):
 @pytest.mark.parametrize(
     "wrong, named",
     [
-        ({"annotations": [{"image_id": 5, "category_id": 4}]}, "images that it does not list, image id 5"),
+        ({"annotations": [{"image_id": 5, "category_id": 4}]}, "images that are not in its images, image id 5"),
         ({"annotations": [{"image_id": 10}]}, "outside of the split"),
         ({"annotations": [3]}, "no list 'annotations'"),
         ({"categories": [{"id": 4, "name": "plum"}]}, "1 categories are not named.*4 .'plum' for 'apple'"),

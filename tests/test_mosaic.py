@@ -40,7 +40,7 @@ def test_every_image_is_used_exactly_once(count, grids, singles, seed):
 
 @pytest.mark.parametrize("grids, singles", [((), 0), ((2, 2), 0), ((0,), 0), ((2,), -1)])
 def test_wrong_grids(grids, singles):
-    with pytest.raises(UsageError, match="name each grid once"):
+    with pytest.raises(UsageError, match="give each grid once"):
         draw_mosaics(32, grids, singles)
 
 

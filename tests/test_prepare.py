@@ -362,7 +362,12 @@ def test_the_published_counts_are_those_of_the_papers():
     assert coco[VAL] == Official(5_000, 36_781, {"images": 4_836})
     train = lvis["lvis_v1_train.json"]
     assert (train.images, train.annotations) == (100_170, 1_270_141)
-    assert train.kept == {"images": 100_170, "base_annotations": 1_264_884, "base_classes": 866, "novel_classes": 337}
+    assert train.filtered_counts == {
+        "images": 100_170,
+        "base_annotations": 1_264_884,
+        "base_classes": 866,
+        "novel_classes": 337,
+    }
 
 
 def test_an_import_says_whether_it_has_the_published_number_of_images(official, tmp_path, monkeypatch, capsys):

@@ -376,7 +376,7 @@ def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tm
     records = MappedRecords([leaking, record_of(tmp_path, 4)], mapper, max_bad=10)
     for workers in (0, 1):  # no skipping to the next image, and a readable message out of a loader process
         loader = SourceStream(records, lambda seed: iter([0, 1]), 1, num_workers=workers)
-        with pytest.raises(CacheError, match=r"^[^\n]*image id 3: regions were cut around the annotations \[4\]"):
+        with pytest.raises(CacheError, match=r"^[^\n]*image id 3: regions belong to the annotations \[4\]"):
             next(iter(loader))
 
 

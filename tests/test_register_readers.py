@@ -77,7 +77,7 @@ def test_captions_in_one_call(format, root, forget):
 def test_wrong_registrations_of_captions(root, forget):
     with pytest.raises(UsageError, match="'parquet': choose one of coco, tsv, tar"):
         register_captions("wrong", "a", "b", "parquet")
-    with pytest.raises(UsageError, match="'coco' have the folder of images None"):
+    with pytest.raises(UsageError, match="'coco' have the image folder None"):
         register_captions("wrong", "a.json")
     with pytest.raises(UsageError, match="none for tar"):
         register_captions("wrong", "*.tar", "images", "tar")
@@ -181,12 +181,15 @@ def test_own_data_from_a_yaml_file(root, forget, tmp_path):
     "entry, named",
     [
         ({"kind": "masks", "name": "x"}, "of kind 'masks': choose one of boxes, captions, image_labels"),
-        ({"kind": "captions", "name": "x", "file": "a"}, r"captions has \['file'\].*lacks \['captions'\]"),
-        ({"kind": "captions", "name": "x", "captions": "a", "base": []}, r"\['base'\] that is not known"),
-        ({"kind": "image_labels", "name": "x"}, r"image_labels has \[\].*lacks \['base', 'images'\]"),
-        ({"name": "x", "captions": "a"}, r"kind boxes has \['captions'\].*captions: {name, captions}"),
-        ("x", r"\['x'\] that is not known.*boxes: {name, json, images, base} with novel"),
-        (["x"], "that is not known"),
+        (
+            {"kind": "captions", "name": "x", "file": "a"},
+            r"captions has the unknown keys \['file'\].*lacks \['captions'\]",
+        ),
+        ({"kind": "captions", "name": "x", "captions": "a", "base": []}, r"unknown keys \['base'\]"),
+        ({"kind": "image_labels", "name": "x"}, r"image_labels has the unknown keys \[\].*lacks \['base', 'images'\]"),
+        ({"name": "x", "captions": "a"}, r"kind boxes has the unknown keys \['captions'\].*captions: {name, captions}"),
+        ("x", r"unknown keys \['x'\].*boxes: {name, json, images, base}, optionally novel"),
+        (["x"], "unknown keys"),
     ],
 )
 def test_entries_of_own_data_that_are_none(entry, named):
@@ -205,7 +208,7 @@ def test_captions_of_ov_shapes(root, caplog):
     before = path.read_bytes()
     with caplog.at_level(logging.WARNING):
         records = DatasetCatalog.get("ov_shapes_captions")
-    assert "captions_4x5.json, not the 10000 images" in caplog.text and path.read_bytes() == before
+    assert "captions_4x5.json instead of the 10000 images" in caplog.text and path.read_bytes() == before
     assert len(records) == 4 and records.num_texts == 20 and len(list(folder.glob("*.jpg"))) == 4
     for index, record in enumerate(records):
         image, caption, scene = caption_pair(0, index)

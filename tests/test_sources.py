@@ -314,10 +314,10 @@ class TestImageLabels:
 class TestConfiguration:
     @pytest.mark.parametrize("wrong, words", [
         ({"name": "micro_captions"}, r"lacks \['images'\]"),
-        (entry(batch=3), r"has \['batch'\]"),
+        (entry(batch=3), r"unknown keys \['batch'\]"),
         ("micro_captions", "micro_captions"),
         (entry(kind="boxes"), "micro_captions is a data set of captions, the source micro_captions is of boxes"),
-        (entry("both", datasets=["micro_captions", "micro_labels"]), "those of one kind together"),
+        (entry("both", datasets=["micro_captions", "micro_labels"]), "one kind per entry"),
         (entry(ratio=0), "the ratio 0"),
         (entry(images=0), "images of micro_captions in DATASETS.SOURCES is 0"),
         (entry("DATASETS.TRAIN", datasets=["micro_captions"]), "named DATASETS.TRAIN"),

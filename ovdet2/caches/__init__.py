@@ -1,1 +1,1 @@
-"""Region caches: format, reader, writer, boxes and embedding; a guard against two writers."""
+"""Region caches: format, reader, writer, boxes and embedding; locks against concurrent writers."""

@@ -1,4 +1,4 @@
-"""Who works on what, when several processes or machines share a folder: lock files with an owner and a heartbeat."""
+"""Lock files with an owner and a heartbeat, by which processes or machines that share a folder divide the work."""
 
 import json
 import os
@@ -9,31 +9,32 @@ import uuid
 from pathlib import Path
 
 HEARTBEAT_SECONDS = 15.0
-# A file system shared by machines may show a heartbeat late; within one machine the death of an owner is seen at once.
+# A network file system may show a heartbeat late. Within one machine a dead owner is detected by its process id.
 STALE_SECONDS = 180.0
 
 
 class Claims:
-    """Claims on named pieces of work in one folder.
+    """Claims (locks) on named pieces of work in one folder.
 
-    A claim is a file ``<name>.lock`` that holds its owner (machine, process, a random mark) and is touched every
-    :data:`HEARTBEAT_SECONDS` by a thread. It is taken over when its owner's process is gone (same machine) or when its
-    heartbeat has not moved for ``stale_seconds`` of this process's own clock: clocks of machines need not agree.
+    A claim is a file ``<name>.lock`` that holds its owner (machine, process, a random mark). A thread of the owner
+    touches it every :data:`HEARTBEAT_SECONDS`. Another process takes it over if the owner's process has ended (same
+    machine), or if the heartbeat has not changed for ``stale_seconds`` of the other process's clock: the clocks of
+    machines need not agree.
 
-    Two processes may do the same work: in a race of microseconds for a dead claim, or when an owner was suspended and
-    wakes up. The work must therefore be written atomically and not depend on who does it.
+    In rare cases two processes do the same work: in a race of microseconds for a dead claim, or if an owner was
+    suspended and resumes. The work must therefore be written atomically and not depend on the process that does it.
     """
 
     def __init__(self, folder: str | Path, stale_seconds: float = STALE_SECONDS) -> None:
         """
         Args:
-            folder: existing folder that all workers see.
-            stale_seconds: silence after which an owner on another machine is given up.
+            folder: existing folder that all processes share.
+            stale_seconds: seconds without a heartbeat after which the claim of another machine is taken over.
         """
         self.folder = Path(folder)
         self.stale_seconds = stale_seconds
         self._owner = {"machine": _machine(), "pid": os.getpid(), "mark": uuid.uuid4().hex}
-        self._watched = {}  # name -> (what was seen of the claim, own time when it was first seen so)
+        self._watched = {}  # name -> ((content, mtime) of the claim, own time at which they were first read)
         self._held = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -51,7 +52,7 @@ class Claims:
             self.release(name)
 
     def take(self, name: str) -> bool:
-        """Claim ``name``. Returns False where a living owner has it."""
+        """Claim ``name``. Returns False if a running process owns it."""
         path = self._path(name)
         if self._create(path):
             self._held.add(name)
@@ -65,15 +66,15 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Give up a claim of ours; one that was taken over meanwhile is left to its new owner."""
+        """Remove a claim of this process; one that another process has taken over stays."""
         self._held.discard(name)
         if self._read(self._path(name)) == self._owner:
             self._path(name).unlink(missing_ok=True)
 
     def sweep(self) -> None:
-        """Remove temporary files (see files.atomic_path) of long ago; call it when the work is done."""
+        """Remove old temporary files (see :func:`~ovdet2.io.files.atomic_path`); call it when the work is done."""
         probe = self.folder / f".{self._owner['mark']}.probe"
-        probe.touch()  # the time as the file system has it
+        probe.touch()  # the time by the clock of the file system
         now = probe.stat().st_mtime
         probe.unlink()
         for left in self.folder.glob(".*.tmp"):
@@ -81,20 +82,20 @@ class Claims:
                 if now - left.stat().st_mtime > 10 * self.stale_seconds:
                     left.unlink()
             except FileNotFoundError:
-                continue  # its owner, or another sweep, was faster
+                continue  # its owner, or another sweep, has removed it
 
     def _path(self, name):
         return self.folder / f"{name}.lock"
 
     def _create(self, path):
-        """Write the claim in full beside its place, then link it there, which fails if there is one."""
+        """Write the claim to a temporary file, then link it to its path, which fails if there is one."""
         draft = path.with_name(f".{path.stem}.lock.{self._owner['pid']}-{self._owner['mark']}.tmp")
         draft.write_text(json.dumps(self._owner))
         try:
             os.link(draft, path)
         except FileExistsError:
             return False
-        except OSError:  # a file system without links; a reader may meet the claim half written
+        except OSError:  # a file system without links; another process may read the claim half written
             try:
                 with open(path, "x") as claim:
                     claim.write(json.dumps(self._owner))
@@ -105,7 +106,7 @@ class Claims:
         return True
 
     def _is_dead(self, name, path):
-        """Whether a claim may be taken over. The temporary files of an owner that is surely gone are removed."""
+        """Whether a claim may be taken over. Removes the temporary files of an owner whose process has ended."""
         try:
             seen = (path.read_bytes(), path.stat().st_mtime_ns)
         except FileNotFoundError:
@@ -116,7 +117,7 @@ class Claims:
             for left in self.folder.glob(f".{path.stem}.*{owner['pid']}-*.tmp"):
                 left.unlink(missing_ok=True)
             return True
-        # One that seems to run may hang, or be another process of that number: its heart must beat, too.
+        # A running process may hang, or be another process with that id: the heartbeat decides.
         before, since = self._watched.get(name, (None, 0.0))
         if before != seen:
             self._watched[name] = (seen, time.monotonic())
@@ -126,7 +127,7 @@ class Claims:
     def _remove(self, path):
         aside = path.with_name(f".{path.name}.{self._owner['mark']}.dead")
         try:
-            os.rename(path, aside)  # of several that see it dead, one succeeds
+            os.rename(path, aside)  # of several processes that find it dead, one succeeds
         except FileNotFoundError:
             return
         aside.unlink()
@@ -137,7 +138,7 @@ class Claims:
                 try:
                     os.utime(self._path(name))
                 except OSError:
-                    continue  # trouble of the file system: if it lasts, another takes over, which does no harm
+                    continue  # if the file system keeps failing, another process takes over, which is harmless
 
     @staticmethod
     def _read(path):
@@ -149,18 +150,18 @@ class Claims:
 
 
 def _machine():
-    """What tells machines apart, containers with process numbers of their own among them."""
+    """Identifies this machine; containers with separate process ids count as separate machines."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
     except OSError:
-        pass  # not Linux: the name must do
+        pass  # not Linux: the host name only
     return " ".join(parts)
 
 
 def _is_running(pid):
-    """Whether a process of this machine runs; one that has ended may exist until its parent takes note."""
+    """Whether a process of this machine runs; an ended one may still be listed until its parent waits for it."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError, ValueError):

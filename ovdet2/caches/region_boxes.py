@@ -1,4 +1,4 @@
-"""Which boxes of an image a region cache holds: annotations, proposals, or those of a file; and their filters.
+"""The boxes of an image that a region cache holds: annotations, proposals, or boxes of a file; and their filters.
 
 Shapes: R boxes of an image. Boxes are XYXY in pixels of the original image.
 """
@@ -21,13 +21,13 @@ from ovdet2.io.files import read_json, sha256_file
 
 @dataclass(frozen=True)
 class BoxFilters:
-    """What is kept of the boxes of an image, in this order of steps; None leaves a step out.
+    """Filters of the boxes of an image, applied in this order; None skips a filter.
 
     Attributes:
-        min_score: lowest score.
-        min_side: least width *and* least height in pixels, after clipping to the image.
-        nms: IoU above which the lower score goes, whatever the class.
-        top: boxes kept, by score.
+        min_score: minimum score.
+        min_side: minimum width *and* minimum height in pixels, after clipping to the image.
+        nms: IoU threshold of class-agnostic NMS.
+        top: maximum number of boxes; the highest scores stay.
     """
 
     min_score: float | None = None
@@ -41,9 +41,14 @@ class BoxFilters:
 
 
 @dataclass(frozen=True)
-class FoundBoxes:
-    """Boxes of one image: ``boxes_xyxy`` Tensor [R, 4] float32, ``scores`` [R] float32 in [0, 1], ``ann_ids`` [R] int64
-    (-1 where a box is no annotation)."""
+class ImageBoxes:
+    """Boxes of one image.
+
+    Attributes:
+        boxes_xyxy: Tensor [R, 4] float32, pixels of the original image.
+        scores: Tensor [R] float32, in [0, 1].
+        ann_ids: Tensor [R] int64, annotation id of each box, -1 for a box that is no annotation.
+    """
 
     boxes_xyxy: torch.Tensor
     scores: torch.Tensor
@@ -52,61 +57,62 @@ class FoundBoxes:
     def __len__(self) -> int:
         return len(self.boxes_xyxy)
 
-    def __getitem__(self, rows: torch.Tensor | slice) -> "FoundBoxes":
-        return FoundBoxes(self.boxes_xyxy[rows], self.scores[rows], self.ann_ids[rows])
+    def __getitem__(self, rows: torch.Tensor | slice) -> "ImageBoxes":
+        return ImageBoxes(self.boxes_xyxy[rows], self.scores[rows], self.ann_ids[rows])
 
 
-NO_BOXES = FoundBoxes(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+FoundBoxes = ImageBoxes  # former name
+NO_BOXES = ImageBoxes(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
 
 
-def apply_filters(found: FoundBoxes, filters: BoxFilters, height: int, width: int) -> FoundBoxes:
-    """Boxes clipped to the image, without those of which nothing is left or that a filter drops.
+def apply_filters(boxes: ImageBoxes, filters: BoxFilters, height: int, width: int) -> ImageBoxes:
+    """Clip boxes to the image, and drop those outside of it or below a filter.
 
-    The order is kept, except that ``nms`` and ``top`` leave the best first.
+    The order is kept, except that ``nms`` and ``top`` sort by descending score.
 
     Args:
-        found: :class:`FoundBoxes`.
+        boxes: :class:`ImageBoxes`.
         filters: :class:`BoxFilters`.
         height, width: of the image, in pixels.
     """
     limits = torch.tensor([width, height, width, height], dtype=torch.float32)
-    boxes = torch.minimum(found.boxes_xyxy.float().clamp(min=0), limits)
-    sides = boxes[:, 2:] - boxes[:, :2]
-    kept = (sides > 0).all(dim=1)  # false for NaN, too
+    clipped = torch.minimum(boxes.boxes_xyxy.float().clamp(min=0), limits)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    kept = (sides > 0).all(dim=1)  # false for NaN too
     if filters.min_side is not None:
         kept &= (sides >= filters.min_side).all(dim=1)
     if filters.min_score is not None:
-        kept &= found.scores >= filters.min_score
-    found = FoundBoxes(boxes, found.scores.float(), found.ann_ids)[kept]
+        kept &= boxes.scores >= filters.min_score
+    boxes = ImageBoxes(clipped, boxes.scores.float(), boxes.ann_ids)[kept]
     if filters.nms is not None:
-        found = found[nms(found.boxes_xyxy, found.scores, filters.nms)]
-    if filters.top is not None and len(found) > filters.top:
-        best = torch.sort(found.scores, descending=True, stable=True).indices
-        found = found[best[: filters.top]]
-    return found
+        boxes = boxes[nms(boxes.boxes_xyxy, boxes.scores, filters.nms)]
+    if filters.top is not None and len(boxes) > filters.top:
+        best = torch.sort(boxes.scores, descending=True, stable=True).indices
+        boxes = boxes[best[: filters.top]]
+    return boxes
 
 
 class BoxSource(Protocol):
-    """Boxes of a record, and what the manifest says of where they come from."""
+    """A callable that returns the boxes of a record, and describes itself for the manifest."""
 
     def recipe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """JSON-serialisable dict that identifies the source, for the manifest."""
         ...
 
-    def __call__(self, *args: Any, **kwargs: Any) -> FoundBoxes:
-        """Of a Detectron2 record; with what ``prepare`` made of it, if the source has that method."""
+    def __call__(self, *args: Any, **kwargs: Any) -> ImageBoxes:
+        """Boxes of a Detectron2 record; a source with a method ``prepare`` also gets its result for the image."""
         ...
 
 
 class AnnotationBoxes:
-    """The annotated boxes of a record, by annotation id; crowds, which hold many objects, are left out."""
+    """The annotated boxes of a record with their annotation ids; crowds, which contain many objects, are skipped."""
 
     def recipe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """JSON-serialisable dict that identifies the source, for the manifest."""
         return {"source": "annotations"}
 
-    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
-        """:class:`FoundBoxes` of a Detectron2 record, scores 1.
+    def __call__(self, record: Mapping[str, Any]) -> ImageBoxes:
+        """:class:`ImageBoxes` of a Detectron2 record, scores 1.
 
         Raises:
             DataError: an annotation without id.
@@ -114,17 +120,17 @@ class AnnotationBoxes:
         annotations = [a for a in record["annotations"] if not a.get("iscrowd", 0)]
         if any("id" not in a for a in annotations):
             raise DataError(
-                f"image id {record['image_id']} has an annotation without id, by which its region would be found: "
-                "give each an id (ovdet2 dataset check)."
+                f"image id {record['image_id']} has an annotation without id, but cached regions are looked up by "
+                "annotation id: give each an id (ovdet2 dataset check)."
             )
         boxes = torch.tensor([a["bbox"] for a in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         ids = torch.tensor([a["id"] for a in annotations], dtype=torch.int64)
-        return FoundBoxes(boxes, torch.ones(len(boxes)), ids)
+        return ImageBoxes(boxes, torch.ones(len(boxes)), ids)
 
 
 class FileBoxes:
-    """Boxes found by somebody else: a COCO-results json, or a proposal file of Detectron2 (.pkl, arrays only)."""
+    """Boxes of a file: a COCO-results json, or a proposal file of Detectron2 (.pkl, arrays only)."""
 
     def __init__(self, path: str | Path) -> None:
         """
@@ -133,7 +139,7 @@ class FileBoxes:
                 "boxes", "objectness_logits" (or "scores"), "bbox_mode"}, a list entry for each image.
 
         Raises:
-            DataError: another form; or a pickle that holds more than arrays.
+            DataError: another format; or a pickle that holds more than arrays.
         """
         self.path = Path(path)
         read = {".json": _results, ".pkl": _proposal_file}.get(self.path.suffix)
@@ -142,35 +148,35 @@ class FileBoxes:
         self._image_ids, self._offsets, self._boxes, self._scores = read(self.path)
 
     def recipe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """JSON-serialisable dict that identifies the source, for the manifest."""
         return {"source": "file", "file_sha256": sha256_file(self.path)}
 
     def require_images(self, image_ids: Iterable[int]) -> int:
-        """How many of some images the file has boxes for.
+        """Number of the images for which the file has boxes.
 
         Raises:
-            DataError: for none of them, so it is of another data set.
+            DataError: it has boxes for none of them, so it is of another data set.
         """
         count = int(np.isin(self._image_ids, list(image_ids)).sum())
         if not count:
             raise DataError(
                 f"{self.path} has boxes for {len(self._image_ids)} images (ids {self._image_ids[:3].tolist()}, ...), "
-                "none of which is in the data set: give the file that was made for it."
+                "none of which is in the data set: give a file of boxes for this data set."
             )
         return count
 
-    def __call__(self, record: Mapping[str, Any]) -> FoundBoxes:
-        """:class:`FoundBoxes` of a Detectron2 record; none for an image the file does not name."""
+    def __call__(self, record: Mapping[str, Any]) -> ImageBoxes:
+        """:class:`ImageBoxes` of a Detectron2 record; empty for an image that is not in the file."""
         place = bisect.bisect_left(self._image_ids, record["image_id"])
         if place == len(self._image_ids) or self._image_ids[place] != record["image_id"]:
             return NO_BOXES
         rows = slice(self._offsets[place], self._offsets[place + 1])
         boxes = torch.from_numpy(self._boxes[rows].copy())
-        return FoundBoxes(boxes, torch.from_numpy(self._scores[rows].copy()), torch.full((len(boxes),), -1))
+        return ImageBoxes(boxes, torch.from_numpy(self._scores[rows].copy()), torch.full((len(boxes),), -1))
 
 
 def _results(path):
-    """A COCO-results json, grouped by image in its own order."""
+    """Read a COCO-results json, grouped by image; within an image in file order."""
     entries = read_json(path, "give a COCO-results file")
     try:
         image_ids = np.array([entry["image_id"] for entry in entries], dtype=np.int64)
@@ -186,7 +192,7 @@ def _results(path):
 
 
 def _proposal_file(path):
-    """A proposal file of Detectron2 (see its load_proposals_into_dataset), read without running code from it."""
+    """Read a proposal file of Detectron2 (see its load_proposals_into_dataset) without running code from it."""
     try:
         with open(path, "rb") as handle:
             data = ArraysOnly(handle, encoding="latin1").load()
@@ -214,7 +220,7 @@ def _proposal_file(path):
 
 
 def _grouped(image_ids, boxes, scores, path):
-    """(unique image ids, offsets, boxes, scores) with the rows of an image together, otherwise in their order."""
+    """(unique image ids, offsets, boxes, scores) with the rows of an image together, otherwise in file order."""
     if not len(image_ids) == len(boxes) == len(scores):
         raise DataError(f"{path} has {len(boxes)} boxes but {len(scores)} scores for {len(image_ids)} image entries.")
     if len(scores) and not (np.isfinite(scores).all() and scores.min() >= 0 and scores.max() <= 1):

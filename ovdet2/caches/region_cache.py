@@ -1,10 +1,10 @@
-"""Offline region embeddings of the teacher: shards of safetensors under one manifest, written once, read by image id.
+"""Region cache: offline region embeddings of the teacher, as safetensors shards with a manifest, read by image id.
 
 Written by :mod:`ovdet2.caches.region_cache_writer`.
 
 A cache is a folder::
 
-    manifest.json                what it was made of, whether it is complete, each shard's ids, counts, size and hash
+    manifest.json                recipe, whether the cache is complete, ids, counts, size and hash of each shard
     shard-00000.safetensors      about 200 images, by ascending image id
 
 Shapes: I images of a shard, R regions, D embedding dimension. A shard holds ``embeddings`` [R, D] float16 unit rows,
@@ -42,7 +42,7 @@ class Regions:
     Attributes:
         boxes_xyxy: Tensor [R, 4] float32, pixels of the original image.
         embeddings: Tensor [R, D] float16, unit rows.
-        ann_ids: Tensor [R] int64, the annotation a box was taken from, -1 for a proposal.
+        ann_ids: Tensor [R] int64, annotation id of an annotated box, -1 for a proposal.
         scores: Tensor [R] float32, in [0, 1].
     """
 
@@ -56,9 +56,9 @@ class Regions:
 
 
 class MappedRegions:
-    """The :class:`Regions` of an image in a mapped file: each tensor is a view, cut out when it is asked for.
+    """The :class:`Regions` of an image in a memory-mapped file; each access to a tensor slices a view of the file.
 
-    A view is to be copied before it is changed or sent to another process, which would send the whole shard.
+    Copy a view before changing it or sending it to another process: sending a view would send the complete shard.
     """
 
     __slots__ = ("_tensors", "_rows")
@@ -82,18 +82,18 @@ def shard_name(index: int) -> str:
 
 
 def recipe_digest(recipe: dict[str, Any]) -> str:
-    """Hash of what a cache is made of; every shard carries it."""
+    """SHA-256 of the recipe of a cache; every shard stores it."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
 class RegionCache:
-    """Reads a complete cache by image id; memory-mapped, so that only the rows asked for are read.
+    """Reads a complete cache by image id; memory-mapped, so that only the requested rows are read.
 
-    Picklable, and safe to carry into loader workers however they are started.
+    Picklable, and safe in data loading workers with any start method.
 
     Attributes:
-        unreadable: {image id, a string: why} of the images that could not be read and have no regions.
-        missing: annotations asked for by :meth:`of_annotations` and not found, by this process.
+        unreadable: {image id as a string: reason} of the images that could not be read and have no regions.
+        missing: number of annotations that :meth:`of_annotations` of this process did not find in the cache.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -102,18 +102,18 @@ class RegionCache:
             folder: of the cache.
 
         Raises:
-            CacheError: no cache, another schema, an incomplete one, or a shard that is missing or has another size;
-                the message holds the command that completes it.
+            CacheError: no cache, another schema, an incomplete cache, or a shard that is missing or has another size;
+                the message holds the command that completes the cache.
         """
         self.folder = Path(folder)
         self.missing = 0
         self.manifest = read_manifest(self.folder)
         command = f"complete it with: {self.manifest['command']}"
         if not self.manifest["complete"]:
-            there = sum((self.folder / shard_name(i)).is_file() for i in range(self.manifest["planned_shards"]))
+            written = sum((self.folder / shard_name(i)).is_file() for i in range(self.manifest["planned_shards"]))
             raise CacheError(
-                f"the region cache {folder} is incomplete, {there} of {self.manifest['planned_shards']} shards are "
-                f"there: {command}"
+                f"the region cache {folder} is incomplete, {written} of {self.manifest['planned_shards']} shards are "
+                f"written: {command}"
             )
         for shard in self.manifest["shards"]:
             path = self.folder / shard["file"]
@@ -121,8 +121,8 @@ class RegionCache:
                 raise CacheError(f"the shard {path} is missing: {command}")
             if path.stat().st_size != shard["bytes"]:
                 raise CacheError(
-                    f"the shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}, it was cut off or "
-                    f"replaced: {command}"
+                    f"the shard {path} has {path.stat().st_size} bytes instead of {shard['bytes']}, it was truncated "
+                    f"or replaced: {command}"
                 )
         self.unreadable = {
             k: why for shard in self.manifest["shards"] for k, why in shard.get("unreadable", {}).items()
@@ -137,23 +137,23 @@ class RegionCache:
         return Fingerprint.from_dict(self.manifest["recipe"].get("teacher"), f"the region cache {self.folder}")
 
     def __len__(self):
-        """Images."""
+        """Number of images."""
         return self.manifest["images"]
 
     def require_teacher(self, fingerprint: Fingerprint, owner: str) -> None:
-        """Raise CacheError, naming both, unless the embeddings are of the teacher ``owner`` (a text) has."""
+        """Raise CacheError unless the cache and ``owner`` (a name for messages) have the same teacher."""
         try:
             require_same_teacher(self.teacher, f"the region cache {self.folder}", fingerprint, owner)
         except DataError as error:
             raise CacheError(str(error)) from None
 
     def require_dataset(self, name: str, json_file: str | Path) -> None:
-        """Raise CacheError unless the cache was built from this very json."""
-        recipe, found = self.manifest["recipe"], sha256_file(json_file)
-        if recipe["dataset_sha256"] != found:
+        """Raise CacheError unless the cache was built from exactly this json."""
+        recipe, digest = self.manifest["recipe"], sha256_file(json_file)
+        if recipe["dataset_sha256"] != digest:
             raise CacheError(
                 f"the region cache {self.folder} was built for {recipe['dataset']} with annotations of SHA-256 "
-                f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {found[:12]}: build one for it "
+                f"{recipe['dataset_sha256'][:12]}, but {name} reads {json_file} with {digest[:12]}: build one for it "
                 "(ovdet2 cache build --output another folder)."
             )
 
@@ -169,13 +169,13 @@ class RegionCache:
             CacheError: the cache has no entry for it, or its shard is damaged.
         """
         index = bisect.bisect_right(self._first_ids, image_id) - 1
-        found = self._shard(index).regions(image_id) if index >= 0 else None
-        if found is None:
+        regions = self._shard(index).regions(image_id) if index >= 0 else None
+        if regions is None:
             raise CacheError(
                 f"the region cache {self.folder} has no entry for image id {image_id}: it was built for other images; "
-                f"{_BUILD} from the annotations of this training."
+                f"{_BUILD} from the annotations of this training set."
             )
-        return found
+        return regions
 
     def of_annotations(self, image_id: int, ann_ids: Sequence[int] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings of annotated boxes, for losses on ground truth.
@@ -185,33 +185,33 @@ class RegionCache:
             ann_ids: list or int64 Tensor [M] of its annotations.
 
         Returns:
-            (embeddings, found): Tensor [M, D] float16, unit rows, zero where there is none; Tensor [M] bool. Those not
-            found are counted in :attr:`missing`.
+            (embeddings, is_cached): Tensor [M, D] float16, unit rows, zero for annotations that are not cached; Tensor
+            [M] bool. The others are counted in :attr:`missing`.
 
         Raises:
             CacheError: see :meth:`regions`.
         """
         cached = self.regions(image_id)
-        wanted = torch.as_tensor(ann_ids, dtype=torch.int64).reshape(-1)
-        matches = wanted[:, None] == cached.ann_ids
-        found = matches.any(dim=1) & (wanted >= 0)
-        embeddings = cached.embeddings.new_zeros((len(wanted), cached.embeddings.shape[1]))
-        if len(cached):  # argmax wants a column
-            embeddings[found] = cached.embeddings[matches[found].int().argmax(dim=1)]
-        self.missing += int((~found).sum())
-        return embeddings, found
+        ids = torch.as_tensor(ann_ids, dtype=torch.int64).reshape(-1)
+        matches = ids[:, None] == cached.ann_ids
+        is_cached = matches.any(dim=1) & (ids >= 0)
+        embeddings = cached.embeddings.new_zeros((len(ids), cached.embeddings.shape[1]))
+        if len(cached):  # argmax needs at least one column
+            embeddings[is_cached] = cached.embeddings[matches[is_cached].int().argmax(dim=1)]
+        self.missing += int((~is_cached).sum())
+        return embeddings, is_cached
 
     def _shard(self, index):
         if index not in self._open:
             path = self.folder / self.manifest["shards"][index]["file"]
-            self._open[index] = Shard(path, self._digest, f"mend it with: {self.manifest['command']} --verify")
+            self._open[index] = Shard(path, self._digest, f"repair it with: {self.manifest['command']} --verify")
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         self._open.move_to_end(index)
         return self._open[index]
 
     def __getstate__(self):
-        return self.__dict__ | {"_open": OrderedDict()}  # a memory map is opened anew in another process
+        return self.__dict__ | {"_open": OrderedDict()}  # another process opens its own memory maps
 
 
 class Shard:
@@ -227,7 +227,7 @@ class Shard:
         Args:
             path: of the file.
             digest: :func:`recipe_digest` of the cache it must belong to.
-            remedy: what error messages end with.
+            remedy: last part of error messages, what to do.
 
         Raises:
             CacheError: the file is damaged, or not a shard of this cache.
@@ -242,7 +242,7 @@ class Shard:
             self.image_ids = self.tensors["image_ids"].tolist()
             self._offsets = self.tensors["offsets"].tolist()
         except (SafetensorError, OSError, ValueError) as error:
-            raise CacheError(f"{path} is not a whole shard ({error}): {remedy}.") from None
+            raise CacheError(f"{path} is not a complete shard ({error}): {remedy}.") from None
         if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
             raise CacheError(
                 f"{path} (schema {self.manifest.get('schema')!r}) is not a shard of this cache, whose schema is "
@@ -251,24 +251,24 @@ class Shard:
         self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
 
     def __len__(self) -> int:
-        """Regions."""
+        """Number of regions."""
         return self._offsets[-1]
 
     def regions(self, image_id: int) -> MappedRegions | None:
-        """The :class:`MappedRegions` of an image; None without an entry for it."""
+        """The :class:`MappedRegions` of an image; None if the shard has no entry for it."""
         row = self._rows.get(image_id)
         if row is None:
             return None
         return MappedRegions(self.tensors, slice(self._offsets[row], self._offsets[row + 1]))
 
     def is_sound(self) -> bool:
-        """Whether header and tensors are, to the last bit, those that were written."""
+        """Whether header and tensors match the hash that was written with them."""
         stated = {key: value for key, value in self.manifest.items() if key != "sha256"}
         return self.manifest.get("sha256") == shard_digest(self.tensors, stated)
 
 
 def shard_digest(tensors: dict[str, torch.Tensor], manifest: dict[str, Any]) -> str:
-    """Hash of a shard's tensors and of what its header says of it."""
+    """SHA-256 of a shard's tensors and header."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
     for name in _TENSORS:
         digest.update(tensors[name].contiguous().numpy().data)

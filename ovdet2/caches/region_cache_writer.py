@@ -1,7 +1,7 @@
-"""Writing a region cache: shard by shard, by any number of processes at once, whole or not at all.
+"""Write a region cache shard by shard, with any number of concurrent processes; each shard is written atomically.
 
-The format is that of :mod:`ovdet2.caches.region_cache`. What a shard holds depends on the recipe and on its images
-alone, so it does not matter which process writes it, or whether two do.
+For the format see :mod:`ovdet2.caches.region_cache`. The content of a shard depends only on the recipe and on its
+images, so it does not matter which process writes it, or whether two processes do.
 """
 
 import json
@@ -54,7 +54,7 @@ def write_shard(
         raise ValueError("a shard takes ascending image ids, each with its regions")
     embeddings = torch.cat([r.embeddings for r in regions]).half().cpu()
     norms = torch.cat([part.float().norm(dim=1) for part in embeddings.split(1024)])
-    if not torch.all((norms - 1).abs() < 1e-2):  # false for NaN, too
+    if not torch.all((norms - 1).abs() < 1e-2):  # false for NaN too
         raise ValueError(f"embeddings of norm {norms.min().item():.3g} to {norms.max().item():.3g} are no unit rows")
     counts = torch.tensor([0] + [len(r) for r in regions], dtype=torch.int64)
     tensors = {
@@ -71,38 +71,38 @@ def write_shard(
 
 
 class CacheWriter:
-    """The bookkeeping of building a cache: which shards are there, which are to do, and the manifest."""
+    """Keeps track of the shards of a cache that is being built, and writes its manifest."""
 
     def __init__(
         self, folder: str | Path, recipe: dict[str, Any], image_ids: Iterable[int], images_per_shard: int, command: str
     ) -> None:
-        """Begin or go on with a cache. Nothing of a complete one changes before a shard is found damaged.
+        """Begin or continue a cache. A complete cache is not changed unless a shard is found damaged.
 
         Args:
             folder: of the cache.
-            recipe: JSON-serialisable dict that decides every value: "teacher" (:meth:`Fingerprint.to_dict`), "dataset",
-                "dataset_sha256", "dim", and how boxes and crops were chosen.
-            image_ids: of the whole data set, in any order.
+            recipe: JSON-serialisable dict of all inputs that determine the values: "teacher"
+                (:meth:`Fingerprint.to_dict`), "dataset", "dataset_sha256", "dim", and the choice of boxes and crops.
+            image_ids: of all images of the data set, in any order.
             images_per_shard: images of a shard, at least 1.
-            command: what a user types to build or complete the cache; error messages repeat it.
+            command: the shell command that builds or completes the cache, for error messages.
 
         Raises:
-            CacheError: the folder holds a cache made of something else.
+            CacheError: the folder holds a cache of another recipe.
         """
         self.folder = Path(folder)
-        # As it will be read back: tuples become lists.
+        # In the form in which it will be read back: tuples become lists.
         self.recipe = json.loads(json.dumps(recipe | {"images_per_shard": images_per_shard}))
         self.command = command
         ids = sorted(image_ids)
         self.shards = [ids[start : start + images_per_shard] for start in range(0, len(ids), images_per_shard)]
         self._digest = recipe_digest(self.recipe)
-        complete = self._found_complete()
+        complete = self._complete_manifest()
         if complete is None:
             self._write_manifest(None)
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there, or not whole by their size and header; cheap."""
-        complete = self._found_complete()
+        """Indices of the shards that are missing, or incomplete by their size and header (a cheap check)."""
+        complete = self._complete_manifest()
         sizes = {s["file"]: s["bytes"] for s in complete["shards"]} if complete else {}
         return [index for index in range(len(self.shards)) if not self._is_there(index, sizes)]
 
@@ -112,15 +112,15 @@ class CacheWriter:
         renew: Callable[[dict[str, Any]], bool] = lambda shard: False,
         progress: Callable[[list[int]], Iterable[int]] = iter,
     ) -> list[int]:
-        """Read every byte of the shards that are there and remove those that are not as they were written.
+        """Read every byte of the existing shards and remove the damaged ones.
 
         Args:
-            only: numbers of the shards to be concerned with; None: all.
-            renew: (shard's header) -> whether to remove a sound one, too.
+            only: indices of the shards to check; None: all.
+            renew: (shard's header) -> whether to remove the shard although it is not damaged.
             progress: wrapper of a list, such as tqdm.
 
         Returns:
-            list of the numbers of those removed.
+            list of the indices of the removed shards.
         """
         removed = []
 
@@ -133,7 +133,7 @@ class CacheWriter:
                 if not self._path(index).is_file() or is_good(index) or not claims.take(_claim(index)):
                     continue
                 try:
-                    # Somebody else may have mended it before the claim was ours.
+                    # Another process may have repaired it before this one got the claim.
                     if self._path(index).is_file() and not is_good(index):
                         self._write_manifest(None)
                         self._path(index).unlink()
@@ -143,17 +143,17 @@ class CacheWriter:
         return removed
 
     def claimed(self, start: int = 0, only: Collection[int] | None = None) -> Iterator[int]:
-        """The shards this process is to write, each claimed while it is being written; waits for those of others.
+        """Yield the indices of shards that this process must write; each is claimed while it is being written.
 
-        A generator, to be run through: it ends when every shard it is concerned with is there, whoever wrote it.
+        The generator ends when every shard exists. It waits for the shards that other processes are writing.
 
         Args:
-            start: index in the list of missing shards to begin with, so that several processes begin apart.
-            only: numbers of the shards to be concerned with; None: all.
+            start: first position in the list of missing shards, so that several processes begin at different ones.
+            only: indices of the shards to write; None: all.
         """
         pending = [index for index in self.missing() if only is None or index in only]
         pending = pending[start % max(len(pending), 1) :] + pending[: start % max(len(pending), 1)]
-        if pending and (self._found_complete() is not None):
+        if pending and (self._complete_manifest() is not None):
             self._write_manifest(None)
         with Claims(self.folder) as claims:
             while pending:
@@ -161,7 +161,7 @@ class CacheWriter:
                 for index in tuple(pending):
                     if not self._is_there(index) and claims.take(_claim(index)):
                         try:
-                            if not self._is_there(index):  # it was not when we looked, before the claim
+                            if not self._is_there(index):  # another process may have written it before the claim
                                 yield index
                         finally:
                             claims.release(_claim(index))
@@ -172,26 +172,26 @@ class CacheWriter:
             claims.sweep()
 
     def write(self, index: int, regions: Sequence[Regions], facts: dict[str, Any] | None = None) -> None:
-        """Write a shard, unless somebody else has done so meanwhile.
+        """Write a shard, unless another process has written it.
 
         Args:
-            index: its number.
+            index: of the shard.
             regions: the :class:`~ovdet2.caches.region_cache.Regions` of its images, in the order of
                 ``self.shards[index]``.
-            facts: what else its header and the manifest say of it: how it was computed, images left out.
+            facts: further entries of its header and of the manifest: how it was computed, unreadable images.
         """
         if not self._is_there(index):
             write_shard(self.folder, index, self.recipe, self.shards[index], regions, facts)
 
     def finish(self, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> dict[str, Any] | None:
-        """Describe every shard in the manifest and mark the cache complete; of several processes one does it.
+        """Write the complete manifest, which describes every shard; of several processes one writes it.
 
         Returns:
-            The manifest; None while shards are missing, which somebody else is to write.
+            The manifest; None if shards are missing, which other processes are writing.
         """
         with Claims(self.folder) as claims:
             while True:
-                complete = self._found_complete()
+                complete = self._complete_manifest()
                 if self.missing():
                     return None
                 if complete:
@@ -204,7 +204,7 @@ class CacheWriter:
         return self.folder / shard_name(index)
 
     def _open(self, index):
-        """The shard, or None if it is damaged or of other images or another recipe."""
+        """The shard, or None if it is damaged, of other images, or of another recipe."""
         try:
             shard = Shard(self._path(index), self._digest)
         except CacheError:
@@ -212,8 +212,8 @@ class CacheWriter:
         return shard if shard.image_ids == self.shards[index] else None
 
     def _has_stated_hash(self, index):
-        """Whether a shard's file is the one that a complete manifest describes; true without one."""
-        complete = self._found_complete()
+        """Whether a shard's file has the hash that a complete manifest states; True if the manifest is incomplete."""
+        complete = self._complete_manifest()
         return not complete or sha256_file(self._path(index)) == complete["shards"][index]["sha256"]
 
     def _is_there(self, index, sizes=None):
@@ -222,20 +222,20 @@ class CacheWriter:
             return False
         return self._open(index) is not None
 
-    def _found_complete(self):
-        """The manifest in the folder if it says complete; None if it does not or is not there."""
+    def _complete_manifest(self):
+        """The manifest in the folder if it is complete; otherwise None."""
         if not (self.folder / MANIFEST).is_file():
             return None
-        found = read_manifest(self.folder)
-        if found["recipe"] != self.recipe:
+        manifest = read_manifest(self.folder)
+        if manifest["recipe"] != self.recipe:
             raise CacheError(
-                f"{self.folder} holds a region cache made with {_differences(found['recipe'], self.recipe)}: choose "
+                f"{self.folder} holds a region cache made with {_differences(manifest['recipe'], self.recipe)}: choose "
                 "another folder, or remove it."
             )
-        return found if found["complete"] else None
+        return manifest if manifest["complete"] else None
 
     def _write_manifest(self, shards):
-        """Complete with the descriptions of all shards, or incomplete with None."""
+        """Write the manifest: complete with the descriptions of all shards, incomplete if ``shards`` is None."""
         manifest = {
             "schema": SCHEMA,
             "complete": shards is not None,
@@ -269,10 +269,10 @@ def _claim(index):
     return Path(shard_name(index)).stem
 
 
-def _differences(found, wanted):
+def _differences(stored, expected):
     """ "teacher A instead of B, dim 4 instead of 5", for an error message."""
     texts = []
-    for key in sorted(set(found) | set(wanted)):
-        if found.get(key) != wanted.get(key):
-            texts.append(f"{key} {found.get(key)} instead of {wanted.get(key)}")
+    for key in sorted(set(stored) | set(expected)):
+        if stored.get(key) != expected.get(key):
+            texts.append(f"{key} {stored.get(key)} instead of {expected.get(key)}")
     return "; ".join(texts)

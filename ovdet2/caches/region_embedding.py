@@ -1,4 +1,4 @@
-"""From the images of a shard to the embeddings of their regions: decode once, cut, embed in full batches.
+"""Embed the regions of the images of a shard: decode each image once, crop the regions, encode full batches of crops.
 
 Shapes: R regions, F crops of each, S side of the teacher's input, D embedding dimension.
 """
@@ -10,26 +10,26 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ovdet2.caches.region_boxes import NO_BOXES, BoxFilters, FoundBoxes, apply_filters
+from ovdet2.caches.region_boxes import NO_BOXES, BoxFilters, ImageBoxes, apply_filters
 from ovdet2.caches.region_cache import Regions
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.io.images import read_image, require_annotated_size
 from ovdet2.vlm.crops import boxes_to_cut, combine_crops, crop_regions
 from ovdet2.vlm.teacher import Teacher
 
-Source = TypeVar("Source", bound=Callable[..., FoundBoxes])
+Source = TypeVar("Source", bound=Callable[..., ImageBoxes])
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class CropRecipe:
-    """How regions become embeddings.
+    """Settings of the region crops and their encoding.
 
     Attributes:
         policy: see :func:`~ovdet2.vlm.crops.crop_windows`.
         factors: the F enlargements of a box whose embeddings are summed.
         dtype: a key of :data:`DTYPES`.
-        batch_size: crops per forward pass, rounded down to whole regions.
+        batch_size: crops per forward pass, rounded down to a multiple of F.
     """
 
     policy: str = "warp"
@@ -39,15 +39,15 @@ class CropRecipe:
 
     @property
     def regions_per_batch(self) -> int:
-        """Regions whose crops fill a batch, at least 1."""
+        """Number of regions whose crops fill a batch, at least 1."""
         return max(1, self.batch_size // len(self.factors))
 
 
 class ShardEmbedder(Generic[Source]):
     """Embeds the regions of images, shard by shard.
 
-    Peak memory above teacher and proposer: one decoded image (and two waiting per loader process), one batch of crops
-    at S x S x 3 bytes each with the teacher's activations for it, and the float16 embeddings of the shard, twice.
+    Peak memory in addition to teacher and proposer: one decoded image (and two per loading worker), one batch of crops
+    at S x S x 3 bytes each with the teacher's activations for it, and the float16 embeddings of the shard twice.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ShardEmbedder(Generic[Source]):
                 :class:`~ovdet2.engine.region_proposals.ProposalBoxes`.
             filters: :class:`~ovdet2.caches.region_boxes.BoxFilters`.
             crops: :class:`CropRecipe`.
-            workers: processes that decode; 0 decodes here.
+            workers: processes that decode; 0 decodes in this process.
         """
         self.teacher = teacher
         self.boxes = boxes
@@ -74,7 +74,7 @@ class ShardEmbedder(Generic[Source]):
         self.workers = workers
 
     def facts(self) -> dict[str, int | str]:
-        """How the values came about beyond the recipe, for the manifest: they may differ in their last digits."""
+        """Settings outside of the recipe, for the manifest; they may change the last digits of the values."""
         device = self.teacher.mean.device
         return {
             "batch_size": self.crops.batch_size,
@@ -88,41 +88,41 @@ class ShardEmbedder(Generic[Source]):
     ) -> tuple[list[Regions], dict[int, str]]:
         """The regions of some images.
 
-        Batches are filled across images and never beyond the records given, so that the result depends on these alone.
+        A batch may hold crops of several images, but only of the given records: the result depends on them only.
 
         Args:
             records: Detectron2 records of one shard.
             on_image: called after each image, for a progress bar.
 
         Returns:
-            (regions, faults): list of :class:`~ovdet2.caches.region_cache.Regions`, one per record; and {image id: text}
-            of the images that cannot be read, which have none.
+            (regions, faults): list of :class:`~ovdet2.caches.region_cache.Regions`, one per record; and
+            {image id: error message} of the images that cannot be read, whose regions are empty.
 
         Raises:
-            NumericalError: an embedding is not finite; it names the image.
+            NumericalError: an embedding is not finite; the message names the image.
         """
-        found, faults, rows = [], {}, _Rows(self)
+        image_boxes, faults, rows = [], {}, _Rows(self)
         for record, sample in zip(records, self._samples(records)):
             if "fault" in sample:
                 faults[record["image_id"]] = sample["fault"]
             boxes = NO_BOXES if "fault" in sample else self._boxes_of(record, sample)
-            found.append(boxes)
+            image_boxes.append(boxes)
             rows.add(sample.get("image"), boxes.boxes_xyxy)
             on_image()
-        embeddings = rows.finish().split([len(boxes) for boxes in found])
+        embeddings = rows.finish().split([len(boxes) for boxes in image_boxes])
         for record, values in zip(records, embeddings):
             if not torch.isfinite(values).all():
                 raise NumericalError(
                     f"the teacher's embeddings of {record['file_name']} (image id {record['image_id']}) are not "
                     "finite: try another device, or --dtype fp32."
                 )
-        return [Regions(b.boxes_xyxy, e, b.ann_ids, b.scores) for b, e in zip(found, embeddings)], faults
+        return [Regions(b.boxes_xyxy, e, b.ann_ids, b.scores) for b, e in zip(image_boxes, embeddings)], faults
 
     def _boxes_of(self, record, sample):
         height, width = sample["image"].shape[-2:]
         size = {"height": height, "width": width}
-        found = self.boxes({**record, **size}, sample["prepared"]) if "prepared" in sample else self.boxes(record)
-        return apply_filters(found, self.filters, height, width)
+        boxes = self.boxes({**record, **size}, sample["prepared"]) if "prepared" in sample else self.boxes(record)
+        return apply_filters(boxes, self.filters, height, width)
 
     def _samples(self, records):
         images = _Images(records, getattr(self.boxes, "prepare", None))
@@ -130,7 +130,7 @@ class ShardEmbedder(Generic[Source]):
 
 
 class _Rows:
-    """Collects crops until a batch is full; the embeddings come out in the order the boxes went in."""
+    """Collects crops until a batch is full, then encodes it; the embeddings have the order of the boxes."""
 
     def __init__(self, owner):
         self.teacher, self.crops = owner.teacher, owner.crops
@@ -168,7 +168,7 @@ class _Rows:
 
 
 class _Images(Dataset):
-    """Decodes an image once: whole for the crops and, where the boxes are proposed, prepared for the proposer."""
+    """Decodes each image once: unchanged for the crops and, if the boxes are proposals, prepared for the proposer."""
 
     def __init__(self, records, prepare):
         self.records = records

@@ -1,4 +1,4 @@
-"""Region caches in training: opened against the data set and the teacher, and checked image by image.
+"""Region caches in training: opened and checked against data set and teacher, then checked image by image.
 
 Shapes: R regions.
 """
@@ -20,27 +20,27 @@ logger = logging.getLogger(__name__)
 
 
 def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key: str, needed_by: str) -> RegionCache:
-    """A region cache, checked against a training set and MODEL.TEACHER.
+    """Open a region cache and check it against a training set and MODEL.TEACHER.
 
     Args:
         folder: of the cache.
         datasets: registered data sets of the training images.
         cfg: configuration; MODEL.TEACHER is read.
         key: configuration key that names the folder, for messages.
-        needed_by: the key that makes a cache necessary, for messages.
+        needed_by: the configuration key that requires a cache, for messages.
 
     Raises:
-        UsageError: no cache is named, or several data sets, whose image ids one cache cannot tell apart.
-        CacheError: see :class:`RegionCache`; or it is of another teacher or data set.
+        UsageError: no folder is given, or there are several data sets, whose image ids could collide in one cache.
+        CacheError: see :class:`RegionCache`; or the cache is of another teacher or data set.
     """
     if not folder:
         raise UsageError(
-            f"{needed_by} asks for a region cache, but {key} is empty: name the folder of one made by "
+            f"{needed_by} requires a region cache, but {key} is empty: give the folder of a cache made by "
             "ovdet2 cache build."
         )
     if len(datasets) != 1:
         raise UsageError(
-            f"{key} is the region cache of one data set, and the source has {list(datasets)}: join their jsons."
+            f"{key} is the region cache of one data set, and the source has {list(datasets)}: merge their jsons."
         )
     try:
         cache = RegionCache(folder)
@@ -58,11 +58,10 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
     return cache
 
 
-def known_regions(
+def checked_regions(
     cache: RegionCache, image_id: int, width: int, height: int, ann_ids: Iterable[int | None]
 ) -> MappedRegions:
-    """The cached regions of an image, checked: they lie in the image, and those that were cut around an annotation are
-    of one that may be trained on.
+    """The cached regions of an image, after checking that they lie in the image and belong to its training annotations.
 
     Args:
         cache: of the training set.
@@ -71,7 +70,7 @@ def known_regions(
         ann_ids: of its annotations in the training set.
 
     Raises:
-        CacheError: the cache has no entry for the image; or names the box or annotation at fault.
+        CacheError: the cache has no entry for the image, a box outside of it, or a region of an unknown annotation.
     """
     cached = cache.regions(image_id)
     where = f"the region cache {cache.folder}, image id {image_id}"
@@ -80,19 +79,22 @@ def known_regions(
     unknown = set(known[known >= 0].tolist()) - set(ann_ids)
     if unknown:
         raise CacheError(
-            f"{where}: regions were cut around the annotations {sorted(unknown)[:5]}, which the training set does not "
+            f"{where}: regions belong to the annotations {sorted(unknown)[:5]}, which the training set does not "
             "hold: a box of a novel class must not be trained on. Build the cache from the base-only annotations."
         )
     return cached
+
+
+known_regions = checked_regions  # former name
 
 
 def _require_inside(cached: MappedRegions | Regions, width: int, height: int, where: str) -> None:
     boxes = cached.boxes_xyxy.numpy()
     limits = np.array([width, height] * 2, dtype=np.float32) + 1
     inside = (boxes[:, :2] < boxes[:, 2:]).all(axis=1) & (boxes >= -1).all(axis=1) & (boxes <= limits).all(axis=1)
-    if not inside.all():  # false for NaN, too
+    if not inside.all():  # false for NaN too
         worst = boxes[~inside][0].tolist()
         raise CacheError(
-            f"{where}: region {worst} is no box inside the image of {width}x{height} pixels; the cache was built from "
-            "other images, build it anew."
+            f"{where}: region {worst} is no box inside the image of {width}x{height} pixels: the cache was built from "
+            "other images, build it again."
         )

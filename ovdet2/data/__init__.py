@@ -1,1 +1,1 @@
-"""Data sets, image reading, the making of samples, sources and loaders."""
+"""Data sets, their readers, the steps that map a record to a training sample, and the data loaders."""

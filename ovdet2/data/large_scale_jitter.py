@@ -10,23 +10,23 @@ from ovdet2.errors import UsageError
 
 
 def large_scale_jitter(scales: Sequence[float], side: int) -> list[T.Augmentation]:
-    """The augmentations that take the place of the ordinary resize; boxes, masks and cached regions go along.
+    """The augmentations that replace the ordinary resize; boxes, masks and cached regions go through them too.
 
-    An image smaller than the square stays so: the detector pads its batch, and knows what is padding.
+    An image smaller than the square is not padded here: the detector pads its batch and masks the padding.
 
     Args:
-        scales: (least, most) sizes that the image is made to fit into, as multiples of the square.
+        scales: (minimum, maximum) size that the image is resized to fit into, as multiples of the square.
         side: of the square, pixels.
 
     Returns:
-        They draw from numpy's global generator.
+        Augmentations that draw from numpy's global generator.
 
     Raises:
         UsageError: scales in the wrong order, or no side.
     """
     if len(scales) != 2 or not 0 < scales[0] <= scales[1] or side < 1:
         raise UsageError(
-            f"INPUT.LSJ has SCALES {tuple(scales)} and SIDE {side}: give the least and the most multiple of the "
+            f"INPUT.LSJ has SCALES {tuple(scales)} and SIDE {side}: give the smallest and the largest multiple of the "
             "square, and its side in pixels."
         )
     least, most = scales

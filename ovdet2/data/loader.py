@@ -1,7 +1,7 @@
-"""Loaders of training, over one or several sources, and of evaluation.
+"""Data loaders: for training, over one or several sources, and for evaluation.
 
-A training loader's position is a number of each source, so that a resumed run sees exactly the images it would have
-seen; see :mod:`ovdet2.data.stream`.
+The position of a training loader is one number per source, so that a resumed run sees exactly the images that an
+uninterrupted run sees; see :mod:`ovdet2.data.stream`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class TrainLoader:
     ) -> None:
         """
         Args:
-            sources: the first one has the random draws of a run with this source only; the others have their own.
-            mix: "parallel": a batch has the samples of all sources, one source after another. "alternate": of one
-                source, see :func:`next_source`.
+            sources: the first one has the random draws of a run with this source only; each other one is seeded
+                differently.
+            mix: "parallel": a batch holds the samples of all sources, one source after another. "alternate": a batch
+                holds the samples of one source, see :func:`next_source`.
             num_workers: loading processes of this process for each source.
             max_bad: unreadable images of a source tolerated in the run.
 
@@ -63,7 +64,7 @@ class TrainLoader:
 
     @property
     def bad_images(self) -> dict[str, str]:
-        """{path: reason} of the unreadable images that this process has met."""
+        """{path: reason} of the unreadable images that this process has tried to load."""
         return {path: reason for stream in self.streams for path, reason in stream.bad_images.items()}
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -87,16 +88,16 @@ class TrainLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at saved positions; see :meth:`SourceStream.load_state_dict`.
 
-        Sources that the saved run did not have start at their beginning. Where the sources or their ratios differ, the
-        turns of "alternate" start anew. A state of a version without sources is that of the first source.
+        Sources that the saved run did not have start at their beginning. If the sources or their ratios differ, the
+        turns of "alternate" start anew. A state of a version without sources is read as the state of the first source.
         """
         if "sources" not in state:
             state = {"mix": PARALLEL, "sources": {self.sources[0].spec.name: state}}
         saved, names = state["sources"], [source.spec.name for source in self.sources]
         if set(saved) != set(names):
             logger.warning(
-                "The saved run had the sources %s, this one has %s: those of both go on, but the run is not the same "
-                "as an uninterrupted one.",
+                "The saved run had the sources %s, this one has %s: the sources of both continue, but the run is not "
+                "the same as an uninterrupted one.",
                 ", ".join(saved),
                 ", ".join(names),
             )
@@ -109,14 +110,14 @@ class TrainLoader:
 
 
 def next_source(turns: Sequence[int], ratios: Sequence[float]) -> int:
-    """The source of the next step: the one that is furthest behind its share of the steps; of several, the first.
+    """Index of the source of the next step: the one furthest behind its share of the steps; of several, the first.
 
     Args:
         turns: steps that each source has had.
         ratios: above 0.
     """
     step, total = sum(turns) + 1, sum(ratios)
-    behind = [ratio * step - taken * total for taken, ratio in zip(turns, ratios)]
+    behind = [ratio * step - turn * total for turn, ratio in zip(turns, ratios)]
     return behind.index(max(behind))
 
 
@@ -138,7 +139,7 @@ def _stream(source, number, num_workers, max_bad):
 class TestLoader:
     """One image per batch, each on exactly one process; an unreadable image is an error, for it changes the metric."""
 
-    __test__ = False  # the name is no test case for pytest
+    __test__ = False  # pytest must not collect this class as a test case
 
     def __init__(self, dataset: MappedRecords, num_workers: int = 0) -> None:
         self.dataset = dataset
@@ -175,7 +176,7 @@ def build_train_loader(cfg: CfgNode, maker: Callable[[Record], Any] | None = Non
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, maker: Callable[[Record], Any] | None = None) -> TestLoader:
-    """The loader of one evaluation set; every record is kept, those without annotations too."""
+    """The loader of one evaluation set, over all of its records, including those without annotations."""
     records = load_records([dataset_name], "DATASETS.TEST", filter_empty=False)
     maker = build_sample_maker(cfg, False, test_spec([dataset_name])) if maker is None else maker
     return TestLoader(MappedRecords(records, maker), cfg.DATALOADER.NUM_WORKERS)

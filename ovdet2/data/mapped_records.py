@@ -1,4 +1,4 @@
-"""Records under a sample maker, each draw with random numbers of its own."""
+"""A torch Dataset that maps records to samples; each draw is seeded separately."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def seeded(*entropy: int) -> Generator[None, None, None]:
 
 
 class MappedRecords(Dataset):
-    """Records under a maker; in training, an image that cannot be used is replaced by another one.
+    """Samples that a maker makes of records; in training, an image that cannot be used is replaced by another one.
 
-    An item is ``(sample or None, [(path, reason), ...])``: the second part lists the images that could not be read. It
-    travels to the main process, which counts them over all workers. None: no readable image was found. In the place of
-    a sample there may be a CacheError, to be raised in the main process.
+    An item is ``(sample, [(path, reason), ...])``. The second part lists the images that could not be read; the main
+    process counts them over all workers. The first part is None if no readable image was found. It is a CacheError if
+    an offline artefact does not fit; the main process raises it.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class MappedRecords(Dataset):
         """
         Args:
             records: Detectron2 records; a list is stored as bytes, which loading processes share.
-            maker: callable of a record; raises DataError for an image that cannot be used, or returns None to pass.
+            maker: callable that maps a record to a sample. For an image that cannot be used it raises DataError or
+                returns None.
             seed: of the augmentations.
-            max_bad: unreadable images after which one item gives up; 0 at evaluation, where every image counts.
-            entropy: beside the seed, for random numbers other than those of another source with the same seed.
+            max_bad: unreadable images after which an item is None; 0 at evaluation, where every image counts.
+            entropy: seeds the random numbers together with ``seed``, so that sources of one seed draw different ones.
         """
         self.records = DatasetFromList(records, copy=False) if isinstance(records, list) else records
         self.maker = maker
@@ -89,7 +90,7 @@ class MappedRecords(Dataset):
         try:
             sample = self.maker(record)
         except CacheError as error:
-            return error  # no other image would fare better; raised in the main process, where it is readable
+            return error  # another image would fail too; the main process raises it, with a readable traceback
         except DataError as error:
             faults.append((str(record["file_name"]), str(error)))
             return None
@@ -99,8 +100,8 @@ class MappedRecords(Dataset):
 
 
 def plain_loader(dataset: Dataset, num_workers: int, **arguments: Any) -> DataLoader:
-    """A DataLoader without collation, which draws its worker seed from a separate generator: the global one stays
-    untouched, whatever the number of workers."""
+    """A DataLoader without collation that leaves the global random generator unchanged for any number of workers."""
+    # A DataLoader draws the base seed of its workers from this generator.
     generator = torch.Generator().manual_seed(0)
     return DataLoader(dataset, num_workers=num_workers, collate_fn=_no_collation, generator=generator, **arguments)
 

@@ -1,6 +1,6 @@
-"""Mosaics: several images on one canvas, each a pseudo region that keeps its caption (CLIM, Wu et al., 2023).
+"""Mosaics: several images on one canvas, each a pseudo region with the caption of its image (CLIM, Wu et al., 2023).
 
-Shapes: B images of a batch, M mosaics, g cells a side of a mosaic, C channels, h x w image, H x W canvas. Boxes are
+Shapes: B images of a batch, M mosaics, g cells per side of a mosaic, C channels, h x w image, H x W canvas. Boxes are
 XYXY in pixels of the canvas, with pixel edges at integers.
 """
 
@@ -18,30 +18,30 @@ from ovdet2.errors import UsageError
 def draw_mosaics(
     count: int, grids: Sequence[int] = (2, 3, 4), singles: int = 0, generator: torch.Generator | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Which images make up the mosaics of a batch; every image is used exactly once.
+    """Assign the images of a batch to mosaics; every image is used exactly once.
 
-    The batch is used up in rounds of one mosaic of each grid and ``singles`` single images; of what is left, the
-    largest grids that fit beside ``singles`` images are filled, at most one of each, and the rest stays single. With
-    CLIM's grids, 29 of 32 images are in one mosaic of each and 3 are single.
+    The batch is divided into rounds of one mosaic of each grid and ``singles`` single images. The images that are left
+    fill the largest grids that fit next to ``singles`` images, at most one of each; the others stay single. With
+    CLIM's grids, 29 of 32 images are in one mosaic of each grid and 3 are single.
 
     Args:
         count: B.
-        grids: distinct numbers of cells a side, each at least 1.
+        grids: distinct numbers of cells per side, each at least 1.
         singles: images of a round that stay single, at least 0.
-        generator: of the draw; None: images in their order, for batches that are drawn at random.
+        generator: of the random assignment; None: images in their order, for batches that are already in random order.
 
     Returns:
-        (mosaics, rest): list of M Tensors [g, g] long, indices of images by row and column, and Tensor [U] long, those
-        of the single images.
+        (mosaics, rest): list of M Tensors [g, g] long, indices of images by row and column; and Tensor [U] long,
+        indices of the single images.
 
     Raises:
-        UsageError: the batch is smaller than one mosaic and its single images, or the grids are no such numbers.
+        UsageError: the batch is smaller than one mosaic and its single images, or the grids are invalid.
     """
     grids = sorted(grids)
     if not grids or grids[0] < 1 or len(set(grids)) < len(grids) or singles < 0:
         raise UsageError(
-            f"mosaics of grids {grids} with {singles} single images: name each grid once, from 1 on, and no "
-            "negative number of singles."
+            f"mosaics of grids {grids} with {singles} single images: give each grid once, each at least 1, and a "
+            "number of single images that is not negative."
         )
     if count < grids[0] ** 2 + singles:
         raise UsageError(
@@ -68,18 +68,19 @@ def draw_mosaics(
 def compose_mosaics(
     images: Tensor, mosaics: Sequence[Tensor], size: tuple[int, int], mode: str = "bicubic"
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Put images on canvases, and resize these.
+    """Tile images to canvases, and resize the canvases.
 
     Args:
-        images: Tensor [B, C, h, w], floating point; values may leave their range a little where ``mode`` overshoots.
+        images: Tensor [B, C, h, w], floating point.
         mosaics: list of M Tensors [g, g] long, of :func:`draw_mosaics`.
-        size: (H, W) of the canvases; they have g * h x g * w pixels before.
-        mode: of the resizing, "bicubic" or "bilinear", with anti-aliasing where it makes them smaller.
+        size: (H, W) of the canvases; before the resize a canvas has g * h x g * w pixels.
+        mode: of the resize, "bicubic" (may overshoot the value range slightly) or "bilinear"; with anti-aliasing when
+            it shrinks.
 
     Returns:
-        (canvases, boxes, indices): Tensor [M, C, H, W] in the images' dtype, list of M Tensors [g * g, 4] float32, the
-        cells row by row, and list of M Tensors [g * g] long, the image, and so the caption, of each box; all on the
-        images' device.
+        (canvases, boxes, indices), all on the images' device:
+        Tensor [M, C, H, W] in the images' dtype; list of M Tensors [g * g, 4] float32, the cells row by row; list of M
+        Tensors [g * g] long, the index of the image (and so of the caption) of each box.
     """
     height, width = size
     canvases = images.new_empty((len(mosaics), images.shape[1], height, width))
@@ -87,11 +88,11 @@ def compose_mosaics(
     for grid in set(grids):
         members = [number for number, other in enumerate(grids) if other == grid]
         cells = images[torch.stack([mosaics[number] for number in members]).to(images.device)]  # [m, g, g, C, h, w]
-        whole = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [m, C, g * h, g * w]
-        if whole.shape[2:] != (height, width):
-            smaller = whole.shape[2] > height or whole.shape[3] > width
-            whole = F.interpolate(whole, (height, width), mode=mode, antialias=smaller, align_corners=False)
-        canvases[members] = whole
+        tiled = cells.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # [m, C, g * h, g * w]
+        if tiled.shape[2:] != (height, width):
+            smaller = tiled.shape[2] > height or tiled.shape[3] > width
+            tiled = F.interpolate(tiled, (height, width), mode=mode, antialias=smaller, align_corners=False)
+        canvases[members] = tiled
     boxes = [grid_boxes(grid, height, width, images.device) for grid in grids]
     return canvases, boxes, [mosaic.flatten().to(images.device) for mosaic in mosaics]
 

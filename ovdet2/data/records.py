@@ -1,4 +1,4 @@
-"""The records of the data sets a configuration names, checked before anything is trained on them."""
+"""Load the records of registered data sets, and check that no label of a novel class reaches training."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def load_records(
     Args:
         names: of data sets.
         key: configuration key they come from, for messages.
-        filter_empty: leave out images without a box that is not a crowd.
-        base_only: refuse annotations of novel classes, however the data set was registered, and image labels of novel
-            classes, unless it was registered as one that may hold them (metadata ``ov_novel_labels``); for training.
-        kind: what the data sets know of their images, one of :data:`~ovdet2.data.samples.KINDS`.
+        filter_empty: skip images without a box that is not a crowd.
+        base_only: for training: refuse annotations of novel classes, however the data set was registered. Also refuse
+            image labels of novel classes, unless it was registered with ``novel_labels`` (metadata
+            ``ov_novel_labels``).
+        kind: annotation kind of the data sets, one of :data:`~ovdet2.data.samples.KINDS`.
 
     Returns:
-        list of dicts; or, of one data set that makes its records when they are asked for, its sequence.
+        list of dicts; or, of a single data set with a lazy reader, its sequence.
 
     Raises:
         UsageError: no name, an unknown one, data sets with different classes, or several of which one is no list.
@@ -44,10 +45,10 @@ def load_records(
     known = DatasetCatalog.list()
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        ours = ", ".join(
+        registered = ", ".join(
             sorted(name for name in known if name.startswith(("ov_", "closed_", "transfer_", "coco_captions_")))
         )
-        raise UsageError(f"{key} is {list(names)}: name registered data sets. Those of ovdet2: {ours}.")
+        raise UsageError(f"{key} is {list(names)}: name registered data sets. ovdet2 registers: {registered}.")
     try:
         if kind == BOXES:
             return _joined_records(names, filter_empty, base_only)
@@ -60,14 +61,18 @@ def load_records(
     except OVDetError:
         raise
     except ValueError as error:
-        raise UsageError(f"the data sets {', '.join(names)} cannot be joined ({error}): name them apart.") from None
+        raise UsageError(
+            f"the data sets {', '.join(names)} cannot be joined ({error}): make each a separate entry of "
+            "DATASETS.SOURCES."
+        ) from None
     except AssertionError as error:
         raise DataError(f"{key} {list(names)} has no image to use ({error}).") from None
 
 
 def _joined_records(names, filter_empty, base_only):
-    """What Detectron2's function does for several data sets at once, with a check of each before any image is left
-    out: a crowd of a novel class is a novel label, too.
+    """The joined records of several data sets, as of Detectron2's ``get_detection_dataset_dicts``.
+
+    Each data set is checked for novel classes before images are filtered: a crowd of a novel class is a novel label.
 
     Raises:
         ValueError: the classes of the data sets differ; AssertionError: one of them is empty.
@@ -76,7 +81,7 @@ def _joined_records(names, filter_empty, base_only):
     joined = []
     for name in names:
         loaded = get_detection_dataset_dicts([name], filter_empty=False, check_consistency=False)
-        # A list, or of a torch Dataset what has a length and items, too.
+        # A list, or a torch Dataset, which has a length and items too.
         records = cast(Sequence[Mapping[str, Any]], loaded)
         split = split_of(name)
         if base_only and split is not None:
@@ -105,7 +110,7 @@ def _weak_records(names, base_only):
         split = split_of(name)
         if not len(records):
             raise DataError(f"the data set {name} has no image: check its files.")
-        # A reader, which makes records when they are asked for, has refused such labels when it was opened.
+        # A lazy reader has refused such labels when it was opened.
         listed = isinstance(records, list) and split is not None
         if base_only and listed and not MetadataCatalog.get(name).get("ov_novel_labels"):
             _require_base_labels(name, records, split)
@@ -113,14 +118,14 @@ def _weak_records(names, base_only):
         return loaded[0]
     if not all(isinstance(records, list) for records in loaded):
         raise UsageError(
-            f"the data sets {', '.join(names)} cannot be joined, since one of them reads its records when they are "
-            "asked for: make each a source of DATASETS.SOURCES."
+            f"the data sets {', '.join(names)} cannot be joined, since one of them reads its records lazily: make each "
+            "a source of DATASETS.SOURCES."
         )
     return [record for records in loaded for record in records]
 
 
 def _require_base_labels(name, records, split):
-    """Labels of novel classes would teach the detector these words.
+    """Refuse image labels of novel classes: a detector that is trained on them is not evaluated zero-shot.
 
     Raises:
         DataError: an image has one.
@@ -130,14 +135,15 @@ def _require_base_labels(name, records, split):
         shown = ", ".join(str(record["image_id"]) for record in novel[:_SHOWN]) + (", ..." if novel[_SHOWN:] else "")
         raise DataError(
             f"{len(novel)} images of the training set {name} have labels of novel classes of {split.name}, first "
-            f"{shown}: what is trained on them has seen these names. If that is meant, register {name} as a data set "
-            "that may hold them (novel_labels=True)."
+            f"{shown}: a detector trained on them has seen these classes. If that is intended, register {name} with "
+            "novel_labels=True."
         )
 
 
 def require_base_only(name: str, records: Sequence[Mapping[str, Any]], split: Split) -> None:
-    """No label of a novel class may reach training (the point of the open-vocabulary protocol): no annotation, and no
-    statement that a novel class is absent (LVIS's "neg_category_ids").
+    """Refuse a training set with labels of novel classes, which the open-vocabulary protocol forbids.
+
+    A label is an annotation, or a statement that a novel class is absent (LVIS's "neg_category_ids").
 
     Args:
         name: of the data set, for the message.
@@ -159,13 +165,15 @@ def require_base_only(name: str, records: Sequence[Mapping[str, Any]], split: Sp
         shown = ", ".join(map(str, image_ids[:_SHOWN])) + (", ..." if len(image_ids) > _SHOWN else "")
         raise DataError(
             f"the training set {name} holds {count} labels of novel classes of {split.name}, first in the images "
-            f"{shown}: prepare a json of the base classes alone (datasets/README.md) and register it with "
+            f"{shown}: prepare a json of the base classes only (datasets/README.md) and register it with "
             "base_only=True."
         )
 
 
 def require_one_base(cfg: CfgNode, trained: Sequence[str]) -> None:
-    """The vocabulary is that of the first test set: training on other base classes would mistake one for another.
+    """Require that the training sets and the first test set have the same base classes.
+
+    The detector's vocabulary comes from the first test set, so other base classes would get wrong class ids.
 
     Args:
         cfg: configuration; DATASETS.TEST is read.
@@ -181,5 +189,5 @@ def require_one_base(cfg: CfgNode, trained: Sequence[str]) -> None:
         if base != bases[0]:
             raise UsageError(
                 f"{names[0]} and {name} have different base classes: train with the DATASETS.TEST of the same split "
-                "(register_ov_dataset gives a data set its own), and evaluate on the other with --eval-only."
+                "(register_ov_dataset makes a split for a data set), and evaluate on the other with --eval-only."
             )

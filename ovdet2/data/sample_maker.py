@@ -1,4 +1,4 @@
-"""From a record of a data set to a sample."""
+"""The data set mapper: makes a training or test sample of a record."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ovdet2.data.steps.step import Step
 
 
 class SampleMaker:
-    """Sends each record through steps.
+    """Maps a record to a sample by applying steps in order.
 
     Attributes:
-        steps: in their order.
-        kind, source: of the samples.
+        steps: in the order in which they are applied.
+        kind, source: annotation kind and source name that the samples get.
     """
 
     def __init__(self, steps: Sequence[Step], kind: str = BOXES, source: str = "") -> None:
@@ -35,11 +35,11 @@ class SampleMaker:
     def __call__(self, record: Sample | Mapping[str, Any]) -> Sample | None:
         """
         Args:
-            record: dict in Detectron2's standard form, with "file_name" and what the source knows of the image:
-                "annotations", "captions" or "labels"; or a Sample. It is not changed.
+            record: dict in Detectron2's standard form, with "file_name" and the "annotations", "captions" or "labels"
+                of the image; or a Sample. It is not changed.
 
         Returns:
-            :class:`Sample`; None from a subclass that passes the image over.
+            :class:`Sample`; None from a subclass that skips the image.
 
         Raises:
             DataError: the image cannot be used.

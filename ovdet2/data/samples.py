@@ -1,6 +1,6 @@
-"""What the reader, the steps and the model hand to each other: one image with what is known of it.
+"""The sample: one image with its annotations, passed from reader to steps to model.
 
-Shapes: H x W augmented image, M objects.
+Shapes: H x W augmented image, M objects. Names: ``gt_`` ground truth, as in Detectron2.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ Attachment = TypeVar("Attachment")
 
 
 class Records(Protocol):
-    """Detectron2 records by their place: a list, or what makes them when they are asked for."""
+    """Detectron2 records by index: a list, or a sequence that makes them lazily."""
 
     def __len__(self) -> int: ...
 
@@ -29,32 +29,33 @@ class Records(Protocol):
 
 @dataclass
 class Sample:
-    """One image on its way from a data set to the model.
+    """One image with its annotations, on the way from a data set to the model.
 
-    A reader fills the first group of fields, steps (:mod:`ovdet2.data.steps`) the second, and the model reads the
-    result. A method keeps what it adds in a class of its own: ``sample.attach(CachedRegions(...))`` in its step,
-    ``sample.attached(CachedRegions)`` in its model part. Detectron2's code reads records by key; ``sample["image"]``,
-    ``sample.get("height", 0)`` and ``"instances" in sample`` serve it.
+    A reader fills the first group of fields. Steps (:mod:`ovdet2.data.steps`) fill the second. The model reads the
+    result. A method defines a class for the data it adds: ``sample.attach(CachedRegions(...))`` in its step,
+    ``sample.attached(CachedRegions)`` in its model part. Detectron2's code reads records by key, therefore
+    ``sample["image"]``, ``sample.get("height", 0)`` and ``"instances" in sample`` work too.
 
     Attributes:
-        kind: what the source knows of its images, one of :data:`KINDS`.
+        kind: annotation kind of the image, one of :data:`KINDS`.
         source: name of its :class:`~ovdet2.data.source_spec.SourceSpec`: "DATASETS.TRAIN", an entry of
             DATASETS.SOURCES, or a data set of an evaluation; "" for an image of no source.
         file_name: of the image file; "" for pixels given directly.
         image_id: of the data set.
-        height, width: pixels of the original image as it is shown (after the EXIF rotation); 0 until decoded where the
-            data set does not say. Detections are given in these pixels.
+        height, width: pixels of the original image as it is shown (after the EXIF rotation); if the data set does not
+            state them, 0 until decoding. Detections are given in these pixels.
         annotations: Detectron2's annotation dicts, boxes in pixels of the original image, ``category_id`` contiguous
             and base first; None for a source without boxes, and after the last step.
         captions: texts that describe the image.
         labels: contiguous ids of classes that the image is stated to contain, without boxes.
         pixels: array [H, W, C] uint8 in INPUT.FORMAT, between decoding and the last step; None elsewhere.
         transforms: Detectron2's TransformList that led from the original pixels to ``image``; None after the last step.
-        kept: Tensor [M] int64, the place in ``annotations`` of each of the ``instances``; None after the last step.
+        annotation_indices: Tensor [M] int64, index in ``annotations`` of each of the ``instances``; None after the last
+            step.
         image: Tensor [3, H, W] uint8 in INPUT.FORMAT, augmented; None until a step has made it.
         instances: :class:`Instances` of the M objects in pixels of ``image``: ``gt_boxes`` (XYXY), ``gt_classes``
-            int64, and ``gt_masks`` where masks are on; None at test and without boxes.
-        attachments: what methods have added, by its class.
+            int64, and ``gt_masks`` if masks are on; None at test and without boxes.
+        attachments: objects that methods have attached, by their class.
     """
 
     kind: str = BOXES
@@ -68,32 +69,37 @@ class Sample:
     labels: tuple[int, ...] = ()
     pixels: np.ndarray | None = None
     transforms: T.TransformList | None = None
-    kept: torch.Tensor | None = None
+    annotation_indices: torch.Tensor | None = None
     image: torch.Tensor | None = None
     instances: Instances | None = None
     attachments: dict[type, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, record: "Sample | Mapping[str, Any]") -> "Sample":
-        """A Detectron2 record as a sample; keys that are no fields are left out. A Sample is given back as it is."""
+        """A Detectron2 record as a sample; keys that are no fields are ignored. A Sample is returned unchanged."""
         if isinstance(record, Sample):
             return record
         return cls(**{name: record[name] for name in _FIELDS if name in record})
 
     @property
+    def kept(self) -> torch.Tensor | None:
+        """Former name of :attr:`annotation_indices`."""
+        return self.annotation_indices
+
+    @property
     def name(self) -> str:
-        """What messages call the image."""
+        """Name of the image in messages: file name and id."""
         return f"{self.file_name or None} (id {self.image_id})"
 
     def attach(self, value: object) -> None:
-        """Add what a method knows of the image; one value of a class."""
+        """Attach an object of a method; it replaces an attached one of the same class."""
         self.attachments[type(value)] = value
 
     def attached(self, kind: type[Attachment]) -> Attachment:
-        """What :meth:`attach` was given of a class.
+        """The attached object of a class, see :meth:`attach`.
 
         Raises:
-            UsageError: nothing; it names the image and the class.
+            UsageError: there is none; the message names the image and the class.
         """
         value = self.attachments.get(kind)
         if value is None:
@@ -113,7 +119,7 @@ class Sample:
         return self.get(key) is not None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A field by its name; ``default`` where there is none, or it is not known (None)."""
+        """A field by its name; ``default`` if there is no such field, or it is None."""
         value = getattr(self, key, None) if key in _FIELDS else None
         return default if value is None else value
 
@@ -127,5 +133,5 @@ def as_samples(batch: Iterable["Sample | Mapping[str, Any]"]) -> list[Sample]:
 
 
 def of_kind(samples: Sequence[Sample], kind: str) -> list[Sample]:
-    """Those of one kind, in their order."""
+    """The samples of one annotation kind, in their order."""
     return [sample for sample in samples if sample.kind == kind]

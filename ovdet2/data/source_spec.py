@@ -1,4 +1,4 @@
-"""Sources of training images, as the configuration and methods name them."""
+"""Specifications of the sources of training images, from the configuration and from methods."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _ENTRY = ("name", "images", "datasets", "kind", "sampler", "min_size", "max_size
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One or several data sets that are drawn from in training, with their own batch size, sampler and image sizes.
+    """One or several training data sets with their batch size, sampler and image sizes.
 
     Attributes:
         name: of the source in logs and checkpoints, unique in a run.
         datasets: names of registered data sets of one kind.
         images_per_step: images of a step over all processes.
-        kind: what the data sets know of their images, one of :data:`~ovdet2.data.samples.KINDS`.
-        sampler: as DATALOADER.SAMPLER_TRAIN; empty: that one for boxes, "TrainingSampler" otherwise.
-        min_sizes, max_size: as INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN; empty and 0: those.
-        ratio: steps of this source to those of the others, where sources alternate.
+        kind: annotation kind of the data sets, one of :data:`~ovdet2.data.samples.KINDS`.
+        sampler: as DATALOADER.SAMPLER_TRAIN; empty: the sampler of that key for boxes, "TrainingSampler" otherwise.
+        min_sizes, max_size: as INPUT.MIN_SIZE_TRAIN and MAX_SIZE_TRAIN; empty and 0: the values of these keys.
+        ratio: if sources alternate, this source's share of the steps, relative to the other sources' ratios.
     """
 
     name: str
@@ -48,21 +48,22 @@ def train_spec(cfg: CfgNode) -> SourceSpec:
 
 
 def test_spec(datasets: Sequence[str]) -> SourceSpec:
-    """Data sets of an evaluation, one image at a time."""
+    """The source of the data sets of an evaluation, one image per batch."""
     return SourceSpec(", ".join(datasets), tuple(datasets), 1)
 
 
-vars(test_spec)["__test__"] = False  # the name is no test for pytest
+vars(test_spec)["__test__"] = False  # pytest must not collect this function as a test
 
 
 def source_specs(cfg: CfgNode) -> list[SourceSpec]:
-    """DATASETS.TRAIN, the entries of DATASETS.SOURCES, then what methods add.
+    """The sources of a run: DATASETS.TRAIN, the entries of DATASETS.SOURCES, then the sources of methods.
 
-    A source of a method is replaced by the entry of its name. DATASETS.TRAIN may be empty where there are others.
+    An entry replaces the source of a method that has the same name. DATASETS.TRAIN may be empty if there are other
+    sources.
 
     Raises:
-        UsageError: an entry of another form, two of one name, a data set of another kind than stated or than
-            DATASETS.TRAIN holds, or no such DATALOADER.MIX.
+        UsageError: an entry of another form, two entries with one name, a data set whose annotation kind is not that of
+            its source, or an unknown DATALOADER.MIX.
     """
     if cfg.DATALOADER.MIX not in MIXES:
         raise UsageError(f"DATALOADER.MIX is {cfg.DATALOADER.MIX!r}: choose {' or '.join(MIXES)}.")
@@ -74,7 +75,9 @@ def source_specs(cfg: CfgNode) -> list[SourceSpec]:
     names = [spec.name for spec in specs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UsageError(f"several sources of training images are named {', '.join(twice)}: name each once.")
+        raise UsageError(
+            f"several sources of training images are named {', '.join(twice)}: give each source another name."
+        )
     for spec in specs:
         _check(spec)
     return specs
@@ -98,7 +101,7 @@ def entries_of(specs: Sequence[SourceSpec]) -> list[dict[str, Any]]:
 
 
 def kind_of(dataset: str) -> str:
-    """What a registered data set knows of its images; boxes unless its metadata ``ov_kind`` states another kind."""
+    """Annotation kind of a registered data set: boxes unless its metadata ``ov_kind`` states another kind."""
     from detectron2.data import MetadataCatalog
 
     import ovdet2.data.datasets  # noqa: F401  registers the data sets
@@ -111,8 +114,8 @@ def _of_entry(entry):
     lacking = {"name", "images"} - set(entry) if isinstance(entry, Mapping) else ()
     if unknown or lacking:
         raise UsageError(
-            f"an entry of DATASETS.SOURCES has {sorted(map(str, unknown))} that is not known and lacks "
-            f"{sorted(lacking)}: it is {{name, images}} with {', '.join(_ENTRY[2:])} if needed."
+            f"an entry of DATASETS.SOURCES has the unknown keys {sorted(map(str, unknown))} and lacks "
+            f"{sorted(lacking)}: give name and images, and optionally {', '.join(_ENTRY[2:])}."
         )
     sizes = entry.get("min_size") or ()
     datasets = tuple(entry.get("datasets") or (entry["name"],))
@@ -133,10 +136,10 @@ def _check(spec):
         if spec.kind not in KINDS or kind_of(dataset) != spec.kind:
             raise UsageError(
                 f"{dataset} is a data set of {kind_of(dataset)}, the source {spec.name} is of {spec.kind}: "
-                "DATASETS.TRAIN takes data sets of boxes; name others in DATASETS.SOURCES, those of one kind together."
+                "DATASETS.TRAIN takes data sets of boxes; name others in DATASETS.SOURCES, one kind per entry."
             )
     if not isinstance(spec.images_per_step, int) or not isinstance(spec.ratio, (int, float)) or not spec.ratio > 0:
         raise UsageError(
-            f"the source {spec.name} has {spec.images_per_step!r} images a step and the ratio {spec.ratio!r}: give a "
-            "number of images over all processes, and a ratio above 0."
+            f"the source {spec.name} has {spec.images_per_step!r} images per step and the ratio {spec.ratio!r}: give "
+            "an integer number of images over all processes, and a ratio above 0."
         )

@@ -24,15 +24,16 @@ Record = Mapping[str, Any]
 
 @dataclass
 class TrainSource:
-    """A source with its records, ready to be drawn from.
+    """A source of training images with its records, sample maker and sampler.
 
     Attributes:
         spec: :class:`SourceSpec`.
-        records: Detectron2 records; an item may be made when it is asked for.
-        maker: callable of a record that gives a sample, :class:`SampleMaker`.
-        make_sampler: function of a seed that gives the index sampler of this process.
+        records: Detectron2 records; an item may be made lazily.
+        maker: callable that maps a record to a sample, :class:`SampleMaker`.
+        make_sampler: function of a seed that returns the index sampler of this process.
         seed: of order and augmentations, the same in every process.
-        wide: for each record, width above height, for batches of one orientation; None: batches in drawn order.
+        wide: for each record whether it is wider than high, for batches of one orientation; None: batches in drawn
+            order.
     """
 
     spec: SourceSpec
@@ -44,7 +45,7 @@ class TrainSource:
 
     @property
     def steps(self) -> Sequence[Step]:
-        """Of the maker; none where it is not made of steps."""
+        """The steps of the maker; empty if it has none."""
         return getattr(self.maker, "steps", ())
 
 
@@ -62,7 +63,7 @@ def build_sources(cfg: CfgNode, maker: Callable[[Record], Any] | None = None) ->
     specs = source_specs(cfg)
     records = [_records_of(cfg, spec) for spec in specs]
     require_one_base(cfg, [name for spec in specs if spec.kind != CAPTIONS for name in spec.datasets])
-    # A negative seed asks for a random one, drawn once and saved with the position.
+    # A negative SEED means a random one, drawn once and saved with the position.
     seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
     makers = [maker, *[None] * (len(specs) - 1)]
     return [
@@ -81,7 +82,7 @@ def _source(
     cfg: CfgNode, spec: SourceSpec, records: Sequence[Record], seed: int, maker: Callable[[Record], Any] | None
 ) -> TrainSource:
     wide = None
-    # Records that are made when they are asked for are not looked at.
+    # The records of a lazy reader are not grouped by orientation: that would read them all.
     listed = isinstance(records, list)
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING and listed and all("width" in r and "height" in r for r in records):
         wide = [record["width"] > record["height"] for record in records]
@@ -91,13 +92,13 @@ def _source(
 
 
 def sampler_factory(cfg: CfgNode, spec: SourceSpec, records: Sequence[Record]) -> SamplerFactory:
-    """A function of a seed that gives the index sampler of a source for this process.
+    """A function of a seed that returns the index sampler of a source for this process.
 
     Raises:
-        UsageError: no such sampler, or one that needs classes and a source without.
+        UsageError: unknown sampler, or one that needs classes for a source without classes.
     """
     name = spec.sampler or (cfg.DATALOADER.SAMPLER_TRAIN if spec.kind == BOXES else "TrainingSampler")
-    count = len(records)  # the list itself must not live on in the function
+    count = len(records)  # so that the returned function does not hold the list
     if name == "TrainingSampler":
         return lambda seed: TrainingSampler(count, seed=seed)
     if name == "RepeatFactorTrainingSampler" and spec.kind != CAPTIONS:

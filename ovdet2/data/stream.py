@@ -1,9 +1,9 @@
-"""The stream of one source: batches whose position is a number, so that a resumed run sees the images it would have.
+"""The stream of batches of one source, resumable: its position is a number.
 
 Every training sample is a *draw*: the t-th index of one endless stream shared by all processes. Process r of W takes
-the draws r, r + W, r + 2W, ... . Batches are formed from indices only, before any image is decoded, so skipping to a
-position costs nothing, and the augmentations of a draw are seeded by (seed, t): neither the number of workers nor an
-interruption changes them.
+the draws r, r + W, r + 2W, ... . Batches are formed from indices, before any image is decoded, so skipping to a
+position costs nothing. The augmentations of a draw are seeded by (seed, t), so neither the number of workers nor an
+interruption changes them. A resumed run sees the images that an uninterrupted run sees.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class TrainingBatches:
         Args:
             sampler: yields this process's indices, endlessly: draws rank, rank + W, rank + 2W, ... of the stream.
             batch_size: images of one process.
-            wide: for each record, width above height; None: batches in drawn order.
-            first_draw: draws below it are left out.
-            skip: batches left out after that.
+            wide: for each record whether it is wider than high; None: batches in drawn order.
+            first_draw: earlier draws are skipped.
+            skip: number of batches that are skipped after that.
         """
         self.sampler = sampler
         self.batch_size = batch_size
@@ -67,8 +67,7 @@ class TrainingBatches:
 
 
 class SourceStream:
-    """Endless iterable of the batches of one source (lists of what its maker gives), with a position that is saved and
-    restored."""
+    """Endless iterable of the batches of one source (lists of samples), with a position that is saved and restored."""
 
     def __init__(
         self,
@@ -89,7 +88,7 @@ class SourceStream:
             wide: see :class:`TrainingBatches`.
             seed: of order and augmentations, the same in every process.
             num_workers: loading processes of this process.
-            key: where the number of images is configured, for messages.
+            key: configuration key of the number of images, for messages.
 
         Raises:
             UsageError: the images of a step cannot be divided among the processes.
@@ -128,7 +127,7 @@ class SourceStream:
             yield [sample for sample, _ in items]
 
     def _sampler_seed(self):
-        """The seed itself for the first source; another one for each source that has entropy beside it."""
+        """The seed of the sampler: for the first source the seed itself, for others mixed with their entropy."""
         entropy = self.dataset.entropy
         return int(np.random.SeedSequence((self.seed, *entropy)).generate_state(1)[0]) if entropy else self.seed
 
@@ -136,7 +135,7 @@ class SourceStream:
         """Log each unreadable image once.
 
         Raises:
-            DataError: more of them than tolerated.
+            DataError: there are more than tolerated.
         """
         for path, reason in faults:
             if path not in self.bad_images:
@@ -165,9 +164,9 @@ class SourceStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at a saved position.
 
-        With another number of processes or images per step the stream goes on after the images already seen; those
-        that waited for a partner of their orientation (below one batch per orientation and process) may come again.
-        The unreadable images of the saved run go on counting: a resumed run is not granted new ones.
+        With another number of processes or images per step the stream continues after the images already seen. Images
+        that waited for a batch of their orientation (fewer than a batch per orientation and process) may come again.
+        The unreadable images of the saved run still count towards the limit.
         """
         self.seed = state["seed"]
         if state["images"] != len(self.dataset):
@@ -183,7 +182,7 @@ class SourceStream:
             self.first_draw, self.consumed = state["first_draw"], state["consumed"]
             return
         logger.warning(
-            "The saved run had %d processes and %d images per step, this one has %d and %d: it goes on, but is not "
+            "The saved run had %d processes and %d images per step, this one has %d and %d: it continues, but is not "
             "the same as an uninterrupted run.",
             state["world_size"],
             state["images_per_batch"],
@@ -195,7 +194,7 @@ class SourceStream:
 
     @staticmethod
     def _saved_bad_images(state):
-        """Those this process counted itself; with another number of processes, those of all."""
+        """The saved images of this process; with another number of processes, the images of all processes."""
         saved = state.get("bad_images", [])  # checkpoints of earlier versions have none
         if len(saved) == comm.get_world_size():
             return dict(saved[comm.get_rank()])

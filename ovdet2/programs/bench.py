@@ -22,7 +22,7 @@ MODULES = {
     "fvlm": ("ovdet2.methods.fvlm.bench", "training steps of F-VLM, trunk frozen or trained"),
     "train-step": ("ovdet2.bench.train_step", "a training step of this checkout against that of another"),
     "vild": ("ovdet2.methods.vild.bench", "training steps of ViLD against those of Faster R-CNN"),
-    "vocabulary": ("ovdet2.bench.vocabulary", "embedding and exchanging a vocabulary"),
+    "vocabulary": ("ovdet2.bench.vocabulary", "latency of a detector by the number of its words"),
 }
 
 

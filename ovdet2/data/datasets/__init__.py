@@ -1,4 +1,4 @@
-"""Importing this package registers every data set; no file is read before one is loaded."""
+"""Importing this package registers every data set; its files are read only when it is loaded."""
 
 from ovdet2.data.datasets import (  # noqa: F401
     closed_coco,

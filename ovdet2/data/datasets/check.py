@@ -1,7 +1,7 @@
-"""What is wrong with a COCO- or LVIS-format json and its images: every problem by kind and id.
+"""Check a COCO- or LVIS-format json and its images: report every problem by kind and id.
 
-A json is read as strangers write it: any value may be of any type, and no file outside of the image root is opened.
-:mod:`ovdet2.data.datasets.repair` mends what can be mended without a guess.
+The json is not trusted: any value may be of any type, and no file outside of the image root is opened.
+:mod:`ovdet2.data.datasets.repair` repairs the problems that have only one possible repair.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from ovdet2.errors import DataError
 from ovdet2.io.images import image_size, read_image
 
 _NUMBERS = {int, float}  # by type, since a bool is an int
-_ENOUGH = 10  # boxes below which nothing is suspected of a whole file
+_ENOUGH = 10  # minimum number of boxes for a suspicion about the file
 _FIT, _LEAVE = 0.9, 0.25  # shares of boxes, see _suspect_xyxy
 
 
 def check(
     data: Any, source: str | Path, image_root: str | Path | None = None, decode: bool = False, workers: int = 1
 ) -> list[Finding]:
-    """Everything found in a json and, with ``image_root``, in its image files.
+    """Check a json and, with ``image_root``, its image files.
 
     Args:
         data: parsed json; not changed.
         source: its path, for error messages.
-        image_root: folder the file names are relative to, or None to look at no file.
-        decode: decode every image whole, which finds truncated ones; otherwise only headers are read.
-        workers: processes of the image pass; the findings do not depend on it.
+        image_root: folder that the file names are relative to, or None to check no image file.
+        decode: decode every image completely, which finds truncated ones; otherwise only headers are read.
+        workers: processes that read images; the findings do not depend on their number.
 
     Returns:
-        In the order of KINDS, then of the json.
+        All findings, in the order of KINDS, then of the json.
 
     Raises:
         DataError: ``data`` is no object with the three lists of the format, or ``image_root`` is no folder.
@@ -68,12 +68,12 @@ def check(
 
 
 def problems(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings without the notes."""
+    """The findings that are problems: without the kinds of NOTES, which only inform."""
     return [finding for finding in findings if finding.kind not in NOTES]
 
 
 def is_lvis(data: Mapping[str, Any]) -> bool:
-    """Whether a json with the three lists is of LVIS: one of its images or categories has a field of that format."""
+    """Whether a json is in LVIS format: one of its images or categories has a field of that format."""
     return any(
         isinstance(record, dict) and not fields.isdisjoint(record)
         for key, fields in (("images", {NEGATIVE, NOT_EXHAUSTIVE}), ("categories", {"frequency"}))
@@ -82,7 +82,7 @@ def is_lvis(data: Mapping[str, Any]) -> bool:
 
 
 def check_json(data: Any, source: str | Path) -> list[Finding]:
-    """What can be found without the image files; arguments, result and errors as of :func:`check`."""
+    """Check a json without its image files; arguments, result and errors as of :func:`check`."""
     for key in LISTS.values():
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise DataError(f"{source} has no list {key!r}: it is not a COCO or LVIS instances json; check the file.")
@@ -99,10 +99,10 @@ def check_json(data: Any, source: str | Path) -> list[Finding]:
 
 
 def image_name(image: Mapping[str, Any], lvis: bool) -> str | None:
-    """Where an image lies below the image root, or None when its record does not say.
+    """Path of an image below the image root, or None if its record does not state it.
 
-    "file_name"; in LVIS the last two parts of "coco_url" where that is given ("train2017/000000000009.jpg"), as
-    Detectron2 reads LVIS.
+    The path is "file_name". In LVIS it is the last two parts of "coco_url" if that is given
+    ("train2017/000000000009.jpg"), as Detectron2 reads LVIS.
     """
     name, url = image.get("file_name"), image.get("coco_url")
     if lvis and isinstance(url, str) and url:
@@ -127,7 +127,7 @@ def check_images(
         DataError: ``image_root`` is no folder.
     """
     if not os.path.isdir(image_root):
-        raise DataError(f"{image_root} is not a folder: give the one that the file names are relative to.")
+        raise DataError(f"{image_root} is not a folder: give the folder that the file names are relative to.")
     root = os.path.realpath(image_root)
     named = [(index, image) for index, image in enumerate(records) if isinstance(image, dict)]
     named = [(index, image) for index, image in named if _name_fault(image, lvis) is None]
@@ -151,13 +151,16 @@ def _file_fault(job):
     try:
         path = os.path.realpath(os.path.join(root, name))
         if os.path.commonpath([root, path]) != root:
-            return "image-escape", f"{show(name)} is a link to outside: copy the file in, or name its real folder"
+            return (
+                "image-escape",
+                f"{show(name)} is a link to a file outside of the image folder: copy the file, or name its real folder",
+            )
         if not os.path.isfile(path):
             return "image-missing", show(name)
         height, width = read_image(path).shape[:2] if decode else image_size(path)[::-1]
     except DataError as error:
         return "image-unreadable", printable(str(error))
-    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a zero character
+    except (OSError, ValueError) as error:  # an invalid file name: too long, or with a null character
         return "image-missing", printable(f"{show(name)}: {error}")
     if size is not None and (width, height) != size:
         return "image-mismatch", f"the file is {width}x{height} (upright), the json says {size[0]}x{size[1]}"
@@ -165,7 +168,7 @@ def _file_fault(job):
 
 
 def _identified(records, of, found):
-    """Yield (index, record, id or None) of the records that are objects; report the others, and ids amiss."""
+    """Yield (index, record, id or None) of the records that are objects; report other records and faulty ids."""
     first = {}
     for index, record in enumerate(tqdm(records, desc=f"checking {LISTS[of]}", unit=of, leave=False, delay=1)):
         if not isinstance(record, dict):
@@ -202,7 +205,7 @@ class _Image(NamedTuple):
 
 
 def _check_image_records(records, category_ids, lvis, found):
-    """Dict of image id to :class:`_Image`; of two with one id the first."""
+    """Dict of image id to :class:`_Image`; of several images with one id, the first."""
     images = {}
     for index, image, image_id in _identified(records, "image", found):
         size = _size_of(image)
@@ -222,15 +225,17 @@ def _name_fault(image, lvis):
     name = image_name(image, lvis)
     if name is None:
         return "image-name", show_field(image, "file_name")
-    for given in (name, image.get("file_name")):  # in LVIS, too, where "coco_url" goes first: other readers take it
+    for given in (name, image.get("file_name")):  # in LVIS "coco_url" has precedence, but other readers use file_name
         if isinstance(given, str) and (os.path.isabs(given) or ".." in Path(given).parts):
             return "image-escape", show(given)
     return None
 
 
 def _check_federated(index, image, category_ids, found):
-    """The image's negative category ids. (A not-exhaustive class without a box is no fault: a training file without the
-    rare classes' boxes keeps the list.)"""
+    """The image's negative category ids.
+
+    A not-exhaustive class without a box is no fault: a training file without the boxes of rare classes keeps the list.
+    """
     listed = {}
     for key in (NEGATIVE, NOT_EXHAUSTIVE):
         ids = image.get(key)
@@ -248,9 +253,9 @@ def _check_federated(index, image, category_ids, found):
 
 
 def _check_annotations(records, images, category_ids, found):
-    """The set of ids of the images that have annotations."""
+    """Ids of the images that have annotations, a set."""
     annotated, used = set(), Counter()
-    boxed, rows = array("q"), array("d")  # indices, and x, y, width, height, image width, image height of each
+    boxed, rows = array("q"), array("d")  # indices; and x, y, width, height, image width, image height per index
     for index, annotation, annotation_id in _identified(records, "annotation", found):
         image_id, category_id, box = (annotation.get(key) for key in ("image_id", "category_id", "bbox"))
         image = None
@@ -286,7 +291,7 @@ def _check_annotations(records, images, category_ids, found):
 
 
 def _other_faults(annotation, size):
-    """Yield (kind, detail) of iscrowd, area and segmentation, which a record need not have."""
+    """Yield (kind, detail) of faults of the optional fields iscrowd, area and segmentation."""
     if annotation.get("iscrowd", 0) not in (0, 1):
         yield "annotation-field", show_field(annotation, "iscrowd")
     if "area" in annotation:
@@ -300,15 +305,15 @@ def _other_faults(annotation, size):
             kind = "polygon" if len(bad) < len(segmentation) else "segmentation"
             yield kind, f"{len(bad)} of {len(segmentation)} polygons, the first is {show(segmentation[bad[0]])}"
     elif isinstance(segmentation, dict):
-        whole = isinstance(segmentation.get("counts"), (str, list))
-        if not whole or (size[0] < math.inf and segmentation.get("size") != [size[1], size[0]]):
+        has_counts = isinstance(segmentation.get("counts"), (str, list))
+        if not has_counts or (size[0] < math.inf and segmentation.get("size") != [size[1], size[0]]):
             yield "segmentation", f"{show(segmentation)} in an image of {size[0]:g}x{size[1]:g}"
     elif segmentation is not None:
         yield "segmentation", show(segmentation)
 
 
 def is_polygon(polygon: object) -> TypeGuard[list[float]]:
-    """Whether it is a list [x1, y1, x2, y2, ...] of at least 3 points, all finite numbers."""
+    """Whether a value is a list [x1, y1, x2, y2, ...] of at least 3 points, all finite numbers."""
     return (
         isinstance(polygon, list)
         and len(polygon) >= 6
@@ -319,10 +324,14 @@ def is_polygon(polygon: object) -> TypeGuard[list[float]]:
 
 
 def _check_boxes(records, indices, rows, found):
-    """Boxes of finite values. ``indices`` [M] into ``records``; ``rows`` [M, 6]: x, y, width, height in pixels, and the
-    image's width and height, infinite where unknown."""
+    """Report empty boxes and boxes outside of their image.
+
+    Args:
+        indices: array [M], into ``records``, of the annotations with finite boxes.
+        rows: array [M, 6]: x, y, width, height in pixels, and the image's width and height, infinite if unknown.
+    """
     x, y, width, height, image_width, image_height = rows.T
-    with np.errstate(over="ignore"):  # a sum that overflows is outside all the same
+    with np.errstate(over="ignore"):  # a sum that overflows is outside too
         right, bottom = x + width, y + height
     empty = (width <= 0) | (height <= 0)
     outside = ~empty & ((right <= 0) | (bottom <= 0) | (x >= image_width) | (y >= image_height))
@@ -337,20 +346,26 @@ def _check_boxes(records, indices, rows, found):
 
 
 def _suspect_xyxy(rows, found):
-    """Nearly all boxes lie in their image when read as corners, and many leave it when read as written. (Boxes that are
-    rightly (x, y, width, height) fit as corners only near the upper left corner, where they cannot leave far.)"""
+    """Report boxes that seem to be (x1, y1, x2, y2) instead of (x, y, width, height).
+
+    Read as corners, nearly all boxes lie in their image; read as (x, y, width, height), many extend beyond it. (Boxes
+    that truly are (x, y, width, height) fit as corners only near the upper left corner of the image.)
+    """
     x, y, third, fourth, image_width, image_height = rows.T
     right, bottom = image_width + TOLERANCE, image_height + TOLERANCE
     fit = int(((third > x) & (fourth > y) & (third <= right) & (fourth <= bottom)).sum())
     with np.errstate(over="ignore"):
         leave = int(((x + third > right) | (y + fourth > bottom)).sum())
     if len(rows) >= _ENOUGH and fit >= _FIT * len(rows) and leave >= _LEAVE * len(rows):
-        seen = f"of {len(rows)} boxes {fit} lie in their image as (x1, y1, x2, y2), {leave} leave it as (x, y, w, h)"
+        seen = (
+            f"of {len(rows)} boxes {fit} lie in their image as (x1, y1, x2, y2), "
+            f"{leave} extend beyond it as (x, y, w, h)"
+        )
         found.append(Finding("suspected-xyxy", None, None, seen))
 
 
 def _suspect_shift(used, category_ids, found):
-    """Category ids in use that are unknown, and all become known when shifted by one or read as positions."""
+    """Report category ids that are unknown, but all become known if shifted by one or read as list positions."""
     ids, total = set(used), sum(used.values())
     unknown = sum(used[category_id] for category_id in ids - category_ids)
     if not unknown or total < _ENOUGH:
@@ -364,7 +379,7 @@ def _suspect_shift(used, category_ids, found):
     }
     for reading, holds in readings.items():
         if holds:
-            seen = f"{unknown} of {total} annotations have an unknown one; of the {len(ids)} ids in use {reading}"
+            seen = f"{unknown} of {total} annotations have an unknown id; of the {len(ids)} ids in use {reading}"
             found.append(Finding("suspected-shift", None, None, seen))
             return
 

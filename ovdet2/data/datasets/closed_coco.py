@@ -1,6 +1,6 @@
 """COCO 2017 as a closed set, its 80 classes all base: closed_coco_2017_train and closed_coco_2017_val.
 
-For the published figures of a host detector. There is nothing novel that could leak.
+They serve to reproduce the published results of a closed-set detector. There is no novel class.
 """
 
 from functools import partial

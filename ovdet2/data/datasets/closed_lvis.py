@@ -1,6 +1,6 @@
 """LVIS v1 as a closed set, its 1,203 classes all base: closed_lvis_v1_train, closed_lvis_v1_val and _minival.
 
-The report has AP of its rare, common and frequent classes. There is nothing novel that could leak. Boxes alone.
+The report has AP of the rare, common and frequent classes. There is no novel class. Masks are not loaded.
 """
 
 from ovdet2.data.datasets.lvis_split import closed_set_split

@@ -1,4 +1,4 @@
-"""The captions of COCO 2017, five of an image: coco_captions_train and coco_captions_val."""
+"""The captions of COCO 2017, five per image: coco_captions_train and coco_captions_val."""
 
 from ovdet2.data.datasets.register_readers import register_captions
 

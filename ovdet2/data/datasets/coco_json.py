@@ -1,7 +1,7 @@
-"""Data sets in COCO's json format, and LVIS's, with a base / novel split: filtering and validated loading.
+"""Data sets in the json format of COCO or LVIS with a base / novel split: filtering, checking and loading.
 
-Category ids in files are the data set's own ("dataset category ids", sparse in COCO). Detectron2 records carry
-contiguous ids, base classes first (0..B-1), then novel (B..K-1); the two are mapped by id, never by position.
+Files hold the category ids of the data set ("dataset category ids", sparse in COCO). Detectron2 records hold contiguous
+ids, base classes first (0..B-1), then novel (B..K-1). The two are mapped by id, never by position.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _NO_AREA = "boxes of zero or negative size"
 
 @dataclass(frozen=True)
 class Split:
-    """Which classes a detector is trained on and which only appear at test time.
+    """A base / novel split: the classes a detector is trained on, and the classes that only appear at test time.
 
     Args:
-        name: what reports call it, such as "OV-COCO 48/17".
+        name: name in reports, such as "OV-COCO 48/17".
         base: ((dataset category id, class name), ...) in the order of the contiguous ids 0..B-1.
         novel: the same for B..K-1; may be empty.
         groups: extra rows of the report: {row name: dataset category ids}.
 
-    A split without base classes is a transfer target: a detector is tested on it, none is trained.
+    A split without base classes is a transfer target: detectors are tested on it, but not trained.
 
     Raises:
-        UsageError: no class, an id or a name given twice, or a group with an id that is not in the split.
+        UsageError: no class, a repeated id or name, or a group with an id that is not in the split.
     """
 
     name: str
@@ -86,24 +86,24 @@ def filter_coco_json(
     keep_images: str = "annotated",
     source: str | Path = "the annotation json",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keep some categories, their annotations (crowds included), and the images that have one.
+    """Filter a COCO json to some categories, their annotations (crowds included), and the images that have one.
 
-    This is the procedure all OV-COCO files in use go back to (OVR-CNN, Zareian et al. 2021). The input is not changed.
+    All OV-COCO files in use come from this procedure (OVR-CNN, Zareian et al. 2021). The input is not changed.
 
     Args:
         data: parsed COCO json.
         category_ids: dataset category ids to keep.
         keep_images: "annotated" drops images without a kept annotation, "all" keeps them.
-        source: what error messages call the json, such as its path.
+        source: name of the json in error messages, such as its path.
 
     Returns:
-        (filtered, report): the new json (records shared with ``data``), and "images", "annotations",
-        "crowds", "categories" (counts kept), "images_read", "annotations_read" and "degenerate", the ids of
-        annotations dropped because their box has no area (official COCO train has two).
+        (filtered, report): the new json (records shared with ``data``), and a dict of the counts "images",
+        "annotations", "crowds", "categories" of the new json, "images_read", "annotations_read", and "degenerate", the
+        ids of annotations that are dropped because their box has no area (official COCO train has two).
 
     Raises:
-        DataError: a wanted category is not among data["categories"], or the json lacks its three lists.
-        UsageError: another ``keep_images``.
+        DataError: a category is not among data["categories"], or the json lacks its three lists.
+        UsageError: unknown ``keep_images``.
     """
     if keep_images not in ("annotated", "all"):
         raise UsageError(f"keep_images is {keep_images!r}: give 'annotated' or 'all'.")
@@ -114,7 +114,7 @@ def filter_coco_json(
     if absent:
         raise DataError(
             f"{source} has no category {first_few(sorted(absent))}: "
-            "use a file with the data set's own category ids (not one re-numbered for another code base)."
+            "use a file with the original category ids of the data set (not renumbered for another code base)."
         )
     of_wanted = [annotation for annotation in data["annotations"] if annotation.get("category_id") in wanted]
     annotations = [annotation for annotation in of_wanted if _box_fault(annotation.get("bbox")) != _NO_AREA]
@@ -144,30 +144,29 @@ def load_ov_json(
 ) -> list[dict[str, Any]]:
     """Read a COCO or LVIS json as Detectron2's standard dataset dicts, after checking every record.
 
-    The file is parsed once, which is why Detectron2's own readers, that would parse it again after the checks, are not
-    called.
+    Detectron2's readers are not used: they would parse the file a second time after the checks.
 
     Args:
         json_file: annotation file.
         image_root: folder the "file_name" entries are relative to; may be a symbolic link.
         split: that its category ids belong to.
         base_only: refuse labels of novel classes (training data).
-        masks: take the segmentations, too, and refuse a box without one.
-        federated: an LVIS json. The last two parts of "coco_url", where an image has one, stand for "file_name", and
-            the image's "neg_category_ids" and "not_exhaustive_category_ids" are taken.
+        masks: load the segmentations too, and refuse a box without one.
+        federated: the json is in LVIS format. If an image has "coco_url", its last two parts replace "file_name". The
+            image's "neg_category_ids" and "not_exhaustive_category_ids" are loaded.
 
     Returns:
         Records by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
         dataset category ids, and annotations with id, bbox (x, y, width, height in pixels), bbox_mode, area (square
-        pixels, of the mask where the file says so), iscrowd, the contiguous, base-first category_id, and with ``masks``
-        the segmentation: polygons, or a run-length code.
+        pixels; of the mask if the file states it, else of the box), iscrowd, the contiguous, base-first category_id,
+        and with ``masks`` the segmentation: polygons, or a run-length code.
 
     Raises:
-        DataError: missing or damaged file; no images; an image without id, file name, width or height, or given
-            twice; a file name that leaves ``image_root``; an annotation given twice, of an unknown image or category,
-            of a novel class although ``base_only``, or whose box is not four finite numbers, has no area, or lies
+        DataError: missing or damaged file; no images; an image without id, file name, width or height, or listed
+            twice; a file name outside of ``image_root``; an annotation listed twice, of an unknown image or category,
+            of a novel class despite ``base_only``, or whose box is not four finite numbers, has no area, or lies
             outside of its image; a mask that is missing or not of COCO's form; a federated list that is missing or
-            names a novel class although ``base_only``; a category whose name is not the split's.
+            names a novel class despite ``base_only``; a category whose name differs from the split.
     """
     return records_of(read_coco_json(json_file), json_file, image_root, split, base_only, masks, federated)
 
@@ -175,7 +174,7 @@ def load_ov_json(
 def read_coco_json(
     path: str | Path, remedy: str = "check the path, or prepare the data set as datasets/README.md says"
 ) -> dict[str, Any]:
-    """A parsed json with COCO's three lists; DataError when the file is missing, damaged or something else."""
+    """Parse a json with COCO's three lists; DataError if the file is missing, damaged or of another format."""
     data = read_json(path, remedy)
     require_lists(data, path)
     return data
@@ -190,16 +189,16 @@ def records_of(
     masks: bool = False,
     federated: bool = False,
 ) -> list[dict[str, Any]]:
-    """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is what messages call it."""
+    """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is its name in messages."""
     faults = _Faults(json_file)
-    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # None stands for what is no integer
+    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # looked up with None for an id that is no integer
     for category in data["categories"]:
         position = contiguous.get(_integer(category.get("id")))
         if position is not None and category.get("name") != split.names[position]:
             faults.add(
                 f"categories not named as in the split {split.name}, id",
                 f"{category['id']} ({category.get('name')!r} for {split.names[position]!r})",
-                "use a file with the data set's own category ids, or a Split with its names",
+                "use a file with the original category ids of the data set, or a Split with its names",
             )
     if not data["images"]:
         raise DataError(f"{json_file} has no images: check that it is the right file and was filtered as intended.")
@@ -227,17 +226,19 @@ def _image_records(images, image_root, federated, faults):
     for image in images:
         image_id, name = _integer(image.get("id")), image.get("file_name")
         if federated and isinstance(image.get("coco_url"), str):
-            name = "/".join(image["coco_url"].split("/")[-2:])  # LVIS v1 names its images by their address alone
+            name = "/".join(image["coco_url"].split("/")[-2:])  # images of LVIS v1 have no file_name, only an address
         if image_id is None:
             faults.add("images without an integer id, file name", name, "give each image its own integer id")
             continue
         if image_id in records:
-            faults.add("images given twice, id", image_id, "keep one record of each")
+            faults.add("images listed twice, id", image_id, "keep one record of each")
         if not isinstance(name, str) or not name:
             faults.add("images without file_name, id", image_id, "add it to the json")
             continue
         if os.path.isabs(name) or ".." in Path(name).parts:
-            faults.add("file names that leave the image folder, image id", f"{image_id} ({name})", "make them relative")
+            faults.add(
+                "file names outside of the image folder, image id", f"{image_id} ({name})", "make them relative to it"
+            )
         height, width = image.get("height"), image.get("width")
         if not (_is_positive(height) and _is_positive(width)):
             faults.add("images without positive width and height, id", image_id, "add them to the json")
@@ -278,9 +279,9 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         annotation_id, image_id = _integer(annotation.get("id")), _integer(annotation.get("image_id"))
         if annotation_id is None or annotation_id in seen:
             faults.add(
-                "annotations without an integer id or with one given twice, id",
+                "annotations without an integer id or with a repeated one, id",
                 annotation.get("id"),
-                "number them anew",
+                "give each its own id",
             )
         seen.add(annotation_id)
         if image_id not in records:
@@ -302,7 +303,7 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             faults.add(f"{fault}, annotation id", annotation_id, "drop them (ovdet2 dataset repair)")
         crowd = annotation.get("iscrowd", 0)
         if crowd not in (0, 1):
-            faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "mend or drop them")
+            faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "repair or drop them")
         area = annotation.get("area")
         record["annotations"].append(
             {
@@ -317,20 +318,20 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         if masks:
             segmentation = annotation.get("segmentation")
             if not is_segmentation(segmentation):
-                faults.add("masks that are missing or malformed, annotation id", annotation_id, "mend or drop them")
+                faults.add("masks that are missing or malformed, annotation id", annotation_id, "repair or drop them")
             elif isinstance(segmentation, dict):
                 if segmentation["size"] != [record["height"], record["width"]]:
-                    faults.add("masks of another size than their image, annotation id", annotation_id, "mend them")
+                    faults.add("masks of another size than their image, annotation id", annotation_id, "repair them")
                 segmentation = compressed(segmentation)
             record["annotations"][-1]["segmentation"] = segmentation
 
 
 def compressed(code: dict[str, Any]) -> dict[str, Any]:
-    """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools want it."""
+    """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools require."""
     if isinstance(code["counts"], str):
         return code
     height, width = code["size"]
-    encoded = mask_api.frPyObjects(cast(Any, code), height, width)  # of a dict a dict, with its counts as bytes
+    encoded = mask_api.frPyObjects(cast(Any, code), height, width)  # for a dict it returns a dict, counts as bytes
     return {**encoded, "counts": encoded["counts"].decode("ascii")}
 
 
@@ -386,18 +387,18 @@ def _is_finite(value):
 
 
 def _integer(value):
-    """``value`` if it is an integer, otherwise None; a list as id cannot even be looked up, and True would be 1."""
+    """``value`` if it is an integer, otherwise None. (A list as an id is not hashable, and True would equal 1.)"""
     return value if type(value) is int else None
 
 
 def first_few(values: Sequence[object]) -> str:
-    """The first five as text for an error message, with dots where there are more."""
+    """The first five values as text for an error message, followed by dots if there are more."""
     shown = ", ".join(str(value) for value in values[:_SHOWN])
     return shown + (", ..." if len(values) > _SHOWN else "")
 
 
 class _Faults:
-    """Collects faults by kind, so that one run of a loader names all that is wrong with a file."""
+    """Collects faults by kind, so that one error names all faults of a file."""
 
     def __init__(self, source):
         self._source = source

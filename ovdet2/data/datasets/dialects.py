@@ -1,7 +1,8 @@
-"""The layouts in which the OV-COCO annotations circulate: recognised by their content, mapped to COCO's category ids.
+"""The layouts of published OV-COCO annotation files: recognised by their content, mapped to COCO's category ids.
 
-All of them come from the official files by one procedure and differ in their lists of categories and images. Taking one
-for another trains or evaluates the wrong classes without any error, so whatever is not exactly one of them is refused.
+All of them come from the official files by one procedure and differ in their lists of categories and images. A layout
+that is mistaken for another trains or evaluates the wrong classes without any error. Therefore every file that is not
+exactly of one layout is refused.
 
 | layout | categories | ids | images |
 |---|---|---|---|
@@ -15,8 +16,8 @@ for another trains or evaluates the wrong classes without any error, so whatever
 
 Sources, all of them conversion scripts: alirezazareian/ovr-cnn ipynb/003, microsoft/RegionCLIP
 coco_zeroshot_categories, facebookresearch/Detic tools/get_coco_zeroshot_oriorder, wusize/ovdet tools/pre_processors,
-clin1223/VLDet tools/get_coco_zeroshot, LutingWang/OADP oadp/build_annotations. wusize/CLIPSelf has none: its row is
-what its configs and the name of the file say.
+clin1223/VLDet tools/get_coco_zeroshot, LutingWang/OADP oadp/build_annotations. wusize/CLIPSelf has no script: its row
+follows from its configs and the name of the file.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Layout:
     """A recognised layout.
 
     Args:
-        name: whose it is.
-        reason: what it was recognised by.
+        name: the code bases that use it.
+        reason: the properties by which it was recognised.
         names: {category id in the file: class name}.
     """
 
@@ -59,20 +60,23 @@ class Layout:
 
 
 def recognise(data: Mapping[str, Any], source: str | Path) -> Layout:
-    """Say which layout of OV-COCO a json has.
+    """Recognise the OV-COCO layout of a json.
 
     Args:
         data: parsed json.
         source: its path, for messages.
 
     Raises:
-        DataError: the classes cannot be told for certain: categories without names or given twice, names that are not
-            COCO's, a numbering or a set of classes that no layout has, annotations of a category that is not listed; or
-            it is this project's own file.
+        DataError: the classes are ambiguous: categories without names or listed twice, names that are not COCO's, a
+            numbering or a set of classes that no layout has, annotations of a category that is not listed; or ovdet2
+            has written the file.
     """
     require_lists(data, source)
     if "manifest" in data:
-        raise DataError(f"{source} is a file of prepare_ov_coco.py already: copy it to where it is needed.")
+        raise DataError(
+            f"{source} was written by ovdet2 dataset prepare ov-coco and needs no conversion: copy it into the "
+            "annotations folder."
+        )
     names = _category_names(data["categories"], source)
     annotated = _annotated_classes(data["annotations"], names, source)
     count = f"{len(names)} categories"
@@ -101,14 +105,14 @@ def recognise(data: Mapping[str, Any], source: str | Path) -> Layout:
 
 
 def to_coco_ids(data: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Give the annotations and categories of a json COCO's own category ids.
+    """Map the category ids of a json to COCO's.
 
     Args:
         data: json as of :func:`recognise`; not changed.
         layout: its layout.
 
     Returns:
-        The json with COCO's ids; category records keep id, name and supercategory, and lose word vectors.
+        The json with COCO's ids; category records keep only id, name and supercategory, not their word vectors.
     """
     coco_id = {category_id: _ID_OF[name] for category_id, name in layout.names.items()}
     annotations = data["annotations"]
@@ -126,21 +130,21 @@ def import_ov_coco(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Write ov_coco_train_base.json and ov_coco_val_all.json from files of other code bases.
 
-    Files of one subset are put together, as where base and novel classes of the test set are apart. Whether a file is
-    of train2017 or val2017 is read from the "coco_url" of its images, else from its name.
+    Files of one subset are merged, for example a test set with one file of base and one of novel classes. Whether a
+    file is of train2017 or val2017 is read from the "coco_url" of its images, else from its name.
 
     Args:
         files: paths; at least one.
         folder: where to write.
-        official: by name of the written file.
+        official: :class:`Official` by name of the written file.
 
     Yields:
-        (path, report) as of :func:`~ovdet2.data.datasets.prepare.prepare_split`, for the subsets there are files of;
-        report["layouts"] lists one line per file on the layout it was taken for and why.
+        (path, report) as of :func:`~ovdet2.data.datasets.prepare.prepare_split`, for each subset with a file;
+        report["layouts"] has one line per file with the recognised layout and the reason.
 
     Raises:
-        DataError: a file that :func:`recognise` refuses, is of neither subset or of both, or repeats annotations of
-            another; a subset without annotations of classes it must have.
+        DataError: a file that :func:`recognise` refuses, that is of neither subset or of both, or that repeats
+            annotations of another file; a subset without annotations of classes that it must have.
     """
     parts = {}
     for path in map(Path, files):
@@ -169,11 +173,11 @@ def _write_subset(target, wanted, paths, layouts, jsons, official):
             )
     category_ids = [category_id for classes in wanted.values() for category_id, _ in classes]
     filtered, report = filter_coco_json(data, category_ids, source=joined)
-    published = official.kept["images"]
+    published = official.filtered_counts["images"]
     report["verdict"] = (
         f"as published: {published:,} images"
         if report["images"] == published
-        else f"the published file has {published:,} images: the source is a part of it, or was altered"
+        else f"the published file has {published:,} images: the source is a part of it, or was changed"
     )
     report["layouts"] = [
         f"from {path}: {layout.name} layout ({layout.reason})" for path, layout in zip(paths, layouts, strict=True)
@@ -186,7 +190,7 @@ def _write_subset(target, wanted, paths, layouts, jsons, official):
 
 
 def _merged(jsons, sources):
-    """One json of several with COCO's ids: every image and category once, all annotations."""
+    """Merge jsons that have COCO's ids: every image and category once, all annotations."""
     if len(jsons) == 1:
         return jsons[0]
     lists = {}
@@ -197,8 +201,8 @@ def _merged(jsons, sources):
     twice = [annotation_id for annotation_id, count in counted.items() if count > 1]
     if twice:
         raise DataError(
-            f"{sources}: {len(twice)} annotations are there twice, id {first_few(twice)}: give files that share none, "
-            "such as one of the base and one of the novel classes."
+            f"{sources}: {len(twice)} annotations occur twice, id {first_few(twice)}: give files without common "
+            "annotations, such as one of the base and one of the novel classes."
         )
     return {**jsons[0], **lists}
 
@@ -208,18 +212,18 @@ def _category_names(categories, source):
     ids, names = ([category.get(key) for category in categories] for key in ("id", "name"))
     if not all(isinstance(category_id, int) for category_id in ids) or not all(isinstance(name, str) for name in names):
         raise DataError(
-            f"{source} has categories without an integer id or without a name, and numbers alone do not tell the "
-            "classes: VLDet counts 65 from 1 in COCO's order, OADP from 0 with the base classes first. Use a file "
-            f"whose categories are named, or {_OFFICIAL_WAY}."
+            f"{source} has categories without an integer id or without a name. Ids without names are ambiguous: VLDet "
+            "numbers 65 classes from 1 in COCO's order, OADP from 0 with the base classes first. Use a file whose "
+            f"categories are named, or {_OFFICIAL_WAY}."
         )
     for kind, values in (("id", ids), ("name", names)):
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
-            raise DataError(f"{source} gives the category {kind} {first_few(twice)} twice: {_OFFICIAL_WAY}.")
+            raise DataError(f"{source} has the category {kind} {first_few(twice)} twice: {_OFFICIAL_WAY}.")
     unknown = [name for name in names if name not in _ID_OF]
     if unknown or not names:
         fault = f"classes that COCO does not have: {first_few(unknown)}" if unknown else "no category"
-        raise DataError(f"{source} has {fault}. It is in no layout of OV-COCO: {_OFFICIAL_WAY}.")
+        raise DataError(f"{source} has {fault}. It has no known layout of OV-COCO: {_OFFICIAL_WAY}.")
     return dict(zip(ids, names, strict=True))
 
 
@@ -232,7 +236,7 @@ def _annotated_classes(annotations, names, source):
     if stray:
         raise DataError(
             f"{source} has annotations of categories that it does not list: {first_few(stray)}. Its annotations and "
-            f"categories are numbered in two ways, as after the list was replaced: {_OFFICIAL_WAY}."
+            f"its categories seem to be numbered differently: {_OFFICIAL_WAY}."
         )
     return frozenset(names[category_id] for category_id in used)
 
@@ -260,6 +264,6 @@ def _subset(images, path):
         if found:
             raise DataError(f"{path} has images of train2017 and of val2017: give one file for each.")
     raise DataError(
-        f"{path}: neither the coco_url of its images nor its name says whether it is of train2017 or val2017: "
-        "put one of the two into its name."
+        f"{path}: neither the coco_url of its images nor its file name contains train2017 or val2017: add one of the "
+        "two to the file name."
     )

@@ -1,7 +1,7 @@
-"""OV-LVIS: the base / novel split that an LVIS json defines, and its training file. Of any LVIS version.
+"""OV-LVIS: the base / novel split that an LVIS json of any version defines, and its training file.
 
 LVIS calls a class rare ("r"), common ("c") or frequent ("f") by the number of its training images: up to 10, up to 100,
-more. Open-vocabulary detection takes the rare classes as novel (ViLD, Gu et al. 2022).
+more. In open-vocabulary detection the rare classes are novel (ViLD, Gu et al. 2022).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def frequency_split(categories: Sequence[Mapping[str, Any]], source: str | Path 
 
     Args:
         categories: its category records, in any order.
-        source: what error messages call the json.
+        source: name of the json in error messages.
 
     Returns:
         Base and novel each by ascending category id, with the groups "r", "c" and "f".
 
     Raises:
-        DataError: a category without id, name or frequency, an id or a name given twice, or no base class.
+        DataError: a category without id, name or frequency, a repeated id or name, or no base class.
     """
     strange = [
         category.get("id")
@@ -44,7 +44,7 @@ def frequency_split(categories: Sequence[Mapping[str, Any]], source: str | Path 
         for kinds in ("fc", "r")
     )
     if not base:
-        raise DataError(f"{source} has no base class, for none is frequent or common: {_NOT_LVIS}.")
+        raise DataError(f"{source} has no frequent and no common class, so no base class: {_NOT_LVIS}.")
     groups = {
         kind: tuple(sorted(category["id"] for category in categories if category["frequency"] == kind))
         for kind in "rcf"
@@ -68,22 +68,23 @@ def closed_set_split(categories: Sequence[Mapping[str, Any]], source: str | Path
 def filter_lvis_json(
     data: Mapping[str, Any], split: Split, source: str | Path = "the annotation json"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take the novel classes out of what a detector is trained on, and keep the rest as it is.
+    """Remove the labels of novel classes from an LVIS training json.
 
-    Annotations of novel classes are dropped; all images and all categories stay. So do the federated lists of an image,
-    but for the novel ids among its "neg_category_ids", the classes verified to be absent: a federated loss pushes their
-    scores down there, which would use novel names, and image-level labels of them, in training. Ids among
-    "not_exhaustive_category_ids" only exempt a class from being a negative, and stay. The input is not changed.
+    Annotations of novel classes are dropped; all images and all categories stay. Novel ids are removed from
+    "neg_category_ids", the classes verified to be absent from an image: a federated loss lowers the scores of these
+    classes, so it would train on novel names and on image-level labels of them. "not_exhaustive_category_ids" stay,
+    because they only exempt a class from being a negative. The input is not changed.
 
     Args:
         data: parsed LVIS json.
         split: its :func:`frequency_split`.
-        source: what error messages call the json.
+        source: name of the json in error messages.
 
     Returns:
         (filtered, report): the new json (annotation records shared with ``data``), and the report of
-        :func:`~ovdet2.data.datasets.coco_json.filter_coco_json` with "base_annotations" (those kept and those dropped
-        because their box has no area), "base_classes", "novel_classes" and "negatives_masked" (ids taken out of lists).
+        :func:`~ovdet2.data.datasets.coco_json.filter_coco_json` with "base_annotations" (including those dropped
+        because their box has no area), "base_classes", "novel_classes" and "negatives_masked" (number of novel ids
+        removed from "neg_category_ids").
 
     Raises:
         DataError: an image without one of the two federated lists, or faults of the three lists of COCO.
@@ -126,13 +127,13 @@ def prepare_lvis_train(
         source: LVIS training json.
         target: file to write; one with the right content is left as it is, another is replaced atomically.
         remedy: what the user should do when ``source`` is missing.
-        official: its size, where there are published counts.
+        official: its published counts, if any.
 
     Returns:
         (split, report): :func:`frequency_split`; the report of :func:`filter_lvis_json` with "written" and "verdict".
 
     Raises:
-        DataError: ``source`` is missing, damaged, not of LVIS, or not what its size promises.
+        DataError: ``source`` is missing, damaged, not of LVIS, or has the size of the official file but other counts.
     """
     data = read_annotations(source, remedy)
     require_lists(data, source)
@@ -143,7 +144,7 @@ def prepare_lvis_train(
 
 
 def check_lvis_test(source: str | Path, split: Split, remedy: str, official: Official | None = None) -> dict[str, Any]:
-    """Count a test json, which is used as it is, after seeing that it has the classes of the training file.
+    """Check that an LVIS test json, which is used unchanged, has the classes of the training file; count it.
 
     Args:
         source: LVIS json with base and novel annotations.
@@ -155,7 +156,7 @@ def check_lvis_test(source: str | Path, split: Split, remedy: str, official: Off
         The counts "images_read", "annotations_read" and "novel_annotations", and "verdict".
 
     Raises:
-        DataError: ``source`` is missing, damaged, or divides other classes into base and novel.
+        DataError: ``source`` is missing, damaged, or has other base or novel classes.
     """
     data = read_annotations(source, remedy)
     require_lists(data, source)
@@ -163,8 +164,8 @@ def check_lvis_test(source: str | Path, split: Split, remedy: str, official: Off
     differing = sorted({*found.base} ^ {*split.base} | {*found.novel} ^ {*split.novel})
     if differing:
         raise DataError(
-            f"{source} has other classes, or other rare ones, than the training file: {first_few(differing)}. "
-            "Take both from one version of LVIS."
+            f"{source} has other classes, or other rare classes, than the training file: {first_few(differing)}. "
+            "Use both of one version of LVIS."
         )
     novel = {category_id for category_id, _ in split.novel}
     report = {

@@ -1,6 +1,6 @@
 """OV-LVIS (866 base, 337 novel classes): ov_lvis_train_base, ov_lvis_val and ov_lvis_minival, with masks.
 
-The classes are those of the json: frequent and common ones are base, rare ones novel.
+The classes come from the json: frequent and common ones are base, rare ones novel.
 """
 
 from ovdet2.data.datasets.lvis_split import frequency_split

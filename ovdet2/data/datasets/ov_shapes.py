@@ -1,14 +1,14 @@
 """OV-Shapes (48 base, 17 novel classes): ov_shapes_train_base and ov_shapes_val_all, generated on first use.
 
-Its classes carry the sparse category ids of OV-COCO, base on base and novel on novel, so that the code that maps ids is
-the same and is tested without COCO. On disk it has the layout of COCO 2017:
+Its classes have the sparse category ids of OV-COCO: base classes those of base classes, novel those of novel. Thus the
+code that maps ids is tested without COCO. On disk it has the layout of COCO 2017:
 
 <root>/ov_shapes/train2017/000000000001.jpg ...     <root>/ov_shapes/val2017/...
-<root>/ov_shapes/annotations/instances_{train,val}2017.json      the whole truth, 65 classes
-<root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json made of them as OV-COCO's are of COCO's
-<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same truth as LVIS would state it, with masks
-<root>/ov_shapes/annotations/ov_lvis_train_base.json             made of it as OV-LVIS's is of LVIS's
-<root>/ov_shapes/manifest.json                                   written last: the mark of a finished generation
+<root>/ov_shapes/annotations/instances_{train,val}2017.json      all annotations, 65 classes
+<root>/ov_shapes/annotations/ov_shapes_{train_base,val_all}.json derived from them as OV-COCO is from COCO
+<root>/ov_shapes/annotations/lvis_v1_{train,val}.json            the same annotations in LVIS format, with masks
+<root>/ov_shapes/annotations/ov_lvis_train_base.json             derived from it as OV-LVIS is from LVIS
+<root>/ov_shapes/manifest.json                                   written last; its presence marks a complete data set
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ovdet2.ov_shapes.world.draw import annotations_hash, draw_split
 from ovdet2.ov_shapes.world.lvis import lvis_json
 from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS
 
-# Raised whenever the images or boxes of a seed change: figures of two versions are not comparable.
+# The number is raised whenever the images or boxes of a seed change: results on two versions are not comparable.
 SCHEMA = "ovdet2/ov-shapes/2"
 FOLDER = "ov_shapes"
 ANNOTATION_FILES = (
@@ -60,10 +60,10 @@ OV_SHAPES = Split(
 def ensure_generated(
     root: str | Path, seed: int = 0, counts: Mapping[str, int] | None = None, workers: int = 2
 ) -> dict[str, Any]:
-    """Generate OV-Shapes below ``root`` unless it is there. Safe to call from several processes at once.
+    """Generate OV-Shapes below ``root`` unless it exists. Several processes may call it concurrently.
 
-    One process generates under a file lock, the others wait for it. A generation that was cut short has no manifest
-    and is begun again, as is one that has lost an annotation file; images are overwritten with equal ones.
+    One process generates under a file lock, the others wait for it. An interrupted generation has no manifest and is
+    started again, as is a data set that lacks an annotation file; images are overwritten with equal ones.
 
     Args:
         root: folder of all data sets (the images go to ``root/ov_shapes``).
@@ -75,7 +75,7 @@ def ensure_generated(
         The manifest.
 
     Raises:
-        DataError: a finished data set of another seed or size is there.
+        DataError: the folder holds a complete data set of another seed or size.
         UsageError: a negative seed or a count below 1.
     """
     counts = dict(counts or IMAGE_COUNTS)
@@ -97,12 +97,12 @@ def ensure_generated(
 
 
 def ensure_current(root: str | Path) -> None:
-    """Generate the benchmark below ``root`` if nothing is there; keep one of any seed or size that this version drew.
+    """Generate the benchmark below ``root`` unless this version has generated one there, of any seed or size.
 
-    Annotation files that are missing, as in a folder of before they existed, are made again, of the same seed and size.
+    Missing annotation files (earlier versions did not write all of them) are made again, with the same seed and size.
 
     Raises:
-        DataError: another version of ovdet2 drew it, so its figures are not comparable.
+        DataError: another version of ovdet2 generated it, so results on it are not comparable.
     """
     manifest_file = Path(root) / FOLDER / "manifest.json"
     if not manifest_file.is_file():
@@ -113,7 +113,7 @@ def ensure_current(root: str | Path) -> None:
         raise DataError(
             f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
         )
-    if not _has_annotations(manifest_file.parent):  # nothing is written, not even a lock, to a folder that is whole
+    if not _has_annotations(manifest_file.parent):  # a complete folder may be read-only: not even a lock is written
         ensure_generated(root, manifest["seed"], manifest["images"])
 
 
@@ -166,7 +166,7 @@ for _name, _images, _base_only in (("train_base", "train2017", True), ("val_all"
         remedy="run python -m ovdet2.ov_shapes",
     )
 
-# The same images and truth in LVIS's form, with masks: rare classes are the novel ones.
+# The same images and annotations in LVIS format, with masks: the rare classes are novel.
 for _name, _json, _base_only in (("train_base", "ov_lvis_train_base", True), ("val", "lvis_v1_val", False)):
     register_dataset(
         f"ov_shapes_lvis_{_name}",

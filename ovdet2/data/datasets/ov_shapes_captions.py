@@ -1,7 +1,7 @@
 """The captioned images of OV-Shapes, generated on first use: ov_shapes_captions.
 
 <root>/ov_shapes/captions/images/000000.jpg ...
-<root>/ov_shapes/captions/captions_10000x5.json     a COCO-captions json, written last; the numbers are images x captions
+<root>/ov_shapes/captions/captions_10000x5.json     COCO-captions json, written last; numbers: images x captions each
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ CAPTIONS_EACH = 5
 def ensure_captions(
     root: str | Path, count: int = CAPTION_COUNT, each: int = CAPTIONS_EACH, workers: int | None = None
 ) -> tuple[Path, Path]:
-    """Draw captioned images below ``root/ov_shapes/captions`` unless they are there: images/*.jpg and a json.
+    """Generate captioned images below ``root/ov_shapes/captions`` unless they exist: images/*.jpg and a json.
 
-    The first 10,000 images, with the first caption of each, are what the embedded models were trained on
-    (:func:`~ovdet2.ov_shapes.world.captions.caption_pair`), as JPEG files like the detection images. Sets of different
-    sizes share the images. One process draws under a file lock, others wait for it; the json is written last, so a run
-    that was cut short begins again.
+    The embedded models were trained on the first 10,000 images with the first caption of each
+    (:func:`~ovdet2.ov_shapes.world.captions.caption_pair`); here they are JPEG files like the detection images. Sets of
+    different sizes share the images. One process generates under a file lock, others wait for it. The json is written
+    last, so an interrupted run starts again.
 
     Args:
         root: folder of all data sets.
-        count: of the images.
-        each: captions of an image.
+        count: number of images.
+        each: captions per image.
         workers: processes that draw; None: one per core.
 
     Returns:
         (the json, the folder of the images).
 
     Raises:
-        UsageError: no image, or no caption of each.
+        UsageError: ``count`` or ``each`` is below 1.
     """
     if count < 1 or each < 1:
-        raise UsageError(f"OV-Shapes needs at least one captioned image and a caption of each, not {count} x {each}.")
+        raise UsageError(f"OV-Shapes needs at least one captioned image with one caption, not {count} x {each}.")
     folder = Path(root) / FOLDER
     path = folder / f"captions_{count}x{each}.json"
-    if not path.is_file():  # nothing is written, not even a lock, to a folder that is complete
+    if not path.is_file():  # a complete folder may be read-only: not even a lock is written
         (folder / "images").mkdir(parents=True, exist_ok=True)
         with open(folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -59,8 +59,8 @@ def ensure_captions(
 
 
 def current_captions(root: str | Path) -> Path:
-    """The json of the data set below ``root``: that of 10,000 images with five captions each; where it is not there,
-    the largest one of fewer images, which a test or a trial has drawn."""
+    """The captions json below ``root``: of 10,000 images with five captions each; if there is none, the largest of
+    fewer images."""
     folder = Path(root) / FOLDER
     if not (full := folder / f"captions_{CAPTION_COUNT}x{CAPTIONS_EACH}.json").is_file():
         sizes = [re.fullmatch(rf"captions_(\d+)x{CAPTIONS_EACH}\.json", path.name) for path in folder.glob("*.json")]
@@ -71,12 +71,12 @@ def current_captions(root: str | Path) -> Path:
 
 
 def ensure_current(root: str | Path) -> None:
-    """Generate the data set below ``root`` if nothing is there; keep a smaller one."""
+    """Generate the data set below ``root`` unless it, or one of fewer images, exists."""
     path = current_captions(root)
     if not path.is_file():
         ensure_captions(root)
     elif path.name != f"captions_{CAPTION_COUNT}x{CAPTIONS_EACH}.json":
-        logger.warning("ov_shapes_captions is %s, not the %d images of the data set.", path, CAPTION_COUNT)
+        logger.warning("ov_shapes_captions uses %s instead of the %d images of the full set.", path, CAPTION_COUNT)
 
 
 register_captions(

@@ -1,4 +1,4 @@
-"""The data sets of DATASETS.OWN."""
+"""Register the user's data sets, which DATASETS.OWN lists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ovdet2.data.datasets.register_readers import register_captions, register_im
 from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, KINDS
 from ovdet2.errors import UsageError
 
-# kind -> (keys that an entry must have, keys that it may have), beside "kind"
+# kind -> (required keys of an entry, optional keys), besides "kind"
 _KEYS = {
     BOXES: (("name", "json", "images", "base"), ("novel", "base_only", "masks", "metric", "pseudo_labels")),
     CAPTIONS: (("name", "captions"), ("images", "format", "max_bad", "index_file")),
@@ -22,10 +22,10 @@ _ENTRIES: dict[str, dict[str, Any]] = {}  # name -> entry that the data set was 
 
 
 def register_own(cfg: CfgNode) -> None:
-    """Register the data sets of DATASETS.OWN; one that is registered alike already is passed over.
+    """Register the data sets of DATASETS.OWN; an entry that is registered already is skipped.
 
     Args:
-        cfg: configuration. DATASETS.OWN is a list of dicts with a "kind", "boxes" where there is none.
+        cfg: configuration. DATASETS.OWN is a list of dicts, each with a "kind" (default "boxes"):
 
             - "boxes": "name", "json", "images" and "base" (class names), and optionally "novel" (class names),
               "base_only", "masks", "metric" and "pseudo_labels", as of :func:`register_ov_dataset`;
@@ -35,7 +35,7 @@ def register_own(cfg: CfgNode) -> None:
               and "max_bad", as of :func:`register_image_labels`.
 
     Raises:
-        UsageError: an entry of another form, or another data set of that name.
+        UsageError: an entry of another form, or another data set has the name.
     """
     for entry in cfg.DATASETS.OWN:
         kind = entry.get("kind", BOXES) if isinstance(entry, Mapping) else BOXES
@@ -56,12 +56,11 @@ def _require_keys(entry, kind):
         unknown, lacking = {str(entry)}, set()
     if unknown or lacking:
         forms = "; ".join(
-            f"{each}: {{{', '.join(needed)}}} with {', '.join(more)} if needed"
-            for each, (needed, more) in _KEYS.items()
+            f"{each}: {{{', '.join(needed)}}}, optionally {', '.join(more)}" for each, (needed, more) in _KEYS.items()
         )
         raise UsageError(
-            f"an entry of DATASETS.OWN of kind {kind} has {sorted(map(str, unknown))} that is not known and lacks "
-            f"{sorted(lacking)}. What each kind takes: {forms}."
+            f"an entry of DATASETS.OWN of kind {kind} has the unknown keys {sorted(map(str, unknown))} and lacks "
+            f"{sorted(lacking)}. The keys of each kind: {forms}."
         )
 
 

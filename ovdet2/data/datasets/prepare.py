@@ -1,4 +1,4 @@
-"""Making the files of a benchmark from published annotation files: filtered, counted, written once and whole."""
+"""Prepare the annotation files of a benchmark: filter published files, check their counts, write them atomically."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _SCHEMA = "ovdet2/split-json/1"
 
 @dataclass(frozen=True)
 class Official:
-    """The size of an official annotation file, and what papers say a benchmark keeps of it.
+    """The size of an official annotation file, and the published counts of the benchmark file made from it.
 
     Args:
         images, annotations: counts of the official file, by which it is recognised.
-        kept: {key of the report: published count}, such as {"images": 107_761}.
+        filtered_counts: {key of the report: published count}, such as {"images": 107_761}.
     """
 
     images: int
     annotations: int
-    kept: Mapping[str, int]
+    filtered_counts: Mapping[str, int]
 
 
 def check_counts(report: Mapping[str, Any], source: str | Path, official: Official | None) -> str:
-    """One sentence on whether a file made from ``source`` is the published benchmark.
+    """Compare the counts of a prepared file with the published ones; returns the verdict in one sentence.
 
     Args:
-        report: with "images_read", "annotations_read" and the keys of ``official.kept``.
+        report: with "images_read", "annotations_read" and the keys of ``official.filtered_counts``.
         source: path of the file that was read.
-        official: None where nothing is published.
+        official: None if no counts are published.
 
     Raises:
-        DataError: the size is the official file's, but what remains of it differs from the published counts.
+        DataError: the file has the size of the official one, but its filtered counts differ from the published ones.
     """
     if official is None:
         return "no published counts to compare with"
@@ -50,13 +50,14 @@ def check_counts(report: Mapping[str, Any], source: str | Path, official: Offici
             f"not the official file: {report['images_read']:,} images, {report['annotations_read']:,} annotations were "
             f"read, the official one has {official.images:,} and {official.annotations:,}; counts not checked"
         )
-    found = {key: report[key] for key in official.kept}
-    if found != official.kept:
+    counts = {key: report[key] for key in official.filtered_counts}
+    if counts != official.filtered_counts:
         raise DataError(
-            f"{source} has the size of the official file, but {_counts(found)} remain where {_counts(official.kept)} "
-            "are published: it was altered, download it again. Nothing was written."
+            f"{source} has the size of the official file, but {_counts(counts)} remain where "
+            f"{_counts(official.filtered_counts)} are published: the file was changed, download it again. "
+            "Nothing was written."
         )
-    return f"as published: {_counts(official.kept)}"
+    return f"as published: {_counts(official.filtered_counts)}"
 
 
 def prepare_split(
@@ -66,23 +67,23 @@ def prepare_split(
     remedy: str = "check the folder",
     official: Mapping[str, Official] | None = None,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Write ``<prefix>_train_base.json`` and ``<prefix>_val_all.json`` beside instances_{train,val}2017.json.
+    """Write ``<prefix>_train_base.json`` and ``<prefix>_val_all.json`` next to instances_{train,val}2017.json.
 
-    A file that already has the right content is left as it is; a new one replaces the old one atomically.
+    A file that already has the right content is not written; otherwise the new file replaces it atomically.
 
     Args:
         annotations: folder with instances_train2017.json and instances_val2017.json.
         prefix: "ov_coco", "ov_shapes", ...
         split: of the benchmark.
         remedy: what the user should do when an official file is missing.
-        official: by name of the written file, where there are published counts.
+        official: published counts by name of the written file, if any.
 
     Yields:
-        (path, report) per file when it is in place; report as of ``filter_coco_json`` plus "written" and
+        (path, report) per file after it is written; report as of ``filter_coco_json`` plus "written" and
         "verdict" (of :func:`check_counts`).
 
     Raises:
-        DataError: an official file is missing, damaged, of another numbering, or not what its size promises.
+        DataError: an official file is missing, damaged or has other category ids, or see :func:`check_counts`.
     """
     base_ids = split.category_ids[: len(split.base)]
     for name, target, category_ids in (
@@ -96,13 +97,13 @@ def prepare_split(
 
 
 def read_annotations(path: str | Path, remedy: str) -> Any:
-    """:func:`~ovdet2.io.files.read_json` that says what it is busy with: parsing 1 GB takes half a minute."""
+    """:func:`~ovdet2.io.files.read_json` with a progress line: parsing 1 GB takes half a minute."""
     with tqdm(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
         return read_json(path, remedy)
 
 
 def source_of(path: str | Path) -> dict[str, str]:
-    """What a manifest says of the file that another one was made from: its name and SHA-256."""
+    """Manifest entries that identify a source file: its name and SHA-256."""
     return {"source": Path(path).name, "source_sha256": sha256_file(path)}
 
 
@@ -111,18 +112,18 @@ def write_prepared(
 ) -> dict[str, Any]:
     """Add a manifest to ``data`` and write it to ``target`` atomically, unless the file has that content already.
 
-    The text is made record by record, twice where a file is there to compare with, because in one piece the one of LVIS
-    would need another gigabyte.
+    The json is encoded record by record, because all of LVIS in one string would need another gigabyte. If ``target``
+    exists, the json is first encoded once to compare it.
 
     Args:
         target: path to write.
         data: COCO or LVIS json; not changed.
         report: with the counts "images", "annotations", "categories" and the list "degenerate".
-        split: that the manifest names.
+        split: whose name the manifest holds.
         provenance: further entries of the manifest, such as of :func:`source_of`.
 
     Returns:
-        ``report`` with "written", whether the file had to be written.
+        ``report`` with "written", whether the file was written.
     """
     counts = {key: report[key] for key in ("images", "annotations", "categories", "degenerate")}
     data = {**data, "manifest": {"schema": _SCHEMA, "split": split.name, **provenance, **counts}}
@@ -138,7 +139,7 @@ def write_prepared(
 
 
 def summary(target: Path, report: Mapping[str, Any], *details: str) -> str:
-    """The lines that a preparation script prints of one file.
+    """The lines that a preparation script prints about one file.
 
     Args:
         target: path of the file.
@@ -147,12 +148,12 @@ def summary(target: Path, report: Mapping[str, Any], *details: str) -> str:
     """
     lines = [f"{target}: {'written' if report['written'] else 'already up to date'}", *details, report["verdict"]]
     if report["degenerate"]:
-        lines.append(f"dropped, box without area: annotations {', '.join(map(str, report['degenerate']))}")
+        lines.append(f"dropped zero-area boxes: annotations {', '.join(map(str, report['degenerate']))}")
     return "\n  ".join(lines)
 
 
 def _pieces(data, description):
-    """The text of ``data`` as ``json.dumps`` would give it, in pieces no longer than a record; shows progress."""
+    """Yield the text that ``json.dumps`` gives of ``data`` in pieces no longer than a record; shows progress."""
     encode = json.JSONEncoder(ensure_ascii=False).encode
     before = "{"
     for key, value in data.items():

@@ -1,4 +1,4 @@
-"""Registration of data sets of boxes in Detectron2's catalogs. No file is read before a data set is loaded."""
+"""Register data sets with boxes in Detectron2's catalogs. No file is read before a data set is loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ovdet2.errors import DataError, UsageError
 METRICS = ("ov_coco", "ov_lvis", "ov_voc")
 Location = str | Path | Callable[[], str | Path]
 ReadSplit = Callable[[list[dict[str, Any]], Any], Split]
-# (data set, json path, time of its last change, size) -> Split, where the json defines it
+# (data set, json path, time of its last change, size) -> Split, if the json defines it
 _SPLITS: dict[tuple[str, str, int, int], Split] = {}
 
 
 def data_root() -> Path:
-    """The folder of all data sets: $DETECTRON2_DATASETS, or ``datasets`` below the working folder."""
+    """The root folder of data sets: $DETECTRON2_DATASETS, or ``datasets`` below the working directory."""
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
@@ -34,18 +34,18 @@ def register_ov_dataset(
     novel_names: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Register a data set of your own, whose classes are told apart by their names.
+    """Register a user's data set with lists of base and novel class names.
 
     Args:
         name: name for DATASETS.TRAIN / DATASETS.TEST.
         json_file: COCO-format annotations; a relative path is below :func:`data_root`.
         image_root: folder its "file_name" entries are relative to; likewise.
         base_names: class names, as in the json's "categories", that a detector is trained on.
-        novel_names: those it only meets at test. Categories of the json in neither list may have no annotations.
+        novel_names: class names that only appear at test. Categories in neither list must have no annotations.
         options: of :func:`register_dataset`; give ``base_only=True`` for training data.
 
     Raises:
-        UsageError: the data set's name is taken. On loading: a class name that the json does not have, or has twice.
+        UsageError: the name is already registered. On loading: a class name that the json does not have, or has twice.
     """
     split = partial(split_by_names, name, tuple(base_names), tuple(novel_names))
     register_dataset(name, json_file, image_root, split, **options)
@@ -66,10 +66,10 @@ def register_dataset(
 ) -> None:
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
 
-    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, ov_files (a callable giving (json path, image root) as they
-    resolve now), and, where the split is known or once the data set is loaded, thing_classes (K names, base first) and
-    thing_dataset_id_to_contiguous_id; once loaded also json_file, image_root and ov_image_counts (images with each
-    class). The split is asked of :func:`split_of`.
+    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, and ov_files, a callable that returns the
+    current (json path, image root). If ``split`` is a Split, and otherwise once the data set is loaded: thing_classes
+    (K names, base first) and thing_dataset_id_to_contiguous_id. Once it is loaded also json_file, image_root and
+    ov_image_counts (number of images with each class). :func:`split_of` returns the split.
 
     Args:
         name: name for DATASETS.TRAIN / DATASETS.TEST.
@@ -78,16 +78,16 @@ def register_dataset(
         split: :class:`~ovdet2.data.datasets.coco_json.Split`, or a function of (category records, source) that reads
             it from the json, such as :func:`~ovdet2.data.datasets.lvis_split.frequency_split`.
         metric: "ov_coco", "ov_lvis" (an LVIS json: federated lists are read) or "ov_voc".
-        prepare: optional callable without arguments, called before each load: it makes what is absent and refuses what
-            is out of date. Several processes may call it at once, so it does its own locking.
+        prepare: optional callable without arguments, called before each load: it makes missing files and refuses
+            outdated ones. Several processes may call it concurrently, so it must lock.
         base_only: refuse labels of novel classes; give True for training data.
         masks: load segmentations as well.
-        pseudo_labels: the json may hold annotations that a detector made (ovdet2 dataset pseudo-labels), by the names
-            of novel classes; without, such a json is refused.
+        pseudo_labels: accept a json with annotations that a detector made from the names of novel classes (ovdet2
+            dataset pseudo-labels); otherwise such a json is refused.
         remedy: what to do when the data set is missing, such as the command that makes it.
 
     Raises:
-        UsageError: the name is taken, or there is no such metric.
+        UsageError: the name is already registered, or the metric is unknown.
     """
     require_free(name)
     if metric not in METRICS:
@@ -124,13 +124,13 @@ def _load_boxes(
     masks: bool,
     pseudo_labels: bool,
 ) -> list[dict[str, Any]]:
-    """The records of a data set, whose metadata then are of the files as they are now."""
+    """Load the records of a data set and update its metadata from the current files."""
     stamp = stamp_of(name, json_path)
     data = read_coco_json(json_path)
-    _require_said(name, data, json_path, pseudo_labels)
+    _require_pseudo_labels_allowed(name, data, json_path, pseudo_labels)
     classes = split(data["categories"], json_path) if callable(split) else split
     records = records_of(data, json_path, image_path, classes, base_only, masks, federated=metric == "ov_lvis")
-    # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+    # Set through __dict__, since Metadata refuses other values: the data root may differ between loads.
     MetadataCatalog.get(name).__dict__.update(
         json_file=str(json_path),
         image_root=str(image_path),
@@ -143,8 +143,9 @@ def _load_boxes(
 
 
 def split_of(name: str) -> Split | None:
-    """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set; None for one
-    not registered here, and for one of captions.
+    """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set.
+
+    None for a data set that ovdet2 has not registered, and for one of captions.
 
     Raises:
         DataError: its json, which defines the split, is missing or damaged.
@@ -156,13 +157,13 @@ def split_of(name: str) -> Split | None:
 def split_by_names(
     title: str, base_names: Sequence[str], novel_names: Sequence[str], categories: list[dict[str, Any]], source: Any
 ) -> Split:
-    """The split of a json whose classes are told apart by their names.
+    """The split of a json with given base and novel class names.
 
     Args:
-        title: what reports call the split.
+        title: name of the split in reports.
         base_names, novel_names: class names, in the order of the contiguous ids.
         categories: category records of the json.
-        source: what error messages call it.
+        source: name of the json in error messages.
 
     Raises:
         UsageError: a name the json does not have, or has twice; or a name in both lists.
@@ -175,7 +176,7 @@ def split_by_names(
     if absent:
         raise UsageError(
             f"{source} has no category named {first_few(absent)}; it has {first_few(sorted(map(str, ids)))}: give the "
-            "names as they stand there."
+            "names exactly as in the json."
         )
     twice = [name for name in wanted if len(ids[name]) > 1]
     if twice:
@@ -199,22 +200,22 @@ def _one_sided(title, categories, source, novel):
         pairs = tuple(sorted((category["id"], category["name"]) for category in categories))
         return Split(title, () if novel else pairs, pairs if novel else ())
     except (KeyError, TypeError, UsageError) as error:
-        raise DataError(f"{source} has a category without id or name, or one twice ({error}): mend it.") from None
+        raise DataError(f"{source} has a category without id or name, or listed twice ({error}): repair it.") from None
 
 
-def _require_said(name, data, json_path, pseudo_labels):
-    """Annotations that a detector made with the names of novel classes are never trained on by mistake.
+def _require_pseudo_labels_allowed(name, data, json_path, pseudo_labels):
+    """Refuse pseudo labels, which a detector made from the names of novel classes, unless they are allowed.
 
     Raises:
-        DataError: the json holds such annotations, and the data set does not say so.
+        DataError: the json holds pseudo labels, and the data set is registered without ``pseudo_labels``.
     """
     info = data.get("info")
     made = info.get("pseudo_labels") if isinstance(info, dict) else None
     if made and not pseudo_labels:
         raise DataError(
             f"{json_path} holds {made.get('annotations')} pseudo labels, made with the names of novel classes "
-            f"({first_few(made.get('words', []))}): what is trained on them has seen those names. If that is meant, "
-            f"register {name} with pseudo_labels: True."
+            f"({first_few(made.get('words', []))}): a detector trained on them has seen those names. If that is "
+            f"intended, register {name} with pseudo_labels: True."
         )
 
 
@@ -227,20 +228,20 @@ def _image_counts(records, split):
 
 
 def require_free(name: str) -> None:
-    """Raises UsageError where a data set of that name is registered."""
+    """Raise UsageError if a data set of that name is registered."""
     if name in DatasetCatalog.list():
         raise UsageError(f"a data set named {name!r} is registered already: choose another name.")
 
 
 def resolve(path: Location) -> Path:
-    """A path below :func:`data_root`, as it is now; an absolute one stays."""
+    """A relative path below the current :func:`data_root`; an absolute one unchanged."""
     return data_root() / (path() if callable(path) else path)
 
 
 def existing(
     name: str, files: Callable[[], tuple[Path, ...]], prepare: Callable[[], object] | None, remedy: str
 ) -> tuple[Path, ...]:
-    """Files of a data set, after its preparation.
+    """Prepare a data set and return its files.
 
     Raises:
         DataError: one is missing; the message ends with ``remedy``.
@@ -254,7 +255,7 @@ def existing(
 
 
 def class_metadata(split: Split) -> dict[str, Any]:
-    """What Detectron2's metadata hold of the classes."""
+    """The entries of Detectron2's Metadata for the classes of a split."""
     return {
         "thing_classes": list(split.names),
         "thing_dataset_id_to_contiguous_id": split.id_to_contiguous,
@@ -262,18 +263,18 @@ def class_metadata(split: Split) -> dict[str, Any]:
 
 
 def stamp_of(name: str, json_path: Path) -> tuple[str, str, int, int]:
-    """What tells a json of a data set from another one at its path."""
+    """Identifies the current version of a data set's json: name, path, time of last change, size."""
     state = json_path.stat()
     return name, str(json_path), state.st_mtime_ns, state.st_size
 
 
 def remember_split(stamp: tuple[str, str, int, int], split: Split) -> None:
-    """Keep a split that a json of :func:`stamp_of` defines, so that the json is not read again for it."""
+    """Store the split that a json defines, by its :func:`stamp_of`, so that the json is not read again for it."""
     _SPLITS[stamp] = split
 
 
 def split_of_json(name: str, json_path: Path, read_split: ReadSplit, read: Callable[[Path], dict[str, Any]]) -> Split:
-    """The split that a json defines; it is read (by ``read``) once."""
+    """The split that a json defines; ``read`` reads the json the first time."""
     stamp = stamp_of(name, json_path)
     if stamp not in _SPLITS:
         _SPLITS[stamp] = read_split(read(json_path)["categories"], json_path)

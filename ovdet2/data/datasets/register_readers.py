@@ -1,6 +1,6 @@
-"""Registration of data sets without boxes: captioned images, and images with labels.
+"""Register data sets without boxes: captioned images, and images with image-level labels.
 
-What is loaded is a :class:`~ovdet2.data.readers.reader.Reader`, a sequence of records. No file is read before.
+Loading one gives a :class:`~ovdet2.data.readers.reader.Reader`, a sequence of records. No file is read before that.
 """
 
 from __future__ import annotations
@@ -58,29 +58,29 @@ def register_captions(
 ) -> None:
     """Register captioned images.
 
-    Metadata: ov_kind and evaluator_type ("captions", of which there is no evaluation) and ov_files, a callable giving
-    (file, image root) as they resolve now. A load gives a :class:`~ovdet2.data.readers.reader.CaptionReader`.
+    Metadata: ov_kind and evaluator_type ("captions", which have no evaluator) and ov_files, a callable that returns the
+    current (file, image root). Loading gives a :class:`~ovdet2.data.readers.reader.CaptionReader`.
 
     Args:
         name: name for a source of training images (DATASETS.SOURCES).
         file: a COCO-captions json, a tsv file, or a glob pattern of tar shards; a path, or a callable returning one; a
             relative path is below :func:`~ovdet2.data.datasets.register.data_root` at the time of loading.
-        image_root: folder that the names of images are relative to, likewise; None for shards.
+        image_root: folder that the names of images are relative to, given like ``file``; None for shards.
         format: "coco" (:class:`CocoCaptions`), "tsv" (:class:`TsvCaptions`) or "tar" (:class:`TarShards`).
-        max_bad: images without a usable caption that are left out with a warning; more are an error.
-        index_file: with "tar", where the index of the shards is kept; None: beside them.
+        max_bad: number of images without a usable caption that are skipped with a warning; more are an error.
+        index_file: with "tar", file of the index of the shards; None: next to them.
         prepare: see :func:`~ovdet2.data.datasets.register.register_dataset`.
         remedy: what to do when the data set is missing.
 
     Raises:
-        UsageError: the name is taken, there is no such format, or the folder of images is lacking.
+        UsageError: the name is already registered, the format is unknown, or the image folder is missing.
     """
     require_free(name)
     if format not in FORMATS:
         raise UsageError(f"the format of {name!r} is {format!r}: choose one of {', '.join(FORMATS)}.")
     if (image_root is None) != (format == "tar"):
         raise UsageError(
-            f"the captions {name!r} of the format {format!r} have the folder of images {image_root!r}: give one for "
+            f"the captions {name!r} of the format {format!r} have the image folder {image_root!r}: give a folder for "
             "coco and tsv, and none for tar, whose shards hold the images."
         )
 
@@ -111,31 +111,32 @@ def register_image_labels(
     prepare: Callable[[], object] | None = None,
     remedy: str = _REMEDY,
 ) -> None:
-    """Register images with labels and without boxes.
+    """Register images with image-level labels and without boxes.
 
-    Metadata: ov_kind and evaluator_type ("image_labels", of which there is no evaluation), ov_novel_labels, ov_split,
-    ov_files (a callable giving (json or None, image root) as they resolve now), and once loaded ov_image_counts (images
-    with each class) and those of the classes, see :func:`~ovdet2.data.datasets.register.register_dataset`. A load gives
-    an :class:`~ovdet2.data.readers.image_labels.ImageLabels`.
+    Metadata: ov_kind and evaluator_type ("image_labels", which have no evaluator), ov_novel_labels, ov_split, and
+    ov_files, a callable that returns the current (json or None, image root). Once it is loaded also ov_image_counts
+    (number of images with each class) and the entries of the classes, see
+    :func:`~ovdet2.data.datasets.register.register_dataset`. Loading gives an
+    :class:`~ovdet2.data.readers.image_labels.ImageLabels`.
 
     Args:
         name: name for a source of training images (DATASETS.SOURCES).
         source: a COCO- or LVIS-like json, see :class:`CocoImageLabels`; or a json {folder: class name} for folders
-            below ``image_root``; or None, where these folders are named as the classes or by their category ids, see
+            below ``image_root``; or None, if these folders are named as the classes or by their category ids, see
             :class:`FolderImageLabels`. A path, or a callable returning one; a relative path is below
             :func:`~ovdet2.data.datasets.register.data_root` at the time of loading.
-        image_root: folder of the images, likewise.
-        split: the classes, by which labels are numbered: :class:`~ovdet2.data.datasets.coco_json.Split`; or names of
-            base classes; or, for a COCO- or LVIS-like json, a function of (category records, source), such as
+        image_root: folder of the images, given like ``source``.
+        split: the classes, which define the contiguous label ids: :class:`~ovdet2.data.datasets.coco_json.Split`; or
+            names of base classes; or, for a COCO- or LVIS-like json, a function of (category records, source), such as
             :func:`~ovdet2.data.datasets.lvis_split.frequency_split`.
-        novel_names: with names as ``split``, those of novel classes.
+        novel_names: names of novel classes, if ``split`` is a list of names.
         novel_labels: accept labels of novel classes, whose names a detector then is trained on; otherwise they are an
             error.
-        max_bad: images of a json without a label that are left out with a warning; more are an error.
+        max_bad: number of images of a json without a label that are skipped with a warning; more are an error.
         prepare, remedy: see :func:`~ovdet2.data.datasets.register.register_dataset`.
 
     Raises:
-        UsageError: the name is taken, or the classes are no split.
+        UsageError: the name is already registered, or the classes are no split.
     """
     require_free(name)
     if isinstance(split, str) or (novel_names and (callable(split) or isinstance(split, Split))):
@@ -155,7 +156,7 @@ def register_image_labels(
 
 @dataclass(frozen=True)
 class _LabelledImages:
-    """The arguments of :func:`register_image_labels`, from which everything is read when it is needed."""
+    """The arguments of :func:`register_image_labels`; reads the files when they are needed."""
 
     name: str
     source: Location | None
@@ -168,11 +169,11 @@ class _LabelledImages:
     remedy: str
 
     def files(self) -> tuple[Path | None, Path]:
-        """(json if there is one, image root)."""
+        """(json or None, image root)."""
         return None if self.source is None else resolve(self.source), resolve(self.image_root)
 
     def load(self) -> ImageLabels:
-        """The records; the data set's metadata then are of the files as they are now."""
+        """Load the records and update the data set's metadata from the current files."""
         json_path, folder, folder_names = self._prepared()
         if json_path is None or folder_names is not None:
             split = self._split_of_folders()
@@ -181,13 +182,13 @@ class _LabelledImages:
             stamp = stamp_of(self.name, json_path)
             reader = CocoImageLabels(json_path, folder, self._split_of_json(), self.novel_labels, self.max_bad)
             remember_split(stamp, reader.split)
-        # Written past Metadata's write-once rule: the data root may differ from one load to the next.
+        # Set through __dict__, since Metadata refuses other values: the data root may differ between loads.
         counts = {"ov_image_counts": reader.image_counts().tolist()}
         MetadataCatalog.get(self.name).__dict__.update(counts | class_metadata(reader.split))
         return reader
 
     def resolve_split(self) -> Split:
-        """The classes, read from the json where it defines them."""
+        """The classes, read from the json if it defines them."""
         read = self._split_of_json()
         if isinstance(read, Split):
             return read
@@ -197,7 +198,7 @@ class _LabelledImages:
         return split_of_json(self.name, json_path, read, read_label_json)
 
     def _prepared(self) -> tuple[Path | None, Path, dict[str, str] | None]:
-        """(json if there is one, image root, {folder: class name} where the json is one)."""
+        """(json or None, image root, {folder: class name} if the json is such a mapping, else None)."""
         existing(self.name, lambda: tuple(path for path in self.files() if path is not None), self.prepare, self.remedy)
         json_path, folder = self.files()
         return json_path, folder, None if json_path is None else read_mapping(json_path)
@@ -216,6 +217,6 @@ class _LabelledImages:
 
 
 def _numbered(title, base_names: Sequence[Any], novel_names: Sequence[Any]) -> Split:
-    """The split of classes without category ids: their positions."""
+    """A split of class names without category ids; their positions become the ids."""
     pairs = tuple(enumerate((*base_names, *novel_names)))
     return Split(title, pairs[: len(base_names)], pairs[len(base_names) :])

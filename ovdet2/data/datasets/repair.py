@@ -1,4 +1,4 @@
-"""A cleaned copy of a checked json: what can be mended without a guess is, and every change is told."""
+"""Repair a checked json: make a copy with every fault fixed that has one possible repair, and list all changes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from ovdet2.data.datasets.check import image_name, is_lvis, is_polygon
 from ovdet2.data.datasets.findings import KINDS, NEGATIVE, NOT_EXHAUSTIVE, Finding, is_id, show, usable_id
 from ovdet2.errors import DataError
 
-# Findings that follow from a suspicion: removing or clipping those boxes would spoil a file that one edit can mend.
-_LEFT_ALONE = {
+# Suspicion -> findings that it explains. They are not repaired: removing or clipping these boxes would lose data that
+# one edit of the file (converting the boxes, renumbering the categories) can save.
+_EXPLAINED = {
     "suspected-xyxy": {"box-outside", "box-partly-outside", "area"},
     "suspected-shift": {"category-unknown", "federated-unknown", "federated-negative"},
 }
 
 
 class Change(NamedTuple):
-    """One change: the kind of the finding that asked for it, where ("annotation 11"), and what was done."""
+    """One change of a repair.
+
+    Attributes:
+        kind: of the finding that the change repairs.
+        where: the record, such as "annotation 11".
+        done: the change in words.
+    """
 
     kind: str
     where: str
@@ -26,51 +33,52 @@ class Change(NamedTuple):
 
 
 def repair(data: Mapping[str, Any], findings: Sequence[Finding]) -> tuple[dict[str, Any], list[Change]]:
-    """Mend what a check found.
+    """Repair the findings of a check.
 
-    Records go that cannot be right, and annotations with their image; a box that leaves its image is clipped to it, its
-    segmentation stays. A finding whose Kind has no ``fix`` is left, and so are boxes and category ids that a suspicion
-    about the whole file explains. Images of LVIS whose marks all go with faulty records keep their names.
+    Invalid records are removed, and annotations with their image. A box that extends beyond its image is clipped; its
+    segmentation stays. Not repaired are findings whose Kind has no ``fix``, and boxes and category ids that a suspicion
+    about the file explains. If the removal of faulty records removes all fields by which LVIS is recognised, images get
+    "file_name", so that readers still find them.
 
     Args:
         data: parsed json; not changed.
         findings: of :func:`ovdet2.data.datasets.check.check` on it.
 
     Returns:
-        (repaired, changes): a json that shares unchanged records with ``data``, and what was done.
+        (repaired, changes): a json that shares unchanged records with ``data``, and the list of :class:`Change`.
 
     Raises:
         DataError: no image would be left.
     """
-    suspected = {finding.kind for finding in findings} & _LEFT_ALONE.keys()
-    left_alone = set().union(*(_LEFT_ALONE[kind] for kind in suspected))
+    suspected = {finding.kind for finding in findings} & _EXPLAINED.keys()
+    explained = set().union(*(_EXPLAINED[kind] for kind in suspected))
     todo = {"category": {}, "image": {}, "annotation": {}}  # of each: index -> findings
     for finding in findings:
         kind = KINDS[finding.kind]
-        if kind.fix and finding.kind not in left_alone:
+        if kind.fix and finding.kind not in explained:
             todo[kind.of].setdefault(finding.index, []).append(finding)
     changes = []
     categories = list(_without_removed(data["categories"], todo["category"], changes).values())
     images = _without_removed(data["images"], todo["image"], changes)
     if not images:
         raise DataError("the repaired file would have no image left: check the image folder, and the file.")
-    annotations = _mend_annotations(data["annotations"], images.values(), todo, changes)
-    _mend_federated(images, annotations, {category["id"] for category in categories}, todo["image"], changes)
+    annotations = _repair_annotations(data["annotations"], images.values(), todo, changes)
+    _repair_federated(images, annotations, {category["id"] for category in categories}, todo["image"], changes)
     repaired = {**data, "images": list(images.values()), "annotations": annotations, "categories": categories}
     if is_lvis(data) and not is_lvis(repaired):
-        _keep_names(repaired, changes)
+        _set_file_names(repaired, changes)
     return repaired, changes
 
 
 def clip_box(box: Sequence[float], size: tuple[float, float]) -> list[float]:
-    """Clip a box that overlaps its image to it, along each axis on which it leaves; never to nothing.
+    """Clip a box that overlaps its image to the image, along each axis on which it extends beyond it.
 
     Args:
         box: (x, y, width, height) in pixels, finite, of positive width and height.
         size: (width, height) of the image.
 
     Returns:
-        [x, y, width, height].
+        [x, y, width, height], of positive width and height.
     """
     clipped = list(box)
     for axis in (0, 1):
@@ -82,12 +90,12 @@ def clip_box(box: Sequence[float], size: tuple[float, float]) -> list[float]:
 
 
 def _removal(findings):
-    """The first finding whose remedy is to remove the record, or None."""
+    """The first finding whose repair is to remove the record, or None."""
     return next((finding for finding in findings if KINDS[finding.kind].fix.startswith("removed")), None)
 
 
 def _without_removed(records, todo, changes):
-    """Dict of index to record of those that stay."""
+    """{index: record} of the records that are not removed."""
     kept = {}
     for index, record in enumerate(records):
         reason = _removal(todo.get(index, ()))
@@ -98,14 +106,14 @@ def _without_removed(records, todo, changes):
     return kept
 
 
-def _mend_annotations(annotations, images, todo, changes):
+def _repair_annotations(annotations, images, todo, changes):
     sizes = {}
     for image in images:
         sizes.setdefault(image["id"], (image["width"], image["height"]))
     removals = (_removal(findings) for findings in todo["image"].values())
     orphaned = {finding.id: finding for finding in removals if finding is not None and finding.id not in sizes}
     ids = [usable_id(annotation) for annotation in annotations if isinstance(annotation, dict)]
-    # Not from the gaps: those may be ids of annotations that were left out on purpose, such as novel ones.
+    # New ids are above all others: an unused lower id may be of an annotation removed on purpose (novel classes).
     new_ids = itertools.count(1 + max((number for number in ids if number is not None), default=0))
     kept = []
     for index, annotation in enumerate(annotations):
@@ -116,15 +124,15 @@ def _mend_annotations(annotations, images, todo, changes):
             changes.append(Change(reason.kind, where, "removed"))
             continue
         for finding in findings:
-            mended = _mend(annotation, finding.kind, sizes[annotation["image_id"]], new_ids)
-            changes.append(Change(finding.kind, finding.where, _told(annotation, mended)))
-            annotation = {**annotation, **mended}
+            repaired = _repair_annotation(annotation, finding.kind, sizes[annotation["image_id"]], new_ids)
+            changes.append(Change(finding.kind, finding.where, _describe(annotation, repaired)))
+            annotation = {**annotation, **repaired}
         kept.append(annotation)
     return kept
 
 
-def _mend(annotation, kind, size, new_ids):
-    """The field of an annotation that mends one kind of finding, as {name: value}."""
+def _repair_annotation(annotation, kind, size, new_ids):
+    """The repaired field of an annotation for one kind of finding, as {name: value}."""
     if kind in ("annotation-id", "annotation-conflict"):
         return {"id": next(new_ids)}
     if kind == "box-partly-outside":
@@ -134,8 +142,8 @@ def _mend(annotation, kind, size, new_ids):
     return {"area": annotation["bbox"][2] * annotation["bbox"][3]}
 
 
-def _mend_federated(images, annotations, category_ids, todo, changes):
-    """Take ids out of the lists of LVIS; replaces images in the dict of index to image."""
+def _repair_federated(images, annotations, category_ids, todo, changes):
+    """Remove ids from the federated lists of LVIS; replaces images in the dict {index: image}."""
     present = {images[index]["id"]: [] for index in todo if index in images}
     for annotation in annotations:
         if annotation["image_id"] in present:
@@ -143,20 +151,20 @@ def _mend_federated(images, annotations, category_ids, todo, changes):
     for index in sorted(images.keys() & todo.keys()):
         image = images[index]
         for finding in {finding.kind: finding for finding in todo[index]}.values():
-            mended = _without_ids(image, finding.kind, category_ids, present[image["id"]])
-            if mended:
-                changes.append(Change(finding.kind, finding.where, _told(image, mended)))
-                image = {**image, **mended}
+            repaired = _without_ids(image, finding.kind, category_ids, present[image["id"]])
+            if repaired:
+                changes.append(Change(finding.kind, finding.where, _describe(image, repaired)))
+                image = {**image, **repaired}
         images[index] = image
 
 
-def _keep_names(data, changes):
-    """Name images as before where all that told of LVIS is gone: as of COCO they are read by "file_name" alone."""
+def _set_file_names(data, changes):
+    """Set "file_name" from "coco_url": a json that is no longer recognised as LVIS is read by "file_name" only."""
     for position, image in enumerate(data["images"]):
-        mended = {"file_name": image_name(image, lvis=True)}
-        if mended["file_name"] != image.get("file_name"):
-            changes.append(Change("image-name", f"image {image['id']}", _told(image, mended)))
-            data["images"][position] = {**image, **mended}
+        repaired = {"file_name": image_name(image, lvis=True)}
+        if repaired["file_name"] != image.get("file_name"):
+            changes.append(Change("image-name", f"image {image['id']}", _describe(image, repaired)))
+            data["images"][position] = {**image, **repaired}
 
 
 def _without_ids(image, kind, category_ids, present):
@@ -170,5 +178,5 @@ def _without_ids(image, kind, category_ids, present):
     return {key: ids for key, ids in kept.items() if ids != lists[key]}
 
 
-def _told(record, mended):
-    return ", ".join(f"{key} {show(record.get(key))} -> {show(value)}" for key, value in mended.items())
+def _describe(record, repaired):
+    return ", ".join(f"{key} {show(record.get(key))} -> {show(value)}" for key, value in repaired.items())

@@ -1,4 +1,4 @@
-"""Base / novel splits as plain facts."""
+"""The base / novel split of OV-COCO as constants, and the distractor words."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ OV_COCO_UNUSED = (
 
 
 def distractors(cfg: CfgNode) -> tuple[str, ...]:
-    """The words of TEST.DISTRACTORS; "coco_unused" stands for the 15 COCO classes that OV-COCO leaves out."""
+    """The words of TEST.DISTRACTORS; "coco_unused" stands for the 15 COCO classes that OV-COCO does not use."""
     words = []
     for word in cfg.TEST.DISTRACTORS:
         words.extend([name for _, name in OV_COCO_UNUSED] if word == "coco_unused" else [word])

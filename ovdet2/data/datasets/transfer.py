@@ -1,8 +1,8 @@
 """Transfer targets: transfer_coco_2017_val, transfer_objects365_v1_val and transfer_voc_2007_test.
 
-A detector trained elsewhere is asked for their words. The split names no base class; with a checkpoint loaded, the
-words it was trained on count as base where scores are fused. The prefix keeps them apart from the names that Detectron2
-has registered for its own readers.
+They test a detector that was trained on another data set with their classes. All classes of their split are novel. With
+a checkpoint loaded, score fusion treats the classes that it was trained on as base. The prefix distinguishes them from
+the data sets that Detectron2 registers.
 """
 
 from functools import partial

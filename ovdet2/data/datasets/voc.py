@@ -11,14 +11,15 @@ from ovdet2.vocabulary.word_lists import named_words
 
 
 def voc_json(folder: str | Path, subset: str) -> dict[str, Any]:
-    """Turn a VOC folder into a COCO json.
+    """Convert the annotations of a VOC folder to a COCO json.
 
     VOC counts pixels from 1 and includes the last one: (xmin, xmax) = (1, w) is a box of x 0 and width w. Objects
-    marked "difficult" get the flag "iscrowd": finding them counts neither way. By the metric "ov_voc" IoU decides what
-    finds them, as in the challenge; COCO's own code would take the share of the detection inside of them.
+    marked "difficult" get the flag "iscrowd": a detection of them is neither true nor false positive. The metric
+    "ov_voc" matches detections to them by IoU, as in the challenge; COCO's code would match by the share of the
+    detection inside of them.
 
     Args:
-        folder: with Annotations/ and ImageSets/Main/, as VOC2007 is.
+        folder: with Annotations/ and ImageSets/Main/, such as VOC2007.
         subset: name of a list in ImageSets/Main, such as "test".
 
     Returns:
@@ -32,8 +33,8 @@ def voc_json(folder: str | Path, subset: str) -> dict[str, Any]:
         stems = listing.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{listing} cannot be read ({error}): unpack the archive of the challenge so that {folder} holds "
-            "Annotations, ImageSets and JPEGImages."
+            f"{listing} cannot be read ({error}): unpack the archive of VOC so that {folder} holds Annotations, "
+            "ImageSets and JPEGImages."
         ) from None
     words = named_words("voc")
     assert words.category_ids is not None

@@ -1,4 +1,4 @@
-"""The words of a registered data set."""
+"""The class names of a registered data set as a word list."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def words_of_dataset(name: str, with_synonyms: bool = False) -> WordList:
 
     Args:
         name: a data set of Detectron2's catalog with a base/novel split.
-        with_synonyms: read its annotation json for them.
+        with_synonyms: read synonyms from its annotation json.
 
     Raises:
         UsageError: no such data set.

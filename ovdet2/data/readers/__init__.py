@@ -1,5 +1,5 @@
 """Readers of data sets without boxes: captioned images, and images with labels.
 
-A reader is a sequence of Detectron2-like dicts that are made when they are read, so that millions of images are some
-arrays in memory and not one Python object each.
+A reader is a sequence of Detectron2-like dicts that are made when they are read: millions of images are held in a few
+arrays in memory instead of one Python object each.
 """

@@ -25,10 +25,10 @@ class CocoCaptions(CaptionReader):
             json_file: with "images" (id, file_name, and height and width in pixels if known) and "annotations"
                 (image_id, caption).
             folder: that the file names are relative to.
-            max_bad: images without a caption, and empty captions, that are left out with a warning.
+            max_bad: number of images without a caption, and of empty captions, that are skipped with a warning.
 
         Raises:
-            DataError: no such json, an image given twice, a caption of an unknown image, more faults than ``max_bad``,
+            DataError: no such json, an image listed twice, a caption of an unknown image, more faults than ``max_bad``,
                 or no image left.
         """
         data = read_json(json_file, "give a COCO-captions json")
@@ -39,8 +39,8 @@ class CocoCaptions(CaptionReader):
             raise DataError(
                 f"{json_file} is no COCO-captions json ({error!r}): give one with images and captions."
             ) from None
-        silent = [image for key, image in images.items() if key not in captions]
-        faults += [f"image {image['id']} ({image['file_name']}) has no caption" for image in silent]
+        without = [image for key, image in images.items() if key not in captions]
+        faults += [f"image {image['id']} ({image['file_name']}) has no caption" for image in without]
         require_few(faults, max_bad, json_file, len(captions))
         used = {key: image for key, image in images.items() if key in captions}
         self.folder, self._identity = Path(folder), {"kind": "coco", "sha256": sha256_file(json_file)}
@@ -96,7 +96,7 @@ def _captions_of(data, images, json_file):
     for entry in data["annotations"]:
         text = entry.get("caption")
         if entry["image_id"] not in images:
-            raise DataError(f"{json_file}: a caption is of image {entry['image_id']}, which it does not list.")
+            raise DataError(f"{json_file} has a caption of image {entry['image_id']}, which is not in its images.")
         if isinstance(text, str) and text.strip():
             captions[entry["image_id"]].append(text.strip())
         else:

@@ -1,4 +1,4 @@
-"""Images that are stated to contain some classes, without boxes: of a COCO- or LVIS-like json, or of folders."""
+"""Images with image-level labels (classes without boxes), of a COCO- or LVIS-like json or of a folder per class."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 class ImageLabels(Reader):
-    """Images with labels. Records have further:
+    """Images with image-level labels. A record has in addition:
 
     - "labels": tuple of int, at least one: contiguous ids of the split (base first), ascending.
 
     Attributes:
-        split: :class:`~ovdet2.data.datasets.coco_json.Split` that the labels are numbered by.
+        split: :class:`~ovdet2.data.datasets.coco_json.Split` that defines the contiguous ids.
     """
 
     kind = IMAGE_LABELS
@@ -38,17 +38,17 @@ class ImageLabels(Reader):
     split: Split
 
     def image_counts(self) -> np.ndarray:
-        """Array [K] int64: images with each class."""
+        """Array [K] int64: number of images with each class."""
         raise NotImplementedError
 
 
 class CocoImageLabels(ImageLabels):
-    """A json with COCO's lists "images" and "categories" and the labels of an image in one or both of two forms:
+    """Image labels of a json with COCO's lists "images" and "categories", in one or both of two forms:
 
-    - its "pos_category_ids", as in LVIS;
-    - entries of "annotations" with "image_id" and "category_id"; boxes in them are not looked at.
+    - "pos_category_ids" of an image, as in LVIS;
+    - entries of "annotations" with "image_id" and "category_id"; their boxes are ignored.
 
-    Images are in the order of the json. Labels that are stated several times count once.
+    Images are in the order of the json. Repeated labels count once.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class CocoImageLabels(ImageLabels):
     ) -> None:
         """
         Args:
-            json_file: see above; images have "id", "file_name" (or LVIS's "coco_url", whose last two parts are taken),
-                and "height" and "width" in pixels if known.
+            json_file: see above; images have "id", "file_name" (or LVIS's "coco_url", whose last two parts are the file
+                name), and "height" and "width" in pixels if known.
             folder: that the file names are relative to.
             split: of the category ids, or a function of (category records, source) that reads it from the json.
             novel_labels: accept labels of novel classes.
-            max_bad: images without a label that are left out with a warning.
+            max_bad: number of images without a label that are skipped with a warning.
 
         Raises:
-            DataError: no such json; an image without id or file name, given twice, or outside of the folder; a label
-                of an unknown image or class; a label of a novel class although not ``novel_labels``; more images
-                without a label than ``max_bad``, or no image left.
+            DataError: no such json; an image without id or file name, listed twice, or outside of the folder; a label
+                of an unknown image or class; a label of a novel class without ``novel_labels``; more images without a
+                label than ``max_bad``, or no image left.
         """
         data = read_label_json(json_file)
         self.split = split(data["categories"], json_file) if callable(split) else split
@@ -81,7 +81,7 @@ class CocoImageLabels(ImageLabels):
         wrong = [int(key) for key, name in zip(self._ids, names) if not _stays_inside(name)]
         if wrong:
             raise DataError(
-                f"{json_file}: {len(wrong)} images have no file_name or one that leaves the image folder, id "
+                f"{json_file}: {len(wrong)} images have no file_name or one outside of the image folder, id "
                 f"{shown(wrong)}: give each a path relative to {folder}."
             )
         rows, labels = self._read_labels(data, json_file)
@@ -114,7 +114,7 @@ class CocoImageLabels(ImageLabels):
         return np.bincount(self._labels, minlength=len(self.split.names))
 
     def _read_labels(self, data, json_file):
-        """(rows of images, contiguous labels): each pair once, ascending."""
+        """(rows of images, contiguous labels), arrays of int64: each pair once, ascending."""
         images, categories = array("q"), array("q")
         for image in data["images"]:
             positives = image.get("pos_category_ids") or []
@@ -127,7 +127,7 @@ class CocoImageLabels(ImageLabels):
             images.append(_number(entry.get("image_id")))
             categories.append(_number(entry.get("category_id")))
         order = np.argsort(self._ids)
-        unlisted = "labels of images that it does not list, image id"
+        unlisted = "labels of images that are not in its images, image id"
         rows = _positions(self._ids[order], as_int64(images), unlisted, json_file)
         known = np.array(self.split.category_ids, dtype=np.int64)
         by_id = np.argsort(known)
@@ -138,10 +138,10 @@ class CocoImageLabels(ImageLabels):
 
 
 class FolderImageLabels(ImageLabels):
-    """A tree of folders, each with images of one class, as ImageNet's.
+    """Image labels of a folder with one subfolder of images per class, as of ImageNet.
 
-    Images are ordered by folder and name; the id of an image is its position. Only files with the endings of
-    :data:`IMAGE_ENDINGS` count, directly in a folder.
+    Images are ordered by folder and name; the id of an image is its position. Only files directly in a folder with an
+    ending of :data:`IMAGE_ENDINGS` are read.
     """
 
     def __init__(
@@ -154,15 +154,15 @@ class FolderImageLabels(ImageLabels):
     ) -> None:
         """
         Args:
-            folder: of the folders of classes.
+            folder: that holds the folders of the classes.
             split: the classes. A folder is named as a class, or by its category id in the split.
             mapping: {folder: class name}, for folders of other names; folders that are not in it are not read.
             novel_labels: accept folders of novel classes.
-            source: what messages call the mapping.
+            source: name of the mapping in messages.
 
         Raises:
-            DataError: no such folder, a folder of an unknown class or without an image, or of a novel class although
-                not ``novel_labels``.
+            DataError: no such folder, a folder of an unknown class or without an image, or of a novel class without
+                ``novel_labels``.
         """
         self.folder, self.split = Path(folder), split
         classes = self._classes(mapping, source)
@@ -202,13 +202,15 @@ class FolderImageLabels(ImageLabels):
             present = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and entry.name[0] != ".")
         except OSError as error:
             raise DataError(
-                f"{self.folder} cannot be read ({error.strerror}): give the folder with a folder for each class."
+                f"{self.folder} cannot be read ({error.strerror}): give a folder that holds a folder for each class."
             ) from None
         positions = {name: position for position, name in enumerate(self.split.names)}
         if mapping is not None:
             absent = sorted(set(mapping) - set(present))
             if absent:
-                raise DataError(f"{self.folder} has no folder {shown(absent)}, which {source} names: remove it there.")
+                raise DataError(
+                    f"{self.folder} has no folder {shown(absent)}, which {source} names: remove it from {source}."
+                )
             present, named = [name for name in present if name in mapping], mapping
         else:
             ids = {str(category_id): name for category_id, name in (*self.split.base, *self.split.novel)}
@@ -221,11 +223,11 @@ class FolderImageLabels(ImageLabels):
                 "{folder: class name} of the folders to use."
             )
         if not present:
-            raise DataError(f"{self.folder} holds no folder of a class: give the folder with one for each class.")
+            raise DataError(f"{self.folder} holds no folder of a class: give a folder that holds one for each class.")
         return {name: positions[named[name]] for name in present}
 
     def _files(self, counts, empty):
-        """Yields the names of images of all folders; appends the count of each folder, and those without an image."""
+        """Yield the image names of all folders; append their counts to ``counts``, folders without any to ``empty``."""
         for name in self._folders:
             with os.scandir(self.folder / name) as entries:
                 files = sorted(entry.name for entry in entries if entry.name.lower().endswith(IMAGE_ENDINGS))
@@ -251,7 +253,7 @@ def read_label_json(path: str | Path) -> dict[str, Any]:
     """The parsed json of :class:`CocoImageLabels`, with its lists.
 
     Raises:
-        DataError: missing or damaged file, or one without them.
+        DataError: missing or damaged file, or one without these lists.
     """
     data = read_json(path, "give a json of images with labels")
     lists = ("images", "categories", *(["annotations"] if isinstance(data, dict) and "annotations" in data else []))
@@ -266,7 +268,7 @@ def read_label_json(path: str | Path) -> dict[str, Any]:
 
 
 def _require_names(categories, split, json_file):
-    """The json names the classes as the split does; another numbering would give other labels."""
+    """Require the class names of the split in the json: with other category ids the labels would be wrong."""
     names, wrong = dict((*split.base, *split.novel)), []
     for category in categories:
         key, name = _number(category.get("id")), category.get("name")
@@ -288,12 +290,12 @@ def _image_ids(images, json_file):
     values, counts = np.unique(ids, return_counts=True)
     if len(values) < len(ids):
         twice = values[counts > 1].tolist()
-        raise DataError(f"{json_file}: {len(twice)} images are given twice, id {shown(twice)}: keep one of each.")
+        raise DataError(f"{json_file}: {len(twice)} images are listed twice, id {shown(twice)}: keep one of each.")
     return ids
 
 
 def _name_of(image):
-    """File name of an image, None without."""
+    """File name of an image, or None if it has none."""
     name, url = image.get("file_name"), image.get("coco_url")
     return name if name is not None or not isinstance(url, str) else "/".join(url.split("/")[-2:])
 
@@ -303,7 +305,7 @@ def _stays_inside(name):
 
 
 def _positions(known, values, what, json_file):
-    """Position of each value in an ascending array; DataError for those it does not have."""
+    """Position of each value in an ascending array; DataError for values that it does not have."""
     places = np.searchsorted(known, values)
     unknown = values[known[np.minimum(places, len(known) - 1)] != values] if len(known) else values
     if len(unknown):
@@ -323,13 +325,13 @@ def _require_base(split, labels, image_ids, json_file):
 
 def _novel(count, what, split, source, where):
     return (
-        f"{source} holds {count} {what} of novel classes of {split.name}, first {where}: what is trained on them has "
-        "seen these names. Remove them, or, if that is meant, register the data set with novel_labels: True."
+        f"{source} holds {count} {what} of novel classes of {split.name}, first {where}: a detector trained on them "
+        "has seen these classes. Remove them, or, if that is intended, register the data set with novel_labels: True."
     )
 
 
 def _number(value):
-    """An integer that fits 64 bits; for anything else one that no image or class has."""
+    """``value`` if it is an integer of 64 bits; otherwise a number that no image or class has."""
     return value if type(value) is int and _fits(value) else _NONE
 
 

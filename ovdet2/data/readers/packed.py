@@ -1,4 +1,4 @@
-"""Many values in few arrays: a list of millions of Python objects takes gigabytes and is copied by loading processes."""
+"""Store many values in a few arrays: a list of millions of objects takes gigabytes, and each worker copies it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PackedStrings(Sequence[str]):
     def __init__(self, strings: Iterable[str]) -> None:
         """
         Args:
-            strings: consumed one by one. Lone surrogates are kept, as in names of files that are no UTF-8.
+            strings: consumed one by one. Lone surrogates are preserved; names of files that are no UTF-8 have them.
         """
         content, ends = bytearray(), array("q", [0])
         for string in strings:
@@ -45,12 +45,16 @@ class PackedStrings(Sequence[str]):
 
 
 def as_int64(values: array) -> np.ndarray:
-    """An array of the type "q" as numpy's, without a copy."""
+    """An ``array`` of type "q" as a numpy array, without a copy."""
     return np.frombuffer(values, dtype=np.int64) if len(values) else np.empty(0, dtype=np.int64)
 
 
 def require_index(index: int | np.integer, count: int) -> int:
-    """``index`` as an int, as of a sequence of ``count``; IndexError where it is none of it."""
+    """``index`` into a sequence of ``count`` entries as an int in [0, count); negative ones count from the end.
+
+    Raises:
+        IndexError: it is out of range.
+    """
     if not -count <= index < count:
         raise IndexError(f"index {index} of {count} entries")
     return int(index) % count

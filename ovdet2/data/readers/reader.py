@@ -12,15 +12,13 @@ from ovdet2.io.images import read_image
 
 
 class Reader:
-    """A sequence of records, picklable.
-
-    A record is a new dict at each access:
+    """A picklable sequence of records. Each access makes a new dict:
 
     - "file_name": what :func:`~ovdet2.io.images.read_image` decodes: a path, or the address of a member of a tar file
       (:mod:`ovdet2.io.members`);
     - "image_id": int, unique in the data set;
-    - "height", "width": pixels of the image as it is shown, where the data set states both;
-    - what the kind of the data set knows, see the subclasses.
+    - "height", "width": pixels of the image as it is shown, if the data set states both;
+    - its captions or labels, see the subclasses.
 
     Attributes:
         kind: one of :data:`~ovdet2.data.samples.KINDS`.
@@ -43,7 +41,7 @@ class Reader:
 
 
 class CaptionReader(Reader):
-    """Images with captions. Records have further:
+    """Images with captions. A record has in addition:
 
     - "captions": tuple of str, at least one;
     - "first_text": row of the first of them in :meth:`texts`; the others follow.
@@ -53,20 +51,20 @@ class CaptionReader(Reader):
 
     @property
     def num_texts(self) -> int:
-        """Captions of all images."""
+        """Number of captions of all images."""
         raise NotImplementedError
 
     def texts(self) -> Iterator[str]:
-        """All captions, image by image in the order of the records: the order of tables of their embeddings."""
+        """All captions, image by image in the order of the records. Tables of their embeddings have the same order."""
         raise NotImplementedError
 
     def identity(self) -> dict[str, Any]:
-        """What distinguishes these captions from those of another file, ready for json."""
+        """JSON-serialisable dict that identifies the files of these captions (names, sizes, hashes)."""
         raise NotImplementedError
 
 
 def stated_size(image: Mapping[str, Any]) -> tuple[int, int]:
-    """(height, width) in pixels of an entry of COCO's "images"; zeros where it does not state both."""
+    """(height, width) in pixels of an entry of COCO's "images"; zeros if it does not state both."""
     height, width = image.get("height"), image.get("width")
     return (height, width) if _is_side(height) and _is_side(width) else (0, 0)
 

@@ -1,4 +1,4 @@
-"""The order of samples that lie in shards: nearly that of each shard, so that files are read from front to back."""
+"""A shuffle buffer for samples in shards: shuffles them, but reads each file nearly from front to back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from detectron2.utils import comm
 
 
 class ShuffleBuffer:
-    """Endless indices of this process: shards in random order, samples drawn from a buffer that they flow through.
+    """Endless sampler of the indices of this process: shards in random order, samples shuffled by a buffer.
 
-    Only indices are kept in the buffer. The order is a function of seed and epoch.
+    The buffer holds indices only. The order is a function of seed and epoch.
     """
 
     def __init__(self, shard: np.ndarray, size: int, seed: int) -> None:

@@ -1,8 +1,8 @@
-"""webdataset's shards: tar files in which the members of a sample share their name up to the first dot.
+"""Shards of webdataset: tar files in which the members of a sample share their name up to the first dot.
 
-The headers and captions of the shards are read once, for an index of where each sample lies. From then on the order of
-samples is a function of seed and epoch, so processes, workers and resumed runs need no state of a stream, and a table
-of embeddings has a row per sample.
+The headers and captions of the shards are read once, to make an index of the byte range of each sample. With it the
+order of samples is a function of seed and epoch: processes, workers and resumed runs need no saved stream state, and a
+table of embeddings has a row per sample.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ovdet2.errors import DataError, SetupError
 from ovdet2.io.files import read_safetensors, write_safetensors
 from ovdet2.io.members import member_address, read_bytes
 
-SCHEMA = "ovdet2/clim-shards/1"  # the name it had in CLIM's project, so that indices written there are read
+SCHEMA = "ovdet2/clim-shards/1"  # the schema name of earlier versions, so that their indices are still read
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
 _END = 1 << 16
@@ -47,9 +47,8 @@ class TarShards(CaptionReader):
         """
         Args:
             pattern: glob of the shards.
-            index_file: where the index is kept, made again when the shards change; None: beside the shards, see
-                :func:`default_index`.
-            max_bad: samples without image or caption that are left out with a warning.
+            index_file: file of the index, which is made again when the shards change; None: :func:`default_index`.
+            max_bad: number of samples without image or caption that are skipped with a warning.
 
         Raises:
             DataError: no shard, one that is no complete tar file, more faulty samples than ``max_bad``, or none left.
@@ -95,7 +94,7 @@ class TarShards(CaptionReader):
 
 
 def default_index(pattern: str | Path) -> Path:
-    """The index of shards that no other place was named for: in the folder that all of them are below."""
+    """Default path of the index of shards: in the deepest folder that contains all of them."""
     parts = Path(pattern).parts
     fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), parts[:-1]))
     name = hashlib.sha256("/".join(parts[len(fixed) :]).encode()).hexdigest()[:8]
@@ -132,7 +131,7 @@ def _make_index(path, shards, stated):
 
 
 def _look_at(path):
-    """[name, bytes, hash of both ends] of a shard: what is cheap to see of another one under its name."""
+    """[name, bytes, hash of the first and last 64 KiB] of a shard: a cheap check that it has not been replaced."""
     size = path.stat().st_size
     with open(path, "rb") as shard:
         ends = shard.read(_END)
@@ -177,7 +176,7 @@ def _row_of(
 
 
 def _caption(data, is_json):
-    """The caption, "" where there is none."""
+    """The caption, or "" if there is none."""
     try:
         text = json.loads(data).get("caption") if is_json else data.decode()
     except (ValueError, AttributeError):

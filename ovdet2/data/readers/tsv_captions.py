@@ -1,4 +1,4 @@
-"""Captioned images of a list of lines."""
+"""Captioned images of a TSV file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ovdet2.io.files import sha256_file
 
 
 class TsvCaptions(CaptionReader):
-    """Lines of caption<TAB>path, as of CC3M; only the place of each line is kept in memory, 8 bytes each.
+    """Lines of caption<TAB>path, as of CC3M; only the byte offset of each line is in memory, 8 bytes each.
 
     The id of an image is the position of its record.
     """
@@ -25,7 +25,7 @@ class TsvCaptions(CaptionReader):
         Args:
             tsv_file: UTF-8, one pair a line, no header.
             folder: that the paths are relative to.
-            max_bad: lines without a caption or path that are left out with a warning.
+            max_bad: number of lines without a caption or path that are skipped with a warning.
 
         Raises:
             DataError: no such file, more faulty lines than ``max_bad``, or no line left.

@@ -1,4 +1,4 @@
-"""The steps that make a sample: decoding, augmentation, instances, what methods add, the end."""
+"""The steps that make a sample: decoding, augmentation, instances, the steps of methods, cleanup."""
 
 from ovdet2.data.steps.augment import AugmentImage
 from ovdet2.data.steps.build import build_steps

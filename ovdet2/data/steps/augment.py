@@ -47,16 +47,16 @@ class AugmentImage(Step):
 def build_augmentations(cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[T.Augmentation]:
     """The augmentations of a source.
 
-    Images with boxes go through all of INPUT.*. Images with captions or labels are resized and flipped: a crop could
-    cut away what is stated of them.
+    Images with boxes go through all augmentations of INPUT.*. Images with captions or labels are only resized and
+    flipped: a crop could remove the objects that the caption or the labels name.
 
     Args:
         cfg: configuration.
         source: its ``min_sizes`` and ``max_size`` replace INPUT.MIN_SIZE_TRAIN and INPUT.MAX_SIZE_TRAIN.
-        is_train: INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST apply otherwise, without crop and flip.
+        is_train: if False, INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST apply, without crop and flip.
 
     Raises:
-        UsageError: INPUT.LSJ together with another crop or with sizes of the source; or sizes that make no sense.
+        UsageError: INPUT.LSJ together with another crop or with sizes of the source; or invalid sizes.
     """
     cfg = _of_source(cfg, source)
     arguments: dict[str, Any] = DatasetMapper.from_config(cfg, is_train)
@@ -68,8 +68,8 @@ def build_augmentations(cfg: CfgNode, source: SourceSpec, is_train: bool) -> lis
             raise UsageError("INPUT.LSJ crops by itself: switch INPUT.DETR_CROP and INPUT.CROP off.")
         if source.min_sizes or source.max_size:
             raise UsageError(
-                f"INPUT.LSJ sets the sizes of all images with boxes: take min_size and max_size of {source.name} out "
-                "of DATASETS.SOURCES, or switch INPUT.LSJ off."
+                f"INPUT.LSJ sets the sizes of all images with boxes: remove min_size and max_size of {source.name} "
+                "from DATASETS.SOURCES, or switch INPUT.LSJ off."
             )
         augmentations[:1] = large_scale_jitter(cfg.INPUT.LSJ.SCALES, cfg.INPUT.LSJ.SIDE)
     logger.debug("Augmentations of %s in %s: %s", source.name, "training" if is_train else "inference", augmentations)
@@ -77,7 +77,7 @@ def build_augmentations(cfg: CfgNode, source: SourceSpec, is_train: bool) -> lis
 
 
 def _of_source(cfg, source):
-    """A copy of the configuration with the sizes of the source, and without crops where it has no boxes."""
+    """A copy of the configuration with the sizes of the source, and without crops if the source has no boxes."""
     cfg = cfg.clone()
     cfg.defrost()
     if source.min_sizes:

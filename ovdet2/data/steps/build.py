@@ -1,4 +1,4 @@
-"""The steps of a source, from a configuration."""
+"""Build the steps of a source from a configuration."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ovdet2.errors import UsageError
 
 
 def build_steps(cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
-    """Decoding, augmentation, in training the instances of images with boxes, what each method adds, the end.
+    """The steps of a source: decoding, augmentation, instances (training images with boxes), methods' steps, cleanup.
 
     Args:
         cfg: configuration.
-        source: what the images are of.
+        source: of the images.
         is_train: whether annotations become instances.
 
     Raises:
-        UsageError: MODEL.LOAD_PROPOSALS is on, whose proposal files are pickles, which ovdet2 does not read; or
+        UsageError: MODEL.LOAD_PROPOSALS is on (its proposal files are pickles, which ovdet2 does not read);
             MODEL.MASK_ON for a training set without masks; or see :func:`build_augmentations`.
         UsageError, CacheError: see :meth:`~ovdet2.config.method.Method.steps`.
     """
@@ -46,6 +46,6 @@ def _require_masks(source: SourceSpec) -> None:
     maskless = [name for name in source.datasets if not MetadataCatalog.get(name).get("ov_masks")]
     if maskless:
         raise UsageError(
-            f"MODEL.MASK_ON is True, but {', '.join(maskless)} carries boxes alone: set it to False, or register the "
-            "data set with masks=True."
+            f"MODEL.MASK_ON is True, but {', '.join(maskless)} has boxes only: set it to False, or register the data "
+            "set with masks=True."
         )

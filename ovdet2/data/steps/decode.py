@@ -1,4 +1,4 @@
-"""Decoding: the pixels of the original image."""
+"""The first step: decode the original image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ovdet2.io.images import read_image, require_annotated_size
 
 
 class DecodeImage(Step):
-    """Sets ``pixels``, and ``height`` and ``width`` where the data set does not state them."""
+    """Sets ``pixels``, and ``height`` and ``width`` if the data set does not state them."""
 
     def __init__(self, image_format: str) -> None:
         """

@@ -1,6 +1,6 @@
-"""Annotations as the targets of a detector.
+"""Convert annotations to Detectron2 ``Instances``, the targets of a detector.
 
-Shapes: M objects.
+Shapes: M objects. Names: ``gt_`` ground truth, as in Detectron2.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
 from ovdet2.errors import DataError
 
-_PLACE = "annotation_place"  # field that the Instances carry while Detectron2 filters them
+_INDEX = "annotation_index"  # temporary field of the Instances, while Detectron2 filters them
 
 
 class AttachInstances(Step):
-    """Sets ``instances``, and ``kept``: the place of each in ``annotations``, which stay as they are.
+    """Sets ``instances`` and ``annotation_indices``, the index of each instance in the unchanged ``annotations``.
 
-    Crowds, and objects of which nothing is left in the augmented image, are no instances.
+    Crowds, and objects outside of the augmented image, are skipped.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class AttachInstances(Step):
             use_masks, use_keypoints: attach ``gt_masks`` and ``gt_keypoints``.
             mask_format: INPUT.MASK_FORMAT, "polygon" or "bitmask".
             keypoint_hflip_indices: of :func:`detectron2.data.detection_utils.create_keypoint_hflip_indices`.
-            recompute_boxes: make boxes tight around what a crop has left of the masks.
+            recompute_boxes: make boxes tight around the cropped masks.
         """
         self.use_masks, self.mask_format = use_masks, mask_format
         self.use_keypoints, self.keypoint_hflip_indices = use_keypoints, keypoint_hflip_indices
@@ -51,7 +51,7 @@ class AttachInstances(Step):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> AttachInstances:
-        """The arguments that Detectron2's mapper would have in training."""
+        """The step with the arguments that Detectron2's DatasetMapper has in training."""
         arguments: dict[str, Any] = DatasetMapper.from_config(cfg, True)
         return cls(
             use_masks=arguments["use_instance_mask"],
@@ -77,29 +77,29 @@ class AttachInstances(Step):
                 f"{sample.file_name} (image id {sample.image_id}): {error} For run-length codes set "
                 "INPUT.MASK_FORMAT to bitmask."
             ) from None
-        sample.kept = instances.get(_PLACE)
-        instances.remove(_PLACE)
+        sample.annotation_indices = instances.get(_INDEX)
+        instances.remove(_INDEX)
         sample.instances = instances
 
     def _instances(
         self, annotations: list[dict[str, Any]], transforms: TransformList, size: tuple[int, int]
     ) -> Instances:
-        places = [place for place, found in enumerate(annotations) if not found.get("iscrowd", 0)]
-        transformed = [self._transformed(annotations[place], transforms, size) for place in places]
+        indices = [index for index, annotation in enumerate(annotations) if not annotation.get("iscrowd", 0)]
+        transformed = [self._transformed(annotations[index], transforms, size) for index in indices]
         instances = detection_utils.annotations_to_instances(transformed, size, mask_format=self.mask_format)
         if self.recompute_boxes and instances.has("gt_masks"):
             instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
-        instances.set(_PLACE, torch.tensor(places, dtype=torch.int64))
-        left = detection_utils.filter_empty_instances(instances)
-        assert isinstance(left, Instances)  # the mask is not asked for
-        return left
+        instances.set(_INDEX, torch.tensor(indices, dtype=torch.int64))
+        nonempty = detection_utils.filter_empty_instances(instances)
+        assert isinstance(nonempty, Instances)  # return_mask is off
+        return nonempty
 
     def _transformed(
         self, annotation: dict[str, Any], transforms: TransformList, size: tuple[int, int]
     ) -> dict[str, Any]:
-        left_out = [] if self.use_masks else ["segmentation"]
-        left_out += [] if self.use_keypoints else ["keypoints"]
-        annotation = copy.deepcopy({key: value for key, value in annotation.items() if key not in left_out})
+        ignored = [] if self.use_masks else ["segmentation"]
+        ignored += [] if self.use_keypoints else ["keypoints"]
+        annotation = copy.deepcopy({key: value for key, value in annotation.items() if key not in ignored})
         return detection_utils.transform_instance_annotations(
             annotation, transforms, size, keypoint_hflip_indices=self.keypoint_hflip_indices
         )

@@ -7,7 +7,7 @@ from ovdet2.vlm.fingerprint import Fingerprint
 
 
 class Step:
-    """Changes a sample in place; picklable, since it runs in the processes that load data.
+    """A step changes a sample in place. It must be picklable, since it runs in data loading workers.
 
     Random numbers come from numpy's (or torch's) global generator, which the loader seeds for every draw.
     """
@@ -15,20 +15,20 @@ class Step:
     def __call__(self, sample: Sample) -> None:
         """
         Args:
-            sample: as the steps before have left it.
+            sample: as the previous steps have set it.
 
         Raises:
-            DataError: the image cannot be used; another one takes its place in training.
-            CacheError: an offline artefact does not fit; the run stops.
+            DataError: the image cannot be used; in training another image replaces it.
+            CacheError: an offline artefact does not fit the image; the run stops.
         """
         raise NotImplementedError
 
     def require_teacher(self, teacher: Fingerprint, owner: str) -> None:
-        """Refuse a detector whose embedding space is another than that of what the step attaches.
+        """Refuse a detector whose teacher is not the teacher of the embeddings that this step attaches.
 
         Args:
             teacher: of the detector's vocabulary.
-            owner: what messages call it.
+            owner: name of the detector in messages.
 
         Raises:
             CacheError: names both teachers.
