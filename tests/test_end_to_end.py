@@ -1,10 +1,6 @@
 """Train, evaluate, predict and draw on a small OV-Shapes, through the programs a user types."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +8,7 @@ import torch
 from PIL import Image
 
 import demo
+import train_net
 from ovdet2 import Predictor, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
@@ -21,8 +18,7 @@ from ovdet2.modeling.build import build_classifier, build_teacher
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import clean_name
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import ROOT, run_program
 
 CONFIG = "ovshapes/vild_text_r18.yaml"
 SMALL = [
@@ -46,11 +42,8 @@ SMALL = [
 
 
 def program(*arguments, root):
-    """Run a program of the project as a user would, on one thread."""
-    environment = os.environ | {"DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    """Run a program of the project as a user would, with ``root`` as the folder of data sets."""
+    return run_program(*arguments, env={"DETECTRON2_DATASETS": str(root)})
 
 
 @pytest.fixture(scope="module")
@@ -93,25 +86,11 @@ def test_training_leaves_weights_config_and_report(run):
     assert not any("scorer" in name or "clip" in name for name in state)
 
 
-def test_two_processes_evaluate_as_one(run, tmp_path):
+def test_two_processes_evaluate_as_one(run, tmp_path, monkeypatch):
     root, output = run
-    done = program(
-        "train_net.py",
-        "--config-file",
-        f"configs/{CONFIG}",
-        "--eval-only",
-        "--num-gpus",
-        2,
-        *SMALL,
-        "OUTPUT_DIR",
-        tmp_path,
-        "MODEL.WEIGHTS",
-        output / "model_final.pth",
-        "MODEL.DEVICE",
-        "cpu",
-        root=root,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    paths = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    train_net.run(["--config-file", f"configs/{CONFIG}", "--eval-only", "--num-gpus", "2", *SMALL, *paths])
     one, two = report_of(output), report_of(tmp_path)
     assert two["processes"] == 2 and one["detections"] > 0
     for key in ("bbox", "proposals", "per_class"):

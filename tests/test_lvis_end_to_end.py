@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import train_net
 from ovdet2 import Predictor
 from ovdet2.config import load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
@@ -30,9 +31,9 @@ def report_of(output, dataset="ov_shapes_lvis_val"):
     return json.loads((output / "inference" / dataset / "report.json").read_text())
 
 
-def evaluate(root, weights, output, *options, processes=1):
+def evaluate(root, weights, output, *options):
     done = program(
-        "train_net.py", "--config-file", CONFIG, "--eval-only", "--num-gpus", processes, *SMALL, *ONE_STAGE_MASKS,
+        "train_net.py", "--config-file", CONFIG, "--eval-only", *SMALL, *ONE_STAGE_MASKS,
         "MODEL.WEIGHTS", weights, "OUTPUT_DIR", output, *options, root=root,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,9 +53,11 @@ def test_masks_are_trained_and_evaluated_by_the_rules_of_lvis(run):
     assert report["vocabulary"]["words"] == 65 and report["vocabulary"]["teacher"]["architecture"] == "ovshapes-resnet"
 
 
-def test_two_processes_give_the_same_files(run, tmp_path):
+def test_two_processes_give_the_same_files(run, tmp_path, monkeypatch):
     root, output = run
-    evaluate(root, output / "model_final.pth", tmp_path, processes=2)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    paths = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path)]
+    train_net.run(["--config-file", CONFIG, "--eval-only", "--num-gpus", "2", *SMALL, *ONE_STAGE_MASKS, *paths])
     folder = "inference/ov_shapes_lvis_val"
     assert (tmp_path / folder / "predictions.jsonl").read_bytes() == (
         output / folder / "predictions.jsonl"
