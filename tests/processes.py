@@ -21,7 +21,9 @@ from torch.distributed.launcher.api import elastic_launch
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 
-SERVER.set_forkserver_preload(["open_clip", "pytest", "ovdet2.engine", "ovdet2.evaluation", "ovdet2.modeling", "tests.processes"])
+SERVER.set_forkserver_preload(
+    ["open_clip", "matplotlib.figure", "hypothesis", "pytest", "ovdet2.engine", "ovdet2.report.html_report", __name__]
+)
 
 
 def run_program(*arguments, env=None):

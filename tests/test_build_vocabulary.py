@@ -1,6 +1,5 @@
 """tools/build_vocabulary.py: what it prints, writes and refuses; a run with its vocabularies."""
 
-
 import pytest
 from build_vocabulary import main
 
@@ -11,7 +10,6 @@ from ovdet2.io.files import write_json
 from ovdet2.modeling import build_vocabulary
 from tests.processes import run_program
 from tests.vocabulary_cases import HashTeacher, tool_runner, write_lvis
-
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from ovdet2.data.datasets.ov_shapes import OV_SHAPES, ensure_generated
 from ovdet2.io.images import read_image
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import embed_regions
-from tests.test_end_to_end import CONFIG, SMALL, program, report_of
+from tests.test_end_to_end import CONFIG, WITHOUT_PICTURES, program, report_of
+from tests.test_end_to_end import SMALL as SMALL_RUN
 
+SMALL = [*SMALL_RUN, *WITHOUT_PICTURES]
 TOP = 9
 TRAIN_JSON = "ov_shapes/annotations/ov_shapes_train_base.json"
 
@@ -30,7 +32,7 @@ def build_cache(root, weights, output, *overrides):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder of data sets, weights of six steps of ViLD-text, its region cache)."""
+    """(folder of data sets, weights of three steps of ViLD-text, its region cache)."""
     root, output = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("output")
     ensure_generated(root, counts={"train2017": 16, "val2017": 4}, workers=1)
     done = program(
@@ -142,7 +144,7 @@ def test_variant_trains_evaluates_and_predicts(world, tmp_path, config):
 
 
 def test_weight_zero_is_vild_text_bit_for_bit(world, tmp_path):
-    """Six steps of the ViLD configuration without its weight end in the very weights of ViLD-text."""
+    """Three steps of the ViLD configuration without its weight end in the very weights of ViLD-text."""
     root, weights, folder = world
     assert train(root, "vild_r18", folder, tmp_path, "MODEL.VILD.WEIGHT", 0.0).returncode == 0
     first, second = (torch.load(path, weights_only=True)["model"] for path in (weights, tmp_path / "model_final.pth"))
