@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import uuid
 
 # Before torch is imported. The runs of several test processes share the cores, and sums depend on the number of threads.
@@ -15,9 +16,11 @@ from hypothesis import settings
 from safetensors.torch import save_file
 
 from ovdet2.data.datasets.register import register_dataset
+from ovdet2.engine import launch
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.vlm.teacher import Teacher
 from tests.evaluation_sets import SPLIT
+from tests.processes import quick_elastic_launch
 
 # The same examples in every run; `pytest --hypothesis-profile=default` looks for new ones.
 settings.register_profile("repeatable", derandomize=True)
@@ -28,6 +31,13 @@ MICRO_CLIP = {
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def quick_launch(monkeypatch):
+    """`launch` starts its processes from the fork server of tests/processes.py; test_launch.py replaces this fixture."""
+    launching = sys.modules[launch.__module__]  # ovdet2.engine.launch is the function
+    monkeypatch.setattr(launching, "elastic_launch", quick_elastic_launch)
 
 
 @pytest.fixture(scope="session")

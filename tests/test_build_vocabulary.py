@@ -1,10 +1,5 @@
 """tools/build_vocabulary.py: what it prints, writes and refuses; a run with its vocabularies."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from build_vocabulary import main
 
@@ -13,9 +8,8 @@ from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import UsageError
 from ovdet2.io.files import write_json
 from ovdet2.modeling import build_vocabulary
+from tests.processes import run_program
 from tests.vocabulary_cases import HashTeacher, tool_runner, write_lvis
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -128,12 +122,6 @@ def test_usage_errors(arguments, message, capsys):
 
 
 def test_errors_reach_the_shell(tmp_path):
-    command = [sys.executable, "tools/build_vocabulary.py", "--words", "cat, Cat", "--architecture", "ViT-B-32"]
-    done = subprocess.run(
-        [*command, "--pretrained", "openai", "--output", str(tmp_path / "x")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    command = ["tools/build_vocabulary.py", "--words", "cat, Cat", "--architecture", "ViT-B-32"]
+    done = run_program(*command, "--pretrained", "openai", "--output", tmp_path / "x")
     assert done.returncode == 2 and "holds 'Cat' twice" in done.stderr and not (tmp_path / "x").exists()

@@ -1,16 +1,13 @@
 """Train, evaluate, predict and draw on a small OV-Shapes, through the programs a user types."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train_net
 from ovdet2 import Detector, Vocabulary
 from ovdet2.config import find_config, load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
@@ -21,41 +18,26 @@ from ovdet2.programs import predict as demo
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import clean_name
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import ROOT, run_program
 
 CONFIG = "ovshapes/vild_text_r18.yaml"
 SMALL = [
-    "SOLVER.MAX_ITER",
-    "6",
-    "SOLVER.IMS_PER_BATCH",
-    "4",
-    "SOLVER.WARMUP_ITERS",
-    "1",
-    "INPUT.MIN_SIZE_TRAIN",
-    "(96,)",
-    "INPUT.MIN_SIZE_TEST",
-    "96",
-    "MODEL.RPN.POST_NMS_TOPK_TEST",
-    "100",
-    "MODEL.VOCABULARY.TEMPLATES",
-    "single",
-    "TEST.EXPECTED_RESULTS",
-    "[]",  # of the whole training, not of six steps
-]
+    "SOLVER.MAX_ITER", "3", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "1", "DATALOADER.NUM_WORKERS", "0",
+    "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "MODEL.RPN.POST_NMS_TOPK_TEST", "100",
+    "MODEL.VOCABULARY.TEMPLATES", "single",
+    "TEST.EXPECTED_RESULTS", "[]",  # of the full training, not of three steps
+]  # fmt: skip
+WITHOUT_PICTURES = ["TEST.HTML_REPORT", "False"]
 
 
 def program(*arguments, root):
-    """Run a program of the project as a user would, on one thread."""
-    environment = os.environ | {"DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment
-    )
+    """Run a program of the project as a user would, with ``root`` as the folder of data sets."""
+    return run_program(*arguments, env={"DETECTRON2_DATASETS": str(root)})
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(folder of data sets, output folder) of a training of six steps."""
+    """(folder of data sets, output folder) of a training of three steps."""
     root, output = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("output")
     ensure_generated(root, counts={"train2017": 16, "val2017": 6}, workers=1)
     done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *SMALL, "OUTPUT_DIR", output, root=root)
@@ -93,25 +75,13 @@ def test_training_leaves_weights_config_and_report(run):
     assert not any("scorer" in name or "clip" in name for name in state)
 
 
-def test_two_processes_evaluate_as_one(run, tmp_path):
+def test_two_processes_evaluate_as_one(run, tmp_path, monkeypatch):
     root, output = run
-    done = program(
-        "train_net.py",
-        "--config-file",
-        f"configs/{CONFIG}",
-        "--eval-only",
-        "--num-gpus",
-        2,
-        *SMALL,
-        "OUTPUT_DIR",
-        tmp_path,
-        "MODEL.WEIGHTS",
-        output / "model_final.pth",
-        "MODEL.DEVICE",
-        "cpu",
-        root=root,
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    paths = ["MODEL.WEIGHTS", str(output / "model_final.pth"), "OUTPUT_DIR", str(tmp_path), "MODEL.DEVICE", "cpu"]
+    train_net.run(
+        ["--config-file", f"configs/{CONFIG}", "--eval-only", "--num-gpus", "2", *SMALL, *WITHOUT_PICTURES, *paths]
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     one, two = report_of(output), report_of(tmp_path)
     assert two["processes"] == 2 and one["detections"] > 0
     for key in ("bbox", "proposals", "per_class"):
@@ -190,6 +160,7 @@ def test_fine_tuning_on_fewer_classes_forgets_no_trained_word(run, tmp_path):
         "DATASETS.TEST", "('fewer',)", "SOLVER.MAX_ITER", 1, "OUTPUT_DIR", tmp_path,
         "MODEL.WEIGHTS", output / "model_final.pth",
     ]  # fmt: skip
+    options += WITHOUT_PICTURES
     done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *SMALL, *options, root=root)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "inference" / "fewer" / "report.json").read_text())

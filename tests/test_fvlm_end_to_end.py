@@ -16,7 +16,7 @@ CONFIG = "configs/ovshapes/fvlm_resnet.yaml"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(folder of data sets, output folder) of a training of six steps, evaluated with fusion."""
+    """(folder of data sets, output folder) of a training of three steps, evaluated with fusion."""
     root, output = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("output")
     ensure_generated(root, counts={"train2017": 16, "val2017": 6}, workers=1)
     done = program("train_net.py", "--config-file", CONFIG, *SMALL, "OUTPUT_DIR", output, root=root)

@@ -1,19 +1,15 @@
 """Training on boxes and captions of OV-Shapes at once: both are learned from, and a killed run resumes bit for bit."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.data.datasets.ov_shapes_captions import ensure_captions
+from tests.processes import run_program
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
     "MODEL.PARTS", "['tests.caption_method']", "MODEL.DEVICE", "cpu", "MODEL.VOCABULARY.TEMPLATES", "single",
     "DATASETS.SOURCES", "[{'name': 'ov_shapes_captions', 'images': 2, 'min_size': [96], 'max_size': 96}]",
@@ -34,10 +30,9 @@ def root(tmp_path_factory):
 
 def train(root, output, *options, config="ovshapes/vild_text_r18.yaml", processes=1, resume=False):
     """Run the training program as a user would; returns what it printed."""
-    command = [sys.executable, "train_net.py", "--config-file", config, "--num-gpus", str(processes)]
-    command += [*(["--resume"] if resume else []), *OPTIONS, "OUTPUT_DIR", str(output), *options]
-    environment = os.environ | {"DETECTRON2_DATASETS": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    command = ["train_net.py", "--config-file", config, "--num-gpus", processes]
+    command += [*(["--resume"] if resume else []), *OPTIONS, "OUTPUT_DIR", output, *options]
+    return run_program(*command, env={"DETECTRON2_DATASETS": str(root)})
 
 
 def losses(output):

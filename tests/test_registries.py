@@ -1,10 +1,7 @@
 """The registered benchmarks: what reaches training, how classes are told apart, transfer targets."""
 
 import json
-import subprocess
-import sys
 import uuid
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +16,14 @@ from ovdet2.data.loader import build_train_loader
 from ovdet2.data.records import load_records
 from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import DataError, UsageError
+from tests.processes import run_program
 
-ROOT = Path(__file__).resolve().parents[1]
 SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
 
 
 def prepare(program, root):
     """Run a program of datasets/ on a folder."""
-    done = subprocess.run([sys.executable, ROOT / "datasets" / program, "--root", root], capture_output=True, text=True)
+    done = run_program(f"datasets/{program}", "--root", root)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
