@@ -38,7 +38,7 @@ class AttachCachedRegions(Step):
 
     Attributes:
         cache: of the training set.
-        limit: regions kept of an image, drawn from numpy's global generator where there are more.
+        limit: regions kept of an image, drawn from numpy's global generator if there are more.
         kind: class of what is attached.
     """
 
