@@ -1,4 +1,4 @@
-"""What ViLD adds to a training sample: cached region embeddings.
+"""Sample step of ViLD: attach cached region embeddings to a training sample.
 
 Shapes: R regions, D embedding dimension.
 """
@@ -24,10 +24,10 @@ from ovdet2.vlm.fingerprint import Fingerprint
 
 @dataclass(frozen=True)
 class CachedRegions:
-    """Regions of an image with the teacher's embeddings.
+    """Regions of an image and their teacher embeddings.
 
     Attributes:
-        boxes_xyxy: Tensor [R, 4] float32, pixels of the augmented image, not empty.
+        boxes_xyxy: Tensor [R, 4] float32, in pixels of the augmented image, with positive area.
         embeddings: Tensor [R, D] float16, unit rows before rounding.
     """
 
@@ -39,8 +39,8 @@ class AttachCachedRegions(Step):
     """Attaches :class:`CachedRegions`.
 
     Attributes:
-        cache: of the training set.
-        limit: regions kept of an image, drawn from numpy's global generator where there are more.
+        cache: region cache of the training set.
+        limit: maximum number of regions of an image; if there are more, they are drawn from numpy's global generator.
     """
 
     def __init__(self, cache: RegionCache, limit: int = 300) -> None:
@@ -63,7 +63,7 @@ class AttachCachedRegions(Step):
 
 
 def open_region_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
-    """The cache of MODEL.VILD.REGION_CACHE for some data sets.
+    """Open the cache MODEL.VILD.REGION_CACHE for some data sets.
 
     Raises:
         UsageError, CacheError: see :func:`~ovdet2.caches.training_cache.open_training_cache`.
@@ -75,24 +75,24 @@ def open_region_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
 def transform_regions(
     cached: MappedRegions | Regions, transforms: T.TransformList, image_size: tuple[int, int], limit: int
 ) -> CachedRegions:
-    """Cached regions through the geometric transforms of their image, as ViLD does.
+    """Apply the geometric transforms of an image to its cached regions, as ViLD does.
 
-    A region of which nothing is left inside the image is dropped; the others are clipped to it.
+    Regions are clipped to the image; regions outside are dropped.
 
     Args:
-        cached: regions in pixels of the original image.
-        transforms: that were applied to the image.
-        image_size: (height, width) after them.
-        limit: regions kept at most, drawn from numpy's global generator where there are more.
+        cached: cached regions, in pixels of the original image.
+        transforms: transforms that were applied to the image.
+        image_size: (height, width) after the transforms.
+        limit: maximum number of regions; if there are more, they are drawn from numpy's global generator.
     """
-    # What TransformList.apply_box does, with the corners made once and not once for each transform.
+    # Same as TransformList.apply_box, but the corners are computed once and not per transform.
     corners = cached.boxes_xyxy.double().numpy()[:, [0, 1, 2, 1, 0, 3, 2, 3]].reshape(-1, 2)
     corners = transforms.apply_coords(corners).reshape(-1, 4, 2)
     boxes = Boxes(torch.from_numpy(np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)).float())
     boxes.clip(image_size)
     kept = torch.nonzero(boxes.nonempty())[:, 0]
     if len(kept) == len(boxes) <= limit:
-        # A copy: a view would take its whole shard along from a loader process to the trainer.
+        # A copy: a view would send its full shard from the data loading worker to the trainer.
         return CachedRegions(boxes.tensor, cached.embeddings.clone())
     if len(kept) > limit:
         kept = kept[torch.from_numpy(np.random.permutation(len(kept))[:limit])]
