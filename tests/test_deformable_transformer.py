@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.modeling.detr.decoder import update
+from ovdet2.modeling.detr.decoder import refine_boxes
 from ovdet2.modeling.detr.heads import ClosedSetBranch, TextBranch, inverse_sigmoid
 from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
@@ -259,11 +259,11 @@ def test_masks_show_the_cells_of_an_image():
 
 def test_update_of_points_and_boxes():
     change = torch.tensor([[0.0, 1.0, -2.0, 0.5]], dtype=torch.float64)
-    box = update(torch.tensor([[0.3, 0.6, 0.2, 0.4]], dtype=torch.float64), change)
+    box = refine_boxes(torch.tensor([[0.3, 0.6, 0.2, 0.4]], dtype=torch.float64), change)
     logit = [math.log(p / (1 - p)) for p in (0.3, 0.6, 0.2, 0.4)]
     wanted = 1 / (1 + np.exp(-(np.array(logit) + change.numpy())))
     np.testing.assert_allclose(box, wanted, atol=1e-12)
-    point = update(torch.tensor([[0.3, 0.6]], dtype=torch.float64), change)
+    point = refine_boxes(torch.tensor([[0.3, 0.6]], dtype=torch.float64), change)
     np.testing.assert_allclose(point[:, :2], wanted[:, :2], atol=1e-12)
     np.testing.assert_allclose(point[:, 2:], 1 / (1 + np.exp(-change[:, 2:].numpy())), atol=1e-12)
     assert inverse_sigmoid(torch.tensor([0.0, 1.0, -3.0, 7.0])).isfinite().all()

@@ -1,1 +1,1 @@
-"""The methods that come with ovdet2, one directory each."""
+"""The methods included in ovdet2, one directory each."""

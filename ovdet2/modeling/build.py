@@ -1,4 +1,4 @@
-"""From configuration to what every family of detectors shares: teacher, vocabulary, word bank, classifier."""
+"""Build what all detectors share from a configuration: teacher, vocabulary, word bank, classifier."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ def build_teacher(cfg: CfgNode) -> Teacher:
 
 
 def require_teacher_pixels(cfg: CfgNode, teacher: Teacher) -> None:
-    """Refuse images prepared otherwise than the teacher's were: they give other features, and nothing fails.
+    """Refuse a pixel normalisation other than the teacher's: the features would be wrong without an error.
 
     Raises:
-        UsageError: INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD are not the teacher's; it gives the right ones.
+        UsageError: INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD differ from the teacher's; it names the right
+            ones.
     """
-    wanted = [(255 * values.flatten()).tolist() for values in (teacher.mean, teacher.std)]
+    expected = [(255 * values.flatten()).tolist() for values in (teacher.mean, teacher.std)]
     given = [cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD]
-    same = torch.allclose(torch.tensor(wanted), torch.tensor(given, dtype=torch.float32), atol=0.1)
+    same = torch.allclose(torch.tensor(expected), torch.tensor(given, dtype=torch.float32), atol=0.1)
     if cfg.INPUT.FORMAT != "RGB" or not same:
-        mean, std = ([round(value, 3) for value in values] for values in wanted)
+        mean, std = ([round(value, 3) for value in values] for values in expected)
         raise UsageError(
             f"{teacher.fingerprint.architecture} was trained on RGB images with MODEL.PIXEL_MEAN {mean} and PIXEL_STD "
             f"{std}: set them, and INPUT.FORMAT to RGB (now {cfg.INPUT.FORMAT}, {list(given[0])}, {list(given[1])})."
@@ -68,7 +69,7 @@ def dataset_split(cfg: CfgNode) -> Split:
     """The :class:`~ovdet2.data.datasets.coco_json.Split` of the first data set with boxes: of tests, else of training.
 
     Raises:
-        UsageError: there is none, or it is registered without base and novel classes.
+        UsageError: there is no such data set, or it is registered without base and novel classes.
     """
     sources = [name for entry in cfg.DATASETS.SOURCES for name in entry.get("datasets", ())]
     names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN, *sources]
@@ -86,9 +87,9 @@ def dataset_split(cfg: CfgNode) -> Split:
 
 
 def build_vocabulary(cfg: CfgNode) -> Vocabulary:
-    """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's names embedded by the teacher.
+    """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's class names embedded by the teacher.
 
-    TEST.DISTRACTORS follow as further novel words, whose category ids are -1, -2, ...
+    TEST.DISTRACTORS are appended as novel words with category ids -1, -2, ...
 
     Raises:
         DataError: the file is of another teacher than MODEL.TEACHER, or its words are not the data set's.
@@ -100,7 +101,7 @@ def build_vocabulary(cfg: CfgNode) -> Vocabulary:
         ids = (*split.category_ids, *range(-1, -1 - len(extra), -1))
         return Vocabulary.build(names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, base_mask, ids)
     path, vocabulary = cfg.MODEL.VOCABULARY.FILE, load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)
-    if extra and vocabulary.names == tuple(split.names):  # a file of the data set alone: embed the others
+    if extra and vocabulary.names == tuple(split.names):  # the file lacks the distractors: embed them
         words = Vocabulary.build(extra, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES)
         require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", words.teacher, "MODEL.TEACHER")
         vocabulary = vocabulary.joined(words)
@@ -127,7 +128,9 @@ def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
     )
     if vocabulary.teacher.weights_sha256 is None:
         logger.warning(
-            "%s is an imported table: that it is of %s rests on its importer's word.", path, vocabulary.teacher
+            "%s is an imported table. Its teacher %s was stated at import and cannot be verified.",
+            path,
+            vocabulary.teacher,
         )
     return vocabulary
 
@@ -135,7 +138,7 @@ def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
 def words_to_vocabulary(
     cfg: CfgNode, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None
 ) -> Vocabulary:
-    """Words as a user gives them, embedded by MODEL.TEACHER unless they are already.
+    """Build a vocabulary from user-provided words; MODEL.TEACHER embeds words without embeddings.
 
     Args:
         cfg: configuration.
@@ -162,11 +165,11 @@ def background_of(cfg: CfgNode, vocabulary: Vocabulary, templates: str | None = 
     Args:
         cfg: configuration.
         vocabulary: :class:`~ovdet2.vocabulary.Vocabulary`.
-        templates: the prompt set or file its words are in; None: the set that it names, or else
-            MODEL.VOCABULARY.TEMPLATES, as for an imported table.
+        templates: prompt template set or file of the vocabulary's words; None: the set recorded in the vocabulary, or
+            MODEL.VOCABULARY.TEMPLATES if it records none, such as an imported table.
 
     Returns:
-        Tensor [D]; None where no column of the detector is a text background.
+        Tensor [D]; None if the detector has no text background.
     """
     read_by_part = any(method.reads_background and method.is_on(cfg) for method in methods_of(cfg))
     if cfg.MODEL.OVD.CLASSIFIER != "text_background" and not read_by_part:
@@ -178,17 +181,17 @@ def background_of(cfg: CfgNode, vocabulary: Vocabulary, templates: str | None = 
 
 
 def build_word_bank(cfg: CfgNode, vocabulary: Vocabulary | None = None) -> WordBank:
-    """The :class:`WordBank` of a vocabulary, by default :func:`build_vocabulary`'s, with its background where the
-    detector has one in text."""
+    """The :class:`WordBank` of a vocabulary, by default :func:`build_vocabulary`'s, with a background embedding if the
+    classifier uses one."""
     vocabulary = build_vocabulary(cfg) if vocabulary is None else vocabulary
     return WordBank(vocabulary, background_of(cfg, vocabulary))
 
 
 def build_classifier(cfg: CfgNode, input_dim: int, bank: WordBank) -> CosineClassifier | ClosedSetClassifier:
-    """The classifier of MODEL.OVD.CLASSIFIER over regions of ``input_dim`` features, background last.
+    """The classifier of MODEL.OVD.CLASSIFIER over region features of ``input_dim`` channels, background last.
 
     Raises:
-        UsageError: another classifier, or distractors for a closed set.
+        UsageError: the classifier is unknown, or a closed-set classifier is given distractors.
     """
     ovd = cfg.MODEL.OVD
     if ovd.CLASSIFIER == "text":
@@ -206,6 +209,6 @@ def build_classifier(cfg: CfgNode, input_dim: int, bank: WordBank) -> CosineClas
         )
     if ovd.CLASSIFIER == "closed_set":
         if cfg.TEST.DISTRACTORS:
-            raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
+            raise UsageError("a closed-set head takes no TEST.DISTRACTORS: its classes are fixed.")
         return ClosedSetClassifier(input_dim, bank)
     raise UsageError(f'MODEL.OVD.CLASSIFIER is {ovd.CLASSIFIER!r}: choose "text", "text_background" or "closed_set".')

@@ -1,4 +1,4 @@
-"""Contrastive learning over a batch, also one that is spread over processes.
+"""Contrastive loss over a batch, which may be distributed over several processes.
 
 Shapes: M pairs, D embedding dimension.
 """
@@ -16,9 +16,9 @@ def symmetric_info_nce(logits: Tensor, ignored: Tensor | None = None) -> Tensor:
     """Cross-entropy of M pairs in both directions, averaged (InfoNCE; CLIP, Radford et al., 2021, Fig. 3).
 
     Args:
-        logits: Tensor [M, M], scaled similarities of one side (rows) and the other; pairs are on the diagonal.
-        ignored: Tensor [M, M] bool, no negatives although they are not pairs, such as two of one meaning; the diagonal
-            stays in any case. None: every other row and column is a negative.
+        logits: Tensor [M, M], scaled similarities of one side (rows) and the other; positive pairs are the diagonal.
+        ignored: Tensor [M, M] bool, True where an off-diagonal entry is not a negative, such as two equal captions; the
+            diagonal is never ignored. None: every off-diagonal entry is a negative.
 
     Returns:
         A scalar, float32 (float64 if ``logits`` is); 0 with one pair or none.
@@ -27,7 +27,7 @@ def symmetric_info_nce(logits: Tensor, ignored: Tensor | None = None) -> Tensor:
         ValueError: the logits are not square.
     """
     if logits.dim() != 2 or logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"the logits of pairs are square, not {list(logits.shape)}")
+        raise ValueError(f"the logits must be a square matrix, not {list(logits.shape)}")
     if logits.dtype.itemsize < 4:
         logits = logits.float()
     if not len(logits):
@@ -40,17 +40,17 @@ def symmetric_info_nce(logits: Tensor, ignored: Tensor | None = None) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes, with gradients; a collective call.
+    """All-gather rows of all processes, with gradients; a collective call.
 
-    A loss over them, computed alike in every process, has the gradients of one process that holds the whole batch once
-    they are averaged over the processes, as DistributedDataParallel does. Every process must get here in every step,
-    before anything that may stop it alone, and with rows that need a gradient, be there none of them.
+    If every process computes the same loss over the gathered rows, the gradients averaged by DistributedDataParallel
+    equal those of one process with the full batch. Every process must make this call in every step, before any code
+    that may raise in one process only. Its rows must require a gradient even if there are none (M = 0).
 
     Args:
         rows: Tensor [M, ...] of this process; M may differ between processes.
 
     Returns:
-        (Tensor [sum of M, ...], index of the first own row). With one process, the rows themselves and 0.
+        (Tensor [sum of M, ...], index of this process's first row). With one process: (``rows``, 0).
     """
     if comm.get_world_size() == 1:
         return rows, 0
@@ -62,7 +62,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of unequal numbers of rows; every process' gradient flows back to the rows' owner."""
+    """All-gather of unequal numbers of rows; the backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx, rows, counts):

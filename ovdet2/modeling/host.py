@@ -1,4 +1,4 @@
-"""What a host tells the methods that build a part for it."""
+"""The modules of a detector (host) that methods may use when they build a part for it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Host:
-    """The built pieces of a detector that parts may read when they are built; nothing here is owned by a part.
+    """Modules of a detector that a method may use when it builds a part; they remain the detector's.
 
     Attributes:
         bank: :class:`WordBank` of the detector's words.
         backbone: Detectron2 Backbone.
-        network: of a DETR host, the :class:`~ovdet2.modeling.detr.model.DeformableDETR`; None elsewhere.
-        roi_heads: of an R-CNN host, the :class:`~ovdet2.modeling.rcnn.roi_heads.OpenVocabularyROIHeads`; None
+        network: only of a DETR host: the :class:`~ovdet2.modeling.detr.model.DeformableDETR`; None elsewhere.
+        roi_heads: only of an R-CNN host: the :class:`~ovdet2.modeling.rcnn.roi_heads.OpenVocabularyROIHeads`; None
             elsewhere.
-        build_box_head: of an R-CNN host, a function that builds another box head like the detector's, pooled features
-            [R, C, S, S] -> [R, F]; None elsewhere.
+        build_box_head: only of an R-CNN host: function that builds a second box head like the detector's, pooled
+            features [R, C, S, S] -> [R, F]; None elsewhere.
     """
 
     bank: WordBank

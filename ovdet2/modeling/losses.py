@@ -1,4 +1,4 @@
-"""Losses as pure functions, one per equation; weights belong to the configuration.
+"""Losses as pure functions, one per equation; loss weights are applied elsewhere.
 
 Shapes: R regions, B base words.
 """
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 
 def background_weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """Softmax cross-entropy of regions, those of background weighted, averaged over the number of regions (F-VLM).
+    """Softmax cross-entropy with a weight on background regions, averaged over all regions (F-VLM).
 
     Args:
         logits: Tensor [R, B + 1], background last.
         labels: Tensor [R] int64: 0..B-1, or B for background.
-        weight: of a region of background, 0 or more.
+        weight: weight of a background region, 0 or more.
 
     Returns:
         Scalar Tensor, float32 (float64 if ``logits`` is); 0 without regions.
@@ -29,13 +29,13 @@ def background_weighted_cross_entropy(logits: Tensor, labels: Tensor, weight: fl
 def sigmoid_classification(logits: Tensor, labels: Tensor, words: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of every region and word, summed over words and averaged over regions.
 
-    With ``words`` it is the federated loss (Zhou et al., Probabilistic two-stage detection, 2021): the others are not
-    known to be absent.
+    With ``words`` it is the federated loss (Zhou et al., Probabilistic two-stage detection, 2021): other words may be
+    present without annotation.
 
     Args:
         logits: Tensor [R, B].
         labels: Tensor [R] int64: 0..B-1, or B for background.
-        words: Tensor [B] bool, those that take part; None: all.
+        words: Tensor [B] bool, words included in the loss; None: all.
 
     Returns:
         Scalar Tensor, float32 (float64 if ``logits`` is); 0 without regions.
@@ -50,12 +50,12 @@ def sigmoid_classification(logits: Tensor, labels: Tensor, words: Tensor | None 
 
 
 def federated_words(labels: Tensor, weights: Tensor, count: int) -> Tensor:
-    """The words of a federated loss: those annotated in the batch, filled up to ``count`` by a weighted draw.
+    """The words of a federated loss: those annotated in the batch, and randomly drawn ones up to ``count``.
 
     Args:
         labels: Tensor [R] int64: 0..B-1, or B for background.
-        weights: Tensor [B], not negative; a word of weight 0 is never drawn. Drawn from torch's global generator.
-        count: words wanted; more take part if the batch has more.
+        weights: Tensor [B] >= 0, proportional to the probability of a draw from torch's global generator.
+        count: number of words; more are returned if the batch has more.
 
     Returns:
         Tensor [B] bool.

@@ -1,4 +1,4 @@
-"""What a method adds to a detector, whatever the host: the common part of the protocol.
+"""What a method adds to a detector: the interface common to all hosts.
 
 The hosts extend it: :class:`~ovdet2.modeling.rcnn.part.RCNNPart`, :class:`~ovdet2.modeling.detr.part.DetrPart`.
 """
@@ -24,18 +24,17 @@ if TYPE_CHECKING:
 
 
 class Part(nn.Module):
-    """A module that a host holds in a list, under its name; the base does nothing.
+    """Base class of the modules that methods add to a detector (host); it does nothing.
 
-    Losses are returned unweighted, by names that begin with "loss_"; ``loss_weights`` has their weights by kind.
+    Losses are returned unweighted, under names that begin with "loss_"; ``loss_weights`` holds their weights by kind.
 
     Attributes:
-        name: of the method, the prefix of the part's weights in a checkpoint.
-        old_weights: {prefix of entries in checkpoints of an earlier version: today's}, the method's OLD_WEIGHTS.
-        training_only: nothing of it is used at test; a checkpoint may have it and the model not, or the other way
-            round.
-        takes_present_words: whether it reads the words that are present in an image (semantic priors). Detections then
-            have ``prior_words``, int64, the word that each was found with (an index into the vocabulary, -1 for none).
-        sees: kinds of images without boxes that it has losses of, of ``CAPTIONS`` and ``IMAGE_LABELS``.
+        name: name of the method, the prefix of the part's weights in a checkpoint.
+        old_weights: {prefix in checkpoints of an earlier version: present prefix}, the method's OLD_WEIGHTS.
+        training_only: it is not used at test; its weights may be missing in a checkpoint or in the model.
+        takes_present_words: whether it takes the words present in an image (semantic priors). Detections then have
+            ``prior_words``, int64: the prior word of each detection (an index into the vocabulary, -1 for none).
+        sees: kinds of images without boxes that it has losses for, among ``CAPTIONS`` and ``IMAGE_LABELS``.
         loss_weights: weight of each kind of its losses; empty: 1 for all.
     """
 
@@ -50,29 +49,31 @@ class Part(nn.Module):
         self.loss_weights: dict[str, float] = dict(loss_weights or {})
 
     def prepare_training(self, sources: Sequence[TrainSource]) -> None:
-        """Take what the losses need of the training sets, once, before the first step.
+        """Prepare what the losses need from the training sets; called once, before the first step.
 
         Args:
-            sources: with ``records``, ``steps`` and ``seed`` of each.
+            sources: training sources, each with ``records``, ``steps`` and ``seed``.
 
         Raises:
-            UsageError, CacheError: what is needed is not there.
+            UsageError, CacheError: required data is missing.
         """
 
     def predict_present_words(self, image: np.ndarray, teacher: Callable[[], Teacher]) -> list[str]:
-        """The words present in an image, best first, of the detector's vocabulary; for ``takes_present_words``.
+        """Predict which words of the detector's vocabulary are present in an image, best first.
+
+        For parts with ``takes_present_words``.
 
         Args:
             image: array [H, W, 3] uint8 RGB.
-            teacher: loads MODEL.TEACHER.
+            teacher: function that loads MODEL.TEACHER.
         """
         raise NotImplementedError
 
     def give_present_words(self, sample: Sample, words: Sequence[str]) -> None:
-        """Attach the words present in an image to its sample; for ``takes_present_words``.
+        """Attach the given present words of an image to its sample; for parts with ``takes_present_words``.
 
         Raises:
-            UsageError: a word is not in the vocabulary, or twice.
+            UsageError: a word is not in the vocabulary, or is given twice.
         """
         raise NotImplementedError
 
@@ -81,7 +82,7 @@ AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Part]:
-    """The parts of a configuration for a host, in the order of the methods."""
+    """Build the parts of a configuration for a host, in the order of the methods."""
     built = []
     for method in methods:
         part = method.build(cfg, host)
@@ -94,10 +95,10 @@ def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Par
 
 
 def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart, ...]:
-    """Make each part a module of the model, under its name; returns them in their order.
+    """Register each part as a submodule of the model under its name; returns the parts in their order.
 
     Raises:
-        UsageError: a part has no name, or one that the model uses already.
+        UsageError: a part has no name, or a name that the model already uses.
     """
     registered = tuple(parts)
     for part in registered:
@@ -111,38 +112,38 @@ def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart,
 
 
 def parts_of(model: nn.Module) -> tuple[Part, ...]:
-    """The parts of a detector; none of a model that takes none."""
+    """The parts of a detector; empty for a model without parts."""
     return cast("tuple[Part, ...]", getattr(model, "parts", ()))
 
 
 def prepare_training(model: nn.Module, sources: Sequence[TrainSource]) -> None:
-    """Let the parts of a detector take what their losses need of the training sets; call it once, before the first step.
+    """Call :meth:`Part.prepare_training` of all parts of a detector; once, before the first step.
 
     Raises:
         UsageError, CacheError: see :func:`require_seen` and :meth:`Part.prepare_training`.
     """
-    if hasattr(model, "parts"):  # another model may train on whatever it likes
+    if hasattr(model, "parts"):  # other models have no such restriction
         require_seen(parts_of(model), [source.spec.kind for source in sources])
     for part in parts_of(model):
         part.prepare_training(sources)
 
 
 def require_seen(parts: Iterable[Part], kinds: Iterable[str]) -> None:
-    """Refuse images that would train nothing.
+    """Refuse kinds of images for which no part has a loss.
 
     Args:
-        parts: of a detector.
-        kinds: of the images of a source or a batch; images with boxes train the detector itself.
+        parts: parts of a detector.
+        kinds: kinds of the images of a source or a batch; the detector itself has losses for images with boxes.
 
     Raises:
-        UsageError: no part has losses of a kind.
+        UsageError: no part has losses for a kind.
     """
     seen = {BOXES, *(kind for part in parts for kind in part.sees)}
     unseen = sorted(set(kinds) - seen)
     if unseen:
         raise UsageError(
-            f"no part of the detector has losses of images of kind {', '.join(unseen)}: switch a method on that has, "
-            "or take these images out of DATASETS.SOURCES."
+            f"no part of the detector has a loss for images of kind {', '.join(unseen)}: switch on a method that has "
+            "one, or remove these images from DATASETS.SOURCES."
         )
 
 
@@ -150,9 +151,9 @@ def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str
     """Losses of a part times their weights.
 
     Args:
-        losses: by name.
-        part: whose ``loss_weights`` apply.
-        kind: function of a name that gives its key there, such as one that takes a layer's number off.
+        losses: losses by name.
+        part: part with the ``loss_weights``.
+        kind: function from the name of a loss to its key in ``loss_weights``, for example without the layer number.
 
     Raises:
         UsageError: ``losses`` is no mapping, or has a name that does not begin with "loss_" or has no weight although
@@ -177,15 +178,15 @@ def weighted(losses: Mapping[str, Tensor], part: Part, kind: Callable[[str], str
 
 
 def joined(*groups: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All losses of a step, in their order.
+    """Merge groups of losses into one dict, in their order.
 
     Raises:
-        UsageError: two of them have one name, so that one would replace the other.
+        UsageError: two losses have the same name, so that one would replace the other.
     """
     losses: dict[str, Tensor] = {}
     for group in groups:
         twice = sorted(losses.keys() & group.keys())
         if twice:
-            raise UsageError(f"a training step has two losses named {', '.join(twice)}: rename that of one part.")
+            raise UsageError(f"a training step has two losses named {', '.join(twice)}: rename one of them.")
         losses.update(group)
     return losses

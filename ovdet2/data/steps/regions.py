@@ -22,10 +22,10 @@ from ovdet2.vlm.fingerprint import Fingerprint
 
 @dataclass(frozen=True)
 class CachedRegions:
-    """Regions of an image with the teacher's embeddings. A method that reads another cache has a subclass.
+    """Regions of an image and their teacher embeddings. A method that reads another cache has a subclass.
 
     Attributes:
-        boxes_xyxy: Tensor [R, 4] float32, pixels of the augmented image, not empty.
+        boxes_xyxy: Tensor [R, 4] float32, in pixels of the augmented image, with positive area.
         embeddings: Tensor [R, D] float16, unit rows before rounding.
     """
 
@@ -37,9 +37,9 @@ class AttachCachedRegions(Step):
     """Attaches the :class:`CachedRegions` of an image.
 
     Attributes:
-        cache: of the training set.
-        limit: regions kept of an image, drawn from numpy's global generator if there are more.
-        kind: class of what is attached.
+        cache: region cache of the training set.
+        limit: maximum number of regions of an image; if there are more, they are drawn from numpy's global generator.
+        kind: class of the attached value.
     """
 
     def __init__(self, cache: RegionCache, limit: int = 300, kind: type[CachedRegions] = CachedRegions) -> None:
@@ -65,13 +65,13 @@ class AttachCachedRegions(Step):
 def transform_regions(
     cached: MappedRegions | Regions, transforms: T.TransformList, image_size: tuple[int, int], limit: int
 ) -> tuple[Tensor, Tensor]:
-    """Cached regions through the geometric transforms of their image.
+    """Apply the geometric transforms of an image to its cached regions.
 
-    A region that lies outside of the image afterwards is dropped; the others are clipped to it.
+    Regions are clipped to the image; regions outside are dropped.
 
     Args:
-        cached: regions in pixels of the original image.
-        transforms: that were applied to the image.
+        cached: cached regions, in pixels of the original image.
+        transforms: transforms that were applied to the image.
         image_size: (height, width) after them.
         limit: maximum number of regions, drawn from numpy's global generator if there are more.
 

@@ -1,4 +1,4 @@
-"""CCKT-Det (Zhang et al.): semantic priors, regional contrastive distillation, scores by similarity."""
+"""CCKT-Det (Zhang et al.): semantic priors, regional contrastive distillation, similarity scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CCKTDet(Method):
-    """Semantic priors, contrastive distillation and scores by similarity on Deformable DETR."""
+    """Semantic priors, contrastive distillation and similarity scores on Deformable DETR."""
 
     name = "cckt"
     hosts = ("OpenVocabularyDeformableDETR",)

@@ -1,4 +1,4 @@
-"""From MODEL.CCKT.* to what it adds to the detector."""
+"""Build the part of CCKT-Det from MODEL.CCKT.*."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ovdet2.modeling.host import Host
 
 
 def build_cckt(cfg: CfgNode, host: Host) -> CCKT:
-    """The part of MODEL.CCKT.
+    """Build the part of MODEL.CCKT.
 
     Args:
         cfg: configuration.
-        host: of a DETR; the class branches of its network are frozen if no loss would train them.
+        host: DETR host; the class branches of its network are frozen if no loss trains them.
 
     Raises:
         UsageError: see :class:`CCKT` and :class:`SemanticPriors`.
@@ -49,7 +49,7 @@ def build_cckt(cfg: CfgNode, host: Host) -> CCKT:
             tiles=settings.PRIOR_TILES,
             seed=max(cfg.SEED, 0),
         ),
-        # The focal loss on similarities has the weight of the class loss.
+        # The focal loss on similarities has the same weight as the class loss.
         loss_weights={"loss_similarity": detr.CLASS_WEIGHT, "loss_contrast": settings.CONTRAST_WEIGHT},
     )
     if settings.CLASS_LOSS_ON == "similarity":

@@ -1,4 +1,4 @@
-"""Which choices of CCKT-Det go together."""
+"""Checks that the settings of CCKT-Det are consistent."""
 
 from ovdet2.errors import UsageError
 
@@ -8,13 +8,13 @@ SCORES = ("class", "similarity", "product")
 
 
 def check_choices(contrast: str, class_loss: str, score: str) -> None:
-    """Refuse choices that are unknown, and scores that no loss trains.
+    """Refuse unknown values, and scores that no loss trains.
 
     Args:
         contrast, class_loss, score: MODEL.CCKT.CONTRAST, CLASS_LOSS_ON and SCORE.
 
     Raises:
-        UsageError: names the keys.
+        UsageError: such a setting; the message names its key.
     """
     for key, value, choices in (
         ("CONTRAST", contrast, CONTRASTS), ("CLASS_LOSS_ON", class_loss, CLASS_LOSSES), ("SCORE", score, SCORES)

@@ -1,4 +1,4 @@
-"""Crops that stand for a class: a few annotated boxes of each, from many images of the training set.
+"""Sample a few annotated crops per class from the training set, for the contrast "class".
 
 Shapes: K classes, m crops of each, D embedding dimension.
 """
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 def class_crops(
     records: Records, cache: RegionCache, num_classes: int, per_class: int = 32, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The teacher's embeddings of some annotated boxes of each class.
+    """Teacher embeddings of up to m annotated boxes per class.
 
-    The images are taken in a random order, one box of a class from each; a class of fewer images is filled up from
-    them in a second round. Of an image only annotations of classes that lack some are read, and no more than K x m
-    embeddings are ever held.
+    Images are visited in a random order; each gives one box per class. Classes with too few images get further boxes in
+    a second round. Only annotations of incomplete classes are read from the cache, so at most K x m embeddings are in
+    memory.
 
     Args:
         records: sequence of Detectron2 records with "image_id" and "annotations", whose "category_id" is below K.
         cache: :class:`~ovdet2.caches.region_cache.RegionCache` of annotated boxes.
         num_classes: K.
         per_class: m.
-        seed: of the order.
+        seed: seed of the random order.
 
     Returns:
         (crops, counts): Tensor [K, m, D] float16, unit rows, zero beyond a class's ``counts``, Tensor [K] int64.
@@ -41,7 +41,7 @@ def class_crops(
     crops = torch.zeros((num_classes, per_class, cache.manifest["recipe"]["dim"]), dtype=torch.float16)
     counts = np.zeros(num_classes, dtype=np.int64)
     generator = np.random.default_rng(seed)
-    order, taken = generator.permutation(len(records)).tolist(), set()
+    order, used_ids = generator.permutation(len(records)).tolist(), set()
     for most in (1, per_class):
         for index in order:
             if counts.min() == per_class:
@@ -49,13 +49,13 @@ def class_crops(
             record = records[index]
             for label, ann_ids in _boxes_by_class(record, generator).items():
                 missing = min(most, per_class - counts[label])
-                wanted = [ann_id for ann_id in ann_ids if ann_id not in taken][:missing]
-                if wanted:
-                    rows, found = cache.of_annotations(record["image_id"], wanted)
-                    there = int(found.sum())
-                    crops[label, counts[label] : counts[label] + there] = rows[found]
-                    counts[label] += there
-                    taken.update(wanted)
+                new_ids = [ann_id for ann_id in ann_ids if ann_id not in used_ids][:missing]
+                if new_ids:
+                    rows, is_cached = cache.of_annotations(record["image_id"], new_ids)
+                    count = int(is_cached.sum())
+                    crops[label, counts[label] : counts[label] + count] = rows[is_cached]
+                    counts[label] += count
+                    used_ids.update(new_ids)
     _report(counts, cache)
     return crops, torch.from_numpy(counts)
 
@@ -77,7 +77,9 @@ def _report(counts, cache):
             f"the region cache {cache.folder} has no crop of any annotation of the training set: build one with "
             "ovdet2 cache build --boxes annotations."
         )
-    logger.info("%d crops stand for %d classes, %d for the rarest.", counts.sum(), len(counts), counts.min())
+    logger.info(
+        "Class contrast: %d crops of %d classes; the rarest class has %d.", counts.sum(), len(counts), counts.min()
+    )
     empty = np.flatnonzero(counts == 0)
     if len(empty):
         logger.warning(

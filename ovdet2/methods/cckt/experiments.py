@@ -1,4 +1,4 @@
-"""CCKT-Det's sweeps as entries of experiments: one detector under many priors, and one training for each teacher."""
+"""CCKT-Det's experiments: evaluation of one detector with several priors; training with several teachers."""
 
 import functools
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -25,16 +25,16 @@ _NO_CLAIM = ("TEST.EXPECTED_RESULTS", "[]")
 
 
 def build_prior_sweep(args: Namespace) -> Experiment:
-    """The paper's Table 6: files x thresholds rho x lengths L, with one detector.
+    """The paper's Table 6: prior files x thresholds rho x lengths L, with one detector.
 
     Raises:
-        UsageError: the configuration has no semantic priors, or no weights.
+        UsageError: the configuration has no semantic priors, or MODEL.WEIGHTS is not set.
     """
     cfg = load_config(args.config_file, args.opts)
     if not (cfg.MODEL.CCKT.ENABLED and cfg.MODEL.CCKT.PRIORS):
-        raise UsageError(f"{args.config_file} has no semantic priors (MODEL.CCKT.PRIORS): there is nothing to vary.")
+        raise UsageError(f"{args.config_file} has no semantic priors: set MODEL.CCKT.PRIORS to True.")
     if not cfg.MODEL.WEIGHTS:
-        raise UsageError("there is no detector to evaluate: end the command with MODEL.WEIGHTS <file>.")
+        raise UsageError("the detector has no weights: end the command with MODEL.WEIGHTS <file>.")
     truth = functools.cache(_truth)
     artefacts, entries = {}, {}
     for name, path in _named(args.priors).items():
@@ -65,12 +65,12 @@ def build_prior_sweep(args: Namespace) -> Experiment:
 
 
 def prior_facts(name: str, truth: Callable[[str], dict[int, Truth]], cfg: CfgNode) -> dict[str, Any]:
-    """Facts of the prior that a configuration reads.
+    """Quality of the concept prior of a configuration.
 
     Args:
-        name: of the prior.
-        truth: function of the name of a data set that gives the words of its images.
-        cfg: names the prior, rho, L and the data set.
+        name: name of the prior.
+        truth: function from the name of a data set to the annotated words of its images.
+        cfg: configuration with the prior, rho, L and the data set.
 
     Returns:
         "prior" (``name``), "kind", "content_sha256", and those of :func:`~ovdet2.priors.quality.quality`: "rho", "top",
@@ -84,7 +84,7 @@ def prior_facts(name: str, truth: Callable[[str], dict[int, Truth]], cfg: CfgNod
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Novel AP50 against the novel recall of the priors; a point for each row, a line for each file."""
+    """Plot novel AP50 against the novel recall of the priors: one point per row, one line per file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -102,7 +102,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def build_teacher_sweep(args: Namespace) -> Experiment:
-    """The paper's Table 5: a teacher gives crops, words and priors of a training.
+    """The paper's Table 5: train with several teachers, each for crop embeddings, word embeddings and priors.
 
     Raises:
         UsageError: the configuration does not use priors and contrast.
@@ -110,7 +110,7 @@ def build_teacher_sweep(args: Namespace) -> Experiment:
     cfg = load_config(args.config_file, args.opts)
     if not (cfg.MODEL.CCKT.ENABLED and cfg.MODEL.CCKT.PRIORS and cfg.MODEL.CCKT.CONTRAST != "none"):
         raise UsageError(
-            f"{args.config_file} is no CCKT-Det with priors and contrast: its teacher would change little."
+            f"{args.config_file} does not use the priors and the contrast of CCKT-Det, so the teacher has little effect."
         )
     [train], [test] = cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     artefacts, entries = {}, {}
@@ -148,7 +148,7 @@ def build_teacher_sweep(args: Namespace) -> Experiment:
 
 
 def _named(paths: Sequence[str]) -> dict[str, Path]:
-    """{name: path} of files, which are named by their stems, with their folder's name where two have one stem."""
+    """{name: path} of files. The name is the stem, with the folder's name if two files have the same stem."""
     files = {Path(path).resolve(): Path(path) for path in paths}
     stems = [path.stem for path in files.values()]
     return {
@@ -195,9 +195,9 @@ def _add_teachers(parser: ArgumentParser) -> None:
 
 PLANS = {
     "priors": Plan(
-        "Evaluate one trained CCKT-Det under many priors. The weights stay as they are; only the priors change. Writes "
-        "table.md (AP50 beside precision and recall of the priors), results.json, and curve.png (novel AP50 against the "
-        "novel recall of the priors). With other weights or another configuration everything is evaluated anew.",
+        "Evaluate one trained CCKT-Det under many priors. Only the priors change, not the weights. Writes "
+        "table.md (AP50, and precision and recall of the priors), results.json, and curve.png (novel AP50 against the "
+        "novel recall of the priors). If the weights or the configuration change, all rows are evaluated again.",
         build_prior_sweep,
         _add_priors,
     ),

@@ -1,4 +1,4 @@
-"""The words present in an image that no prior file has: predicted by CLIP on the fly, or given by the user.
+"""Semantic priors of images without a prior file: present words predicted by CLIP on the fly, or user-provided.
 
 Shapes: K words of the vocabulary.
 """
@@ -25,7 +25,7 @@ class OnlinePriors:
     data set.
 
     Attributes:
-        vocabulary: of the K words.
+        vocabulary: vocabulary of K words.
     """
 
     def __init__(
@@ -40,10 +40,10 @@ class OnlinePriors:
     ) -> None:
         """
         Args:
-            teacher: that embedded the words, too.
-            vocabulary: of K words.
-            threshold, top, fill, seed: of :class:`~ovdet2.methods.cckt.prior_words.PriorWords`.
-            tiles: n; CLIP scores the image and n x n cells of it, the best score counts.
+            teacher: teacher that also embedded the words.
+            vocabulary: vocabulary of K words.
+            threshold, top, fill, seed: see :class:`~ovdet2.methods.cckt.prior_words.PriorWords`.
+            tiles: n; a word's score is its best one over the image and n x n cells of the image.
 
         Raises:
             DataError: the vocabulary is of another teacher.
@@ -60,9 +60,9 @@ class OnlinePriors:
             image: array [H, W, 3] uint8 RGB.
 
         Returns:
-            Tensor [at most K] int64, best first. The same pixels give the same words.
+            Tensor [at most K] int64, best first; deterministic for the same pixels.
         """
-        image = np.array(image)  # a copy, which torch may share
+        image = np.array(image)  # a copy: torch shares its memory
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         teacher, boxes = self.clip.teacher, view_boxes(image.shape[0], image.shape[1], self.clip.tiles)
         views = crop_regions(pixels, boxes, teacher.image_size, RESIZE[self.clip.resize], teacher.interpolation)
@@ -75,23 +75,23 @@ class OnlinePriors:
 
 
 def word_indices(words: Sequence[str], names: Sequence[str]) -> Tensor:
-    """The indices of words that the user gives as present in an image.
+    """Vocabulary indices of user-provided present words.
 
     Args:
-        words: best first.
-        names: K words of the vocabulary.
+        words: present words, best first.
+        names: the K words of the vocabulary.
 
     Returns:
         Tensor [len(words)] int64.
 
     Raises:
-        UsageError: a word is not in the vocabulary, or twice.
+        UsageError: a word is not in the vocabulary, or is given twice.
     """
     index = columns_of(words, names) if words else torch.zeros(0, dtype=torch.int64)
     unknown = [word for word, position in zip(words, index.tolist()) if position < 0]
     if unknown or len(index.unique()) < len(index):
         raise UsageError(
-            f"the present words {', '.join(words)} must be words of the vocabulary, each once; it does not have "
-            f"{', '.join(unknown) or 'one of them twice'}: leave those out, or add them to the vocabulary."
+            f"the present words {', '.join(words)} must be words of the vocabulary, each once; invalid: "
+            f"{', '.join(unknown) or 'a repeated word'}. Remove these, or add them to the vocabulary."
         )
     return index

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = "cckt_embeddings"  # in DetrOutputs.added
 NO_CROPS = (
-    "the objects come without the teacher's embeddings, which MODEL.CCKT.CONTRAST needs: load the training set with "
-    "the steps of this configuration, which read MODEL.CCKT.REGION_CACHE."
+    "the objects have no teacher embeddings, which MODEL.CCKT.CONTRAST requires: load the training set with "
+    "the steps of this configuration; they read MODEL.CCKT.REGION_CACHE."
 )
 
 
@@ -54,7 +54,7 @@ def similarity_logits(embeddings: Tensor, words: Tensor, temperature: float, bia
 
     Args:
         embeddings: Tensor [..., D], unit rows.
-        words: Tensor [K, D], unit rows; with leading dimensions, those of ``embeddings``.
+        words: Tensor [K, D], unit rows; or [..., K, D] with the leading dimensions of ``embeddings``.
         temperature: tau.
         bias: b.
 
@@ -65,20 +65,20 @@ def similarity_logits(embeddings: Tensor, words: Tensor, temperature: float, bia
 
 
 def product_logits(first: Tensor, second: Tensor) -> Tensor:
-    """The logit of the product of two probabilities given by their logits, without computing the product."""
+    """Logit of the product of two probabilities, which are given as logits; computed without underflow."""
     log_product = F.logsigmoid(first) + F.logsigmoid(second)
-    log_product = log_product.clamp(max=-torch.finfo(log_product.dtype).tiny)  # not certain, or the logit is infinite
-    # log(1 - exp(x)) by the way that is accurate on its side of log(1/2).
+    log_product = log_product.clamp(max=-torch.finfo(log_product.dtype).tiny)  # probability < 1: the logit stays finite
+    # log(1 - exp(x)): each branch is accurate on one side of log(1/2).
     near_one = log_product > -math.log(2)
     rest = torch.where(near_one, torch.log(-torch.expm1(log_product)), torch.log1p(-torch.exp(log_product)))
     return log_product - rest
 
 
 class CCKT(DetrPart):
-    """Semantic priors, region embedding heads, contrastive distillation and scores by similarity; each may be absent.
+    """Semantic priors, region embedding heads, contrastive distillation and similarity scores; each is optional.
 
     Attributes:
-        takes_present_words: whether there are semantic priors.
+        takes_present_words: whether semantic priors are used.
     """
 
     def __init__(
@@ -102,31 +102,32 @@ class CCKT(DetrPart):
     ) -> None:
         """
         Args:
-            bank: words of the detector, which are read and not owned.
+            bank: word bank of the detector; not a submodule of this part.
             priors: semantic priors, or None.
             dim: C.
-            num_heads: region embedding heads, one for each decoder layer, or 1 for all of them; built only if a loss
+            num_heads: number of region embedding heads: one per decoder layer, or 1 for all; built only if a loss
                 trains them.
-            temperature: tau, of similarities and of the contrast.
-            bias: b, of similarities.
-            similarity_cost: weight of the similarity in the matching.
+            temperature: tau of similarities and of the contrast.
+            bias: b of similarities.
+            similarity_cost: weight of the similarity in the matching cost.
             class_loss: the focal loss is on the logits of the "class" branch (published code), on those of "similarity"
                 (Eq. 7), where the class branch is not trained, or on "both".
             contrast: "instance" (Eqs. 5 and 6, within each image), "batch" (the same, over the images of the process),
                 "class" (published code), or "none".
-            contrast_start: iteration from which the contrast counts; before it, unless a class loss trains the
-                similarity, neither does the similarity in the matching.
-            score: of a detection, by the "class" branch, by "similarity", or the "product" of the two probabilities.
-            alpha, gamma: of the focal loss.
-            look: of the teacher and the words, makes what predicts the words of an image without a prior file.
-            loss_weights: of "loss_contrast" and "loss_similarity".
+            contrast_start: first iteration with the contrast. The similarity cost starts at the same iteration, unless
+                a class loss trains the similarity.
+            score: score of a detection: the "class" branch, "similarity", or the "product" of the two probabilities.
+            alpha, gamma: parameters of the focal loss.
+            look: function of the teacher and the words that builds the predictor of present words for images without a
+            prior file.
+            loss_weights: weights of "loss_contrast" and "loss_similarity".
 
         Raises:
             UsageError: see :func:`~ovdet2.methods.cckt.check.check_choices`.
         """
         super().__init__(loss_weights)
         check_choices(contrast, class_loss, score)
-        self._shared = (bank,)  # a tuple hides it from state_dict: the detector owns it
+        self._shared = (bank,)  # a tuple hides it from state_dict: it is the detector's
         self.priors = priors
         self.takes_present_words = priors is not None
         embed_dim = bank.embeddings.shape[1]
@@ -141,14 +142,14 @@ class CCKT(DetrPart):
 
     @property
     def bank(self) -> WordBank:
-        """Words of the detector."""
+        """Word bank of the detector."""
         return self._shared[0]
 
     def prepare_training(self, sources: Sequence[TrainSource]) -> None:
-        """Read the crops that stand for the base classes, if the contrast is of classes.
+        """Read the crops of the base classes from the cache, for the contrast "class".
 
         Raises:
-            UsageError: no source attaches crops of its objects.
+            UsageError: no training source attaches crops of its objects.
             CacheError: see :func:`~ovdet2.methods.cckt.class_crops.class_crops`.
         """
         if self.class_crops is None:
@@ -162,10 +163,10 @@ class CCKT(DetrPart):
         raise UsageError(NO_CROPS)
 
     def predict_present_words(self, image: np.ndarray, teacher: Callable[[], Teacher]) -> list[str]:
-        """See :class:`~ovdet2.methods.cckt.online_priors.OnlinePriors`; the teacher is loaded for the first image.
+        """See :class:`~ovdet2.methods.cckt.online_priors.OnlinePriors`; the teacher is loaded at the first image.
 
         Raises:
-            DataError: the words are of another teacher.
+            DataError: the word embeddings are of another teacher.
         """
         words, online = self.bank.words, self._online
         if online is None or online.vocabulary is not words:
@@ -181,15 +182,15 @@ class CCKT(DetrPart):
         sample.attach(PresentWords(word_indices(words, self.bank.names)))
 
     def alter_queries(self, queries: Queries, samples: Sequence[Sample]) -> Queries:
-        """The queries with the words of their image, see :class:`SemanticPriors`; as they are without priors."""
+        """Add semantic priors to the queries, see :class:`SemanticPriors`; unchanged if priors are off."""
         return queries if self.priors is None else self.priors(queries, samples)
 
     def embed(self, hidden: Tensor, all_layers: bool = True) -> Tensor:
         """Region embeddings.
 
         Args:
-            hidden: Tensor [L, B, N, C], of all decoder layers.
-            all_layers: of every layer, or only of the last.
+            hidden: Tensor [L, B, N, C], hidden states of all decoder layers.
+            all_layers: whether to embed all layers, or only the last one.
 
         Returns:
             Tensor [L or 1, B, N, D], unit rows, float32.
@@ -204,8 +205,8 @@ class CCKT(DetrPart):
         )
 
     def alter_outputs(self, outputs: DetrOutputs) -> DetrOutputs:
-        """The outputs with :data:`EMBEDDINGS` [L, B, N, D] if there are heads; with ``class_loss`` "similarity",
-        similarity logits of the base words as ``pred_logits``."""
+        """Add :data:`EMBEDDINGS` [L, B, N, D] to the outputs if there are heads. With ``class_loss`` "similarity",
+        ``pred_logits`` become the similarity logits of the base words."""
         if not self.heads:
             return outputs
         embeddings = self.embed(outputs.hidden)
@@ -218,14 +219,14 @@ class CCKT(DetrPart):
         return [(self.similarity_weight, self.similarity_cost)] if self.heads else []
 
     def similarity_cost(self, outputs: DetrOutputs, labels: Tensor) -> Tensor:
-        """Matching cost, minus the similarity probability of the object's word (Eqs. 3 and 4).
+        """Matching cost: minus the similarity probability of the object's word (Eqs. 3 and 4).
 
         Args:
-            outputs: of :meth:`alter_outputs`.
+            outputs: result of :meth:`alter_outputs`.
             labels: Tensor [B, X] int64, padded.
 
         Returns:
-            Tensor [L, B, N, X]; 0 as long as nothing has trained the embeddings.
+            Tensor [L, B, N, X]; 0 until a loss trains the embeddings (``contrast_start``).
         """
         if not self._contrast_counts() and self.class_loss == "class":
             layers, images, queries, _ = outputs.pred_boxes.shape
@@ -236,11 +237,11 @@ class CCKT(DetrPart):
     def losses(
         self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity", named by layer like those of
-        the criterion.
+        """The losses "loss_contrast" and, if ``class_loss`` is "both", "loss_similarity"; names of layers as of the
+        criterion.
 
         Raises:
-            UsageError: the contrast needs crops of objects, and samples come without; or of classes, which have none.
+            UsageError: the contrast needs crops of objects that the samples lack, or crops of classes that are not read.
         """
         losses: dict[str, Tensor] = {}
         if not self.heads:
@@ -251,18 +252,18 @@ class CCKT(DetrPart):
             place = "" if layer == len(matches) - 1 else f"_{layer}"
             embeddings = outputs.added[EMBEDDINGS][layer - len(matches)]
             if self.contrast != "none":
-                # Times 0 before its start: the heads take part in every step of every process, as gradients require.
+                # Times 0 before its start: DistributedDataParallel needs a gradient of the heads in every step of every process.
                 loss = self._contrast(embeddings, targets, pairs, crops) / num_boxes
                 losses[f"loss_contrast{place}"] = loss if self._contrast_counts() else 0.0 * loss
             if self.class_loss == "both":
                 logits = self._similarity(embeddings)
-                wanted = class_targets(logits, targets, pairs)
-                focal = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, "sum")
+                gt_classes = class_targets(logits, targets, pairs)
+                focal = sigmoid_focal_loss(logits, gt_classes, self.alpha, self.gamma, "sum")
                 losses[f"loss_similarity{place}"] = focal / num_boxes
         return losses
 
     def score(self, outputs: DetrOutputs, queries: Queries) -> DetrOutputs:
-        """The outputs with ``pred_logits`` [L or 1, B, N, K] by ``score`` of the constructor."""
+        """Replace ``pred_logits`` [L or 1, B, N, K] according to ``score`` of the constructor."""
         if self.score_by == "class":
             return outputs
         logits = outputs.pred_logits
@@ -272,7 +273,7 @@ class CCKT(DetrPart):
         return replace(outputs, pred_logits=similarity)
 
     def annotate(self, instances: Instances, queries: Queries, image: int) -> None:
-        """``prior_words`` of the detections, the word that the query of each carried, -1 for none."""
+        """Set ``prior_words`` of the detections: the prior word of each detection's query, -1 for none."""
         carried = queries.attached(CarriedWords)
         if carried is not None:
             instances.prior_words = carried.words[image][instances.queries]
@@ -282,13 +283,13 @@ class CCKT(DetrPart):
         return similarity_logits(embeddings, rows, self.temperature, self.bias)
 
     def _contrast(self, embeddings, targets, matches, crops):
-        """The sum over pairs of one layer; ``embeddings`` [B, N, D], ``crops`` unless the contrast is of classes."""
+        """The contrast of one layer, summed over pairs; ``embeddings`` [B, N, D]; ``crops`` None with "class"."""
         per_image, count = embeddings.shape[1], len(targets)
         if self.class_crops is not None:
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
             drawn, active = self.class_crops.draw()
             return class_contrast(embeddings.flatten(0, 1), rows, labels, drawn, active, self.temperature)
-        # A batch is one large image.
+        # Contrast "batch": all images of the process are treated as one.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)
         query[matches.target] = first + matches.query
@@ -302,23 +303,23 @@ class CCKT(DetrPart):
         return pair_contrast(embeddings, teacher, query, valid, self.temperature)
 
     def _contrast_counts(self):
-        """Whether the contrast has begun; outside of a training loop it has."""
+        """Whether the contrast is active; True outside of a training loop."""
         try:
             return self.contrast != "none" and get_event_storage().iter >= self.contrast_start
-        except AssertionError:  # Detectron2's way to say that there is no loop
+        except AssertionError:  # Detectron2 raises this outside of a training loop
             return True
 
 
 def object_crops(samples: Sequence[Sample], device: torch.device) -> ObjectCrops:
-    """The crops of the objects of all samples, in their order.
+    """Concatenate the crop embeddings of the objects of all samples.
 
     Raises:
-        UsageError: a sample comes without.
+        UsageError: a sample has none.
     """
     if any(ObjectCrops not in sample.attachments for sample in samples):
         raise UsageError(NO_CROPS)
-    found = [sample.attached(ObjectCrops) for sample in samples]
-    with torch.autocast("cpu", enabled=False):  # which cannot join float16 rows, even to leave them as they are
-        embeddings = torch.cat([crops.embeddings for crops in found])
-    embedded = torch.cat([crops.embedded for crops in found])
+    of_samples = [sample.attached(ObjectCrops) for sample in samples]
+    with torch.autocast("cpu", enabled=False):  # CPU autocast cannot concatenate float16
+        embeddings = torch.cat([crops.embeddings for crops in of_samples])
+    embedded = torch.cat([crops.embedded for crops in of_samples])
     return ObjectCrops(embeddings.to(device, non_blocking=True), embedded.to(device, non_blocking=True))

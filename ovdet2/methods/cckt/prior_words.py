@@ -1,7 +1,7 @@
-"""The words that are present in an image by a prior file, and their order.
+"""Present words of images from a concept prior file, and their order.
 
-Nothing here depends on the order of the vocabulary or of the loader: words of one score, and those that fill up a list,
-are ordered by a key of the seed, the image and the word itself.
+The result does not depend on the order of the vocabulary or of the loader: words of equal score, and words that fill up
+a list, are ordered by a hash of the seed, the image and the word.
 
 Shapes: K words of the vocabulary.
 """
@@ -23,12 +23,12 @@ _SHOWN = 5  # words named in a message
 
 
 class WordOrder:
-    """Keys of words in an image, as good as random, and the same wherever the word stands in the vocabulary."""
+    """Pseudo-random sort keys of words in an image, independent of the order of the vocabulary."""
 
     def __init__(self, names, seed=0):
         """
         Args:
-            names: K words.
+            names: the K words.
             seed: any integer.
         """
         digests = (hashlib.blake2b(clean_name(name).encode(), digest_size=8).digest() for name in names)
@@ -36,27 +36,27 @@ class WordOrder:
         self.seed = seed
 
     def keys(self, image_id: int) -> np.ndarray:
-        """Array [K] uint64."""
+        """The keys of the K words in an image: array [K] uint64."""
         start = np.array([self.seed, image_id], dtype=np.int64).astype(np.uint64)
         return _mixed(self.hashes ^ _mixed(start[:1] ^ _mixed(start[1:])))
 
 
 def _mixed(values):
-    """A bijection of uint64 that scatters near values (the finaliser of splitmix64)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # wraps around
+    """Hash of uint64 values: a bijection (the finaliser of splitmix64)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # overflow intended
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
 def ordered_words(index: Tensor, score: Tensor, keys: np.ndarray, top: int | None = None, fill: str = "none") -> Tensor:
-    """The words of an image, best first.
+    """The present words of an image, best first.
 
     Args:
-        index: Tensor [n] int64 of different words, by descending score.
+        index: Tensor [n] int64, distinct words by descending score.
         score: Tensor [n].
-        keys: array [K] uint64, of :class:`WordOrder`; of words of one score the least key comes first.
-        top: L, the most words; None: no limit.
-        fill: "random" adds, to fewer than L, the words of least key among the others, after them.
+        keys: array [K] uint64, of :class:`WordOrder`; words of equal score are sorted by ascending key.
+        top: L, maximum number of words; None: no limit.
+        fill: "random" appends other words, in the order of their keys, if there are fewer than L; "none" does not.
 
     Returns:
         Tensor [at most L] int64.
@@ -71,28 +71,28 @@ def ordered_words(index: Tensor, score: Tensor, keys: np.ndarray, top: int | Non
 
 
 class PriorWords:
-    """The words of an image by a prior file."""
+    """The present words of an image according to a prior file."""
 
     def __init__(self, priors, names, threshold=0.7, top=6, fill="none", seed=0):
         """
         Args:
             priors: :class:`~ovdet2.priors.concept_prior.ConceptPriors`.
-            names: K words of the vocabulary.
+            names: the K words of the vocabulary.
             threshold, top: rho and L of :meth:`ConceptPriors.select`.
             fill: see :func:`ordered_words`.
             seed: see :class:`WordOrder`.
 
         Raises:
-            CacheError: the file knows none of the words.
-            UsageError: another ``fill``, or no limit to fill up to.
+            CacheError: the file has none of the words.
+            UsageError: ``fill`` is unknown, or it is "random" without ``top``.
         """
         if fill not in FILLS or (fill == "random" and top is None):
             raise UsageError(
-                f"words are filled up by {' or '.join(FILLS)}, the latter to a number; not by {fill!r} to {top}."
+                f"fill is {fill!r} and top {top}: fill must be {' or '.join(FILLS)}, and the latter requires a number top."
             )
         if not priors.coverage(names).shared:
             raise CacheError(
-                f"the concept prior {priors.path} is about {few(priors.words)}, none of which is in the vocabulary "
+                f"the concept prior {priors.path} has the words {few(priors.words)}; none is in the vocabulary "
                 f"({few(names)}): build one with these words (ovdet2 prior --words)."
             )
         self.priors, self.names = priors, tuple(names)
@@ -102,13 +102,13 @@ class PriorWords:
     def __call__(self, image_id):
         """
         Args:
-            image_id: of the data set.
+            image_id: image id of the data set.
 
         Returns:
-            Tensor [K] int64 of indices into the names, best first.
+            Tensor [at most K] int64, indices into ``names``, best first.
 
         Raises:
-            CacheError: the image is not of the prior's data set.
+            CacheError: the image is not in the prior's data set.
         """
         index, score = self.priors.ranked(image_id, self.names)
         kept = score >= torch.tensor(self.threshold, dtype=torch.float32)
@@ -116,5 +116,5 @@ class PriorWords:
 
 
 def few(words: Sequence[str]) -> str:
-    """The first of some words, for a message."""
+    """The first words of a list, for a message."""
     return ", ".join(words[:_SHOWN]) + (", ..." if len(words) > _SHOWN else "")

@@ -1,7 +1,7 @@
-"""Regional contrastive distillation of CCKT-Det: queries and the teacher's crops of their objects find each other.
+"""Regional contrastive distillation of CCKT-Det: contrastive losses between query and crop embeddings.
 
 Shapes: B images, N queries, X the most objects of one image, P pairs of a query and an object, K classes, m crops of a
-class, D embedding dimension. Sums, not means: who calls divides.
+class, D embedding dimension. The losses are sums over pairs; the caller normalises them.
 """
 
 import torch
@@ -11,14 +11,14 @@ from ovdet2.errors import UsageError
 
 
 def pair_contrast(student: Tensor, teacher: Tensor, query: Tensor, valid: Tensor, temperature: float = 0.07) -> Tensor:
-    """Each crop against all queries of its image, and each matched query against all crops of its image (Eqs. 5 and 6),
-    averaged over the two directions and summed over pairs.
+    """InfoNCE of each crop with all queries of its image, and of each matched query with all crops of its image (Eqs. 5
+    and 6), averaged over the two directions and summed over pairs.
 
     Args:
-        student: Tensor [B, N, D], unit rows.
-        teacher: Tensor [B, X, D], unit rows of any floating type where ``valid``; the target.
-        query: Tensor [B, X] int64, the query matched with each object; any value where not ``valid``.
-        valid: Tensor [B, X] bool, objects with a query and a crop; the others take no part, not even as negatives.
+        student: Tensor [B, N, D], query embeddings, unit rows.
+        teacher: Tensor [B, X, D], crop embeddings, unit rows where ``valid``, any floating type; no gradient.
+        query: Tensor [B, X] int64, the query matched with each object; ignored where not ``valid``.
+        valid: Tensor [B, X] bool, objects with a query and a crop; others are neither positives nor negatives.
         temperature: tau.
 
     Returns:
@@ -34,7 +34,9 @@ def pair_contrast(student: Tensor, teacher: Tensor, query: Tensor, valid: Tensor
         # Row i: the query of object i; column j: the crop of object j.
         objects = logits.gather(2, query[:, None].expand(-1, query.shape[1], -1)).transpose(1, 2)
         itself = torch.eye(query.shape[1], dtype=torch.bool, device=query.device)
-        objects = objects.masked_fill(~valid[:, None] & ~itself, -torch.inf)  # a row of nothing but it gives NaN
+        objects = objects.masked_fill(
+            ~valid[:, None] & ~itself, -torch.inf
+        )  # keeps the diagonal: a row of only -inf gives NaN
         to_teacher = objects.logsumexp(dim=2) - own
         return ((to_student + to_teacher) / 2).masked_fill(~valid, 0.0).sum()
 
@@ -42,22 +44,22 @@ def pair_contrast(student: Tensor, teacher: Tensor, query: Tensor, valid: Tensor
 def class_contrast(
     student: Tensor, matched: Tensor, labels: Tensor, teacher: Tensor, active: Tensor, temperature: float = 0.07
 ) -> Tensor:
-    """One crop for each class, against the queries of the whole batch: the form of the published code.
+    """InfoNCE between one crop per class and all queries of the batch, as in the published code.
 
-    A matched query is to find the crop of its class among those of all classes; the crop of a class, the queries
-    matched with that class among all queries.
+    For a matched query, the positive is the crop of its class, the negatives are those of other classes. For the crop
+    of a class, the positives are the queries matched with that class, the negatives are all other queries.
 
     Args:
         student: Tensor [B * N, D], unit rows.
-        matched: Tensor [P] int64, rows of ``student``.
-        labels: Tensor [P] int64, their classes.
-        teacher: Tensor [K, D], a unit row of any floating type for each class that is ``active``; the target.
+        matched: Tensor [P] int64, rows of ``student`` that are matched with an object.
+        labels: Tensor [P] int64, classes of the matched queries.
+        teacher: Tensor [K, D], unit rows where ``active``, any floating type; no gradient.
         active: Tensor [K] bool, classes that have a crop.
         temperature: tau.
 
     Returns:
-        As of :func:`pair_contrast`: the mean of the sum over matched queries and of the sum over classes. Of a class's
-        scores the mean over its queries counts. Pairs whose class has no crop take no part.
+        As of :func:`pair_contrast`: the mean of the sum over matched queries and the sum over classes. The term of a
+        class is the mean over its queries. Pairs whose class has no crop are ignored.
     """
     with torch.autocast(student.device.type, enabled=False):
         student = _full_precision(student)
@@ -66,8 +68,7 @@ def class_contrast(
         rows = logits[matched]  # P x K
         paired = active[labels]
         own = rows.gather(1, labels[:, None])[:, 0].masked_fill(~paired, 0.0)
-        # A class without a crop is no negative. Rows that take no part stay whole: one of nothing but -inf has a NaN
-        # gradient.
+        # A class without a crop is no negative. Ignored rows are not masked: a row of only -inf has a NaN gradient.
         to_teacher = rows.masked_fill(~active & paired[:, None], -torch.inf).logsumexp(dim=1) - own
         zeros = own.new_zeros(len(active))
         count = zeros.scatter_add(0, labels, paired.to(own))
@@ -76,8 +77,8 @@ def class_contrast(
 
 
 class ClassCrops(nn.Module):
-    """A few of the teacher's crops for each class, of which one at a time is drawn. Of no checkpoint: the cache has
-    them."""
+    """Crop embeddings of each class, from which one per class is drawn. They are not saved in checkpoints, since the
+    cache has them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,16 +89,16 @@ class ClassCrops(nn.Module):
         """
         Args:
             crops: Tensor [K, m, D], of any floating type.
-            counts: Tensor [K] int64, how many of the m rows of a class are crops.
+            counts: Tensor [K] int64, number of valid rows of each class.
         """
         self.crops, self.counts = crops.to(self.crops.device), counts.to(self.counts.device)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """A crop of each class: (Tensor [K, D], Tensor [K] bool, whether the class has one), by torch's global
-        generator of the CPU.
+        """Draw a crop of each class, by torch's global CPU generator: (Tensor [K, D], Tensor [K] bool, whether the
+        class has a crop).
 
         Raises:
-            UsageError: there are none.
+            UsageError: the crops are not read yet.
         """
         if not len(self.counts):
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What CCKT-Det adds to a sample: the words present in the image, and the teacher's crops of its objects.
+"""Sample steps of CCKT-Det: attach the present words of an image, and teacher embeddings of its object crops.
 
 Shapes: P present words, M objects, D embedding dimension.
 """
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PresentWords:
-    """Words that are present in an image, the semantic priors of its queries.
+    """The words present in an image, which are the semantic priors of its queries.
 
     Attributes:
-        words: Tensor [P] int64 on the CPU: indices of base words in training, of the whole vocabulary at test; the
-            first count most where there are more than queries.
+        words: Tensor [P] int64 on the CPU, best first: indices of base words in training, of all words at test. If
+            there are more words than queries, the last ones are ignored.
     """
 
     words: Tensor
@@ -45,7 +45,7 @@ class PresentWords:
 
 @dataclass(frozen=True)
 class ObjectCrops:
-    """The teacher's embeddings of the crops of the M instances.
+    """Teacher embeddings of the crops of the M instances.
 
     Attributes:
         embeddings: Tensor [M, D] float16, unit rows where ``embedded``, zero elsewhere.
@@ -60,7 +60,7 @@ class AttachPresentWords(Step):
     """Attaches :class:`PresentWords`.
 
     Attributes:
-        words: function of a sample that gives the words, Tensor [P] int64: :class:`AnnotatedWords` or
+        words: function from a sample to its words, Tensor [P] int64: :class:`AnnotatedWords` or
             :class:`WordsOfFile`.
     """
 
@@ -76,7 +76,7 @@ class AttachPresentWords(Step):
 
 
 class AttachObjectCrops(Step):
-    """Attaches :class:`ObjectCrops` of the annotated boxes that augmentation has left.
+    """Attaches :class:`ObjectCrops` of the annotated boxes that remain after augmentation.
 
     Attributes:
         cache: :class:`RegionCache` of the annotated boxes of the training set.
@@ -94,8 +94,8 @@ class AttachObjectCrops(Step):
             return
         ids = [annotation.get("id", -1) for annotation in sample.annotations]
         known_regions(self.cache, sample.image_id, sample.width, sample.height, ids)
-        kept = torch.tensor(ids, dtype=torch.int64)[sample.kept]
-        sample.attach(ObjectCrops(*self.cache.of_annotations(sample.image_id, kept)))
+        ann_ids = torch.tensor(ids, dtype=torch.int64)[sample.kept]
+        sample.attach(ObjectCrops(*self.cache.of_annotations(sample.image_id, ann_ids)))
 
     def require_teacher(self, teacher: Fingerprint, owner: str) -> None:
         """Raise CacheError unless the cache is of this teacher."""
@@ -103,25 +103,25 @@ class AttachObjectCrops(Step):
 
 
 class AnnotatedWords:
-    """The words annotated in what augmentation has left of an image, for training: base words only.
+    """For training: the base words of the annotations that remain after augmentation.
 
-    Their order is drawn from numpy's global generator, so that no block of queries belongs to a class.
+    Their order is drawn from numpy's global generator, so that no class always has the same block of queries.
     """
 
     def __init__(self, num_base: int, dropout: float = 0.0, distractors: int = 0) -> None:
         """
         Args:
             num_base: number of base words; distractors are drawn from them.
-            dropout: probability of a word to be left out.
-            distractors: most words added that are not annotated; their number is drawn from 0 to it.
+            dropout: probability that a word is dropped.
+            distractors: maximum number of added words without annotation; the number is drawn from 0 to this maximum.
 
         Raises:
-            UsageError: a number out of range.
+            UsageError: a number is out of range.
         """
         if not 0 <= dropout < 1 or distractors < 0:
             raise UsageError(
-                f"MODEL.CCKT.PRIOR_DROPOUT is {dropout} and PRIOR_DISTRACTORS {distractors}: choose a share in [0, 1) "
-                "and a number from 0."
+                f"MODEL.CCKT.PRIOR_DROPOUT is {dropout} and PRIOR_DISTRACTORS {distractors}: choose a fraction in [0, 1) "
+                "and a number >= 0."
             )
         self.num_base, self.dropout, self.distractors = num_base, dropout, distractors
 
@@ -144,7 +144,7 @@ class AnnotatedWords:
 
 
 class WordsOfFile:
-    """The words of a prior file, for the test."""
+    """For test: the present words of a prior file."""
 
     def __init__(self, words: PriorWords) -> None:
         self.words = words
@@ -155,9 +155,9 @@ class WordsOfFile:
 
 
 def build_steps(cfg: CfgNode, datasets: Sequence[str], is_train: bool) -> list[Step]:
-    """The steps for images with boxes, as MODEL.CCKT asks for them.
+    """Build the steps for images with boxes from MODEL.CCKT.
 
-    The priors of the test are opened for training, too: a file that does not fit must be known before the hours.
+    Training also opens the priors of the test, so that an unsuitable file is reported before the training.
 
     Raises:
         UsageError, CacheError: see :func:`open_annotation_cache` and :func:`open_prior_words`.
@@ -177,7 +177,7 @@ def build_steps(cfg: CfgNode, datasets: Sequence[str], is_train: bool) -> list[S
 
 
 def open_annotation_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
-    """The cache of MODEL.CCKT.REGION_CACHE for some data sets, which must be of annotated boxes.
+    """Open the cache MODEL.CCKT.REGION_CACHE for some data sets; it must hold annotated boxes.
 
     Raises:
         UsageError, CacheError: see :func:`~ovdet2.caches.training_cache.open_training_cache`; or it holds other boxes
@@ -197,9 +197,9 @@ def open_prior_words(cfg: CfgNode) -> PriorWords:
     """:class:`PriorWords` of MODEL.CCKT.PRIOR_FILE, checked against DATASETS.TEST; logs their source.
 
     Raises:
-        UsageError: no file is named, several test sets, whose image ids one file cannot tell apart, or no such
+        UsageError: no file is named, there are several test sets (one file has one set of image ids), or an unknown
             MODEL.CCKT.PRIOR_FILL.
-        CacheError: see :class:`ConceptPriors` and :class:`PriorWords`; or it is of another data set.
+        CacheError: see :class:`ConceptPriors` and :class:`PriorWords`; or the file is of another data set.
     """
     settings, tests = cfg.MODEL.CCKT, cfg.DATASETS.TEST
     if not settings.PRIOR_FILE:
@@ -219,21 +219,25 @@ def open_prior_words(cfg: CfgNode) -> PriorWords:
     words = PriorWords(
         priors, names, settings.PRIOR_THRESHOLD, settings.PRIOR_TOP, settings.PRIOR_FILL, max(cfg.SEED, 0)
     )
-    logger.info("Words at test, score from %g, at most %d: %s.", words.threshold, words.top, priors)
+    logger.info(
+        "Semantic priors at test: words with score >= %g, at most %d per image: %s.", words.threshold, words.top, priors
+    )
     unknown = priors.coverage(names).unknown
     if unknown:
-        logger.warning("Of %d of the %d words the prior says nothing: %s.", len(unknown), len(names), few(unknown))
+        logger.warning(
+            "The concept prior lacks %d of the %d words of the vocabulary: %s.", len(unknown), len(names), few(unknown)
+        )
     if priors.kind != "prediction":
         logger.warning(
-            "The priors are no prediction but %s: figures with them are no results of a method.", priors.kind
+            "The priors are not predicted but %s: do not report figures with them as results of a method.", priors.kind
         )
     return words
 
 
 def prior_facts(cfg: CfgNode) -> dict[str, Any]:
-    """What a report states of the priors of its detector; {} without a prior file."""
+    """Entries about the priors for report.json; {} without a prior file."""
     settings = cfg.MODEL.CCKT
-    if not (settings.ENABLED and settings.PRIORS and settings.PRIOR_FILE):  # without one the loader stops
+    if not (settings.ENABLED and settings.PRIORS and settings.PRIOR_FILE):  # without a file the loader raises
         return {}
     manifest = ConceptPriors(settings.PRIOR_FILE).manifest
     chosen = {"threshold": settings.PRIOR_THRESHOLD, "top": settings.PRIOR_TOP, "fill": settings.PRIOR_FILL}

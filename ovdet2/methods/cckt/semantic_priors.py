@@ -1,4 +1,4 @@
-"""Semantic priors of CCKT-Det: the words that exist in an image, added to the queries that look for them (Eq. 1).
+"""Semantic priors of CCKT-Det: embeddings of the words present in an image are added to its queries (Eq. 1).
 
 Shapes: B images, N queries, P the most words of one image, C channels, D embedding dimension.
 """
@@ -21,30 +21,30 @@ ASSIGNMENTS = ("blocks", "interleave")
 
 @dataclass(frozen=True)
 class CarriedWords:
-    """The word that each query carries; an attachment of :class:`Queries`.
+    """The prior word of each query; an attachment of :class:`Queries`.
 
     Attributes:
-        words: Tensor [B, N] int64, index into the words of the detector, -1 for none.
+        words: Tensor [B, N] int64, index into the vocabulary, -1 for none.
     """
 
     words: Tensor
 
 
 def assign_words(counts: Tensor, num_queries: int, assignment: str = "blocks") -> Tensor:
-    """Which of its image's words each query carries.
+    """Assign the present words of each image to its queries.
 
     With K words, "blocks" gives floor(N / K) consecutive queries to each word, and one more to the first N mod K words,
-    from the queries at the end: the published code's rule, for learned queries, which have no order. "interleave" gives
-    query i the word i mod K, for queries in order of objectness: blocks would leave the worst proposals to the last
-    word. Of more than N words the first N are carried.
+    from the queries at the end: the rule of the published code, for learned queries, which have no order. "interleave"
+    gives query i the word i mod K, for queries sorted by objectness, where with blocks the last word would get the
+    worst proposals. With more than N words only the first N are used.
 
     Args:
-        counts: Tensor [B] int64, words of each image; 0: its queries carry none.
+        counts: Tensor [B] int64, number of words of each image, 0 or more.
         num_queries: N.
         assignment: one of :data:`ASSIGNMENTS`.
 
     Returns:
-        Tensor [B, N] int64, the place of a query's word among those of its image; -1: none.
+        Tensor [B, N] int64, position of a query's word in the list of its image; -1: none.
     """
     query = torch.arange(num_queries, device=counts.device)
     words = counts[:, None].clamp(min=1, max=max(1, num_queries))
@@ -57,19 +57,19 @@ def assign_words(counts: Tensor, num_queries: int, assignment: str = "blocks") -
 
 
 class SemanticPriors(nn.Module):
-    """Adds a linear function of a word's embedding to the content of the queries that carry the word, once, before the
-    decoder; positions and references stay."""
+    """Adds a linear projection of word embeddings to the content of the queries that they are assigned to, once, before
+    the decoder; positions and references are unchanged."""
 
     def __init__(self, bank: WordBank, dim: int, assignment: str, gain: float = 1.0) -> None:
         """
         Args:
-            bank: words of the detector, which are read and not owned.
+            bank: word bank of the detector; not a submodule of this module.
             dim: C.
             assignment: see :func:`assign_words`.
-            gain: factor of the projection's first weights, which are otherwise Xavier's.
+            gain: factor of the Xavier initialisation of the projection.
 
         Raises:
-            UsageError: another assignment.
+            UsageError: the assignment is unknown.
         """
         super().__init__()
         if assignment not in ASSIGNMENTS:
@@ -77,7 +77,7 @@ class SemanticPriors(nn.Module):
                 f"the words of an image are assigned by {' or '.join(ASSIGNMENTS)}, not {assignment!r}: change "
                 "MODEL.CCKT.ASSIGNMENT."
             )
-        self._shared = (bank,)  # a tuple hides it from state_dict: the detector owns it
+        self._shared = (bank,)  # a tuple hides it from state_dict: it is the detector's
         self.assignment = assignment
         self.projection = nn.Linear(bank.embeddings.shape[1], dim)
         nn.init.xavier_uniform_(self.projection.weight, gain)
@@ -86,19 +86,19 @@ class SemanticPriors(nn.Module):
     def forward(self, queries: Queries, samples: Sequence[Sample]) -> Queries:
         """
         Args:
-            queries: as the detector starts from them.
-            samples: B samples with :class:`PresentWords`; the first count most if there are more than N.
+            queries: input queries of the decoder.
+            samples: B samples with :class:`PresentWords`; with more than N words the last ones are ignored.
 
         Returns:
-            The queries with the priors in ``content`` and :class:`CarriedWords` attached.
+            The queries with the priors added to ``content`` and :class:`CarriedWords` attached.
 
         Raises:
-            UsageError: a sample comes without its present words, or with one that the detector does not have.
+            UsageError: a sample has no present words attached, or a word is not in the detector's vocabulary.
         """
         bank = self._shared[0]
         rows = bank.training_embeddings if self.training else bank.embeddings
         words = [_words_of(sample, len(rows)) for sample in samples]
-        # On the CPU, where the lists are: the device is told once what each query carries, and never asked.
+        # Computed on the CPU, where the lists are: one copy to the GPU and no synchronisation.
         place = assign_words(
             torch.tensor([len(of_image) for of_image in words]), queries.content.shape[1], self.assignment
         )
@@ -106,7 +106,7 @@ class SemanticPriors(nn.Module):
         carried = padded.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
         device = queries.content.device
         padded, place, carried = (part.to(device, non_blocking=True) for part in (padded, place, carried))
-        # Every image has a row, if only the padding's: the projection takes part in every step of every process.
+        # Each image has at least a padding row: DistributedDataParallel needs a gradient of the projection in every step.
         projected = self.projection(rows[padded].to(self.projection.weight.dtype))  # B x P x C
         added = projected.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, projected.shape[-1]))
         added = added.masked_fill(place[..., None] < 0, 0.0)
@@ -117,13 +117,13 @@ def _words_of(sample, limit):
     present = sample.attachments.get(PresentWords)
     if present is None:
         raise UsageError(
-            f"{sample.name} comes without its present words, which MODEL.CCKT.PRIORS needs: load the data with the "
-            "steps of this configuration, or let Detector prepare the image."
+            f"{sample.name} has no present words attached, which MODEL.CCKT.PRIORS requires: load the data with the "
+            "steps of this configuration, or use Detector for this image."
         )
     words = present.words
     if len(words) and not 0 <= int(words.min()) <= int(words.max()) < limit:
         raise UsageError(
-            f"the present words {words.tolist()} of {sample.name} are not below {limit}, the number of words (in "
+            f"the present words {words.tolist()} of {sample.name} must be below {limit}, the number of words (in "
             "training, of base words): they are of another vocabulary."
         )
     return words

@@ -1,4 +1,4 @@
-"""CLIP-DETR: AlignNet and dynamic queries, losses of training that change nothing at test."""
+"""CLIP-DETR: AlignNet and dynamic queries, two training losses that do not change the detector at test."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ class CLIPDETRMethod(Method):
         return bool(cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT or cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT)
 
     def check(self, cfg: CfgNode) -> None:
-        """Refuse weights below 0 and an unknown SHIFT."""
+        """Refuse negative weights and an unknown SHIFT."""
         clip = cfg.MODEL.CLIP_DETR
         if min(clip.ALIGN_WEIGHT, clip.DYNAMIC_WEIGHT) < 0:
             raise UsageError(
-                f"MODEL.CLIP_DETR has ALIGN_WEIGHT {clip.ALIGN_WEIGHT} and DYNAMIC_WEIGHT {clip.DYNAMIC_WEIGHT}: no "
-                "weight is below 0."
+                f"MODEL.CLIP_DETR has ALIGN_WEIGHT {clip.ALIGN_WEIGHT} and DYNAMIC_WEIGHT {clip.DYNAMIC_WEIGHT}: "
+                "weights must not be negative."
             )
         if clip.SHIFT not in ("signed", "literal"):
             raise UsageError(f'MODEL.CLIP_DETR.SHIFT is {clip.SHIFT!r}: choose "signed" or "literal".')
@@ -73,7 +73,7 @@ class CLIPDETRMethod(Method):
         return build_clip_detr(cfg, host)
 
     def for_evaluation(self, cfg: CfgNode) -> None:
-        """Both weights 0: nothing of it is built."""
+        """Set both weights to 0, so that no part is built."""
         cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT = cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
 
 

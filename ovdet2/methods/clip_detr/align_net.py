@@ -1,4 +1,4 @@
-"""AlignNet: the encoder's features of an object are drawn to its attributes (CLIP-DETR, Eq. 1, 4, 5).
+"""AlignNet: contrastive loss between encoder features and attributes of objects (CLIP-DETR, Eq. 1, 4, 5).
 
 Shapes: B images, M objects of the batch, L levels, C channels.
 """
@@ -18,25 +18,25 @@ from ovdet2.modeling.detr.memory import Memory
 from ovdet2.modeling.detr.targets import Targets
 
 _MAX_LOG_SCALE = math.log(100)
-_SAMPLES = 2  # per side of a bin
-# Objects of one label are no negatives of each other if the logarithms of their sides differ by less.
+_SAMPLES = 2  # RoIAlign samples per side of a bin
+# "near": objects of the same label whose log widths and log heights differ by less are not negatives.
 _LARGEST_DIFFERENCE = {"none": 0.0, "near": 0.1, "label": math.inf}
 
 
 class AlignNet(nn.Module):
-    """Symmetric cross-entropy between pooled encoder features and attributes, every object its own class."""
+    """Symmetric cross-entropy (InfoNCE) between pooled encoder features and attributes of objects."""
 
     def __init__(self, strides: Sequence[int], roi_size: int = 7, ignored: str = "none", gather: bool = False) -> None:
         """
         Args:
             strides: L ints, pixels between the cells of each level.
-            roi_size: bins per side of RoIAlign, whose mean is taken.
-            ignored: which objects are no negatives of each other: "none", as in the paper; "near", those of one label
-                and nearly one size; "label", all of one label.
-            gather: over the objects of all processes instead of one's own.
+            roi_size: bins per side of RoIAlign, which are averaged.
+            ignored: pairs of objects that are not negatives: "none", as in the paper; "near": same label and nearly
+                the same size; "label": same label.
+            gather: use the objects of all processes, not only of this one.
 
         Raises:
-            UsageError: another value of ``ignored``.
+            UsageError: ``ignored`` is unknown.
         """
         super().__init__()
         if ignored not in _LARGEST_DIFFERENCE:
@@ -44,7 +44,7 @@ class AlignNet(nn.Module):
             raise UsageError(f"MODEL.CLIP_DETR.IGNORED_PAIRS is {ignored!r}: choose one of {choices}.")
         self.strides, self.roi_size = tuple(strides), roi_size
         self.ignored, self.gather = ignored, gather
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # as CLIP's starts, and is capped
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # initial value and cap of CLIP
 
     def forward(self, memory: Memory, targets: Targets, attributes: Tensor) -> Tensor:
         """
@@ -60,11 +60,11 @@ class AlignNet(nn.Module):
             encoded = pooled_objects(memory, targets, self.strides, self.roi_size)
             sides = targets.boxes_cxcywh[:, 2:].to(encoded).log()
             parts = [encoded, attributes.to(encoded), targets.labels[:, None].to(encoded), sides]
-            if self.gather:  # as one Tensor, of which every process has one gradient to exchange
+            if self.gather:  # one Tensor: one gradient exchange
                 rows, _ = gather_rows(torch.cat(parts, dim=1))
                 parts = rows.split([part.shape[1] for part in parts], dim=1)
             encoded, attributes, labels, sides = parts
-            with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
+            with torch.no_grad():  # clamp the parameter, not its use: beyond the cap the gradient would be 0
                 self.log_scale.clamp_(max=_MAX_LOG_SCALE)
             logits = self.log_scale.exp() * F.normalize(encoded, dim=1) @ F.normalize(attributes, dim=1).T
             ignored = near_duplicates(labels[:, 0], sides, _LARGEST_DIFFERENCE[self.ignored])
@@ -72,11 +72,11 @@ class AlignNet(nn.Module):
 
 
 def pooled_objects(memory: Memory, targets: Targets, strides: Sequence[int], roi_size: int = 7) -> Tensor:
-    """z_enc: the mean of an object's box over the maps of all levels (Eq. 1).
+    """z_enc: RoIAlign features of each object, averaged over bins and levels (Eq. 1).
 
-    Boxes are in pixels over the stride: shares of the valid cells, as the decoder's references are, would be another
-    place in another batch, since of a coarse map a cell more or less counts as valid. RoIAlign takes the map to go on
-    beyond its border as it ends there; so does the image's part of a padded map here.
+    Box coordinates are pixels / stride. The decoder's references are relative to the valid cells instead; with these
+    the pooled position would depend on the padding of the batch, since the number of valid cells of a coarse map does.
+    RoIAlign extends a map beyond its border by the border's values; padded maps are extended in the same way.
 
     Args:
         memory: :class:`~ovdet2.modeling.detr.memory.Memory`.
@@ -103,12 +103,12 @@ def pooled_objects(memory: Memory, targets: Targets, strides: Sequence[int], roi
 
 
 def near_duplicates(labels: Tensor, log_sides: Tensor, most: float) -> Tensor:
-    """Pairs of one label and about one size.
+    """Pairs of objects with the same label and nearly the same size.
 
     Args:
         labels: Tensor [M].
         log_sides: Tensor [M, 2], logarithms of width and height.
-        most: difference of either that is too much.
+        most: exclusive upper bound of the differences of log width and log height.
 
     Returns:
         Tensor [M, M] bool, the diagonal included.
@@ -118,11 +118,11 @@ def near_duplicates(labels: Tensor, log_sides: Tensor, most: float) -> Tensor:
 
 
 def _continued(features, valid):
-    """Maps whose first padded column and row are those before them, as far as bilinear sampling within can see.
+    """Copy the last valid column and row of maps into the first padded ones, which bilinear sampling may read.
 
     Args:
         features: Tensor [B, C, h, w].
-        valid: Tensor [B, 2] int64, (columns, rows) that show the image.
+        valid: Tensor [B, 2] int64, numbers of valid (columns, rows).
     """
     for dim, counts in ((3, valid[:, 0]), (2, valid[:, 1])):
         shape = [len(features), 1, 1, 1]

@@ -1,12 +1,12 @@
-r"""Training steps of CLIP-DETR: with AlignNet, with dynamic queries and with both, against the detector without them.
+r"""Time of training steps with AlignNet, with dynamic queries and with both, compared with the detector without.
 
     ovdet2 bench clip-detr --config-file ovshapes/clip_detr_both_closed_r18.yaml \
         --size 160x160 --batch 8 --objects 4 --turns 10
     ovdet2 bench clip-detr --config-file coco/clip_detr_r50_12ep.yaml \
         --size 512x512 --batch 1 --objects 7 --turns 3
 
-All have the same weights and get the same images of noise; a step is forward, backward and an update of size 0. At test
-there is no difference to measure: the parts are not run.
+All have the same weights and get the same noise images; a step is forward, backward and an update with learning rate 0.
+At test there is no difference: the parts do not run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ OPTIONS = {
 
 
 def plan(args: argparse.Namespace) -> Iterator[Comparison]:
-    """One case; a candidate for each combination of parts."""
+    """One case, with a candidate for each combination of parts."""
     columns = {"image": size_text(args.size), "batch": str(args.batch), "objects": str(args.objects)}
     candidates = [Candidate(name, lambda name=name: build(args, name), TrainingStep.__call__) for name in PARTS]
     case = Case(columns, noise_samples(args.size, args.batch, args.objects))
@@ -46,7 +46,7 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def build(args: argparse.Namespace, name: str) -> TrainingStep:
-    """Steps of the detector with some of the parts, which are built last: the weights of the detector are the same."""
+    """Training step with some of the parts; they are built last, so the detector's weights are the same for all."""
     fixed = ["MODEL.DEVICE", args.device, "MODEL.CLIP_DETR.LABEL_TABLE", "", "MODEL.WEIGHTS", ""]
     cfg = load_config(args.config_file, [*args.opts, *fixed, *PARTS[name]])
     words = random_words(WORDS, [True] * len(WORDS))

@@ -1,4 +1,4 @@
-"""From MODEL.CLIP_DETR.* to the parts of CLIP-DETR."""
+"""Build the part of CLIP-DETR from MODEL.CLIP_DETR.*."""
 
 import logging
 from dataclasses import replace
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 def build_clip_detr(cfg: CfgNode, host: Host) -> CLIPDETR | None:
-    """AlignNet and dynamic queries, for training only; None if both weights are 0.
+    """Build AlignNet and dynamic queries, for training only; None if both weights are 0.
 
-    A vocabulary without base words, such as a transfer target's, is for evaluation alone: no table is read.
+    A vocabulary without base words, such as that of a transfer data set, is only evaluated: no label table is read.
 
     Args:
         cfg: configuration.
-        host: of a DETR.
+        host: DETR host.
 
     Raises:
-        UsageError: a setting that the modules refuse.
+        UsageError: a setting is invalid.
         DataError: see :func:`label_table`.
     """
     clip, dim = cfg.MODEL.CLIP_DETR, cfg.MODEL.DETR.DIM
@@ -57,7 +57,7 @@ def build_clip_detr(cfg: CfgNode, host: Host) -> CLIPDETR | None:
 
 
 def clip_detr_weights(cfg: CfgNode) -> dict[str, float]:
-    """Weights by kind of loss: AlignNet's, and the detector's times DYNAMIC_WEIGHT."""
+    """Loss weights by kind: AlignNet's, and for dynamic queries the detector's times DYNAMIC_WEIGHT."""
     clip = cfg.MODEL.CLIP_DETR
     dynamic = {f"{name}_dynamic": clip.DYNAMIC_WEIGHT * weight for name, weight in loss_weights(cfg).items()}
     return {"loss_align": clip.ALIGN_WEIGHT, **dynamic}
@@ -67,14 +67,14 @@ def label_table(path: str, base: Vocabulary) -> Vocabulary:
     """The base words with the embeddings of a vocabulary file, which may be of another teacher.
 
     Args:
-        path: vocabulary file; its words are compared by their cleaned names, others than the base words are left out.
+        path: vocabulary file; words are compared by their cleaned names, words that are not base words are ignored.
         base: :class:`Vocabulary` of the base words.
 
     Returns:
         :class:`Vocabulary` of the same words in the same order, all base.
 
     Raises:
-        DataError: the file cannot be read, or base words are not in it.
+        DataError: the file cannot be read, or it lacks base words.
     """
     table = Vocabulary.load(path)
     rows = {clean_name(name): row for row, name in enumerate(table.names)}
@@ -85,7 +85,7 @@ def label_table(path: str, base: Vocabulary) -> Vocabulary:
             f"{', '.join(missing[:5])}: build it with ovdet2 vocab --dataset of the test set."
         )
     chosen = [rows[clean_name(name)] for name in base.names]
-    logger.info("CLIP-DETR: attributes of objects are looked up in %s, of %s.", path, table.teacher)
+    logger.info("CLIP-DETR: object attributes use the embeddings of %s, of %s.", path, table.teacher)
     return replace(
         table,
         names=base.names,

@@ -1,4 +1,4 @@
-"""Dynamic query learning: sets of queries that start from objects under more or less noise (CLIP-DETR, Eq. 6 to 9).
+"""Dynamic query learning: sets of denoising queries from noised ground truth (CLIP-DETR, Eq. 6 to 9).
 
 Shapes: B images, M objects of the batch, X the most of one image, S sets, N conventional queries, C channels. The
 G = S X dynamic queries of an image follow its conventional ones, set after set; some members are padding.
@@ -22,12 +22,12 @@ from ovdet2.modeling.detr.targets import Matches, Targets
 
 _LOGGED = 20  # images with too many objects
 
-# Boxes are corrected before a sigmoid: where it is saturated, as at a side of 1, no gradient would move them.
+# The decoder refines boxes before a sigmoid. Where it is saturated, as at a side of 1, the gradient would be 0.
 _CENTRES, _SIDES = (0.01, 0.99), (0.001, 0.99)
 
 
 class BoxEncoder(nn.Module):
-    """Positions of boxes as a two-stage detector encodes them, for one whose own queries have learned positions."""
+    """Position encoding of boxes as in a two-stage detector, for detectors whose queries have learned positions."""
 
     def __init__(self, dim: int) -> None:
         """
@@ -47,13 +47,13 @@ class BoxEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class DynamicSets:
-    """Queries that the decoder takes with the conventional ones.
+    """Sets of dynamic queries, which are decoded together with the conventional ones.
 
     Attributes:
-        extra: the S X queries of each image, and what they must not see.
-        matches: of all members that are no padding, by their place among the S X.
+        extra: the S X queries of each image, with their attention mask.
+        matches: objects of all members without padding, indexed by their position among the S X.
         sets: S.
-        objects: members of a set that are no padding, over all images.
+        objects: number of members of one set without padding, over all images.
     """
 
     extra: ExtraQueries
@@ -63,7 +63,7 @@ class DynamicSets:
 
 
 class DynamicQueries(nn.Module):
-    """Makes the sets; without parameters unless it encodes positions itself."""
+    """Builds the sets of dynamic queries; it has parameters only with a ``box_encoder``."""
 
     def __init__(
         self,
@@ -75,23 +75,23 @@ class DynamicQueries(nn.Module):
     ) -> None:
         """
         Args:
-            betas: share of noise in the content of each of the S sets, 0 to 1.
-            rho: most that centres are shifted, in halves of the box's sides, and that sides are stretched, in
-                themselves.
-            signed: shifts and stretches are of either sign, as DINO's are. As the paper writes them they are not:
-                centres go to the right and down, and boxes only grow.
-            max_objects: of an image; of more as many are drawn.
-            box_encoder: for a detector with learned positions, whose references are points; None:
-                the detector encodes boxes itself.
+            betas: fraction of noise in the content of each of the S sets, 0 to 1.
+            rho: maximum shift of a centre, relative to half the side, and maximum change of a side, relative to the
+                side.
+            signed: shifts and changes have both signs, as in DINO; False: only positive, as the paper writes: centres
+                move right and down, and boxes grow.
+            max_objects: maximum number of objects of an image; if there are more, this number is drawn.
+            box_encoder: for a detector with learned positions, whose references are points; None: the detector encodes
+                boxes.
 
         Raises:
-            UsageError: no set, a share outside of [0, 1], a negative rho, or no object.
+            UsageError: there is no set, a fraction is outside of [0, 1], rho is negative, or ``max_objects`` is below 1.
         """
         super().__init__()
         if not betas or min(betas) < 0 or max(betas) > 1 or rho < 0 or max_objects < 1:
             raise UsageError(
-                f"MODEL.CLIP_DETR has BETAS {list(betas)}, RHO {rho} and MAX_OBJECTS {max_objects}: give one share of "
-                "noise from 0 to 1 for each set, and let RHO be 0 or more and MAX_OBJECTS at least 1."
+                f"MODEL.CLIP_DETR has BETAS {list(betas)}, RHO {rho} and MAX_OBJECTS {max_objects}: give one fraction of "
+                "noise from 0 to 1 for each set, RHO of at least 0 and MAX_OBJECTS of at least 1."
             )
         self.register_buffer("betas", torch.tensor(betas), persistent=False)
         self.rho, self.signed, self.max_objects = rho, signed, max_objects
@@ -107,14 +107,14 @@ class DynamicQueries(nn.Module):
     ) -> DynamicSets:
         """
         Args:
-            queries: the conventional ones.
-            targets: the objects.
+            queries: the conventional queries.
+            targets: the ground-truth objects.
             attributes: Tensor [M, C], z_attr.
-            encode_position: the detector's, Tensor [B, n, 4] -> [B, n, C]; not called where there is a box encoder.
-            heads: H of the decoder.
+            encode_position: the detector's function, Tensor [B, n, 4] -> [B, n, C]; not called with a box encoder.
+            heads: number of attention heads of the decoder.
 
         Returns:
-            The sets; their noise is of torch's global generator.
+            The sets; noise is drawn from torch's global generator.
         """
         rows, counts = self._draw(targets)
         rows, sets = rows.to(attributes.device), len(self.betas)
@@ -132,11 +132,11 @@ class DynamicQueries(nn.Module):
         return DynamicSets(extra, set_members(counts, sets, rows), sets, len(rows))
 
     def _draw(self, targets):
-        """(rows of the objects that are used, Tensor on the CPU; how many those are in each image)."""
+        """(rows of the objects that are used, Tensor on the CPU; number of them in each image)."""
         rows, start = [], 0
         for name, count in zip(targets.names, targets.counts):
             if count > self.max_objects:
-                message = f"{name}: dynamic queries for {self.max_objects} of its {count} objects, drawn."
+                message = f"{name}: dynamic queries of {self.max_objects} of its {count} objects, drawn at random."
                 log_first_n(logging.INFO, message, _LOGGED, name=__name__)
                 rows.append(start + torch.randperm(count)[: self.max_objects])
             else:
@@ -146,10 +146,10 @@ class DynamicQueries(nn.Module):
 
 
 def noisy_content(attributes: Tensor, noise: Tensor, betas: Tensor) -> Tensor:
-    """Contents of queries: sqrt(beta_s) noise + sqrt(1 - beta_s) z_attr (Eq. 6).
+    """Content of dynamic queries: sqrt(beta_s) noise + sqrt(1 - beta_s) LN(z_attr) (Eq. 6).
 
-    Attributes are normalised first, by layer norm without weights: the linear layer gives them any scale, which beside
-    noise of variance 1 would be negligible or dominant.
+    Layer norm without weights normalises the attributes. Otherwise their scale, which the linear layer learns, could be
+    negligible or dominant compared with noise of variance 1.
 
     Args:
         attributes: Tensor [M, C].
@@ -164,13 +164,13 @@ def noisy_content(attributes: Tensor, noise: Tensor, betas: Tensor) -> Tensor:
 
 
 def moved_boxes(boxes_cxcywh: Tensor, shares: Tensor, rho: float, signed: bool = True) -> Tensor:
-    """Shifted and stretched boxes: centre + lambda sides / 2, sides + lambda sides (Eq. 7), lambda of each number.
+    """Noised boxes: centre + lambda sides / 2, sides + lambda' sides (Eq. 7), with a separate lambda per coordinate.
 
     Args:
         boxes_cxcywh: Tensor [M, 4] in [0, 1].
-        shares: Tensor [M, S, 4] in [0, 1), uniform.
-        rho: lambda is uniform in (-rho, rho), or in (0, rho).
-        signed: which of the two.
+        shares: Tensor [M, S, 4] in [0, 1), uniform random numbers.
+        rho: bound of lambda.
+        signed: lambda is uniform in (-rho, rho); False: in (0, rho).
 
     Returns:
         Tensor [M, S, 4], centres clamped to [0.01, 0.99], sides to [0.001, 0.99].
@@ -182,11 +182,11 @@ def moved_boxes(boxes_cxcywh: Tensor, shares: Tensor, rho: float, signed: bool =
 
 
 def padded_sets(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Members of the sets of every image.
+    """Arrange rows of objects as padded sets of every image.
 
     Args:
-        rows: Tensor [M, S, ...], those of the first image first.
-        counts: B ints, whose sum is M.
+        rows: Tensor [M, S, ...], in the order of the images.
+        counts: B ints with sum M, the number of objects of each image.
 
     Returns:
         Tensor [B, S X, ...], 0 where padded.
@@ -195,15 +195,15 @@ def padded_sets(rows: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def hidden_from(conventional: int, sets: int, counts: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Which query must not see which (Eq. 9): a set sees itself and the conventional queries, and these themselves.
+    """Self-attention mask (Eq. 9): a set attends to itself and the conventional queries, these only to each other.
 
-    A padded member is hidden from all, but sees the conventional queries: the attention of no row is empty.
+    Padding is hidden from all queries but attends to the conventional ones, so that no row is fully masked.
 
     Args:
         conventional: N.
         sets: S.
-        counts: B ints, the members of each image's sets.
-        device: of the result.
+        counts: B ints, number of members of each set of an image.
+        device: device of the result.
 
     Returns:
         Tensor [B, N + S X, N + S X] bool, True where the column is hidden from the row.
@@ -218,15 +218,15 @@ def hidden_from(conventional: int, sets: int, counts: Sequence[int], device: tor
 
 
 def set_members(counts: Sequence[int], sets: int, rows: Tensor) -> Matches:
-    """The object that each member of a set stands for.
+    """The pairs of dynamic queries and the objects that they are built from.
 
     Args:
-        counts: B ints, the members of each image's sets.
+        counts: B ints, number of members of each set of an image.
         sets: S.
         rows: Tensor [M'] int64, M' the sum of the counts: rows of the targets.
 
     Returns:
-        S M' pairs, queries counted from the first dynamic one.
+        S M' pairs; query indices start at the first dynamic query.
     """
     largest = max(counts)
     image = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -1,7 +1,7 @@
-"""CLIP-DETR's ablations, the paper's Tables 4 to 8 and some of ours, as entries of an experiment.
+"""CLIP-DETR's ablations: the paper's Tables 4 to 8, and some further ones.
 
-Each entry is one configuration, which has both parts, with some keys of MODEL.CLIP_DETR changed. Several tables share
-the entry of the complete method, which is that of rho 1.
+Each entry is the same configuration, which has both parts, with some keys of MODEL.CLIP_DETR changed. Several tables
+share the entry of the complete method (rho 1).
 """
 
 from argparse import ArgumentParser, Namespace
@@ -21,8 +21,8 @@ def _betas(*values: float) -> dict[str, Any]:
     return {"BETAS": list(values)}
 
 
-# Entry: keys of MODEL.CLIP_DETR that differ from the configuration's. Table 0 asks what the paper leaves open, table 8
-# is that of its appendix.
+# Entry: keys of MODEL.CLIP_DETR that differ from the configuration's. Table 0 varies choices that the paper does not
+# state; table 8 is in its appendix.
 TABLES: dict[int, dict[str, dict[str, Any]]] = {
     0: {
         **{f"align weight {weight}": {"ALIGN_WEIGHT": weight} for weight in (0.25, 0.5, 1.0, 2.0)},
@@ -45,7 +45,7 @@ TABLES: dict[int, dict[str, dict[str, Any]]] = {
         WHOLE: {},
         "mixed x 2": _betas(*[0.1, 0.3, 0.5, 0.7, 0.9] * 2),
     },
-    # Beyond 1 signed stretches give sides below 0.
+    # With rho > 1, signed changes give negative sides.
     8: {**{f"rho {rho}": {"RHO": rho} for rho in (0.1, 0.4, 0.8, 1.0)}, "rho 1.5": {"RHO": 1.5, "SHIFT": "literal"}},
 }
 
@@ -54,11 +54,13 @@ def build_ablations(args: Namespace) -> Experiment:
     """The entries of the chosen tables.
 
     Raises:
-        UsageError: the configuration lacks a part of CLIP-DETR.
+        UsageError: a weight of CLIP-DETR is 0.
     """
     cfg = load_config(args.config_file)
     if not cfg.MODEL.CLIP_DETR.ALIGN_WEIGHT or not cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT:
-        raise UsageError(f"{args.config_file} lacks a part of CLIP-DETR: give one with both weights above 0.")
+        raise UsageError(
+            f"{args.config_file} lacks a part of CLIP-DETR: use a configuration with both weights above 0."
+        )
     complete = load_config(args.config_file, [*overrides_in(args.passed_on), *overrides_of({})])
     entries = {}
     for name, keys in ((name, keys) for number in args.tables for name, keys in TABLES[number].items()):
@@ -71,7 +73,7 @@ def build_ablations(args: Namespace) -> Experiment:
 
 
 def overrides_of(keys: Mapping[str, Any]) -> tuple[str, ...]:
-    """Keys of MODEL.CLIP_DETR as overrides of a configuration, whose own claim is not an ablation's."""
+    """Keys of MODEL.CLIP_DETR as command-line overrides; the expected results do not apply to an ablation."""
     changed = [word for key, value in keys.items() for word in (f"MODEL.CLIP_DETR.{key}", str(value))]
     return ("TEST.EXPECTED_RESULTS", "[]", *changed)
 
@@ -84,8 +86,8 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 PLANS = {
     "ablations": Plan(
-        "Run the ablations of CLIP-DETR's Tables 4 to 8, and some of ours (table 0), on any configuration of the complete "
-        'method. What follows "--" goes to the training program.',
+        "Run the ablations of CLIP-DETR's Tables 4 to 8, and further ones (table 0), on any configuration of the complete "
+        'method. Arguments after "--" are passed to the training program.',
         build_ablations,
         _add_arguments,
     )

@@ -1,4 +1,4 @@
-"""CLIP-DETR: what AlignNet and dynamic query learning add to a training step. At test there is nothing of either.
+"""CLIP-DETR: AlignNet and dynamic query learning in a training step. At test the part is not built.
 
 Names of losses: ``loss_align``; ``loss_class_dynamic``, ``loss_l1_dynamic`` and ``loss_giou_dynamic`` for the last
 decoder layer, the same followed by ``_<l>`` for the layers l = 0, 1, ... before it.
@@ -24,7 +24,7 @@ from ovdet2.modeling.detr.targets import Targets
 
 
 class CLIPDETR(DetrPart):
-    """AlignNet, dynamic queries, or both, over the same attributes."""
+    """AlignNet, dynamic queries, or both, on the same object attributes."""
 
     training_only = True
 
@@ -37,16 +37,16 @@ class CLIPDETR(DetrPart):
     ) -> None:
         """
         Args:
-            attributes: of the objects, which both read.
-            align_net: or None.
-            dynamic_queries: or None.
-            loss_weights: of "loss_align" and of the losses of dynamic queries.
+            attributes: attributes of objects, for both.
+            align_net: AlignNet, or None.
+            dynamic_queries: dynamic queries, or None.
+            loss_weights: weights of "loss_align" and of the losses of dynamic queries.
         """
         super().__init__(loss_weights)
         self.attributes, self.align_net, self.dynamic_queries = attributes, align_net, dynamic_queries
 
     def before_decoding(self, step: DetrStep) -> Prepared:
-        """AlignNet's loss and the dynamic queries, whose :class:`DynamicSets` are the state. Draws random numbers; a
+        """AlignNet's loss and the dynamic queries; ``state`` is their :class:`DynamicSets`. Draws random numbers; a
         collective call if AlignNet gathers."""
         attributes, losses = self.attributes(step.targets), dict[str, Tensor]()
         if self.align_net is not None:
@@ -70,20 +70,20 @@ class CLIPDETR(DetrPart):
 def dynamic_losses(
     outputs: DetrOutputs, targets: Targets, sets: DynamicSets, criterion: SetCriterion
 ) -> dict[str, Tensor]:
-    """The detector's losses of dynamic queries, each assigned to its object, over S times the objects (Eq. 10).
+    """The detector's losses of dynamic queries, each assigned to its object, divided by S times the objects (Eq. 10).
 
     Args:
-        outputs: of the S X dynamic queries of each image.
-        targets: the objects.
+        outputs: outputs of the S X dynamic queries of each image.
+        targets: the ground-truth objects.
         sets: the dynamic queries.
-        criterion: of the detector.
+        criterion: the detector's criterion.
 
     Returns:
         dict of scalar Tensors. A collective call.
     """
     matches = sets.matches
     divisor = sets.sets * mean_box_count(sets.objects, matches.target.device)
-    # Members of padding are left out; the others become one image of P queries, each with its pair.
+    # Padding is removed; the other members become one image of P queries, each with its pair.
     pairs = replace(
         matches, image=torch.zeros_like(matches.image), query=torch.arange(len(matches), device=matches.query.device)
     )

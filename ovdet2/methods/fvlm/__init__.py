@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FVLM(Method):
-    """The secondary scores "map" of a detector on a frozen CLIP trunk."""
+    """Secondary scores "map": CLIP scores of proposals from the feature map of a frozen CLIP trunk."""
 
     name = "fvlm"
     hosts = ("FrozenVLMRCNN",)
@@ -31,26 +31,26 @@ class FVLM(Method):
         cfg.MODEL.FVLM.TEMPERATURE = 0.01
 
     def is_on(self, cfg: CfgNode) -> bool:
-        """Whether it gives the secondary scores."""
+        """Whether it computes the secondary scores."""
         return cfg.MODEL.OVD.SECONDARY_SCORES == "map"
 
     def check(self, cfg: CfgNode) -> None:
-        """Refuse a temperature that is not above 0.
+        """Refuse a temperature that is not positive.
 
         Raises:
-            UsageError: names the key.
+            UsageError: such a temperature.
         """
         if cfg.MODEL.FVLM.TEMPERATURE <= 0:
             raise UsageError(f"MODEL.FVLM.TEMPERATURE is {cfg.MODEL.FVLM.TEMPERATURE}: it must be above 0.")
 
     def build(self, cfg: CfgNode, host: Host) -> FVLMPart | None:
-        """The part of the frozen-VLM host; None where it is off."""
+        """Build the part of the frozen-VLM host; None if it is off."""
         if not self.is_on(cfg):
             return None
         from ovdet2.methods.fvlm.part import FVLMPart
         from ovdet2.modeling.backbone import CLIPPyramid
 
-        assert isinstance(host.backbone, CLIPPyramid)  # FrozenVLMRCNN has no other
+        assert isinstance(host.backbone, CLIPPyramid)  # FrozenVLMRCNN requires it
         return FVLMPart(host.backbone, host.bank, cfg.MODEL.FVLM.TEMPERATURE)
 
 

@@ -1,12 +1,12 @@
-"""What freezing the trunk of F-VLM saves: training steps and peak memory against the same network with CLIP trained.
+"""Time and peak memory of F-VLM's training steps, compared with the same network with a trained CLIP trunk.
 
     ovdet2 bench fvlm --size 800x1066 --turns 5
 
 Both are configs/ovcoco/fvlm_rn50.yaml with equal random weights, in float32, and get the same images of 20 objects,
 hence the same proposals; the learning rate is 0, so they stay equal. There is no cache of features: the frozen trunk
-runs in every step. Both trunks are channels_last as a teacher is; on a CPU that slows the gradients of the trained one,
-and --trained-contiguous measures against one without that handicap. Printed, too, is where a step's time goes, and the
-memory of the weights.
+runs in every step. Both trunks are channels_last like a teacher. On a CPU this layout slows the gradients of the trained
+one; --trained-contiguous measures without it. The time of the stages of a step and the memory of the weights are printed
+as well.
 """
 
 import argparse
@@ -39,7 +39,7 @@ OPTIONS = {
     "--architecture": {"default": "RN50", "help": "open_clip ResNet or ViT"},
     "--size": SIZE | {"default": "800x1066"},
     "--batch": {"type": positive, "default": 1},
-    "--trained-contiguous": {"action": "store_true", "help": "do not give the trained trunk channels_last"},
+    "--trained-contiguous": {"action": "store_true", "help": "do not use channels_last for the trained trunk"},
     "opts": OVERRIDES,
 }
 
@@ -58,20 +58,20 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def build(name: str, args: argparse.Namespace) -> nn.Module:
-    """The detector in training mode, with random weights that are the same for both; embeddings are made up."""
+    """The detector in training mode, with random embeddings and random weights that are the same for both."""
     teacher = ["MODEL.TEACHER.ARCHITECTURE", args.architecture, "MODEL.TEACHER.PRETRAINED", str(args.folder / CLIP)]
     fixed = ["MODEL.DEVICE", args.device, "MODEL.BACKBONE.FREEZE_AT", FREEZE_AT[name], *teacher]
     cfg = load_config(CONFIG, [*fixed, *SETTINGS, *args.opts])
     split, clip = dataset_split(cfg), build_teacher(cfg)
     words = random_words(split.names, split.base_mask, clip.embed_dim, clip.fingerprint)
-    model = copy.deepcopy(build_detector(cfg, words))  # the trunk of a detector is that of the teacher, which is shared
+    model = copy.deepcopy(build_detector(cfg, words))  # the detector shares the cached teacher's trunk
     if name == "trained" and args.trained_contiguous:
         model.get_submodule(STAGES["trunk"]).to(memory_format=torch.contiguous_format)
     return model.train()
 
 
 class StagedStep(TrainingStep):
-    """Training steps that return {stage: seconds}."""
+    """Training step that returns {stage: seconds}."""
 
     def __init__(self, model: nn.Module, clock: Clock) -> None:
         super().__init__(model, momentum=0.9)
@@ -104,7 +104,7 @@ class StagedStep(TrainingStep):
 
 
 def print_stages(times: Mapping[str, Sequence[Elapsed]]) -> None:
-    """Share of each stage in the median step."""
+    """Print the share of each stage in the median step."""
     for name, mine in times.items():
         step = statistics.median(elapsed.seconds for elapsed in mine)
         medians = {stage: statistics.median(elapsed.value[stage] for elapsed in mine) for stage in mine[0].value}

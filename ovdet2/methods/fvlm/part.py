@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class FVLMPart(RCNNPart):
-    """CLIP's probabilities of proposals, pooled from the last map of the trunk. Nothing of it is trained or saved."""
+    """CLIP's class probabilities of proposals, pooled from the trunk's last map. It has no weights."""
 
     reads_frozen_trunk = True
 
     def __init__(self, backbone: CLIPPyramid, bank: WordBank, temperature: float) -> None:
         """
         Args:
-            backbone: of the detector.
-            bank: words of the detector, with a ``background``.
+            backbone: the detector's backbone.
+            bank: the detector's word bank, with a ``background``.
             temperature: tau_v of the softmax, above 0.
         """
         super().__init__()
-        # A tuple hides what the detector owns from state_dict.
+        # A tuple hides the detector's modules from state_dict.
         self._of_detector = (backbone, bank)
         self.temperature = temperature
 
@@ -39,7 +39,7 @@ class FVLMPart(RCNNPart):
         """Probabilities [R_i, K + 1] of the proposals of each image, background last."""
         backbone, bank = self._of_detector
         background = bank.background
-        assert background is not None  # F-VLM reads it, so that the detector has it
+        assert background is not None  # F-VLM requires it
         boxes = [of_image.proposal_boxes.tensor for of_image in batch.proposals]
         embeddings = backbone.embed_regions(batch.features, boxes)  # [R, D]
         columns = torch.cat([bank.embeddings, background[None]])

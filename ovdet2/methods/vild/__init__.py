@@ -43,18 +43,18 @@ class ViLD(Method):
         cfg.MODEL.VILD.REGIONS_PER_IMAGE = 300
 
     def is_on(self, cfg: CfgNode) -> bool:
-        """Whether it distils, or gives the secondary scores."""
+        """Whether it distils, or computes the secondary scores."""
         return cfg.MODEL.VILD.WEIGHT > 0 or cfg.MODEL.OVD.SECONDARY_SCORES in self.secondary_scores
 
     def trains_words(self, cfg: CfgNode) -> bool:
-        """Whether it distils."""
+        """Whether the distillation loss is on."""
         return cfg.MODEL.VILD.WEIGHT > 0
 
     def check(self, cfg: CfgNode) -> None:
-        """Refuse switches that would do nothing, or that would leave what scores the words untrained.
+        """Refuse settings without effect, and settings that would leave the text classifier untrained.
 
         Raises:
-            UsageError: names the keys.
+            UsageError: such a setting; the message names its key.
         """
         ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD
         if vild.WEIGHT < 0:
@@ -67,10 +67,10 @@ class ViLD(Method):
         if vild.WEIGHT > 0:
             _check_distillation(cfg)
         elif vild.OWN_HEAD:
-            raise UsageError("MODEL.VILD.OWN_HEAD without a MODEL.VILD.WEIGHT: nothing trains that head.")
+            raise UsageError("MODEL.VILD.OWN_HEAD requires MODEL.VILD.WEIGHT above 0: no other loss trains that head.")
 
     def build(self, cfg: CfgNode, host: Host) -> ViLDPart | None:
-        """The part of an R-CNN host; None where nothing of ViLD is switched on."""
+        """Build the part of an R-CNN host; None if ViLD is off."""
         if not self.is_on(cfg):
             return None
         from ovdet2.methods.vild.part import build_part
@@ -78,7 +78,7 @@ class ViLD(Method):
         return build_part(cfg, host)
 
     def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
-        """Cached regions of training images with boxes, where the weight is above 0."""
+        """Steps that attach cached regions to training images with boxes, if the weight is above 0."""
         from ovdet2.data.samples import BOXES
         from ovdet2.methods.vild.sample import AttachCachedRegions, open_region_cache
 
@@ -88,11 +88,11 @@ class ViLD(Method):
 
 
 def _check_distillation(cfg):
-    """What goes together with a MODEL.VILD.WEIGHT above 0."""
+    """Refuse settings that contradict a MODEL.VILD.WEIGHT above 0."""
     ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD
     if vild.REGIONS_PER_IMAGE < 1:
         raise UsageError(
-            f"MODEL.VILD.REGIONS_PER_IMAGE is {vild.REGIONS_PER_IMAGE}: at least 1, or set MODEL.VILD.WEIGHT to 0."
+            f"MODEL.VILD.REGIONS_PER_IMAGE is {vild.REGIONS_PER_IMAGE}: set at least 1, or MODEL.VILD.WEIGHT to 0."
         )
     if vild.OWN_HEAD and ovd.SECONDARY_SCORES != "image":
         raise UsageError('MODEL.VILD.OWN_HEAD trains a head that only MODEL.OVD.SECONDARY_SCORES "image" uses.')
@@ -101,11 +101,13 @@ def _check_distillation(cfg):
             raise UsageError("MODEL.OVD.CLS_LOSS_WEIGHT 0 with MODEL.VILD.OWN_HEAD leaves the classifier untrained.")
         if ovd.SECONDARY_SCORES != "image" or ovd.SECONDARY_USE == "fuse":
             raise UsageError(
-                "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves background untrained: score words by the image branch alone, "
+                "MODEL.OVD.CLS_LOSS_WEIGHT 0 leaves the background embedding untrained: use only the image branch, "
                 'MODEL.OVD.SECONDARY_SCORES "image" with SECONDARY_USE "only" or "only_objectness".'
             )
     if cfg.MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES:
-        raise UsageError("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES does not go with distillation: set it to False.")
+        raise UsageError(
+            "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES cannot be combined with distillation: set it to False."
+        )
 
 
 METHOD = ViLD()

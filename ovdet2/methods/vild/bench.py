@@ -1,9 +1,9 @@
-"""What ViLD costs: training steps against Detectron2's Faster R-CNN; samples with cached regions against those without.
+"""Cost of ViLD: training steps compared with Detectron2's Faster R-CNN; samples with and without cached regions.
 
     ovdet2 bench vild --sizes 800x1066 512x512 224x224 --turns 8
 
 All models have the same R50-FPN and head weights and get the same image of 20 objects, hence the same proposals (512
-regions are sampled where there are as many). ViLD and ViLD-ensemble distil 300 cached regions as well. Samples are
+regions are sampled if there are enough). ViLD and ViLD-ensemble distil 300 cached regions as well. Samples are
 compared by ``ovdet2 bench cache``.
 """
 
@@ -40,8 +40,8 @@ def plan(args: argparse.Namespace) -> Iterator[Comparison]:
 
 
 def build(name: str, device: str) -> TrainingStep:
-    """Steps of a model. All have equal trunks and RPNs, for other proposals would mean another number of regions, hence
-    another cost."""
+    """Training step of a model. All models have equal trunks and RPNs: other proposals would change the number of
+    regions and the cost."""
     cfg = load_config(VARIANTS.get(name, TEXT), ["MODEL.DEVICE", device])
     if name == PLAIN:
         cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME = "GeneralizedRCNN", "StandardROIHeads"
@@ -56,7 +56,7 @@ def build(name: str, device: str) -> TrainingStep:
 
 
 def samples_with_regions(size: tuple[int, int]) -> list[Sample]:
-    """One image of noise with cached regions, whose sides are 0.05 to 0.3 of the image's."""
+    """One noise image with cached regions, whose sides are 0.05 to 0.3 of the image's."""
     samples, generator = noise_samples(size), torch.Generator().manual_seed(1)
     sides = torch.tensor([size[1], size[0]])
     corners = torch.rand(REGIONS, 2, generator=generator) * 0.7 * sides
@@ -67,7 +67,7 @@ def samples_with_regions(size: tuple[int, int]) -> list[Sample]:
 
 
 def cached_samples(args: argparse.Namespace) -> Comparison:
-    """Training samples of some images with cached regions against those without, for ``ovdet2.bench.cache``."""
+    """Compare training samples with and without cached regions, for ``ovdet2.bench.cache``."""
     name = f"benchmark {args.folder.name}"
     images = {"name": name, "json": str(args.folder / TRUTH), "images": str(args.images.resolve()), "base": ["thing"]}
     data = ["DATASETS.OWN", [images | {"base_only": True}], "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()]
@@ -76,7 +76,7 @@ def cached_samples(args: argparse.Namespace) -> Comparison:
     cache = ["MODEL.VILD.REGION_CACHE", str(args.folder / CACHE), "MODEL.VILD.REGIONS_PER_IMAGE", args.regions]
 
     def batches(config, overrides):
-        torch.set_num_threads(1)  # as in a process that loads data
+        torch.set_num_threads(1)  # as in a data loading worker
         return iter(Trainer.build_train_loader(load_config(config, overrides)))
 
     candidates = [

@@ -1,4 +1,4 @@
-"""CLIP on cropped regions: the R-CNN style reference of the ViLD paper, as secondary scores.
+"""CLIP scores of cropped regions as secondary scores: the "CLIP on cropped regions" reference of the ViLD paper.
 
 Shapes: R proposals, K words, H x W network input.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CropScorer(nn.Module):
-    """Scores proposals by the teacher's embedding of their crops (1x and 1.5x). Slow: one CLIP pass per crop."""
+    """Scores proposals by the teacher's embeddings of their crops (1x and 1.5x). Slow: one CLIP pass per crop."""
 
     def __init__(self, teacher: Teacher, vocabulary: WordBank, input_format: str) -> None:
         """
@@ -34,7 +34,7 @@ class CropScorer(nn.Module):
         """
         super().__init__()
         require_same_teacher(teacher.fingerprint, "MODEL.TEACHER", vocabulary.teacher, "the vocabulary")
-        # Tuples hide the teacher and the shared buffer from state_dict: neither is a weight of this detector.
+        # Tuples hide the teacher and the shared buffer from state_dict: they are not weights of this detector.
         self._frozen = (teacher, vocabulary)
         self.input_format = input_format
 
@@ -43,10 +43,10 @@ class CropScorer(nn.Module):
         """
         Args:
             image: Tensor [3, H, W] uint8, network input before normalisation.
-            boxes_xyxy: Tensor [R, 4] in its pixels.
+            boxes_xyxy: Tensor [R, 4], in pixels of ``image``.
 
         Returns:
-            Tensor [R, K]: softmax over the vocabulary of cosine times the teacher's own logit scale.
+            Tensor [R, K]: softmax over the vocabulary of cosine times the teacher's logit scale.
         """
         teacher, vocabulary = self._frozen
         teacher = teacher.to(boxes_xyxy.device)

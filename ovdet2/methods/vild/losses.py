@@ -1,4 +1,4 @@
-"""The distillation loss as a pure function; its weight belongs to the configuration.
+"""The distillation loss as a pure function; its weight is applied elsewhere.
 
 Shapes: R regions, D embedding dimension.
 """
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def embedding_l1(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance of region embeddings, summed over dimensions and averaged over regions (ViLD Eq. 3).
+    """L1 distance of region embeddings, summed over dimensions and averaged over regions (ViLD Eq. 3).
 
-    With the sum over D the weight w is the paper's number; implementations that average over D as well write ViLD's
-    w = 0.5 at D = 512 as 256. At one angle between the embeddings the distance grows with the square root of D.
+    With the sum over D the weight w is the paper's number; implementations that also average over D use w = 256 for
+    ViLD's 0.5 at D = 512. For a fixed angle between the embeddings the distance grows with the square root of D.
 
     Args:
         student: Tensor [R, D], unit rows.
-        teacher: Tensor [R, D], unit rows of any floating type, on any device; the target.
+        teacher: Tensor [R, D], unit rows, any floating type, any device; no gradient.
 
     Returns:
         Scalar Tensor, float32 (float64 if ``student`` is): mean_R sum_D |e - v|, between 0 and 2 sqrt(D); 0 without
@@ -24,7 +24,7 @@ def embedding_l1(student: Tensor, teacher: Tensor) -> Tensor:
         ValueError: the shapes differ.
     """
     if student.shape != teacher.shape:
-        raise ValueError(f"student embeddings {list(student.shape)}, teacher embeddings {list(teacher.shape)}")
+        raise ValueError(f"shapes differ: student embeddings {list(student.shape)}, teacher {list(teacher.shape)}")
     if student.dtype.itemsize < 4:
         student = student.float()
     distances = (student - teacher.to(student)).abs().sum(dim=1)

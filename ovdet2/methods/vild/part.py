@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class ImageHead(nn.Module):
-    """ViLD-ensemble's second head: a box head and a projection that only distillation trains."""
+    """ViLD-ensemble's second head: a box head and a projection that only the distillation loss trains."""
 
     def __init__(self, box_head: nn.Module, input_dim: int, embed_dim: int) -> None:
         """
@@ -47,9 +47,9 @@ class ImageHead(nn.Module):
 
 
 class ViLDPart(RCNNPart):
-    """Distillation into the classifier's own head (ViLD, ViLD-image) or into a second one (ViLD-ensemble).
+    """Distillation into the classifier's head (ViLD, ViLD-image) or into a second head (ViLD-ensemble).
 
-    The embedding that distillation trains gives the secondary scores "image"; the teacher on crops gives "crops".
+    The distilled embeddings give the secondary scores "image"; the teacher's embeddings of crops give "crops".
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class ViLDPart(RCNNPart):
     ) -> None:
         """
         Args:
-            weight: w of the distillation loss; 0: no distillation, samples need no cached regions.
-            image_head: None for the detector's box head and the classifier's projection.
-            scores_images: at test, give the secondary scores "image".
-            crop_scorer: at test, gives the secondary scores "crops": (image [3, H, W], boxes [R, 4]) -> [R, K], such as
+            weight: w of the distillation loss; 0: no distillation, and samples need no cached regions.
+            image_head: second head; None: distil into the detector's box head and the classifier's projection.
+            scores_images: at test, compute the secondary scores "image".
+            crop_scorer: at test, computes the secondary scores "crops": (image [3, H, W], boxes [R, 4]) -> [R, K], such as
                 a :class:`CropScorer`.
         """
         super().__init__({"loss_distillation": weight})
@@ -75,10 +75,10 @@ class ViLDPart(RCNNPart):
         self.shares_head = image_head is None
 
     def own_boxes(self, samples: Sequence[Sample]) -> list[Boxes] | None:
-        """The cached regions of each image, if it distils.
+        """The cached regions of each image; None without distillation.
 
         Raises:
-            UsageError: an image comes without them.
+            UsageError: an image has none attached.
         """
         if not self.weight:
             return None
@@ -94,14 +94,14 @@ class ViLDPart(RCNNPart):
         else:
             assert batch.own_pooled is not None  # of own_boxes
             count = len(batch.own_pooled)
-            # A batch without a region still runs the head, for every process must give its parameters a gradient.
+            # A batch without a region still runs the head: its parameters need a gradient in every process.
             student = self.image_head(batch.own_pooled if count else batch.pooled[:2])[:count]
-        # To the student's type first: autocast on a CPU cannot join float16.
+        # Cast first: CPU autocast cannot concatenate float16.
         teacher = torch.cat([sample.attached(CachedRegions).embeddings.to(student) for sample in batch.samples])
         return {"loss_distillation": embedding_l1(student, teacher)}
 
     def secondary_probs(self, batch: RegionBatch) -> list[Tensor] | None:
-        """Probabilities [R_i, K] of the words without background, if it gives the secondary scores."""
+        """Probabilities [R_i, K] of the words, without background; None if another source is configured."""
         if self.crop_scorer is not None:
             return [
                 self.crop_scorer(sample.image, of_image.proposal_boxes.tensor)
@@ -116,14 +116,14 @@ class ViLDPart(RCNNPart):
 
 
 def build_part(cfg: CfgNode, host: Host) -> ViLDPart:
-    """The part of a configuration.
+    """Build the part of a configuration.
 
     Raises:
         DataError: with the secondary scores "crops", the vocabulary is of another teacher than MODEL.TEACHER.
     """
     image_head, crop_scorer = None, None
     if cfg.MODEL.VILD.OWN_HEAD:
-        assert host.roi_heads is not None and host.build_box_head is not None  # ViLD is of R-CNN hosts only
+        assert host.roi_heads is not None and host.build_box_head is not None  # ViLD supports only R-CNN hosts
         box_head = host.build_box_head()
         image_head = ImageHead(box_head, host.roi_heads.feature_dim, host.bank.embeddings.shape[1])
     if cfg.MODEL.OVD.SECONDARY_SCORES == "crops":

@@ -1,4 +1,4 @@
-"""Trunks beside Detectron2's own; importing this package registers them."""
+"""Backbones in addition to Detectron2's; importing this package registers them."""
 
 from ovdet2.modeling.backbone.clip_pyramid import CLIPPyramid, build_clip_fpn_backbone
 from ovdet2.modeling.backbone.clip_resnet import CLIPResNet, build_clip_resnet_backbone

@@ -1,4 +1,4 @@
-"""A feature pyramid on a CLIP trunk that hands on the trunk's last map, from which CLIP itself scores regions.
+"""A feature pyramid (FPN) on a CLIP trunk. It also returns the trunk's last map, on which CLIP scores regions.
 
 Shapes: N images, R regions, D embedding dimension.
 """
@@ -24,7 +24,7 @@ CLIP_MAP = "clip"  # the name of the trunk's last map among the features
 
 
 class GivenMaps(Backbone):
-    """Stands where an FPN expects its trunk, and returns the maps it is given: the pyramid then has them as input."""
+    """Identity in place of the FPN's bottom-up network: the FPN then takes feature maps as input, not images."""
 
     def __init__(self, shapes: dict[str, ShapeSpec]) -> None:
         """
@@ -61,7 +61,7 @@ class CLIPPyramid(Trunk):
 
     @property
     def size_divisibility(self) -> int:
-        """By what the sides of the input must be divisible."""
+        """Number that height and width of the input must be multiples of."""
         return self.pyramid.size_divisibility
 
     def output_shape(self) -> dict[str, ShapeSpec]:
@@ -73,8 +73,8 @@ class CLIPPyramid(Trunk):
         maps = self.trunk(images)
         inputs = maps
         if images.device.type == "cpu":
-            # CLIP's maps are channels_last, in which oneDNN takes 3 s instead of 0.5 for the gradient of a 3x3
-            # convolution's weights (256 channels, 200 x 272, float32), and the pyramid and all after it inherit that.
+            # CLIP's maps are channels_last. In this layout oneDNN takes 3 s instead of 0.5 for the gradient of a 3x3
+            # convolution's weights (256 channels, 200 x 272, float32). All later layers would inherit the layout.
             inputs = {name: features.contiguous() for name, features in maps.items()}
         return {**self.pyramid(inputs), CLIP_MAP: maps[self.trunk.last_map]}
 
@@ -82,7 +82,7 @@ class CLIPPyramid(Trunk):
         """CLIP embeddings of regions.
 
         Args:
-            features: what :meth:`forward` gave.
+            features: as returned by :meth:`forward`.
             boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the network's input.
 
         Returns:
@@ -95,7 +95,7 @@ def clip_pyramid(cfg: CfgNode, visual: nn.Module) -> CLIPPyramid:
     """The pyramid of MODEL.FPN on an open_clip image tower, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
-        UsageError: a tower without dense features, a ViT frozen in part, or an unknown map.
+        UsageError: the tower has no dense features, the ViT is partly frozen, or a map is unknown.
     """
     freeze_at, names = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.OUT_FEATURES
     if not is_vit(visual):
@@ -104,7 +104,7 @@ def clip_pyramid(cfg: CfgNode, visual: nn.Module) -> CLIPPyramid:
         trunk = CLIPViT(visual, names, frozen=freeze_at == ALL_FROZEN, norm=cfg.MODEL.FPN.NORM)
     else:
         raise UsageError(
-            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: a ViT of CLIP is frozen whole ({ALL_FROZEN}) or not at all (0)."
+            f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: set {ALL_FROZEN} to freeze all of a CLIP ViT, or 0 to train it."
         )
     fpn = FPN(
         GivenMaps(trunk.output_shape()),
@@ -119,10 +119,10 @@ def clip_pyramid(cfg: CfgNode, visual: nn.Module) -> CLIPPyramid:
 
 @BACKBONE_REGISTRY.register()
 def build_clip_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CLIPPyramid:
-    """See :func:`clip_pyramid`; the tower is the teacher's.
+    """The :func:`clip_pyramid` of the teacher's image tower.
 
     Raises:
-        UsageError: see there, and :func:`~ovdet2.modeling.build.require_teacher_pixels`.
+        UsageError: see :func:`clip_pyramid` and :func:`~ovdet2.modeling.build.require_teacher_pixels`.
     """
     teacher = build_teacher(cfg)
     require_teacher_pixels(cfg, teacher)

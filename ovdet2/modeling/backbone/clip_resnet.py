@@ -1,4 +1,4 @@
-"""CLIP's ResNet as a trunk: the stages of the teacher's image tower and, for region scores, its attention pool."""
+"""CLIP's ResNet as a backbone: the stages of the teacher's image tower and, for region scores, its attention pool."""
 
 import copy
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ _STRIDES = (4, 4, 8, 16, 32)
 class CLIPResNet(Trunk):
     """The maps of open_clip's ModifiedResNet, strides 4 to 32.
 
-    Its batch normalisation is frozen, statistics and affine part, whatever else is trained: batches of a detector are
-    too small to follow. Sides that are no multiple of 32 lose up to a cell, as CLIP's average pools leave out what does
-    not fill a window. With all stages frozen no activation is kept for a backward pass.
+    Statistics and affine parameters of batch normalisation are always frozen, since the batches of a detector are too
+    small for batch statistics. If a side is no multiple of 32, a map may be one cell smaller, since CLIP's average
+    pools drop incomplete windows. With all stages frozen no activation is kept for a backward pass.
     """
 
-    last_map = "res5"  # what the attention pool reads
+    last_map = "res5"  # input of the attention pool
 
     def __init__(
         self,
@@ -39,12 +39,12 @@ class CLIPResNet(Trunk):
         """
         Args:
             visual: open_clip ModifiedResNet; it is copied, not changed.
-            out_features: of "res2" to "res5", finest first.
-            freeze_at: stages that are not trained: 0 none, 1 the stem, 2 also res2, ..., 5 all.
+            out_features: names among "res2" to "res5", finest first.
+            freeze_at: number of frozen stages: 0 none, 1 the stem, 2 also res2, ..., 5 all.
             keep_pool: keep CLIP's attention pool, frozen, for :meth:`embed_regions`.
 
         Raises:
-            UsageError: another kind of image tower, an unknown map, or a pool without the map it reads.
+            UsageError: the image tower is of another kind, a map is unknown, or the pool's input map is missing.
         """
         super().__init__()
         if not hasattr(visual, "layer4") or not hasattr(visual, "stem"):
@@ -70,7 +70,7 @@ class CLIPResNet(Trunk):
         for stage in stages[:freeze_at]:
             for module in stage:
                 module.requires_grad_(False)
-        for level in range(max(self._indices) + 1, len(_STAGES)):  # open_clip would compute what nobody reads
+        for level in range(max(self._indices) + 1, len(_STAGES)):  # unused: open_clip would still compute them
             setattr(self.visual, f"layer{level}", nn.Identity())
         conv3 = visual.conv3
         assert isinstance(conv3, nn.Conv2d)  # the last of the stem
@@ -95,8 +95,8 @@ class CLIPResNet(Trunk):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # For statistics that a file lacks, as one of a detector with another trunk, FrozenBatchNorm2d would take zeros
-        # and ones without a word.
+        # A checkpoint may lack the statistics, such as one of a detector with another trunk. FrozenBatchNorm2d would
+        # then silently use zeros and ones.
         for name, statistics in self.named_buffers():
             state_dict.setdefault(prefix + name, statistics)
         super()._load_from_state_dict(
@@ -112,11 +112,11 @@ class CLIPResNet(Trunk):
             dict of name to Tensor [B, C, floor(H / stride), floor(W / stride)].
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = self.visual.forward_intermediates(
+            outputs = self.visual.forward_intermediates(
                 images, indices=self._indices, stop_early=True, intermediates_only=True
             )
         order = sorted(self._indices)
-        maps = dict(zip((_STAGES[index] for index in order), found["image_intermediates"]))
+        maps = dict(zip((_STAGES[index] for index in order), outputs["image_intermediates"]))
         return {name: maps[name] for name in self._out_features}
 
     def embed_regions(self, last_map: torch.Tensor, boxes_xyxy: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -137,7 +137,7 @@ def build_clip_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> CLIPResN
     """The trunk of MODEL.TEACHER with MODEL.RESNETS.OUT_FEATURES, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
-        UsageError: the teacher is no ResNet, or see :func:`~ovdet2.modeling.build.require_teacher_pixels`.
+        UsageError: the teacher is no ResNet; see also :func:`~ovdet2.modeling.build.require_teacher_pixels`.
     """
     teacher = build_teacher(cfg)
     require_teacher_pixels(cfg, teacher)

@@ -1,4 +1,4 @@
-"""CLIP's Vision Transformer as a trunk: tokens of four blocks, resampled to strides 4, 8, 16 and 32.
+"""CLIP's Vision Transformer as a backbone: tokens of four blocks, resampled to strides 4, 8, 16 and 32.
 
 Shapes: N images, H x W input, p patch in pixels, h x w patches, W_t width of the transformer, D embedding dimension.
 """
@@ -17,26 +17,26 @@ from ovdet2.vlm.dense import block_tokens, embed_patch_tokens, is_vit, pool_regi
 
 _LEVELS = ("res2", "res3", "res4", "res5")
 _STRIDES = (4, 8, 16, 32)
-_FACTORS = (4, 2, 1, 0.5)  # by which the cells of a level are finer than the patches
+_FACTORS = (4, 2, 1, 0.5)  # resolution of a level / resolution of the patches
 _PARTS = ((1, 3), (1, 2), (2, 3), (1, 1))  # of the depth: blocks 4, 6, 8, 12 of 12
 
 
 def read_blocks(depth: int) -> tuple[int, ...]:
-    """0-based indices of the four blocks whose tokens are read: 3, 5, 7, 11 of 12 (F-ViT), the same fractions, rounded
+    """0-based indices of the four blocks whose tokens are used: 3, 5, 7, 11 of 12 (F-ViT); the same fractions, rounded
     up, of other depths."""
-    return tuple(-(-depth * part // whole) - 1 for part, whole in _PARTS)
+    return tuple(-(-depth * numerator // denominator) - 1 for numerator, denominator in _PARTS)
 
 
 class CLIPViT(Trunk):
-    """F-ViT's trunk (CLIM and CLIPSelf): a frozen CLIP ViT under trained resampling.
+    """F-ViT's backbone (CLIM and CLIPSelf): a frozen CLIP ViT and trained resampling layers.
 
-    The last block is in its attention-free form, so that its tokens stay with their patches; positional embeddings are
-    interpolated. Transposed convolutions bring the tokens to 4 and 2 times the resolution of the patches, each halving
-    the channels as in ViTDet, a maximum pool to half of it. Patches of 16 pixels then have strides 4 to 32; others are
-    resampled to them bilinearly. The image is padded with zeros to whole patches.
+    The last block runs without attention, so that each token describes its own patch. Positional embeddings are
+    interpolated. Transposed convolutions upsample the tokens 2 and 4 times, each halving the channels as in ViTDet; a
+    max pool downsamples them 2 times. With patches of 16 pixels the strides are 4 to 32; other patch sizes are
+    resampled bilinearly to these strides. The image is padded with zeros to a multiple of the patch size.
     """
 
-    last_map = "tokens"  # [N, W_t, h, w] at the stride of the patches, which embed_regions reads
+    last_map = "tokens"  # [N, W_t, h, w] at the stride of the patches; input of embed_regions
 
     def __init__(
         self, visual: nn.Module, out_features: Sequence[str] = _LEVELS, frozen: bool = True, norm: str = ""
@@ -44,9 +44,9 @@ class CLIPViT(Trunk):
         """
         Args:
             visual: open_clip VisionTransformer; it is copied, not changed.
-            out_features: of "res2" to "res5", finest first.
-            frozen: nothing of CLIP is trained, and no activation of it is kept for a backward pass.
-            norm: Detectron2's name of the norm between two transposed convolutions; "" for none.
+            out_features: names among "res2" to "res5", finest first.
+            frozen: CLIP is not trained, and none of its activations is kept for a backward pass.
+            norm: Detectron2 name of the norm between two transposed convolutions; "" for none.
 
         Raises:
             UsageError: an image tower without dense features (see :func:`~ovdet2.vlm.dense.is_vit`), a ResNet, or an
@@ -59,7 +59,7 @@ class CLIPViT(Trunk):
         if unknown or not out_features:
             raise UsageError(f"a CLIP ViT has the maps {', '.join(_LEVELS)}, not {', '.join(out_features)}.")
         self.visual = copy.deepcopy(visual).requires_grad_(not frozen)
-        self.visual.ln_post.requires_grad_(False)  # of the embeddings alone, which no loss reads
+        self.visual.ln_post.requires_grad_(False)  # only of the embeddings, which have no loss
         self.visual.proj.requires_grad_(False)
         self.frozen = frozen
         self.blocks = read_blocks(len(visual.transformer.resblocks))
@@ -71,7 +71,7 @@ class CLIPViT(Trunk):
 
     @property
     def size_divisibility(self) -> int:
-        """The coarsest stride: levels of other sizes would cover different parts of the image."""
+        """The coarsest stride. With other sizes the levels would cover different parts of the image."""
         return _STRIDES[-1]
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -81,12 +81,12 @@ class CLIPViT(Trunk):
 
         Returns:
             dict of name to Tensor [N, C, floor(H / stride), floor(W / stride)], and "tokens" [N, W_t, h, w] with
-            h = ceil(H / p): the last block's, before the norm.
+            h = ceil(H / p): output of the last block, before the norm.
         """
         height, width = images.shape[-2:]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             tokens = self.token_maps(images)
-        found = {self.last_map: tokens[-1]}
+        features = {self.last_map: tokens[-1]}
         for name in self._out_features:
             level = _LEVELS.index(name)
             stride, factor = _STRIDES[level], _FACTORS[level]
@@ -94,11 +94,11 @@ class CLIPViT(Trunk):
             if self._patch != factor * stride:
                 scale = self._patch / (factor * stride)
                 maps = F.interpolate(maps, scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
-            found[name] = maps[:, :, : height // stride, : width // stride]
-        return found
+            features[name] = maps[:, :, : height // stride, : width // stride]
+        return features
 
     def token_maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens of :attr:`blocks`, list of four Tensors [N, W_t, h, w]; the last block is attention-free."""
+        """The tokens of :attr:`blocks`: list of four Tensors [N, W_t, h, w]. The last block runs without attention."""
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self._patch, 0, -height % self._patch))
         grid = (images.shape[2] // self._patch, images.shape[3] // self._patch)
@@ -121,7 +121,7 @@ class CLIPViT(Trunk):
 
 
 def _resampler(level, width, norm):
-    """From the patches' resolution to the level's: 4 times, twice, the same, half."""
+    """Module from the resolution of the patches to that of a level: 4, 2, 1 or 1/2 times."""
     if level == 0:
         half = width // 2
         return nn.Sequential(

@@ -1,4 +1,4 @@
-"""Swin Transformer of timm as a trunk for images of any size."""
+"""timm's Swin Transformer as a backbone for images of any size."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ _PATCH = 4
 
 
 class TimmSwin(Trunk):
-    """The maps of a Swin Transformer, strides 4 to 32, each under a layer norm of its own."""
+    """The maps of a Swin Transformer, strides 4 to 32, each with a separate layer norm."""
 
     def __init__(self, trunk: SwinTransformer, out_features: Sequence[str] = ("res3", "res4", "res5")) -> None:
         """
         Args:
-            trunk: SwinTransformer of :func:`swin_trunk`; stages that are not asked for are taken off.
-            out_features: of "res2" to "res5", finest first.
+            trunk: SwinTransformer of :func:`swin_trunk`; stages that are not in ``out_features`` are removed.
+            out_features: names among "res2" to "res5", finest first.
 
         Raises:
             UsageError: an unknown map.
@@ -42,7 +42,7 @@ class TimmSwin(Trunk):
         info = trunk.feature_info
         self._out_feature_channels = {name: info[_STAGES.index(name)]["num_chs"] for name in out_features}
         self._out_feature_strides = {name: info[_STAGES.index(name)]["reduction"] for name in out_features}
-        # Without the last norm and the classifier, which would have no gradient.
+        # Remove the last norm and the classifier: their weights would have no gradient.
         trunk.prune_intermediate_layers(self._indices, prune_norm=True, prune_head=True)
         self.trunk = trunk
         self.norms = nn.ModuleDict({name: nn.LayerNorm(self._out_feature_channels[name]) for name in out_features})
@@ -57,9 +57,9 @@ class TimmSwin(Trunk):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % _PATCH, 0, -height % _PATCH))
-        found = self.trunk.forward_intermediates(images, indices=self._indices, intermediates_only=True)
-        assert isinstance(found, list)  # "intermediates_only"
-        maps = dict(zip((_STAGES[index] for index in self._indices), found))
+        features = self.trunk.forward_intermediates(images, indices=self._indices, intermediates_only=True)
+        assert isinstance(features, list)  # "intermediates_only"
+        maps = dict(zip((_STAGES[index] for index in self._indices), features))
         return {
             name: self.norms[name](maps[name].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for name in self._out_features
         }
@@ -70,13 +70,13 @@ def swin_trunk(
 ) -> SwinTransformer:
     """A SwinTransformer for detection, with random weights.
 
-    Windows keep their size and are shifted in every stage whatever the image's size; by itself timm fixes both for its
-    classification size, where the last stage is a single window.
+    Window size and shift are the same in every stage and for every image size. By default timm sets both for its
+    classification size, where the last stage is a single window without a shift.
 
     Args:
         architecture: timm name, such as "swin_base_patch4_window7_224".
         drop_path: stochastic depth of the last block.
-        checkpointing: compute activations twice to keep fewer.
+        checkpointing: gradient checkpointing: recompute activations in the backward pass to save memory.
         changes: further arguments of timm's SwinTransformer.
 
     Raises:
@@ -89,34 +89,34 @@ def swin_trunk(
     trunk = timm.create_model(
         name, pretrained=False, drop_path_rate=drop_path, strict_img_size=False, always_partition=True, **changes
     )
-    assert isinstance(trunk, SwinTransformer)  # all of timm's names that begin so
+    assert isinstance(trunk, SwinTransformer)  # true of all timm names with this prefix
     trunk.set_grad_checkpointing(checkpointing)
     return trunk
 
 
 def load_swin(trunk: SwinTransformer, path: str | Path) -> None:
-    """Load timm's or Microsoft's weights of the whole classifier from a local file.
+    """Load timm's or Microsoft's classifier weights from a local file; the classification head is ignored.
 
     Raises:
         DataError: the file cannot be read, or lacks weights of the trunk.
     """
     weights = checkpoint_filter_fn(read_weights(path)["model"], trunk)
-    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}  # of any classes
+    weights = {name: value for name, value in weights.items() if not name.startswith("head.")}  # any number of classes
     try:
         missing = trunk.load_state_dict(weights, strict=False).missing_keys
     except RuntimeError as error:
-        raise DataError(f"{path} is not of the Swin Transformer of MODEL.SWIN.ARCHITECTURE: {error}") from None
+        raise DataError(f"{path} does not fit the Swin Transformer of MODEL.SWIN.ARCHITECTURE: {error}") from None
     missing = [name for name in missing if not name.startswith("head.")]
     if missing:
         raise DataError(
             f"{path} lacks {len(missing)} weights of the Swin Transformer ({', '.join(missing[:3])}, ...): set "
-            "MODEL.SWIN.ARCHITECTURE to the one it is of."
+            "MODEL.SWIN.ARCHITECTURE to the architecture of the file."
         )
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmSwin:
-    """The trunk of MODEL.SWIN; its weights are read from MODEL.SWIN.WEIGHTS unless MODEL.WEIGHTS names a detector's."""
+    """The backbone of MODEL.SWIN. Weights are read from MODEL.SWIN.WEIGHTS, unless MODEL.WEIGHTS names a detector."""
     swin = cfg.MODEL.SWIN
     trunk = swin_trunk(swin.ARCHITECTURE, swin.DROP_PATH, swin.CHECKPOINTING)
     if swin.WEIGHTS and not cfg.MODEL.WEIGHTS:

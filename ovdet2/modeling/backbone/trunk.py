@@ -1,4 +1,4 @@
-"""The interface of our trunks: Detectron2's Backbone with the types that it leaves out."""
+"""The interface of our backbones: Detectron2's Backbone with type annotations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Trunk(Backbone):
-    """From a batch of images to maps by name."""
+    """A backbone: batch of images -> feature maps by name."""
 
     _out_features: list[str]
     _out_feature_channels: dict[str, int]

@@ -1,1 +1,1 @@
-"""Deformable DETR: the graph from feature maps to logits and boxes."""
+"""Deformable DETR: the network, its losses, matching and post-processing."""

@@ -1,10 +1,10 @@
-"""Box algebra of DETR: normalised boxes by centre and size, and a generalised IoU that handles zero-area boxes."""
+"""Box algebra of DETR: cxcywh and xyxy formats, and a generalised IoU that handles zero-area boxes."""
 
 import torch
 from torch import Tensor
 
-# About the area of a hundredth of a pixel in an image of 300 x 300, as a share of the image. Nothing that a detector
-# finds is smaller; it keeps the quotients of boxes without area, and their gradients, finite.
+# Smallest area in a denominator, as a fraction of the image: about 0.01 pixel of a 300 x 300 image. It keeps the
+# quotients of zero-area boxes, and their gradients, finite. No real box is smaller.
 _SMALLEST_AREA = 1e-9
 
 
@@ -21,10 +21,10 @@ def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
 
 
 def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
-    """IoU less the share of the enclosing box that neither covers (Rezatofighi et al., CVPR 2019), by broadcasting.
+    """Generalised IoU with broadcasting: IoU - (enclosing - union) / enclosing (Rezatofighi et al., CVPR 2019).
 
-    torchvision's pairwise function gives NaN for two boxes without area, and its loss adds 1e-7 to the areas, which
-    normalised boxes of a few pixels feel.
+    torchvision's pairwise function gives NaN for two zero-area boxes. Its loss adds 1e-7 to the areas, which changes
+    the result for normalised boxes of a few pixels.
 
     Args:
         boxes1_xyxy: Tensor [..., 4], normalised by the image's size, right >= left and bottom >= top.
@@ -32,7 +32,7 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
             two of the same shape are compared row by row.
 
     Returns:
-        Tensor [...], -1 to 1; of two boxes without area 0, or -1 if their enclosing box has one.
+        Tensor [...], -1 to 1. Two zero-area boxes: -1 if their enclosing box has an area, else 0.
     """
     intersection = _area(_sides(torch.maximum, torch.minimum, boxes1_xyxy, boxes2_xyxy))
     union = _area(boxes1_xyxy[..., 2:] - boxes1_xyxy[..., :2]) + _area(boxes2_xyxy[..., 2:] - boxes2_xyxy[..., :2])
@@ -43,7 +43,7 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
 
 
 def _sides(of_first, of_last, boxes1, boxes2):
-    """Width and height [..., 2] of the box from one extreme of the corners to another; 0 where it is turned over."""
+    """Width and height [..., 2] of the intersection or the enclosing box; 0 where they would be negative."""
     return (of_last(boxes1[..., 2:], boxes2[..., 2:]) - of_first(boxes1[..., :2], boxes2[..., :2])).clamp(min=0)
 
 

@@ -1,4 +1,4 @@
-"""From MODEL.DETR.* to the parts of the query-based detectors."""
+"""Build network, criterion, post-processing and parts of a Deformable DETR from MODEL.DETR.*."""
 
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -23,11 +23,11 @@ from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts
 from ovdet2.vocabulary.bank import WordBank
 
-_GROUPS = 32  # of the neck's group norm
+_GROUPS = 32  # groups of the neck's group norm
 
 
 def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> DeformableDETR:
-    """The network, from images to logits and boxes.
+    """Build the network, from images to logits and boxes.
 
     Args:
         cfg: configuration.
@@ -35,8 +35,8 @@ def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> Deform
         vocabulary: of the detector.
 
     Raises:
-        UsageError: maps that the backbone does not have, or has and are not used; sizes that do not fit; an unknown
-            kernel; or see :func:`_class_branch`.
+        UsageError: the backbone lacks a map, or has an unused one; sizes do not fit together; the attention kernel or
+            the classifier is unknown.
     """
     detr, shapes = cfg.MODEL.DETR, cast(dict[str, ShapeSpec], backbone.output_shape())
     missing = [name for name in detr.IN_FEATURES if name not in shapes]
@@ -48,8 +48,8 @@ def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> Deform
     surplus = [name for name in shapes if name not in detr.IN_FEATURES]
     if surplus:
         raise UsageError(
-            f"the backbone gives {', '.join(surplus)}, which MODEL.DETR.IN_FEATURES {list(detr.IN_FEATURES)} does not "
-            "use: their weights would have no gradient, which several processes wait for. Leave them out of its "
+            f"the backbone returns {', '.join(surplus)}, which MODEL.DETR.IN_FEATURES {list(detr.IN_FEATURES)} does not "
+            "use. Their weights would have no gradient, which stalls multi-process training. Remove them from its "
             "OUT_FEATURES."
         )
     if detr.DIM % _GROUPS or detr.DECODER_LAYERS < 1:
@@ -82,10 +82,10 @@ def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> Deform
 
 
 def build_detr_parts(cfg: CfgNode, methods: Sequence[Method], host: Host) -> list[DetrPart]:
-    """The parts of a configuration.
+    """Build the parts of a configuration's methods.
 
     Raises:
-        UsageError: a method has a part that is for another host.
+        UsageError: a method's part is for another kind of detector.
     """
     parts = []
     for part in build_parts(cfg, methods, host):
@@ -99,7 +99,7 @@ def build_detr_parts(cfg: CfgNode, methods: Sequence[Method], host: Host) -> lis
 
 
 def refuse_unused(cfg: CfgNode) -> None:
-    """Refuse settings of the two-stage detectors, which would silently change nothing here.
+    """Refuse settings of the two-stage detectors, which would have no effect here.
 
     Raises:
         UsageError: one of them is not at its default.
@@ -118,7 +118,7 @@ def refuse_unused(cfg: CfgNode) -> None:
 
 
 def build_criterion(cfg: CfgNode, extra_costs: Iterable[MatchingCost] = ()) -> SetCriterion:
-    """The criterion; ``extra_costs`` are those of parts, for the decoder and not for the encoder's proposals."""
+    """Build the criterion. ``extra_costs`` of parts apply to the decoder, not to the encoder's proposals."""
     detr = cfg.MODEL.DETR
     costs = (detr.CLASS_COST, detr.L1_COST, detr.GIOU_COST, detr.FOCAL_ALPHA, detr.FOCAL_GAMMA)
     return SetCriterion(
@@ -142,10 +142,10 @@ def loss_weights(cfg: CfgNode) -> dict[str, float]:
 
 
 def _class_branch(cfg: CfgNode, vocabulary: WordBank) -> nn.Module:
-    """The class branch of a decoder layer, of MODEL.OVD.CLASSIFIER.
+    """Build the class branch of a decoder layer from MODEL.OVD.CLASSIFIER.
 
     Raises:
-        UsageError: another kind, or distractors for a closed set.
+        UsageError: the classifier is unknown, or a closed-set classifier is given distractors.
     """
     kind = cfg.MODEL.OVD.CLASSIFIER
     if kind == "text":
@@ -153,5 +153,5 @@ def _class_branch(cfg: CfgNode, vocabulary: WordBank) -> nn.Module:
     if kind != "closed_set":
         raise UsageError(f'MODEL.OVD.CLASSIFIER is {kind!r}: choose "text" or "closed_set".')
     if cfg.TEST.DISTRACTORS:
-        raise UsageError("a closed-set head cannot be asked for TEST.DISTRACTORS: its classes are fixed.")
+        raise UsageError("a closed-set head takes no TEST.DISTRACTORS: its classes are fixed.")
     return ClosedSetBranch(cfg.MODEL.DETR.DIM, len(vocabulary))

@@ -1,4 +1,4 @@
-"""The losses of a query-based detector, one number per kind and decoder layer; weights belong to the configuration.
+"""The losses of a query-based detector: one unweighted scalar per kind and decoder layer.
 
 Names: ``loss_<kind>`` for the last decoder layer, ``loss_<kind>_<l>`` for the layers l = 0, 1, ... before it, and
 ``loss_<kind>_encoder`` for the proposals of a two-stage encoder. Kinds: class, l1, giou.
@@ -26,7 +26,7 @@ _PLACE = re.compile(r"_(\d+|encoder)$")
 
 
 class SetCriterion:
-    """Matches every decoder layer with the objects and gives its losses."""
+    """Matches the queries of every decoder layer with the objects and computes the losses."""
 
     def __init__(
         self,
@@ -38,8 +38,8 @@ class SetCriterion:
     ) -> None:
         """
         Args:
-            matcher: of the decoder layers.
-            encoder_matcher: of the proposals of a two-stage encoder, without costs that need words; None:
+            matcher: matcher of the decoder layers.
+            encoder_matcher: matcher of the proposals of a two-stage encoder, without costs that need words; None: use
                 ``matcher``.
             alpha, gamma: of the focal loss.
             auxiliary: whether the layers before the last have losses, too.
@@ -54,20 +54,20 @@ class SetCriterion:
     ) -> tuple[dict[str, Tensor], list[Matches]]:
         """
         Args:
-            outputs: with the logits of every layer, and of a two-stage detector with ``encoder``, of which tokens that
-                are not valid are neither matched nor trained.
-            targets: the objects.
-            num_boxes: of :func:`mean_box_count`; None: it is counted here, a collective call.
+            outputs: with the logits of every layer. A two-stage detector also has ``encoder``; its invalid tokens are
+                neither matched nor trained.
+            targets: the ground-truth objects.
+            num_boxes: result of :func:`mean_box_count`; None: computed here, a collective call.
 
         Returns:
-            (losses, matches): unweighted scalar Tensors, float32 or better, and the pairs of each layer with losses,
+            (losses, matches): unweighted scalar Tensors, float32 or float64, and the pairs of each layer with losses,
             those of the last layer last.
 
         Raises:
-            UsageError: a label that the K columns do not have.
+            UsageError: a label is not in 0..K-1.
             NumericalError: see :class:`~ovdet2.modeling.detr.matcher.HungarianMatcher`.
         """
-        # First of all: a process that stops at a cost that is not finite must not leave the others waiting here.
+        # Before matching: a process that raises at a non-finite cost must not leave the others waiting in this call.
         if num_boxes is None:
             num_boxes = mean_box_count(len(targets), outputs.pred_boxes.device)
         if not self.auxiliary:
@@ -91,7 +91,7 @@ class SetCriterion:
     def losses_of(
         self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets, matches: Matches, num_boxes: Tensor | float
     ) -> dict[str, Tensor]:
-        """The losses of one set of queries under given pairs, found by matching or assigned directly.
+        """The losses of one set of queries for given pairs, which come from matching or are assigned directly.
 
         Args:
             logits: Tensor [B, N, K].
@@ -108,12 +108,12 @@ class SetCriterion:
             boxes_cxcywh = boxes_cxcywh.float()
         with torch.autocast(logits.device.type, enabled=False):
             classes = class_targets(logits, targets, matches)
-            matched = boxes_cxcywh[matches.image, matches.query]  # P x 4
-            wanted = targets.boxes_cxcywh[matches.target].to(matched)
-            giou = generalized_iou(cxcywh_to_xyxy(matched), cxcywh_to_xyxy(wanted))
+            pred_boxes = boxes_cxcywh[matches.image, matches.query]  # P x 4
+            gt_boxes = targets.boxes_cxcywh[matches.target].to(pred_boxes)
+            giou = generalized_iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
             return {
                 "loss_class": sigmoid_focal_loss(logits, classes, self.alpha, self.gamma, "sum") / num_boxes,
-                "loss_l1": (matched - wanted).abs().sum() / num_boxes,
+                "loss_l1": (pred_boxes - gt_boxes).abs().sum() / num_boxes,
                 "loss_giou": (1 - giou).sum() / num_boxes,
             }
 
@@ -121,20 +121,20 @@ class SetCriterion:
         logits, boxes, valid = encoder
         proposals = DetrOutputs(
             logits[None], boxes[None], hidden=boxes[None, ..., :0]
-        )  # no cost of theirs reads states
+        )  # their costs do not use the hidden states
         [matches] = self.encoder_matcher(proposals, targets, valid)
-        # A logit of minus infinity would be background at no cost, but its gradient is not a number.
+        # Not -inf: the background loss would be 0, but its gradient NaN.
         logits = logits.masked_fill(~valid[..., None], _SURE_BACKGROUND)
         losses = self.losses_of(logits, boxes, targets, matches, num_boxes)
         return {f"{name}_encoder": value for name, value in losses.items()}
 
 
-# Sigmoid and focal loss are 0 in float32 and float64 alike, as is the gradient.
+# Sigmoid, focal loss and gradient of this logit are 0 in float32 and float64.
 _SURE_BACKGROUND = -1e3
 
 
 def class_targets(logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
-    """Rows of the focal loss: one 1 in the row of a matched query, at its object's label; a background query's is 0.
+    """Targets of the focal loss: 1 at a matched query and its object's label, else 0.
 
     Args:
         logits: Tensor [B, N, K], for shape, type and device.
@@ -149,12 +149,12 @@ def class_targets(logits: Tensor, targets: Targets, matches: Matches) -> Tensor:
 
 
 def mean_box_count(count: int, device: torch.device | str) -> Tensor:
-    """Objects per process, at least 1, by which every process divides its sums; a collective call.
+    """Mean number of objects per process, at least 1: the normaliser of all losses; a collective call.
 
-    Gradients are averaged over the processes, so the whole batch is divided by the number of its objects.
+    Gradients are averaged over the processes, so the loss of the full batch is divided by its number of objects.
 
     Args:
-        count: objects of this process.
+        count: number of objects of this process.
         device: of the model.
 
     Returns:
@@ -167,7 +167,7 @@ def mean_box_count(count: int, device: torch.device | str) -> Tensor:
 
 
 def kind_of(name: str) -> str:
-    """The name of a loss without its layer's number, or "encoder"."""
+    """The name of a loss without the suffix "_<layer>" or "_encoder"."""
     return _PLACE.sub("", name)
 
 

@@ -1,4 +1,4 @@
-"""The decoder: queries attend to each other and to points of the image around their reference, layer after layer.
+"""The decoder: in each layer, queries attend to each other and to image points around their reference.
 
 Shapes: B images, N queries, C channels, S tokens, H heads, L levels, P points.
 """
@@ -72,10 +72,10 @@ class Decoder(nn.Module):
     ) -> None:
         """
         Args:
-            dim, heads, levels, points, ffn_dim, dropout, layers: sizes of the layers.
-            refine: each layer's box is the next one's reference, and each layer has a separate box head; otherwise
-                all layers share one head and the first references.
-            look_forward_twice: the gradient of a layer's box passes through the layer before, too (DINO, Eq. 4).
+            dim, heads, levels, points, ffn_dim, dropout: sizes of each layer; layers: number of layers.
+            refine: the box predicted by a layer is the reference of the next one, and each layer has a separate box
+                head; otherwise all layers share one head and the initial references.
+            look_forward_twice: the loss of a layer's box also has a gradient to the layer before (DINO, Eq. 4).
             size_bias: initial width and height logit of the first head.
         """
         super().__init__()
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
             content, position: Tensor [B, N, C].
             references: Tensor [B, N, 2 or 4] in (0, 1) of the image without its padding.
             memory, attention_mask: as of :class:`DecoderLayer`.
-            keep_sampling: return where and how strongly each query looked.
+            keep_sampling: also return the sampling locations and weights of the cross-attention.
         """
         hidden, boxes, used = [], [], []
         sampled: tuple[list[Tensor], list[Tensor]] = [], []
@@ -109,10 +109,10 @@ class Decoder(nn.Module):
             content, locations, weights = layer(
                 content, position, references[:, :, None] * ratios[:, None], memory, attention_mask
             )
-            change = self.box_heads[index if self.refine else 0](content)
-            own = update(references, change)  # whose gradient stays in this layer
+            deltas = self.box_heads[index if self.refine else 0](content)
+            own = refine_boxes(references, deltas)  # its gradient stays in this layer
             hidden.append(content)
-            boxes.append(update(previous, change) if self.look_forward_twice else own)
+            boxes.append(refine_boxes(previous, deltas) if self.look_forward_twice else own)
             if self.refine:
                 previous, references = own, own.detach()
             if keep_sampling:
@@ -122,18 +122,19 @@ class Decoder(nn.Module):
         return Decoded(torch.stack(hidden), torch.stack(boxes), tuple(used), *sampling)
 
 
-def update(references: Tensor, change: Tensor) -> Tensor:
-    """Boxes whose logits are those of the references plus a predicted change.
+def refine_boxes(references: Tensor, deltas: Tensor) -> Tensor:
+    """Refine boxes: the logits of the result are those of the references plus predicted deltas.
 
     Args:
-        references: Tensor [..., 2] of centres, whose boxes' width and height are predicted outright, or [..., 4].
-        change: Tensor [..., 4].
+        references: Tensor [..., 4] of boxes, or [..., 2] of centres; then the deltas hold the logits of width and
+            height.
+        deltas: Tensor [..., 4].
 
     Returns:
         boxes_cxcywh: Tensor [..., 4] in (0, 1), of the references' dtype.
     """
     logits = inverse_sigmoid(references)
-    change = change.to(logits.dtype)
+    deltas = deltas.to(logits.dtype)
     if references.shape[-1] == 2:
-        return torch.cat([change[..., :2] + logits, change[..., 2:]], dim=-1).sigmoid()
-    return (change + logits).sigmoid()
+        return torch.cat([deltas[..., :2] + logits, deltas[..., 2:]], dim=-1).sigmoid()
+    return (deltas + logits).sigmoid()

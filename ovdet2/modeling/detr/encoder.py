@@ -1,4 +1,4 @@
-"""The encoder: every token of every level attends to points around its own place on all levels.
+"""The encoder: every token attends to points around its position on all levels.
 
 Shapes: B images, S tokens, C channels, L levels.
 """
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tensor [..., C] -> [..., C]."""
-        hidden = self.dropout(self.linear1(tokens).relu_())  # in place: its gradient needs the result alone
+        hidden = self.dropout(self.linear1(tokens).relu_())  # in place: its gradient needs only the result
         return self.norm(tokens + self.dropout(self.linear2(hidden)))
 
 

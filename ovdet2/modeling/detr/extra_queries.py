@@ -1,4 +1,4 @@
-"""Queries of parts decoded in one pass with the detector's own, which do not see them.
+"""Decode extra queries of parts (denoising) together with the detector's queries, which do not attend to them.
 
 Shapes: B images, N queries of the detector, G extra queries of a part, T all of them, H heads.
 """
@@ -20,16 +20,16 @@ from ovdet2.modeling.detr.transformer import DeformableTransformer
 def decode_with(
     step: DetrStep, extra: Sequence[ExtraQueries | None], parts: Sequence[DetrPart]
 ) -> tuple[DetrOutputs, list[DetrOutputs | None]]:
-    """Decode the queries of a training step and those of its parts.
+    """Decode the detector's queries and the extra queries of parts in one pass.
 
     Args:
-        step: before decoding.
-        extra: of each part, None where it has none.
-        parts: of the detector, which may alter the outputs of all queries.
+        step: training step before decoding.
+        extra: extra queries of each part, None for a part without.
+        parts: parts of the detector, which may alter the outputs of all queries.
 
     Returns:
-        (outputs of the detector's queries, those of each part's extra queries), with the logits of every layer. The
-        encoder's outputs stay with the former.
+        (outputs of the detector's queries, outputs of each part's extra queries), with the logits of every layer. The
+        encoder's outputs are in the first.
     """
     network, queries, mask = step.network, step.queries, None
     given = [group for group in extra if group is not None]
@@ -54,9 +54,9 @@ def decode_with(
 
 
 def joined_queries(queries: Queries, extra: Sequence[ExtraQueries], transformer: DeformableTransformer) -> Queries:
-    """The detector's queries followed by those of each group; positions that are missing are encoded from references.
+    """The detector's queries followed by those of each group. Missing positions are encoded from the references.
 
-    Attachments, which are of the detector's queries, are left out.
+    Attachments are dropped, since they describe the detector's queries only.
     """
     groups = [queries, *(group.queries for group in extra)]
     encode = transformer.query_maker.encode_position
@@ -71,7 +71,7 @@ def joined_queries(queries: Queries, extra: Sequence[ExtraQueries], transformer:
 
 
 def attention_mask(conventional: int, hidden: Sequence[Tensor]) -> Tensor:
-    """Which query must not see which: the detector's queries see each other, a group those and, in part, itself.
+    """Self-attention mask. The detector's queries attend to each other; a group attends to them and to part of itself.
 
     Args:
         conventional: N.

@@ -1,4 +1,4 @@
-"""What is read from a query: its box and its class logits.
+"""Prediction heads on the decoder's hidden states: boxes and class logits.
 
 Shapes: B images, N queries, C channels, D embedding, K words.
 """
@@ -15,19 +15,20 @@ from ovdet2.vocabulary.bank import WordBank
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of values in [0, 1]; a value or its complement below ``eps`` counts as ``eps``."""
+    """Logit of values in [0, 1]; x and 1 - x are clamped to at least ``eps``."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
 
 class BoxHead(nn.Module):
-    """Three layers from a query to the logits of (cx, cy, w, h), or to a change of a reference's logits."""
+    """MLP of three layers: hidden state -> logits of (cx, cy, w, h), or deltas to the logits of a reference box."""
 
     def __init__(self, dim: int, size_bias: float = 0.0) -> None:
         """
         Args:
             dim: C.
-            size_bias: initial logit of width and height; -2 means boxes of 0.12 of the image at first.
+            size_bias: initial logit of width and height; with -2, initial boxes cover 0.12 of the image along each
+                side.
         """
         super().__init__()
         first, second, last = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 4)
@@ -37,12 +38,12 @@ class BoxHead(nn.Module):
         self.layers = nn.ModuleList([first, second, last])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Tensor [..., C] -> [..., 4], float32 at least."""
+        """Tensor [..., C] -> [..., 4], at least float32."""
         return in_full_precision(self.layers[2], self.layers[1](self.layers[0](hidden).relu()).relu())
 
 
 class ClosedSetBranch(nn.Linear):
-    """A column of weights per class: the closed-set detector, and the sanity row that knows no novel class."""
+    """Linear classifier over a fixed set of classes: the closed-set baseline, which has no novel classes."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         """
@@ -54,22 +55,22 @@ class ClosedSetBranch(nn.Linear):
         nn.init.constant_(self.bias, RARE_BIAS)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Hidden states, Tensor [B, N, C] -> logits [B, N, K], float32 at least."""
+        """Hidden states, Tensor [B, N, C] -> logits [B, N, K], at least float32."""
         return in_full_precision(super().forward, input)
 
 
 class TextBranch(CosineClassifier):
-    """The class branch over words: logits ``s cos(e, t_k) + b`` with learned s and b, for a sigmoid per word.
+    """Text classifier of queries: logits ``s cos(e, t_k) + b`` with learned s and b, followed by a sigmoid per word.
 
-    Every decoder layer has one, and all read the detector's word bank, which none owns.
+    There is one per decoder layer. They share the detector's word bank, which is not a submodule of any.
     """
 
     def __init__(self, dim: int, bank: WordBank, scale: float = 1 / 0.07) -> None:
         """
         Args:
             dim: C.
-            bank: of the detector.
-            scale: initial s, at most 100, where it stays capped.
+            bank: word bank of the detector.
+            scale: initial s; s is clamped to at most 100.
 
         Raises:
             UsageError: the scale is outside (0, 100].
@@ -78,6 +79,6 @@ class TextBranch(CosineClassifier):
 
 
 def in_full_precision(layer: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """``layer(hidden)`` in float32 at least, under autocast too: in bfloat16 a logit of 3 is known to 0.016."""
+    """``layer(hidden)`` in at least float32, also under autocast: bfloat16 rounds a logit of 3 to steps of 0.016."""
     with torch.autocast(hidden.device.type, enabled=False):
         return layer(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))

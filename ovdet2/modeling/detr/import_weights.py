@@ -1,8 +1,8 @@
-"""Weights of the published Deformable DETR under the names of :class:`~ovdet2.modeling.detr.model.DeformableDETR`.
+"""Convert published Deformable DETR weights to the names of :class:`~ovdet2.modeling.detr.model.DeformableDETR`.
 
-Two dialects are read: that of the official repository, and that of ``transformers``, before and after its version 5.
-Both have a ResNet trunk with torchvision's names. What was given twice there is one module here; query and key and
-value projections are one matrix.
+Two naming schemes are read: the official repository's, and that of ``transformers``, before and after its version 5.
+Both have a ResNet trunk with torchvision's names. Duplicated weights become one module here. Query, key and
+value projections become one matrix.
 """
 
 import re
@@ -19,15 +19,15 @@ from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
 from ovdet2.modeling.detr.transformer import DeformableTransformer
 
-_DEPTHS = {6: 50, 23: 101}  # by the blocks of the third stage
+_DEPTHS = {6: 50, 23: 101}  # ResNet depth by the number of blocks of the third stage
 _SHOWN = 8  # names in an error message
 
 _TRUNK = r"(?:backbone\.0\.body|model\.backbone(?:\.conv_encoder)?\.model)\."
 _QUERIES = "transformer.query_maker."
-# The first rule that matches a whole name gives the new one. None: not a weight, or a copy of another one.
+# The first rule that matches the full name gives the new name. None: drop it (no weight, or a duplicate).
 _RULES = [
     (rf"{_TRUNK}(?:fc\..*|.*num_batches_tracked)", None),
-    (r"(?:.*\.)?total_(?:ops|params)", None),  # left behind by a counter of operations
+    (r"(?:.*\.)?total_(?:ops|params)", None),  # counters of the profiler thop
     (rf"{_TRUNK}conv1\.(.*)", r"backbone.stem.conv1.\1"),
     (rf"{_TRUNK}bn1\.(.*)", r"backbone.stem.conv1.norm.\1"),
     (rf"{_TRUNK}layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.\4"),
@@ -45,7 +45,7 @@ _RULES = [
     (r"(?:(?:model|transformer)\.decoder\.)?(class|bbox)_embed\.(.*)", r"\1_embed.\2"),
     (r"(?:model|transformer)\.((?:en|de)coder\.layers\.\d+\.)(.*)", r"transformer.\1\2"),
 ]
-# Within a layer of the transformer, by its kind and the dialect.
+# Names within a transformer layer, by layer kind and naming scheme.
 _OFFICIAL = {
     "encoder": {"norm1": "norm", "norm2": "ffn.norm", "linear1": "ffn.linear1", "linear2": "ffn.linear2"},
     "decoder": {
@@ -77,19 +77,19 @@ def import_weights(
 
     Args:
         weights: dict of name to Tensor, official or of ``transformers``.
-        class_rows: rows of the class layers to keep, in this order: the category ids of the wanted classes, since the
-            published models have a row per COCO id. None: all. An empty list: no class layer, for a text branch.
+        class_rows: rows of the class layers to keep, in this order: the category ids of the classes, since the
+            published models have a row per COCO id. None: all. An empty list: no class layer, for a text classifier.
 
     Returns:
         (weights, variant): dict of name to Tensor, and one of :data:`~ovdet2.modeling.detr.transformer.VARIANTS`.
 
     Raises:
-        DataError: names that are unknown or missing, copies that differ, or shapes that do not fit together.
+        DataError: names are unknown or missing, duplicates differ, or shapes do not fit together.
     """
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     renamed, unknown = _rename(weights)
     if unknown:
-        raise DataError(f"{_listed('unknown weights', unknown)}: this is no Deformable DETR of a known kind.")
+        raise DataError(f"{_listed('unknown weights', unknown)}: this is not a Deformable DETR of a known kind.")
     refined = any("decoder.bbox_embed" in name for name in weights) or _heads_differ(renamed)
     variant = "two_stage" if f"{_QUERIES}project.weight" in renamed else "refine" if refined else "one_stage"
     _split_queries(renamed)
@@ -117,7 +117,7 @@ def _rename(weights):
             continue
         new = _within_layer(new, _OFFICIAL if official else _TRANSFORMERS)
         if new in renamed and not torch.equal(renamed[new], value):
-            raise DataError(f"{name} differs from the weight it should be a copy of: the file is not consistent.")
+            raise DataError(f"{name} differs from the weight that it must be equal to: the file is inconsistent.")
         renamed[new] = value
     return renamed, unknown
 
@@ -144,8 +144,8 @@ def _layers(weights, name):
 
 
 def _decoder_layers(weights):
-    found = [re.match(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in weights]
-    return max((int(match.group(1)) for match in found if match), default=-1) + 1
+    matches = [re.match(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in weights]
+    return max((int(match.group(1)) for match in matches if match), default=-1) + 1
 
 
 def _heads_differ(weights):
@@ -157,7 +157,7 @@ def _heads_differ(weights):
 
 
 def _split_queries(weights):
-    if "query_embed" in weights:  # positions first
+    if "query_embed" in weights:  # [positions, content]
         position, content = weights.pop("query_embed").chunk(2, dim=1)
         weights[f"{_QUERIES}position"], weights[f"{_QUERIES}content"] = position.contiguous(), content.contiguous()
 
@@ -166,12 +166,12 @@ def _join_projections(weights):
     for name in [name for name in weights if ".self_attn.q_proj." in name]:
         parts = [weights.pop(name.replace("q_proj", f"{letter}_proj"), None) for letter in "qkv"]
         if any(part is None for part in parts):
-            raise DataError(f"{name} has no key or value projection beside it: the file is not whole.")
+            raise DataError(f"{name} has no matching key or value projection: the file is incomplete.")
         weights[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
 
 
 def _place_heads(weights, variant, class_rows):
-    """Move ``class_embed`` and ``bbox_embed`` to the branches, the decoder and the query maker."""
+    """Move ``class_embed`` and ``bbox_embed`` to the class branches, the decoder and the query module."""
     last = _decoder_layers(weights)
     _restore_tied_heads(weights, last + (variant == "two_stage"))
     rows = None if class_rows is None else torch.tensor(list(class_rows), dtype=torch.long)
@@ -181,22 +181,22 @@ def _place_heads(weights, variant, class_rows):
         if int(layer) == last and variant == "two_stage":
             if kind == "bbox_embed":
                 weights[f"{_QUERIES}box_head.{inner}"] = value
-            else:  # the published first stage is trained with the first column alone
+            else:  # the published first stage trains only the first column
                 weights[f"{_QUERIES}objectness.{inner}"] = value[:1].clone()
         elif int(layer) and variant == "one_stage":
-            continue  # a copy: the layers share their heads
+            continue  # a duplicate: the layers share their heads
         elif kind == "bbox_embed":
             weights[f"transformer.decoder.box_heads.{layer}.{inner}"] = value
         elif rows is None:
             weights[f"class_branches.{layer}.{inner}"] = value
         elif len(rows):
             if int(rows.max()) >= len(value):
-                raise DataError(f"{name} has {len(value)} rows, category {int(rows.max())} is wanted.")
+                raise DataError(f"{name} has {len(value)} rows, which do not include category {int(rows.max())}.")
             weights[f"class_branches.{layer}.{inner}"] = value[rows]
 
 
 def _restore_tied_heads(weights, number):
-    """A file of safetensors holds one of several tied tensors: a first head alone is that of all layers."""
+    """Copy the first head to all layers if it is the only one: safetensors files store tied tensors once."""
     for kind in ("class_embed", "bbox_embed"):
         if _layers(weights, kind) == [0]:
             for name in [name for name in weights if name.startswith(f"{kind}.0.")]:
@@ -205,20 +205,20 @@ def _restore_tied_heads(weights, number):
 
 
 def _require_whole(weights, variant):
-    """Compare names and shapes with a model of the sizes that the weights show.
+    """Compare names and shapes with a model whose sizes are read from the weights.
 
     Raises:
-        DataError: with the names that are missing, too many, or of another shape.
+        DataError: names are missing or unexpected, or shapes differ; it lists them.
     """
     try:
         expected = _skeleton(weights, variant).state_dict()
     except (KeyError, IndexError) as error:
-        raise DataError(f"the weights lack {error}: the file is not a whole Deformable DETR.") from None
+        raise DataError(f"the weights lack {error}: the file is an incomplete Deformable DETR.") from None
     if not any(name.startswith("class_branches.") for name in weights):
         expected = {name: value for name, value in expected.items() if not name.startswith("class_branches.")}
     faults = [
         ("missing weights", [name for name in expected if name not in weights]),
-        ("weights too many", [name for name in weights if name not in expected]),
+        ("unexpected weights", [name for name in weights if name not in expected]),
         (
             "weights of another shape",
             [name for name in weights if name in expected and weights[name].shape != expected[name].shape],
@@ -226,7 +226,7 @@ def _require_whole(weights, variant):
     ]
     text = "; ".join(_listed(kind, names) for kind, names in faults if names)
     if text:
-        raise DataError(f"{text}: the file is not a whole Deformable DETR of the kind {variant!r}.")
+        raise DataError(f"{text}: the file is not a complete Deformable DETR of the variant {variant!r}.")
 
 
 def _skeleton(weights, variant):
@@ -234,7 +234,7 @@ def _skeleton(weights, variant):
     levels, dim = weights["transformer.level_embed"].shape
     layer = "transformer.decoder.layers.0."
     offsets = len(weights[f"{layer}cross_attn.sampling_offsets.weight"]) // (2 * levels)
-    heads = 8 if offsets % 8 == 0 else 1  # names and shapes do not depend on it beyond heads times points
+    heads = 8 if offsets % 8 == 0 else 1  # names and shapes depend only on heads * points
     kernels = [weights[f"neck.levels.{level}.0.weight"] for level in range(levels)]
     channels = [kernel.shape[1] for kernel in kernels if kernel.shape[-1] == 1] or [kernels[0].shape[1]]
     encoder_layers = {name.split(".")[3] for name in weights if name.startswith("transformer.encoder.layers.")}
@@ -258,7 +258,7 @@ def _skeleton(weights, variant):
 
 
 def trunk_of(weights: Mapping[str, Tensor]) -> ResNet:
-    """Detectron2's ResNet of the depth that the weights show, torchvision's kind: stride in the 3x3 convolution."""
+    """Detectron2's ResNet of the depth of the weights, with the stride in the 3x3 convolution as in torchvision."""
     blocks = len({name.split(".")[2] for name in weights if name.startswith("backbone.res4.")})
     if blocks not in _DEPTHS:
         raise DataError(f"the trunk has {blocks} blocks in its third stage: ResNet-50 has 6, ResNet-101 23.")

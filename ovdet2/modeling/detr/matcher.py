@@ -17,12 +17,12 @@ from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy, generalized_iou
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.targets import Matches, Targets
 
-# A weight, and a function of the outputs and the padded labels [B, X] that gives a cost Tensor [L, B, N, X].
+# (weight, function): the function maps the outputs and the padded labels [B, X] to a cost Tensor [L, B, N, X].
 MatchingCost = tuple[float, Callable[[DetrOutputs, Tensor], Tensor]]
 
 
 def class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """What the focal loss of a query changes by when it is given a label instead of none.
+    """Classification cost: change of a query's focal loss if it is assigned a label instead of background.
 
     Args:
         logits: Tensor [..., N, K].
@@ -40,14 +40,14 @@ def class_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float
 
 
 def box_costs(boxes_cxcywh: Tensor, target_boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
-    """L1 distance and negative generalised IoU of all pairs: [..., N, 4] and [..., X, 4] -> two Tensors [..., N, X]."""
+    """L1 and negative generalised IoU of all pairs: [..., N, 4] and [..., X, 4] -> two Tensors [..., N, X]."""
     l1 = torch.cdist(boxes_cxcywh, target_boxes_cxcywh, p=1)
     queries, targets = cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
     return l1, -generalized_iou(queries[..., :, None, :], targets[..., None, :, :])
 
 
 class HungarianMatcher:
-    """Finds, for each decoder layer and image, the pairs of least cost."""
+    """Finds the one-to-one pairs of queries and objects with the least total cost, per decoder layer and image."""
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class HungarianMatcher:
     ) -> None:
         """
         Args:
-            class_weight, l1_weight, giou_weight: of the three costs.
+            class_weight, l1_weight, giou_weight: weights of the three costs.
             alpha, gamma: of the focal class cost.
-            extra_costs: further costs, those of parts.
+            extra_costs: further costs, of parts.
         """
         self.class_weight, self.l1_weight, self.giou_weight = class_weight, l1_weight, giou_weight
         self.alpha, self.gamma = alpha, gamma
@@ -73,11 +73,11 @@ class HungarianMatcher:
         """The weighted sum of the costs.
 
         Args:
-            outputs: with the logits of every layer.
-            targets: of the B images.
+            outputs: outputs with the logits of every layer.
+            targets: objects of the B images.
 
         Returns:
-            Tensor [L, B, N, X], float32 or float64; columns beyond an image's objects mean nothing.
+            Tensor [L, B, N, X], float32 or float64; columns beyond an image's objects are padding.
         """
         logits, boxes = _full_precision(outputs.pred_logits), _full_precision(outputs.pred_boxes)
         layers = len(logits)
@@ -93,18 +93,18 @@ class HungarianMatcher:
         return cost
 
     def __call__(self, outputs: DetrOutputs, targets: Targets, valid: Tensor | None = None) -> list[Matches]:
-        """Match every layer by itself.
+        """Match every layer independently.
 
         Args:
             outputs, targets: as of :meth:`cost`.
             valid: Tensor [B, N] bool, the queries that may be matched; None: all.
 
         Returns:
-            The pairs of each of the L layers, on the device of the outputs. An image has as many pairs as it has
-            objects, or queries if those are fewer.
+            The pairs of each of the L layers, on the device of the outputs. An image has min(objects, queries)
+            pairs.
 
         Raises:
-            NumericalError: a cost is not finite; the message names the image. It is a FloatingPointError raised within
+            NumericalError: a cost is not finite; the message names the image. This FloatingPointError is raised within
                 the forward pass, which stops the training in all processes.
         """
         layers, device = outputs.layers, outputs.pred_boxes.device
@@ -120,16 +120,16 @@ class HungarianMatcher:
                     _require_finite(table, targets.names[image], layer)
                     rows, columns = linear_sum_assignment(table)
                     pairs[layer].append(np.stack([np.full_like(rows, image), queries[rows], starts[image] + columns]))
-        joined = [np.concatenate(found, axis=1) for found in pairs]
+        joined = [np.concatenate(of_layer, axis=1) for of_layer in pairs]
         on_device = torch.from_numpy(np.concatenate(joined, axis=1)).to(device, non_blocking=True)
-        return [Matches(*part) for part in on_device.split([found.shape[1] for found in joined], dim=1)]
+        return [Matches(*part) for part in on_device.split([of_layer.shape[1] for of_layer in joined], dim=1)]
 
 
 def _require_finite(table, name, layer):
     if not np.isfinite(table).all():
         raise NumericalError(
             f"the cost of matching queries with the objects of {name} is not finite (decoder layer {layer}): the "
-            "network's logits or boxes of this image, or its annotated boxes, are not."
+            "network's logits or boxes of this image, or its annotated boxes, are not finite."
         )
 
 

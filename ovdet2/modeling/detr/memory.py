@@ -1,4 +1,4 @@
-"""What passes between the steps of the transformer.
+"""Data passed between encoder, query selection and decoder.
 
 Shapes: B images, S tokens of L levels, N queries, C channels.
 """
@@ -19,7 +19,7 @@ class Memory:
     """The encoded images.
 
     Attributes:
-        tokens: Tensor [B, S, C], level after level, each row by row. Padded ones mean nothing.
+        tokens: Tensor [B, S, C], level after level, each in row-major order. Values of padded tokens are meaningless.
         spatial_shapes: L (height, width).
         padding_mask: bool Tensor [B, S], True where padded.
         valid_ratios: Tensor [B, L, 2], (x, y): the part of each map that is not padding, in (0, 1].
@@ -50,13 +50,13 @@ class Memory:
 
 
 class EncoderOutputs(NamedTuple):
-    """What the first stage gives for every token.
+    """Outputs of the first stage: a proposal per encoder token.
 
     Attributes:
         logits: Tensor [B, S, 1], objectness.
         boxes_cxcywh: Tensor [B, S, 4] in (0, 1) of the image without its padding.
-        valid: bool Tensor [B, S]: False for padding and for cells too near the border or too large to propose; their
-            boxes are the whole image and their logits mean nothing.
+        valid: bool Tensor [B, S]: False for padding and for cells whose initial box is too near the border or too
+            large; their boxes are the full image and their logits are meaningless.
     """
 
     logits: Tensor
@@ -66,15 +66,15 @@ class EncoderOutputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Queries:
-    """What the decoder starts from; ``dataclasses.replace`` makes altered ones, which keep the attachments.
+    """Input queries of the decoder. ``dataclasses.replace`` makes altered copies, which keep the attachments.
 
     Attributes:
         content: Tensor [B, N, C].
-        position: Tensor [B, N, C] added to the content in every layer, or None: encoded from 4-d references.
+        position: Tensor [B, N, C] added to the content in every layer, or None: it is encoded from 4-d references.
         references: Tensor [B, N, 2] of centres or [B, N, 4] of (cx, cy, w, h), in (0, 1) of the image without its
             padding.
         encoder_outputs: :class:`EncoderOutputs`, or None with one stage.
-        attachments: what parts know of the queries, by its class.
+        attachments: data of parts about the queries, by the class of the data.
     """
 
     content: Tensor
@@ -84,9 +84,9 @@ class Queries:
     attachments: Mapping[type, Any] = field(default_factory=dict)
 
     def attach(self, value: object) -> Queries:
-        """The same queries with what a part knows of them; one value of a class."""
+        """A copy of the queries with data of a part attached; one value per class."""
         return replace(self, attachments={**self.attachments, type(value): value})
 
     def attached(self, kind: type[Attachment]) -> Attachment | None:
-        """What :meth:`attach` was given of a class; None if nothing."""
+        """The attached value of a class; None without one. See :meth:`attach`."""
         return self.attachments.get(kind)

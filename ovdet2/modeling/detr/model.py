@@ -18,7 +18,7 @@ from ovdet2.modeling.detr.transformer import DeformableTransformer
 
 
 class DeformableDETR(nn.Module):
-    """Backbone, neck, transformer and class branches. Losses and post-processing are objects of their own."""
+    """Backbone, neck, transformer and class branches. Losses and post-processing are separate objects."""
 
     def __init__(
         self,
@@ -31,13 +31,13 @@ class DeformableDETR(nn.Module):
         """
         Args:
             backbone: Detectron2 Backbone, from Tensor [B, 3, H, W] to a dict of maps.
-            neck, transformer: from maps to levels, and from levels to queries.
-            class_branches: modules from Tensor [B, N, C] to logits [B, N, K]: one per decoder layer where the
-                layers refine, one for all otherwise.
+            neck: backbone maps -> levels of C channels; transformer: levels -> hidden states and boxes of queries.
+            class_branches: modules from Tensor [B, N, C] to logits [B, N, K]: one per decoder layer if the layers
+                refine boxes, else one for all.
             in_features: names of the backbone's maps, finest first.
 
         Raises:
-            UsageError: another number of class branches.
+            UsageError: the number of class branches is wrong.
         """
         super().__init__()
         if len(class_branches) != transformer.num_branches:
@@ -50,7 +50,7 @@ class DeformableDETR(nn.Module):
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Pixels between the cells of each level, finest first."""
+        """Stride of each level in pixels, finest first."""
         shapes = self.backbone.output_shape()
         strides = [shapes[name].stride for name in self.in_features]
         coarser = range(1, len(self.neck.levels) - len(strides) + 1)
@@ -71,12 +71,12 @@ class DeformableDETR(nn.Module):
         return maps, level_masks(image_sizes, images.shape[-2:], shapes, images.device)
 
     def classify(self, hidden: Tensor, all_layers: bool) -> Tensor:
-        """Logits of queries.
+        """Class logits of queries.
 
         Args:
             hidden: Tensor [Ld, B, N, C].
-            all_layers: of every layer, or only of the last: with 21,000 words the others would cost more than the
-                detector.
+            all_layers: whether to classify every layer, or only the last one. With 21,000 words the other layers would
+                cost more than the rest of the detector.
 
         Returns:
             Tensor [Ld or 1, B, N, K].
@@ -86,7 +86,7 @@ class DeformableDETR(nn.Module):
         return torch.stack([branch(states) for branch, states in (pairs if all_layers else pairs[-1:])])
 
     def encode(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Memory:
-        """The memory of images, given as for :meth:`features`."""
+        """Encode images; arguments as of :meth:`features`."""
         return self.transformer.encode(*self.features(images, image_sizes))
 
     def decode(
@@ -100,7 +100,7 @@ class DeformableDETR(nn.Module):
         """
         Args:
             memory: of :meth:`encode`.
-            queries: of any number.
+            queries: any number of queries.
             attention_mask, keep_sampling: of :meth:`DeformableTransformer.decode`.
             all_layers: whether to return the logits of every layer; None: in training.
         """

@@ -1,4 +1,4 @@
-"""From the backbone's maps to levels of equal depth.
+"""The neck: backbone maps -> levels with the same number of channels.
 
 Shapes: B images, C channels of the transformer.
 """
@@ -14,10 +14,11 @@ class MultiScaleNeck(nn.Module):
     def __init__(self, in_channels: Sequence[int], dim: int = 256, levels: int = 4, groups: int = 32) -> None:
         """
         Args:
-            in_channels: channels of each backbone map, finest first.
+            in_channels: number of channels of each backbone map, finest first.
             dim: C.
-            levels: maps to return; those beyond the backbone's come from its last map, one after another.
-            groups: of the group norm.
+            levels: number of maps to return; extra levels are computed from the backbone's last map, one from the
+                other.
+            groups: number of groups of the group norm.
         """
         super().__init__()
         self.num_inputs = len(in_channels)

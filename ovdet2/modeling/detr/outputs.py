@@ -1,4 +1,4 @@
-"""What the decoder gives for its queries, layer by layer.
+"""Outputs of the decoder, per layer and query.
 
 Shapes: L decoder layers, B images, N queries, C channels, K words, H heads, M levels of attention, P points.
 """
@@ -15,12 +15,12 @@ from ovdet2.modeling.detr.memory import EncoderOutputs
 
 @dataclass(frozen=True)
 class Decoded:
-    """States and boxes of all queries, before any of them is classified.
+    """Hidden states and boxes of all queries, before classification.
 
     Attributes:
         hidden: Tensor [L, B, N, C].
         boxes_cxcywh: Tensor [L, B, N, 4] in (0, 1) of the image without its padding.
-        references: L Tensor [B, N, 2 or 4], what each layer started from, in the same frame.
+        references: L Tensor [B, N, 2 or 4], the reference points or boxes of each layer, in the same frame.
         sampling_locations: Tensor [L, B, N, H, M, P, 2], (x, y) in [0, 1] of the padded map of each level; None unless
             requested.
         sampling_weights: Tensor [L, B, N, H, M, P]; None unless requested.
@@ -35,16 +35,16 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DetrOutputs:
-    """Logits and boxes of every query; ``dataclasses.replace`` makes altered ones.
+    """Logits and boxes of every query. ``dataclasses.replace`` makes altered copies.
 
     Attributes:
-        pred_logits: Tensor [L or 1, B, N, K], of every layer or of the last one alone.
+        pred_logits: Tensor [L or 1, B, N, K], of every layer or only of the last one.
         pred_boxes: Tensor [L, B, N, 4], cxcywh in (0, 1) of the image without its padding.
-        hidden: Tensor [L, B, N, C], the states that they were read from.
-        references, sampling_locations, sampling_weights: of :class:`Decoded`.
-        encoder: :class:`EncoderOutputs` of a two-stage detector, which are of tokens and not of queries; None with one
+        hidden: Tensor [L, B, N, C], the hidden states from which the two are predicted.
+        references, sampling_locations, sampling_weights: see :class:`Decoded`.
+        encoder: :class:`EncoderOutputs` of a two-stage detector, per token and not per query; None with one
             stage.
-        added: what parts have added by name, each Tensor [L or 1, B, N, ...]; cut along with the queries.
+        added: outputs of parts by name, each Tensor [L or 1, B, N, ...]; indexed together with the queries.
     """
 
     pred_logits: Tensor
@@ -58,11 +58,11 @@ class DetrOutputs:
 
     @property
     def layers(self) -> int:
-        """Layers that have logits."""
+        """Number of layers that have logits."""
         return len(self.pred_logits)
 
     def take(self, queries: slice) -> DetrOutputs:
-        """The outputs of some of the queries; ``encoder`` stays."""
+        """The outputs of a slice of the queries; ``encoder`` is unchanged."""
         return self._cut((slice(None), slice(None), queries), tuple(part[:, queries] for part in self.references))
 
     def last_layer(self) -> DetrOutputs:
@@ -70,7 +70,7 @@ class DetrOutputs:
         return self._cut((slice(-1, None),), self.references[-1:])
 
     def with_added(self, **values: Tensor) -> DetrOutputs:
-        """Also these in ``added``."""
+        """A copy with further entries in ``added``."""
         return replace(self, added={**self.added, **values})
 
     def _cut(self, place: tuple[slice, ...], references: tuple[Tensor, ...]) -> DetrOutputs:

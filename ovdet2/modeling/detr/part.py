@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DetrStep:
-    """A training step before it is decoded.
+    """Inputs of a training step before decoding.
 
     Attributes:
-        samples: of the batch, all with boxes.
-        targets: :class:`Targets` of them.
+        samples: samples of the batch, all with boxes.
+        targets: :class:`Targets` of the samples.
         memory: :class:`Memory`, the encoded images.
-        queries: :class:`Queries` that the detector itself decodes, after every part has altered them.
+        queries: :class:`Queries` of the detector, after :meth:`DetrPart.alter_queries` of every part.
         network: :class:`DeformableDETR`.
         criterion: :class:`SetCriterion`, whose losses a part may use for its own queries.
     """
@@ -47,12 +47,12 @@ class DetrStep:
 
 @dataclass(frozen=True)
 class ExtraQueries:
-    """Queries that are decoded with the detector's own, which never see them.
+    """Extra queries that are decoded together with the detector's queries, which do not attend to them.
 
     Attributes:
         queries: :class:`Queries` of G queries of each image, with positions.
-        hidden: Tensor [B * H, G, N + G] bool, H heads of the decoder: True where the row's query must not see the
-            column's, of the detector's N queries and then of its own group.
+        hidden: Tensor [B * H, G, N + G] bool, H heads of the decoder: True where the query of the row must not attend
+            to that of the column. Columns are the detector's N queries, then the G queries of the group.
     """
 
     queries: Queries
@@ -61,12 +61,12 @@ class ExtraQueries:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a part has done before decoding.
+    """What a part returns before decoding.
 
     Attributes:
-        losses: unweighted losses that need no decoding.
-        extra: queries to decode with the detector's, or None.
-        state: whatever :meth:`DetrPart.losses_before_matching` wants back.
+        losses: unweighted losses that need no decoder outputs.
+        extra: queries to decode together with the detector's, or None.
+        state: any value; it is passed to :meth:`DetrPart.losses_before_matching`.
     """
 
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -75,53 +75,53 @@ class Prepared:
 
 
 class DetrPart(Part):
-    """The base adds nothing; a part overrides what it has."""
+    """A part of the DETR host. The base class does nothing; a part overrides the methods that it needs."""
 
     def alter_queries(self, queries: Queries, samples: Sequence[Sample]) -> Queries:
-        """The queries that the decoder starts from, in training and at test, such as with semantic priors added."""
+        """Alter the input queries of the decoder, in training and at test; for example, add semantic priors."""
         return queries
 
     def matching_costs(self) -> list[MatchingCost]:
-        """Further costs of matching: pairs of a weight and a function of the outputs and the padded labels [B, X] that
-        gives a cost Tensor [L, B, N, X]."""
+        """Further matching costs: pairs of a weight and a function of the outputs and the padded labels [B, X] that
+        returns a cost Tensor [L, B, N, X]."""
         return []
 
     def before_decoding(self, step: DetrStep) -> Prepared:
-        """Losses on the encoded images, and further queries to decode. Collective calls are allowed."""
+        """Compute losses on the encoded images, and extra queries to decode. Collective calls are allowed."""
         return Prepared()
 
     def alter_outputs(self, outputs: DetrOutputs) -> DetrOutputs:
-        """In training, what matching and losses are to see of all decoded queries, those of parts included."""
+        """In training, alter the outputs of all queries, including extra ones, before matching and losses."""
         return outputs
 
     def losses_before_matching(
         self, step: DetrStep, prepared: Prepared, extra_outputs: DetrOutputs | None
     ) -> dict[str, Tensor]:
-        """Unweighted losses of the part's extra queries. Collective calls are allowed: no process can have stopped at a
-        cost that is not finite."""
+        """Unweighted losses of the part's extra queries. Collective calls are allowed, since matching, which may raise
+        in one process only, comes later."""
         return {}
 
     def losses(
         self, step: DetrStep, outputs: DetrOutputs, matches: Sequence[Matches], num_boxes: Tensor
     ) -> dict[str, Tensor]:
-        """Unweighted losses of the detector's queries and the objects they are matched with; no collective calls.
+        """Unweighted losses of the detector's queries and their matched objects; no collective calls.
 
         Args:
             step: see :class:`DetrStep`.
-            outputs: of the N queries.
-            matches: of each layer that has losses, the last layer's last.
+            outputs: outputs of the N queries.
+            matches: pairs of each layer that has losses, in the order of the layers.
             num_boxes: mean number of objects of a process, at least 1.
         """
         return {}
 
     def score(self, outputs: DetrOutputs, queries: Queries) -> DetrOutputs:
-        """At test, the outputs whose ``pred_logits`` become scores by a sigmoid."""
+        """At test, alter the outputs; the scores are the sigmoid of their ``pred_logits``."""
         return outputs
 
     def annotate(self, instances: Instances, queries: Queries, image: int) -> None:
-        """Add fields to the detections of an image (number ``image`` of the batch); ``instances.queries`` says which
-        query each was read from."""
+        """Add fields to the detections of an image (index ``image`` in the batch). ``instances.queries`` holds the
+        index of the query of each detection."""
 
     def weak_losses(self, samples: Sequence[Sample], memory: Memory, network: DeformableDETR) -> dict[str, Tensor]:
-        """Unweighted losses of a training step on images without boxes, of the kinds that the part ``sees``."""
+        """Unweighted losses of a training step on images without boxes, of the kinds in ``sees``."""
         return {}

@@ -19,13 +19,13 @@ def level_masks(
 ) -> list[Tensor]:
     """Padding masks of the maps of a padded batch.
 
-    A cell is padding if the pixel that nearest interpolation picks for it is.
+    Masks are resized by nearest-neighbour interpolation.
 
     Args:
         image_sizes: B (height, width) before padding at the right and the bottom.
         padded_size: (height, width) of the batch.
         spatial_shapes: (h, w) of every level.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         list of bool Tensor [B, h, w], True where the map shows padding.
@@ -47,7 +47,7 @@ def valid_size(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sine_position(mask: Tensor, channels: int, dtype: torch.dtype, temperature: float = 10000.0) -> Tensor:
-    """Sines and cosines of the position within the valid part, which spans (0, 2 pi) along each axis.
+    """Sine position encoding of map cells. Positions in the valid part span (0, 2 pi) along each axis.
 
     Args:
         mask: bool Tensor [B, h, w], True where padded.
@@ -55,36 +55,36 @@ def sine_position(mask: Tensor, channels: int, dtype: torch.dtype, temperature: 
         dtype: floating-point dtype of the result.
 
     Returns:
-        Tensor [B, h, w, C]. Where the mask is True, values are finite and mean nothing.
+        Tensor [B, h, w, C]. Where the mask is True, values are finite but meaningless.
     """
     axes = []
     for size, valid in zip(mask.shape[1:], valid_size(mask)):
         centres = torch.arange(size, dtype=dtype, device=mask.device) + 0.5
         unit = centres / (valid[:, None].to(dtype) + 1e-6)
         axes.append(_sines(unit, channels // 2, temperature))
-    # An axis is encoded once for all cells along the other one: sines are dear.
+    # Each axis is encoded once for all cells along the other one, since sines are slow.
     y = axes[0][:, :, None].expand(-1, -1, mask.shape[2], -1)
     x = axes[1][:, None].expand(-1, mask.shape[1], -1, -1)
     return torch.cat([y, x], dim=-1)
 
 
 def box_position(boxes_cxcywh: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """The encoding of boxes that two-stage queries start from.
+    """Sine encoding of boxes, for the queries of a two-stage detector.
 
-    In float32 whatever the dtype: half precision cannot hold the low frequencies.
+    Computed in float32 for every dtype: half precision cannot represent the low frequencies.
 
     Args:
         boxes_cxcywh: Tensor [B, N, 4] in [0, 1].
-        channels: per coordinate, even.
+        channels: number of channels per coordinate, even.
 
     Returns:
-        Tensor [B, N, 4 * channels] of the dtype of the boxes.
+        Tensor [B, N, 4 * channels], dtype of the boxes.
     """
     return _sines(boxes_cxcywh.float(), channels, temperature).flatten(-2).to(boxes_cxcywh.dtype)
 
 
 def _sines(unit, channels, temperature):
-    """Tensor [...] in (0, 1) -> [..., channels]: sine and cosine in turn, of falling frequency."""
+    """Tensor [...] in (0, 1) -> [..., channels]: alternating sine and cosine, highest frequency first."""
     step = torch.arange(channels, dtype=unit.dtype, device=unit.device)
     period = temperature ** (2 * torch.div(step, 2, rounding_mode="floor") / channels)
     angle = (unit * (2 * math.pi))[..., None] / period

@@ -1,4 +1,4 @@
-"""From the queries of a decoder layer to detections, without NMS.
+"""Post-processing: outputs of a decoder layer -> detections, without NMS.
 
 Shapes: B images, N queries, K words, T detections.
 """
@@ -16,17 +16,17 @@ _BLOCK = 64  # values per block of top_values
 
 
 def top_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest values of each row and where they are: ``values.topk(count)``, for rows of millions.
+    """``values.topk(count)`` for rows of millions of values: the highest values of each row and their indices.
 
-    The highest T values lie in the T blocks with the highest maxima: one pass finds the maxima, and the selection is
-    among T blocks.
+    The highest T values lie in the T blocks with the highest maxima. One pass computes the maxima; the top values are
+    then selected from T blocks only.
 
     Args:
         values: Tensor [B, V], contiguous.
-        count: T; V if there are fewer.
+        count: T; at most V values are returned.
 
     Returns:
-        (Tensor [B, T], Tensor [B, T] int64), the highest first; of equal values any may come first.
+        (Tensor [B, T], Tensor [B, T] int64), highest first; the order of equal values is undefined.
     """
     rows, length = values.shape
     whole = length - length % _BLOCK
@@ -41,13 +41,13 @@ def top_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 class PostProcessor:
-    """Each pair of a query and a word is a candidate, scored by its sigmoid; the best of an image are kept."""
+    """Every (query, word) pair is a candidate, scored by the sigmoid of its logit; the best ones are kept per image."""
 
     def __init__(self, detections_per_image: int = 100, score_threshold: float = 0.0) -> None:
         """
         Args:
-            detections_per_image: most detections of an image.
-            score_threshold: detections below it are left out; 0 keeps all.
+            detections_per_image: maximum number of detections of an image.
+            score_threshold: detections with a lower score are dropped; 0 keeps all.
         """
         self.detections_per_image = detections_per_image
         self.score_threshold = score_threshold
@@ -56,13 +56,13 @@ class PostProcessor:
     def __call__(self, outputs: DetrOutputs, sizes: Sequence[tuple[int, int]], layer: int = -1) -> list[Instances]:
         """
         Args:
-            outputs: whose logits become scores by a sigmoid.
-            sizes: B pairs (height, width), the pixels that the detections are given in.
-            layer: the decoder layer that counts.
+            outputs: decoder outputs; the scores are the sigmoid of the logits.
+            sizes: B pairs (height, width) in pixels: the image size that the boxes are scaled to.
+            layer: index of the decoder layer to use.
 
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
-            (0 to 1, float32), ``pred_classes`` (0..K-1) and ``queries`` (0..N-1) that they were read from.
+            (0 to 1, float32), ``pred_classes`` (0..K-1) and ``queries`` (0..N-1, the query of each detection).
         """
         logits, boxes = outputs.pred_logits[layer].float(), outputs.pred_boxes[layer].float()
         words = logits.shape[2]

@@ -1,4 +1,4 @@
-"""Where queries come from: learned ones, or the encoder's best proposals.
+"""Input queries of the decoder: learned ones, or the encoder's best proposals.
 
 Shapes: B images, S tokens, N queries, C channels.
 """
@@ -41,21 +41,21 @@ class LearnedQueries(nn.Module):
         return Queries(content, position, references)
 
     def encode_position(self, references: Tensor) -> Tensor:
-        """Learned queries have learned positions.
+        """Not available: the positions of learned queries are learned.
 
         Raises:
             UsageError: always.
         """
         raise UsageError(
-            "learned queries have no encoding of boxes: give Queries.position, or use a two-stage variant."
+            "learned queries cannot encode boxes as positions: set Queries.position, or use a two-stage variant."
         )
 
 
 class ProposalQueries(nn.Module):
-    """The N best proposals of the encoder: every token proposes a box around its cell.
+    """The N proposals of the encoder with the highest objectness; every token proposes a box around its cell.
 
-    Padding and cells that cannot propose are never chosen: the published code lets them compete. Where fewer than N
-    tokens propose, the remaining references are the whole image.
+    Padding and invalid cells are never selected; the published code does not exclude them. With fewer than N valid
+    tokens, the remaining references are the full image.
     """
 
     def __init__(self, dim: int, num_queries: int, mixed: bool = False) -> None:
@@ -82,7 +82,7 @@ class ProposalQueries(nn.Module):
         nn.init.constant_(self.objectness.bias, -math.log(99))
 
     def forward(self, memory: Memory) -> Queries:
-        """:class:`Queries` with 4-d references, which carry no gradient, and the encoder's outputs."""
+        """:class:`Queries` with 4-d references, which have no gradient, and with the encoder's outputs."""
         outputs = self.propose(memory)
         references = self._best(outputs)
         embedded = self._embed(references)
@@ -103,30 +103,30 @@ class ProposalQueries(nn.Module):
         proposals = torch.log(proposals / (1 - proposals)).masked_fill(~valid[..., None], 0.0)
         logits = self.box_head(tokens).to(proposals.dtype) + proposals
         boxes = logits.sigmoid()
-        whole = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
+        full_image = boxes.new_tensor([0.5, 0.5, 1.0, 1.0])
         objectness = in_full_precision(self.objectness, tokens)
-        return EncoderOutputs(objectness, torch.where(valid[..., None], boxes, whole), valid)
+        return EncoderOutputs(objectness, torch.where(valid[..., None], boxes, full_image), valid)
 
     def encode_position(self, references: Tensor) -> Tensor:
         """Positions of boxes: Tensor [B, N, 4] -> [B, N, C].
 
         Raises:
-            UsageError: the references are points.
+            UsageError: the references are points, not boxes.
         """
         return self._embed(references)[..., : self.dim]
 
     def _embed(self, references):
         if references.shape[-1] != 4:
-            raise UsageError(f"positions are encoded from 4 coordinates, not {references.shape[-1]}.")
+            raise UsageError(f"positions are encoded from 4 box coordinates, not {references.shape[-1]}.")
         return self.box_norm(self.box_embed(box_position(references, self.dim // 2)))
 
     def _best(self, outputs):
-        """References of the N most object-like proposals, best first: Tensor [B, N, 4]."""
+        """Boxes of the N proposals with the highest objectness, best first: Tensor [B, N, 4]."""
         scores = outputs.logits[..., 0].masked_fill(~outputs.valid, -math.inf)
         count = min(self.num_queries, scores.shape[1])
         chosen = scores.topk(count, dim=1).indices
         references = outputs.boxes_cxcywh.detach().gather(1, chosen[..., None].expand(-1, -1, 4))
         if count == self.num_queries:
             return references
-        whole = references.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(len(references), self.num_queries - count, -1)
-        return torch.cat([references, whole], dim=1)
+        full_image = references.new_tensor([0.5, 0.5, 1.0, 1.0]).expand(len(references), self.num_queries - count, -1)
+        return torch.cat([references, full_image], dim=1)

@@ -1,4 +1,4 @@
-"""What a query-based detector is trained on, and which query answers for which object.
+"""Ground truth of a batch, and the pairs of matched queries and objects.
 
 Shapes: B images, M objects over all images, X the most objects of one image, P pairs.
 """
@@ -18,14 +18,14 @@ from ovdet2.modeling.detr.boxes import xyxy_to_cxcywh
 
 @dataclass(frozen=True)
 class Targets:
-    """The objects of a batch, those of the first image first.
+    """The ground-truth objects of a batch, in the order of the images.
 
     Args:
         labels: Tensor [M] int64, 0..K-1.
         boxes_cxcywh: Tensor [M, 4] float32, normalised by the size of the image without its padding.
-        counts: tuple of B ints, the objects of each image.
-        names: tuple of B strings, what messages call the images.
-        label_limit: 1 + the highest label, 0 without objects; known to the host without asking the device.
+        counts: tuple of B ints, the number of objects of each image.
+        names: tuple of B strings, image names for messages.
+        label_limit: 1 + the highest label, 0 without objects; an int, so that no GPU synchronisation is needed.
         image_sizes: tuple of B (height, width) in pixels, without padding.
     """
 
@@ -40,12 +40,12 @@ class Targets:
     def of_samples(cls, samples: Sequence[Sample], device: torch.device | str) -> Targets:
         """
         Args:
-            samples: B samples with ``instances`` on the CPU; the loading has left out crowds and boxes that were
-                cropped away.
-            device: of the tensors.
+            samples: B samples with ``instances`` on the CPU; data loading has removed crowds and boxes outside the
+                crop.
+            device: device of the tensors.
 
         Raises:
-            KeyError: a sample without instances.
+            KeyError: a sample has no ``instances``.
         """
         labels, boxes, sizes = [], [], []
         for sample in samples:
@@ -55,22 +55,22 @@ class Targets:
             boxes.append(xyxy_to_cxcywh(instances.gt_boxes.tensor / size))
             labels.append(instances.gt_classes)
             sizes.append((height, width))
-        highest = max((int(found.max()) for found in labels if len(found)), default=-1)
+        highest = max((int(of_image.max()) for of_image in labels if len(of_image)), default=-1)
         return cls(
             torch.cat(labels).to(device, non_blocking=True),
             torch.cat(boxes).to(device, non_blocking=True),
-            tuple(len(found) for found in labels),
+            tuple(len(of_image) for of_image in labels),
             tuple(sample.name for sample in samples),
             highest + 1,
             tuple(sizes),
         )
 
     def without_labels(self) -> Targets:
-        """The same objects under the one label 0, for a class-agnostic head."""
+        """The same objects, all with label 0, for a class-agnostic head."""
         return replace(self, labels=torch.zeros_like(self.labels), label_limit=min(1, len(self)))
 
     def padded(self, rows: Tensor) -> Tensor:
-        """Rows of the objects, [M, ...], as [B, X, ...], filled up with zeros."""
+        """Split rows of objects by image and pad with zeros: [M, ...] -> [B, X, ...]."""
         return pad_sequence(list(rows.split(self.counts)), batch_first=True)
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Pairs of a query and the object it answers for; a query without a pair is background.
+    """Matched pairs of queries and objects; a query without a pair is background.
 
     Args:
         image: Tensor [P] int64, 0..B-1.

@@ -1,4 +1,4 @@
-"""Deformable DETR's transformer in three steps, so that methods can get in between.
+"""Deformable DETR's transformer in three steps, so that methods can act between the steps.
 
 Shapes: B images, S tokens of L levels, N queries, C channels, H heads, P points, Ld decoder layers.
 """
@@ -20,7 +20,7 @@ VARIANTS = ("one_stage", "refine", "two_stage", "plus_plus")
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder, query maker and decoder.
+    """Encoder, query selection and decoder.
 
     ``decode(memory, queries(memory))`` after ``memory = encode(...)`` is the published model. Semantic priors add to
     ``queries.content``; denoising appends queries and passes an attention mask.
@@ -41,15 +41,15 @@ class DeformableTransformer(nn.Module):
     ) -> None:
         """
         Args:
-            variant: "one_stage"; "refine", each layer refines the boxes of the one before; "two_stage", which also
-                starts from the encoder's proposals; "plus_plus", two-stage with mixed query selection and look forward
-                twice (its published setting has ``dropout`` 0).
+            variant: "one_stage"; "refine": each layer refines the boxes of the one before; "two_stage": also, queries
+                are the encoder's proposals; "plus_plus": two-stage with mixed query selection and look forward twice
+                (its published setting has ``dropout`` 0).
             dim, heads, levels, points, ffn_dim: C, H, L, P and the width of the feed-forward blocks.
             dropout: in the attention of queries, after attention, and in the feed-forward blocks.
-            encoder_layers, decoder_layers, num_queries: numbers, the latter two Ld and N.
+            encoder_layers, decoder_layers, num_queries: numbers of layers and queries; the latter two are Ld and N.
 
         Raises:
-            UsageError: unknown variant, or C is not a multiple of 4.
+            UsageError: the variant is unknown, or C is not a multiple of 4.
         """
         super().__init__()
         if variant not in VARIANTS:
@@ -74,12 +74,12 @@ class DeformableTransformer(nn.Module):
             decoder_layers,
             refine=variant != "one_stage",
             look_forward_twice=variant == "plus_plus",
-            size_bias=0.0 if two_stage else -2.0,  # proposals come with a size
+            size_bias=0.0 if two_stage else -2.0,  # proposals already have a size
         )
 
     @property
     def num_branches(self) -> int:
-        """Prediction heads required: one per decoder layer, or one for all where layers do not refine."""
+        """Number of prediction heads: one per decoder layer, or one for all if layers do not refine boxes."""
         return len(self.decoder.box_heads)
 
     def encode(self, features: Sequence[Tensor], masks: Sequence[Tensor]) -> Memory:
@@ -101,7 +101,7 @@ class DeformableTransformer(nn.Module):
         return Memory(tokens, shapes, padding, ratios)
 
     def queries(self, memory: Memory) -> Queries:
-        """What the decoder starts from."""
+        """The input queries of the decoder."""
         return self.query_maker(memory)
 
     def decode(
@@ -109,13 +109,13 @@ class DeformableTransformer(nn.Module):
     ) -> Decoded:
         """
         Args:
-            memory: of :meth:`encode`.
-            queries: of any number.
+            memory: result of :meth:`encode`.
+            queries: any number of queries.
             attention_mask: bool Tensor [N, N] or [B * H, N, N], True where the row's query must not see the column's.
-            keep_sampling: return where and how strongly each query looked.
+            keep_sampling: also return the sampling locations and weights of the cross-attention.
 
         Raises:
-            UsageError: the queries' position is missing and cannot be encoded from their references.
+            UsageError: the queries have no position, and it cannot be encoded from their references.
         """
         position = queries.position
         if position is None:

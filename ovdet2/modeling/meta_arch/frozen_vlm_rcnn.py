@@ -1,4 +1,4 @@
-"""A Faster R-CNN on a CLIP trunk, whose last map still means what CLIP's words mean. Wiring only."""
+"""A Faster R-CNN on a frozen CLIP trunk: its last map stays comparable with CLIP's word embeddings. Wiring only."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ovdet2.vocabulary import Vocabulary
 class FrozenVLMRCNN(OpenVocabularyRCNN):
     """The detector of F-VLM (Kuo et al., ICLR 2023), and of F-ViT (CLIM, CLIPSelf) on a ViT.
 
-    The trunk is the teacher's image tower, and the vocabulary is of the same teacher. Where the trunk is frozen, a part
-    can read secondary scores from its last map. Training and testing are :class:`OpenVocabularyRCNN`'s.
+    The trunk is the teacher's image tower, and the vocabulary is of the same teacher. If the trunk is frozen, a part
+    can compute secondary scores from its last map. Training and testing are :class:`OpenVocabularyRCNN`'s.
     """
 
     @configurable
     def __init__(self, **kwargs):
         """
         Args:
-            kwargs: of :class:`OpenVocabularyRCNN`; the backbone is a
+            kwargs: as of :class:`OpenVocabularyRCNN`; the backbone is a
                 :class:`~ovdet2.modeling.backbone.CLIPPyramid`.
         """
         super().__init__(**kwargs)
@@ -37,7 +37,7 @@ class FrozenVLMRCNN(OpenVocabularyRCNN):
         """As of :class:`OpenVocabularyRCNN`.
 
         Raises:
-            UsageError: the backbone is no CLIP pyramid, or a part reads its trunk although that is trained.
+            UsageError: the backbone is no CLIP pyramid, or a part needs a frozen trunk but the trunk is trained.
             DataError: the vocabulary is of another teacher than the trunk.
         """
         backbone = cfg.MODEL.BACKBONE
@@ -50,7 +50,7 @@ class FrozenVLMRCNN(OpenVocabularyRCNN):
         readers = [part.name for part in arguments["parts"] if part.reads_frozen_trunk]
         if readers and backbone.FREEZE_AT < ALL_FROZEN:
             raise UsageError(
-                f"{' and '.join(readers)} reads a trunk that training must not change: set MODEL.BACKBONE.FREEZE_AT to "
+                f"{' and '.join(readers)} requires a frozen trunk: set MODEL.BACKBONE.FREEZE_AT to "
                 f"{ALL_FROZEN} (now {backbone.FREEZE_AT}), or MODEL.OVD.SECONDARY_SCORES to none."
             )
         words = arguments["roi_heads"].classifier.vocabulary.words

@@ -1,4 +1,4 @@
-"""Deformable DETR whose classes are an input, with a list of parts: wiring only.
+"""Open-vocabulary Deformable DETR, whose classes are an input, with the parts of methods: wiring only.
 
 Shapes: B images, L decoder layers, N queries, G extra queries of a part, H heads, K words.
 """
@@ -45,11 +45,11 @@ PartLosses = tuple[DetrPart, dict[str, Tensor]]
 
 @META_ARCH_REGISTRY.register()
 class OpenVocabularyDeformableDETR(nn.Module):
-    """Deformable DETR (Zhu et al., ICLR 2021) that scores its queries against words.
+    """Deformable DETR (Zhu et al., ICLR 2021) that classifies its queries by word embeddings.
 
-    At test each image gives {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels of the
-    original image, best first; parts may add fields. With ``every_layer`` also "decoder_layers", the detections of the
-    layers before the last, from the first on.
+    At test the output of an image is {"instances"}: detections whose ``pred_classes`` index the vocabulary, in pixels
+    of the original image, best first; parts may add fields. With ``every_layer`` there is also "decoder_layers": the
+    detections of the layers before the last, from the first on.
 
     Attributes:
         parts: tuple of :class:`DetrPart` in their order, each also a module under the name of its method.
@@ -71,17 +71,17 @@ class OpenVocabularyDeformableDETR(nn.Module):
     ) -> None:
         """
         Args:
-            network: whose ``backbone`` states by what the sides of a batch must be divisible.
-            vocabulary: that the network reads, too.
-            criterion: with the matching costs of the parts.
+            network: the network; its ``backbone.size_divisibility`` sets the padding of a batch.
+            vocabulary: word bank, shared with the network.
+            criterion: criterion with the matching costs of the parts.
             postprocessor: from outputs to detections.
-            loss_weights: of the criterion's losses, by kind.
+            loss_weights: weights of the criterion's losses, by kind.
             pixel_mean, pixel_std: three values per channel, 0 to 255, in the order of INPUT.FORMAT.
-            every_layer: at test, give the detections of all decoder layers.
-            parts: each with the name of its method, which begins its weights in a checkpoint.
+            every_layer: at test, return the detections of all decoder layers.
+            parts: parts, each with the name of its method, the prefix of its weights in a checkpoint.
 
         Raises:
-            UsageError: two parts have one name, or a part that of something else of the detector.
+            UsageError: two parts have the same name, or a part has the name of another attribute of the detector.
         """
         super().__init__()
         self.network = network
@@ -96,7 +96,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
-        """Arguments by configuration; ``vocabulary`` replaces the one that MODEL.VOCABULARY and DATASETS.TEST give."""
+        """Arguments from a configuration; ``vocabulary`` replaces that of MODEL.VOCABULARY and DATASETS.TEST."""
         check_methods(cfg)
         refuse_unused(cfg)
         bank = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
@@ -116,23 +116,23 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the pixels are taken to."""
+        """Device of the model."""
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: Iterable[Sample | Mapping[str, Any]]) -> dict[str, Tensor] | list[dict[str, Any]]:
         """
         Args:
             batched_inputs: B samples, or Detectron2 records, with ``image``, Tensor [3, H, W] uint8 or float, 0 to 255;
-                in training with what their kind has (``instances`` of an image with boxes) and what the parts need; at
-                test with ``height`` and ``width`` of the image that detections are given in (its own if 0).
+                in training with the annotations of their kind (``instances`` for images with boxes) and the fields
+                that the parts need; at test with ``height`` and ``width`` of the output (0: those of ``image``).
 
         Returns:
             In training the weighted losses, a dict of scalar Tensors; at test a list of B dicts, see the class.
 
         Raises:
-            UsageError: a closed set of classes is given another number of words, images that no part has a loss of,
-                what a part needs is missing, or two losses have one name.
-            NumericalError: a matching cost is not finite; it names the image.
+            UsageError: a closed-set head is given another number of words, no part has a loss for a kind of images, a
+                field that a part needs is missing, or two losses have the same name.
+            NumericalError: a matching cost is not finite; the message names the image.
         """
         samples = as_samples(batched_inputs)
         if self.training:
@@ -165,11 +165,11 @@ class OpenVocabularyDeformableDETR(nn.Module):
         all_layers: bool = False,
         keep_sampling: bool = False,
     ) -> tuple[ImageList, DetrOutputs, Queries]:
-        """The outputs at test: (padded images, outputs whose logits become scores by a sigmoid, queries of them).
+        """Forward pass at test: (padded images, outputs, queries). The scores are the sigmoid of the outputs' logits.
 
         Args:
             batched_inputs: as of :meth:`forward`.
-            all_layers, keep_sampling: of :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`.
+            all_layers, keep_sampling: see :meth:`~ovdet2.modeling.detr.model.DeformableDETR.decode`.
         """
         images, memory, queries = self.encode(batched_inputs)
         outputs = self.network.decode(memory, queries, all_layers=all_layers, keep_sampling=keep_sampling)
@@ -199,7 +199,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         return ImageList.from_tensors(images, self.network.backbone.size_divisibility)
 
     def _losses(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
-        """Unweighted losses of a batch: (the criterion's, those of parts), in the order that they are summed in."""
+        """Unweighted losses of a batch: (the criterion's, those of parts), in the order of summation."""
         with_boxes = of_kind(samples, BOXES)
         core, of_parts = self._losses_of_boxes(with_boxes) if with_boxes else ({}, [])
         weak = [sample for sample in samples if sample.kind != BOXES]
@@ -208,8 +208,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
     def _losses_of_boxes(self, samples: list[Sample]) -> tuple[dict[str, Tensor], list[PartLosses]]:
         """:meth:`_losses` of images with boxes.
 
-        Parts draw random numbers and make collective calls in their order. All collective calls come before the
-        matching, which may stop this process at a cost that is not finite while the others would wait for it.
+        Parts draw random numbers and make collective calls in their order. All collective calls come before matching:
+        matching may raise in one process only (non-finite cost), and the other processes would wait forever.
         """
         _, memory, queries = self.encode(samples)
         targets = Targets.of_samples(samples, self.device)
@@ -226,14 +226,14 @@ class OpenVocabularyDeformableDETR(nn.Module):
         return losses, [*after_matching, *before_matching]
 
     def _weak_losses(self, samples: list[Sample]) -> list[PartLosses]:
-        """Those of parts on images without boxes, which are encoded and not decoded."""
+        """Losses of parts on images without boxes; these are encoded but not decoded."""
         require_seen(self.parts, [sample.kind for sample in samples])
         images = self.preprocess(samples)
         memory = self.network.encode(images.tensor, images.image_sizes)
-        found = []
+        losses = []
         for part in self.parts:
             rows = [row for row, sample in enumerate(samples) if sample.kind in part.sees]
             if rows:
                 own = memory if len(rows) == len(samples) else memory.take(rows)
-                found.append((part, part.weak_losses([samples[row] for row in rows], own, self.network)))
-        return found
+                losses.append((part, part.weak_losses([samples[row] for row in rows], own, self.network)))
+        return losses

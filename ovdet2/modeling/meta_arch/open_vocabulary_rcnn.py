@@ -1,4 +1,4 @@
-"""Faster R-CNN whose classes are an input: wiring only.
+"""Open-vocabulary Faster R-CNN, whose classes are an input: wiring only.
 
 Shapes: N images, R proposals, K words.
 """
@@ -39,17 +39,18 @@ Batch = Sequence[Sample | Mapping[str, Any]]
 
 @META_ARCH_REGISTRY.register()
 class OpenVocabularyRCNN(GeneralizedRCNN):
-    """A class-agnostic Faster R-CNN that scores regions against words, and the parts that methods add to it.
+    """A class-agnostic Faster R-CNN that classifies regions by word embeddings, with the parts of methods.
 
-    At test each image gives {"instances", "proposals"}: detections whose ``pred_classes`` index the vocabulary, and the
-    best proposals of the RPN (``proposal_boxes``, ``objectness_logits``), both in pixels of the original image.
+    At test the output of an image is {"instances", "proposals"}: detections whose ``pred_classes`` index the
+    vocabulary, and the best proposals of the RPN (``proposal_boxes``, ``objectness_logits``), both in pixels of the
+    original image.
 
     Attributes:
-        roi_heads: box head, classifier over words, masks.
-        parts: tuple of :class:`RCNNPart`, each also a module under its name.
+        roi_heads: box head, text classifier, mask head.
+        parts: tuple of :class:`RCNNPart`, each also a submodule under its name.
     """
 
-    # Detectron2 states an nn.Module, and puts no other here.
+    # Detectron2 annotates it as nn.Module.
     roi_heads: OpenVocabularyROIHeads  # pyrefly: ignore[bad-override-mutable-attribute]
     parts: tuple[RCNNPart, ...]
 
@@ -57,7 +58,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def __init__(self, *, parts: Sequence[RCNNPart] = (), proposals_kept: int = 0, **kwargs):
         """
         Args:
-            parts: of methods, with their names.
+            parts: parts of methods, with their names.
             proposals_kept: proposals returned per image; 0 returns none.
             kwargs: backbone, proposal_generator, roi_heads, pixel_mean, pixel_std, input_format, vis_period.
 
@@ -70,14 +71,14 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
-        """Arguments by configuration.
+        """Arguments from a configuration.
 
         Args:
             cfg: configuration.
             vocabulary: replaces the one that MODEL.VOCABULARY and DATASETS.TEST give.
 
         Raises:
-            UsageError: settings of the heads or of a method that do not go together.
+            UsageError: settings of the heads or of a method contradict each other.
         """
         check_methods(cfg)
         backbone = build_backbone(cfg)
@@ -85,7 +86,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         shapes = cast(dict[str, ShapeSpec], backbone.output_shape())
         proposal_generator = build_proposal_generator(cfg, shapes)
         roi_heads = ROI_HEADS_REGISTRY.get(cfg.MODEL.ROI_HEADS.NAME)(cfg, shapes, bank)
-        # Parts come last: the first weights of the detector do not depend on them.
+        # Parts come last: the detector's initial weights do not depend on them.
         host = Host(bank, backbone, roi_heads=roi_heads, build_box_head=partial(build_similar_box_head, cfg, shapes))
         return {
             "backbone": backbone,
@@ -111,11 +112,11 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
                 "boxes", and what the parts read.
 
         Returns:
-            In training weighted losses by name: of the box head, the parts, masks, the RPN, then of images without
-            boxes; of a kind of images that the batch has none of, there are none. At test see :meth:`inference`.
+            In training, weighted losses by name: of the box head, the parts, masks, the RPN, then of images without
+            boxes. Losses of a kind of images that is not in the batch are absent. At test see :meth:`inference`.
 
         Raises:
-            UsageError: images of a kind that no part has losses of.
+            UsageError: no part has losses for a kind of images.
         """
         samples = as_samples(batched_inputs)
         if not self.training:
@@ -123,8 +124,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         require_seen(self.parts, (sample.kind for sample in samples))
         boxed = of_kind(samples, BOXES)
         others = [sample for sample in samples if sample.kind != BOXES]
-        # Images with boxes first: the casts of weights that autocast keeps would carry no gradient if those of the RPN
-        # were made for the others, without gradient.
+        # Images with boxes first: autocast caches its casts of weights. If the RPN's were first cast under no_grad, for
+        # the other images, the cached casts would have no gradient.
         losses = self._losses(boxed) if boxed else {}
         return joined(losses, self._weak_losses(others) if others else {})
 
@@ -140,8 +141,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         return joined(head_losses, losses)
 
     def _weak_losses(self, samples: list[Sample]) -> dict[str, Tensor]:
-        """Weighted losses on images without boxes. The RPN proposes as at test: it learns nothing, and no batch
-        statistic, random number or metric of it changes."""
+        """Weighted losses on images without boxes. The RPN runs in evaluation mode without gradient, so its weights,
+        batch statistics, random numbers and metrics do not change."""
         images = self._images(samples)
         features = self.backbone(images.tensor)
         with torch.no_grad(), _evaluating(self.proposal_generator):
@@ -152,10 +153,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     @torch.no_grad()
     def propose(self, batched_inputs: Batch) -> list[Instances]:
-        """The RPN alone, in evaluation mode: list of :class:`Instances` with ``proposal_boxes`` (pixels of the original
-        image) and ``objectness_logits``, best first."""
+        """Proposals of the RPN, in evaluation mode: list of :class:`Instances` with ``proposal_boxes`` (pixels of the
+        original image) and ``objectness_logits``, best first."""
         if self.training:
-            raise UsageError("proposals are those of a model in evaluation mode: call model.eval() first.")
+            raise UsageError("propose() requires evaluation mode: call model.eval() first.")
         samples = as_samples(batched_inputs)
         _, _, proposals = self._propose(samples)
         return [_to_original_pixels(of_image, sample) for of_image, sample in zip(proposals, samples)]
@@ -166,7 +167,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         return images, features, self.proposal_generator(images, features, None)[0]
 
     def _images(self, samples: list[Sample]) -> ImageList:
-        # Detectron2 states dicts, and reads their "image", as of a Sample.
+        # Detectron2 annotates dicts; a Sample has the same item "image".
         return self.preprocess_image(samples)  # pyrefly: ignore[bad-argument-type]
 
     @overload
@@ -185,10 +186,10 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def inference(
         self, batched_inputs: Batch, detected_instances: list[Instances] | None = None, do_postprocess: bool = True
     ) -> list[dict[str, Instances]] | list[Instances]:
-        """Detect in a batch; see :class:`GeneralizedRCNN` for the arguments.
+        """Detect objects in a batch; see :class:`GeneralizedRCNN` for the arguments.
 
         Raises:
-            UsageError: two parts give secondary scores.
+            UsageError: two parts compute secondary scores.
             NumericalError: a score or box is not finite.
         """
         samples = as_samples(batched_inputs)
@@ -203,8 +204,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         if not do_postprocess:
             return results
         outputs = [
-            {"instances": detector_postprocess(found, *_output_size(sample, found))}
-            for found, sample in zip(results, samples)
+            {"instances": detector_postprocess(detections, *_output_size(sample, detections))}
+            for detections, sample in zip(results, samples)
         ]
         if self.proposals_kept:
             for output, sample, of_image in zip(outputs, samples, proposals):
@@ -214,7 +215,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Generator[None, None, None]:
-    """Evaluation mode inside the block; every submodule has its own mode back after it."""
+    """Evaluation mode inside the ``with`` block; restores the mode of every submodule after it."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Box predictions of the open-vocabulary R-CNN: Detectron2's layer with an exchangeable classifier.
+"""Box predictor of the open-vocabulary R-CNN: Detectron2's FastRCNNOutputLayers with an exchangeable classifier.
 
 Shapes: R regions, C channels, K words.
 """
@@ -26,19 +26,19 @@ SECONDARY_USES = ("fuse", "only", "only_objectness")
 
 
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
-    """Class-agnostic boxes, a classifier that is passed in, and the fusion of its scores with secondary ones.
+    """Class-agnostic box regression, a given classifier, and the fusion of its scores with secondary scores.
 
-    Secondary scores are given as ``secondary_probs`` [R, K] or [R, K + 1] of the proposals; without the field the
-    classifier's are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions, smooth L1
-    on positives. Regions of background may weigh less in the former. With a classifier per word the cross-entropy is
-    binary and may be federated.
+    Secondary scores are the field ``secondary_probs`` [R, K] or [R, K + 1] of the proposals; without the field only
+    the classifier's scores are used. Losses are Detectron2's: softmax cross-entropy averaged over the sampled regions,
+    smooth L1 on positives. Background regions may have a lower weight in the cross-entropy. With a sigmoid per word
+    the cross-entropy is binary and may be federated.
 
     Attributes:
         cls_score: the classifier, under Detectron2's name.
         federated_weights: see the constructor.
     """
 
-    cls_score: Classifier  # pyrefly: ignore[bad-override]  Detectron2 puts an nn.Linear here, and only calls it
+    cls_score: Classifier  # pyrefly: ignore[bad-override]  Detectron2: an nn.Linear that is only called
     federated_weights: Tensor | None
 
     @configurable
@@ -62,11 +62,11 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             classifier: module, [R, C] -> logits with background last.
             secondary_use: what to do with ``secondary_probs``, one of SECONDARY_USES.
             fusion_base, fusion_novel: exponents of the secondary scores in "fuse".
-            renormalize: in "fuse", let the fused scores and the background of a region sum to 1.
-            background_weight: of a background region's cross-entropy; the mean is over the number of regions.
-            federated: words in the loss of a batch, for a classifier per word; 0: all.
-            federated_weights: Tensor [B] of the draw of words without an annotation in the batch.
-            kwargs: of :class:`FastRCNNOutputLayers`.
+            renormalize: in "fuse", normalise the fused scores and the background score of a region to sum 1.
+            background_weight: weight of the cross-entropy of background regions; the mean is over all regions.
+            federated: number of words in the loss of a batch, for the sigmoid classifier; 0: all.
+            federated_weights: Tensor [B], sampling weights of words without an annotation in the batch.
+            kwargs: as of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=classifier.num_training_classes, cls_agnostic_bbox_reg=True, **kwargs)
         if secondary_use not in SECONDARY_USES:
@@ -83,10 +83,10 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         self.register_buffer("federated_weights", federated_weights, persistent=False)
 
     @classmethod
-    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on what the constructor is given
+    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on all arguments
         cls, cfg: CfgNode, input_shape: ShapeSpec, classifier: Classifier
     ) -> dict[str, Any]:
-        """Arguments by configuration; ``classifier`` as in the constructor."""
+        """Arguments from a configuration; ``classifier`` as in the constructor."""
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         del arguments["num_classes"], arguments["cls_agnostic_bbox_reg"]
         arguments["loss_weight"] = {**arguments["loss_weight"], "loss_cls": cfg.MODEL.OVD.CLS_LOSS_WEIGHT}
@@ -111,7 +111,9 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             words = None
             if self.federated:
                 if self.federated_weights is None:
-                    raise UsageError("MODEL.OVD.FEDERATED_WORDS: load DATASETS.TRAIN before the model is built.")
+                    raise UsageError(
+                        "MODEL.OVD.FEDERATED_WORDS needs the class counts of DATASETS.TRAIN: load them before building the model."
+                    )
                 words = federated_words(labels, self.federated_weights, self.federated)
             loss = sigmoid_classification(predictions[0][:, :-1], labels, words)
         else:
@@ -119,7 +121,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         return losses | {"loss_cls": loss * self.loss_weight.get("loss_cls", 1.0)}
 
     def predict_probs(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> list[Tensor]:
-        """Probabilities per image, list of [R, K + 1] with background last (0 if per word), after any fusion."""
+        """Probabilities per image, list of [R, K + 1] with background last (0 for a sigmoid per word), after fusion."""
         logits, _ = predictions
         counts = [len(p) for p in proposals]
         if self.cls_score.per_word:
@@ -149,7 +151,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             (list of :class:`Instances` with pred_boxes, scores, pred_classes; list of region indices).
 
         Raises:
-            NumericalError: a score or box is not finite; dropped silently, it would look like a low AP.
+            NumericalError: a score or box is not finite. (Detectron2 drops such detections silently, which lowers AP.)
         """
         results, kept = [], []
         boxes_of_images = self.predict_boxes(predictions, proposals)
@@ -159,7 +161,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             scores = probs[:, :-1]
             if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
                 raise NumericalError(
-                    "a detection has a score or box that is not finite: the training has diverged, "
+                    "a detection has a score or box that is not finite: the training has diverged; "
                     "use an earlier checkpoint."
                 )
             regions, classes = class_wise_nms(
@@ -178,25 +180,25 @@ def federated_weights(cfg: CfgNode, classifier: Classifier) -> Tensor | None:
     """Image counts of the training sets' base classes to the power MODEL.OVD.FEDERATED_POWER.
 
     Returns:
-        Tensor [B]; None without federated loss, or where the training sets have not been loaded, as for a test.
+        Tensor [B]; None without federated loss, or if the training sets are not loaded, as at test.
 
     Raises:
-        UsageError: the loss or its options are unknown, or do not go together.
+        UsageError: the loss or one of its options is unknown, or they contradict each other.
     """
     ovd = cfg.MODEL.OVD
     if ovd.CLS_LOSS not in ("softmax", "sigmoid"):
         raise UsageError(f'MODEL.OVD.CLS_LOSS is {ovd.CLS_LOSS!r}: choose "softmax" or "sigmoid".')
     if ovd.CLS_LOSS == "sigmoid" and ovd.CLASSIFIER != "text":
-        raise UsageError('MODEL.OVD.CLS_LOSS "sigmoid" needs MODEL.OVD.CLASSIFIER "text".')
+        raise UsageError('MODEL.OVD.CLS_LOSS "sigmoid" requires MODEL.OVD.CLASSIFIER "text".')
     if not ovd.FEDERATED_WORDS:
         return None
     if ovd.FEDERATED_POWER < 0:
         raise UsageError(f"MODEL.OVD.FEDERATED_POWER is {ovd.FEDERATED_POWER}: it must not be negative.")
     if ovd.CLS_LOSS != "sigmoid" or ovd.FEDERATED_WORDS < 0:
         raise UsageError(
-            f'MODEL.OVD.FEDERATED_WORDS is {ovd.FEDERATED_WORDS}: it needs MODEL.OVD.CLS_LOSS "sigmoid", or be 0.'
+            f'MODEL.OVD.FEDERATED_WORDS is {ovd.FEDERATED_WORDS}: set it to 0, or MODEL.OVD.CLS_LOSS to "sigmoid".'
         )
     counts = [MetadataCatalog.get(name).get("ov_image_counts") for name in cfg.DATASETS.TRAIN]
     if any(of_set is None for of_set in counts):
-        return None  # no training in this process: the sets have not been loaded
+        return None  # no training in this process: the training sets are not loaded
     return torch.tensor(counts).sum(dim=0)[: classifier.num_training_classes].float() ** ovd.FEDERATED_POWER

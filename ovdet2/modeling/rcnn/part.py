@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RegionBatch:
-    """The regions of a batch of images, pooled, with what a part may need to read them.
+    """The pooled regions of a batch of images, and what a part may need to process them.
 
     Attributes:
-        samples: of the batch, N images.
+        samples: samples of the N images.
         features: maps of the backbone by name, float32.
-        proposals: for each image :class:`Instances` with ``proposal_boxes`` in pixels of the network's input; in
-            training the sampled ones with ``gt_classes``.
-        pooled: Tensor [R, C, S, S], of the proposals of all images in order.
-        box_features: Tensor [R, F], the box head's features of them.
-        heads: to pool, embed and classify: ``heads.pool(features, boxes)``, ``heads.embed_boxes(features, boxes)``,
-            ``heads.classifier``, ``heads.text_classifier.embed(box_features)``.
-        own_pooled: Tensor [R', C, S, S], of the boxes that the part itself gave; None without, and at test.
-        own_features: Tensor [R', F], the box head's features of them; None unless the part shares the head.
+        proposals: for each image, :class:`Instances` with ``proposal_boxes`` in pixels of the network's input; in
+            training, the sampled proposals with ``gt_classes``.
+        pooled: Tensor [R, C, S, S], RoI features of the proposals of all images, in order.
+        box_features: Tensor [R, F], the box head's features of the proposals.
+        heads: RoI heads, to pool, embed and classify: ``heads.pool(features, boxes)``, ``heads.embed_boxes(features,
+            boxes)``, ``heads.classifier``, ``heads.text_classifier.embed(box_features)``.
+        own_pooled: Tensor [R', C, S, S], RoI features of :meth:`RCNNPart.own_boxes`; None without them and at test.
+        own_features: Tensor [R', F], the box head's features of these boxes; None unless ``shares_head``.
     """
 
     samples: Sequence[Sample]
@@ -48,22 +48,22 @@ class RegionBatch:
 
     @property
     def counts(self) -> list[int]:
-        """Number of proposals of each image: what splits R rows into images."""
+        """Number of proposals of each image, to split R rows by image."""
         return [len(proposals) for proposals in self.proposals]
 
 
 @dataclass(frozen=True)
 class WeakBatch:
-    """Images without boxes, with proposals of the RPN that carry no gradient.
+    """Images without boxes, with RPN proposals without gradient.
 
     They pass through the backbone in training mode: batch statistics, where the backbone has any, are theirs, too.
 
     Attributes:
-        samples: N images of one or several of the kinds that the part ``sees``; ``captions`` or ``labels`` of each.
+        samples: samples of N images of the kinds in ``sees``, with ``captions`` or ``labels``.
         features: maps [N, ...] of the backbone by name, with gradient.
-        proposals: for each image :class:`Instances` with ``proposal_boxes`` in pixels of the network's input and
-            ``objectness_logits``, best first, possibly empty. As many as at test.
-        heads: ``heads.embed_boxes(features, boxes)`` gives unit embeddings [R, D] of boxes.
+        proposals: for each image, :class:`Instances` with ``proposal_boxes`` in pixels of the network's input and
+            ``objectness_logits``, best first, possibly empty; the number is as at test.
+        heads: RoI heads; ``heads.embed_boxes(features, boxes)`` returns unit embeddings [R, D] of boxes.
     """
 
     samples: Sequence[Sample]
@@ -72,7 +72,7 @@ class WeakBatch:
     heads: OpenVocabularyROIHeads
 
     def only(self, kinds: Sequence[str]) -> WeakBatch | None:
-        """The images of some kinds, in their order; None without any."""
+        """The images of the given kinds, in their order; None if there are none."""
         places = [place for place, sample in enumerate(self.samples) if sample.kind in kinds]
         if len(places) == len(self.samples):
             return self
@@ -87,20 +87,20 @@ class WeakBatch:
 
 
 class RCNNPart(Part):
-    """The base adds nothing; a part overrides what it has.
+    """A part of the R-CNN hosts. The base class does nothing; a part overrides the methods that it needs.
 
     Attributes:
         shares_head: whether the boxes of :meth:`own_boxes` go through the detector's box head, in one pass with the
-            sampled proposals: where the head has batch statistics, both then share them, as they will at test.
-        reads_frozen_trunk: whether the scores are read from a map of the trunk that training must not have changed.
+            sampled proposals. If the head has batch normalisation, both then share its statistics, as at test.
+        reads_frozen_trunk: whether the secondary scores are computed from a trunk map and so require a frozen trunk.
     """
 
     shares_head: bool = True
     reads_frozen_trunk: bool = False
 
     def own_boxes(self, samples: Sequence[Sample]) -> list[Boxes] | None:
-        """Boxes beside the proposals that a training step pools for this part; one entry an image, possibly empty, on
-        any device, in pixels of the image. None: no boxes."""
+        """Further boxes to pool for this part in a training step: one entry per image, possibly empty, on any device,
+        in pixels of the network's input. None: no boxes."""
         return None
 
     def losses(self, batch: RegionBatch) -> dict[str, Tensor]:
@@ -109,11 +109,11 @@ class RCNNPart(Part):
         return {}
 
     def weak_losses(self, batch: WeakBatch) -> dict[str, Tensor]:
-        """Unweighted losses of a training step on images without boxes, of the kinds that the part ``sees``, by other
+        """Unweighted losses of a training step on images without boxes, of the kinds in ``sees``, under other
         names than those of :meth:`losses`."""
         return {}
 
     def secondary_probs(self, batch: RegionBatch) -> list[Tensor] | None:
-        """At test, probabilities [R_i, K] or [R_i, K + 1] (background last) of the proposals of each image, which the
-        box predictor uses as MODEL.OVD.SECONDARY_USE says; None: this part gives none."""
+        """At test, secondary scores of the proposals of each image: probabilities [R_i, K] or [R_i, K + 1] (background
+        last). MODEL.OVD.SECONDARY_USE sets how the box predictor uses them. None: this part computes none."""
         return None

@@ -1,4 +1,4 @@
-"""Detectron2's StandardROIHeads with the open-vocabulary box predictor, for the host and the parts of methods.
+"""Detectron2's StandardROIHeads with the open-vocabulary box predictor and the parts of methods.
 
 Shapes: N images, R regions, C channels, S pooled side, F features of the box head, K words, D embedding dimension.
 """
@@ -31,33 +31,33 @@ from ovdet2.vocabulary.bank import WordBank
 
 @ROI_HEADS_REGISTRY.register()
 class OpenVocabularyROIHeads(StandardROIHeads):
-    """Box head, class-agnostic regression, masks, and a classifier over the vocabulary it is given.
+    """Box head, class-agnostic regression, masks, and a classifier over a given vocabulary.
 
-    The label of background, and so the only class count, is read from the classifier. The boxes that parts give are no
-    part of sampling, classification and box regression.
+    The number of classes, which is also the background label, is read from the classifier. The boxes of parts take no
+    part in sampling, classification and box regression.
     """
 
     box_pooler: ROIPooler
     box_head: nn.Module
-    # Detectron2 states an nn.Module, and puts no other here.
+    # Detectron2 annotates it as nn.Module.
     box_predictor: OpenVocabularyOutputLayers  # pyrefly: ignore[bad-override-mutable-attribute]
 
     @configurable
     def __init__(self, **kwargs):
         """
         Args:
-            kwargs: of :class:`StandardROIHeads`.
+            kwargs: as of :class:`StandardROIHeads`.
         """
         super().__init__(**kwargs)
 
     @classmethod
-    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on what the constructor is given
+    def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on all arguments
         cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], vocabulary: WordBank
     ) -> dict[str, Any]:
-        """Arguments by configuration.
+        """Arguments from a configuration.
 
         Raises:
-            UsageError: settings of the heads that do not go together.
+            UsageError: settings of the heads contradict each other.
         """
         _require_consistent(cfg)
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
@@ -69,7 +69,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
     @property
     def classifier(self) -> Classifier:
-        """[R, F] -> logits, background last."""
+        """The classifier: [R, F] -> logits, background last."""
         return self.box_predictor.cls_score
 
     @property
@@ -77,7 +77,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         """:attr:`classifier`, whose ``embed`` gives region embeddings [R, D].
 
         Raises:
-            UsageError: it is a closed-set layer, which has none.
+            UsageError: it is a closed-set layer, which has no embeddings.
         """
         classifier = self.classifier
         if isinstance(classifier, ClosedSetClassifier):
@@ -86,7 +86,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
     @property
     def feature_dim(self) -> int:
-        """F."""
+        """F, the number of features of a region after the box head."""
         return _width(self.box_head.output_shape)
 
     def pool(self, features: Mapping[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
@@ -94,26 +94,26 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
         Args:
             features: maps of the backbone by name.
-            boxes: of each of the N images, in pixels of the network's input, on any device.
+            boxes: boxes of each of the N images, in pixels of the network's input, on any device.
 
         Returns:
             Tensor [R, C, S, S] float32, of the boxes of all images in order.
         """
-        # Detectron2's RoIAlign rounds boxes to the type of the maps: in bfloat16 they would be pixels off.
+        # Detectron2's RoIAlign casts boxes to the dtype of the maps: in bfloat16 they would be off by pixels.
         levels = [features[name].float() for name in self.box_in_features]
         return self.box_pooler(levels, [of_image.to(levels[0].device) for of_image in boxes])
 
     def embed_boxes(self, features: Mapping[str, Tensor], boxes: Sequence[Boxes]) -> Tensor:
-        """Region embeddings of any boxes, as the classifier compares them with words.
+        """Region embeddings of given boxes, in the space of the word embeddings.
 
         Args:
             features, boxes: as of :meth:`pool`.
 
         Returns:
-            unit Tensor [R, D] float32.
+            Tensor [R, D] float32, unit rows.
 
         Raises:
-            UsageError: a closed-set head.
+            UsageError: the head is closed-set.
         """
         return self.text_classifier.embed(self.box_head(self.pool(features, boxes)))
 
@@ -129,23 +129,23 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         """See :class:`StandardROIHeads`.
 
         Args:
-            samples: of the N images, which the parts read.
-            parts: of the detector.
+            samples: samples of the N images, for the parts.
+            parts: parts of the detector.
 
         Returns:
             As of StandardROIHeads: (sampled proposals, weighted losses, those of the parts after those of the box head)
             in training, (detections, {}) at test.
 
         Raises:
-            UsageError: two losses of one name, or two parts that give secondary scores.
+            UsageError: two losses have the same name, or two parts compute secondary scores.
         """
-        # Once for all that is pooled, so that gradients of the maps add up in float32. Why float32: see `pool`.
+        # Cast once for all pooling, so that gradients of the maps add up in float32. Why float32: see `pool`.
         features = {name: level.float() for name, level in features.items()}
         if self.training:
             assert targets is not None, "a training step needs targets"
             sampled = self.label_and_sample_proposals(proposals, targets)
             losses = self._box_losses(features, sampled, samples, parts)
-            # Detectron2's method gives instances at test, and losses in training.
+            # Detectron2's method returns instances at test and losses in training.
             return sampled, joined(losses, cast(dict[str, Tensor], self._forward_mask(features, sampled)))
         pooled = self.pool(features, [of_image.proposal_boxes for of_image in proposals])
         batch = RegionBatch(samples, features, proposals, pooled, self.box_head(pooled), self)
@@ -164,7 +164,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         pooled = self.pool(features, [of_image.proposal_boxes for of_image in sampled])
         own = [self._pool_own(features, samples, part) for part in parts]
         shared = [regions for part, regions in zip(parts, own) if regions is not None and part.shares_head]
-        # One pass: where the head has batch statistics, all kinds of regions share them, as they will at test.
+        # One pass: if the head has batch normalisation, all regions share its statistics, as at test.
         joint = self.box_head(torch.cat([pooled, *shared]) if shared else pooled)
         box_features, start = joint[: len(pooled)], len(pooled)
         predictions = self.box_predictor(box_features)
@@ -193,19 +193,19 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
     @torch.no_grad()
     def _replace_by_predicted(self, sampled, predictions):
-        """Let masks be trained on the boxes that the box head gives (TRAIN_ON_PRED_BOXES)."""
+        """Replace proposals by the boxes of the box head, to train masks on them (TRAIN_ON_PRED_BOXES)."""
         boxes = self.box_predictor.predict_boxes_for_gt_classes(predictions, sampled)
         for of_image, predicted in zip(sampled, boxes):
             of_image.proposal_boxes = Boxes(predicted)
 
     def _attach_secondary_probs(self, batch: RegionBatch, parts: Sequence[RCNNPart]) -> None:
-        """Set ``secondary_probs`` of the proposals of each image, if a part gives them."""
+        """Set ``secondary_probs`` of the proposals of each image, if a part computes them."""
         given = {part.name: part.secondary_probs(batch) for part in parts}
         given = {name: probs for name, probs in given.items() if probs is not None}
         if len(given) > 1:
             raise UsageError(
-                f"{' and '.join(given)} both give secondary scores of proposals: switch off all but one of them, as "
-                "MODEL.OVD.SECONDARY_SCORES names it."
+                f"{' and '.join(given)} both compute secondary scores of proposals: switch off all but the one that "
+                "MODEL.OVD.SECONDARY_SCORES names."
             )
         for probs in given.values():
             for of_image, probs_of_image in zip(batch.proposals, probs, strict=True):
@@ -213,7 +213,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
 
 def build_similar_box_head(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> nn.Module:
-    """Another box head like the detector's, with weights of its own.
+    """Build a second box head like the detector's, with separate weights.
 
     Args:
         cfg: configuration.
@@ -228,15 +228,15 @@ def build_similar_box_head(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -
 
 
 def _width(shape):
-    """Values of a region after the box head, flattened."""
+    """Number of values of a region after the box head, flattened."""
     return shape.channels * (shape.width or 1) * (shape.height or 1)
 
 
 def _require_consistent(cfg):
-    """Refuse switches that would do nothing, or that would leave what scores the words untrained.
+    """Refuse settings without effect, and settings that would leave the text classifier untrained.
 
     Raises:
-        UsageError: names the keys.
+        UsageError: such a setting; the message names its key.
     """
     ovd = cfg.MODEL.OVD
     if ovd.BACKGROUND_WEIGHT < 0 or (ovd.BACKGROUND_WEIGHT != 1.0 and ovd.CLS_LOSS == "sigmoid"):
@@ -246,12 +246,12 @@ def _require_consistent(cfg):
         )
     if cfg.MODEL.MASK_ON and not cfg.MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK:
         raise UsageError(
-            "masks per class do not exist for new words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
+            "class-specific masks are not available for novel words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
         )
     if cfg.MODEL.KEYPOINT_ON:
-        raise UsageError("MODEL.KEYPOINT_ON is True: the open-vocabulary heads know no keypoints.")
+        raise UsageError("MODEL.KEYPOINT_ON is True: the open-vocabulary heads have no keypoint head.")
     if ovd.CLS_LOSS_WEIGHT == 0 and not any(method.trains_words(cfg) for method in methods_of(cfg)):
         raise UsageError(
-            "MODEL.OVD.CLS_LOSS_WEIGHT is 0 and no method that teaches words is switched on: nothing learns what a "
-            "region is."
+            "MODEL.OVD.CLS_LOSS_WEIGHT is 0 and no method that trains the region embeddings is "
+            "switched on: the text classifier would stay untrained."
         )
