@@ -5,10 +5,10 @@
     # install Detectron2 0.6 in pure Python, unless a usable one is installed
     ovdet2 doctor --install-detectron2
 
-Prints what works, what is missing and what does not fit, each problem with its remedy. A check calls what it judges
-(NMS, a scheduler, a process group), because version numbers do not show whether it works.
+Prints what works, and each problem with its remedy. Most checks call the function in question (NMS, a scheduler, a
+process group), because version numbers do not show whether it works.
 
-Exit codes: 0 nothing is wrong, 4 something is.
+Exit codes: 0 no problem, 4 at least one problem.
 """
 
 import contextlib
@@ -34,14 +34,19 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 class Finding(NamedTuple):
-    """status: "ok", "note" (works, worth knowing) or "wrong"; sentence: a plain one, with the remedy if wrong."""
+    """Result of a check.
+
+    Attributes:
+        status: "ok", "note" (works with a limitation) or "wrong".
+        sentence: the result, with the remedy if wrong.
+    """
 
     status: str
     sentence: str
 
 
 def check_python(version: tuple[int, ...] | None = None) -> Finding:
-    """ovdet2 is written for Python 3.11 and later."""
+    """Python must be 3.11 or later."""
     version = tuple(version or sys.version_info)[:3]
     text = ".".join(map(str, version))
     if version < (3, 11):
@@ -50,14 +55,14 @@ def check_python(version: tuple[int, ...] | None = None) -> Finding:
 
 
 def check_torch_pair() -> Finding:
-    """torch and torchvision fit each other if, and only if, torchvision's compiled NMS can be called."""
+    """torch and torchvision must be compatible; tested by a call of torchvision's compiled NMS."""
     pair = f"torch {_version('torch')} and torchvision {_version('torchvision')}"
     try:
         torch = importlib.import_module("torch")
         ops = importlib.import_module("torchvision.ops")
         boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.1], [5.0, 5.0, 6.0, 6.0]])
         kept = ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
-    except Exception as error:  # a mismatched pair raises almost anything
+    except Exception as error:  # an incompatible pair raises many types
         return Finding(
             WRONG,
             f"{pair} do not work together ({_reason(error)}). Install the pair of constraints.txt from the same index: "
@@ -69,7 +74,7 @@ def check_torch_pair() -> Finding:
 
 
 def check_requirements() -> Finding:
-    """Every library named in setup.py is installed in a version setup.py allows."""
+    """Every library of setup.py must be installed in a version that setup.py allows."""
     try:
         requirement_class = importlib.import_module("packaging.requirements").Requirement
         requirements = [requirement_class(line) for line in importlib.metadata.requires("ovdet2") or ()]
@@ -91,16 +96,16 @@ def check_requirements() -> Finding:
 
 
 def check_import(module: str, purpose: str, remedy: str = INSTALL_OVDET2) -> Finding:
-    """The library can be imported, which a broken or half-installed one cannot."""
+    """A library must be importable; a damaged or incomplete installation is not."""
     try:
         importlib.import_module(module)
-    except Exception as error:  # a damaged binary raises OSError, an incompatible one almost anything
+    except Exception as error:  # a damaged binary raises OSError, an incompatible one many types
         return Finding(WRONG, f"{module} ({purpose}) cannot be imported ({_reason(error)}). {remedy}")
     return Finding(OK, f"{module} ({purpose}).")
 
 
 def check_opencv(owners: Sequence[str] | None = None) -> Finding:
-    """Two distributions that both install ``cv2`` overwrite each other's files: there must be exactly one."""
+    """Exactly one distribution must install ``cv2``: several overwrite each other's files."""
     if owners is None:
         owners = importlib.metadata.packages_distributions().get("cv2", [])
     owners = sorted(set(owners))
@@ -116,7 +121,7 @@ def check_opencv(owners: Sequence[str] | None = None) -> Finding:
 
 
 def check_detectron2() -> Finding:
-    """Detectron2 >= 0.6 can be imported and does what ovdet2 needs with the libraries installed beside it."""
+    """Detectron2 >= 0.6 must be importable and pass the probes with the installed libraries."""
     try:
         detectron2 = importlib.import_module("detectron2")
     except Exception as error:
@@ -136,7 +141,7 @@ def check_detectron2() -> Finding:
 
 
 def check_cuda() -> Finding:
-    """CUDA devices are not needed, so their absence is no fault."""
+    """List CUDA devices; they are optional."""
     try:
         cuda = importlib.import_module("torch").cuda
         if not cuda.is_available():
@@ -149,7 +154,7 @@ def check_cuda() -> Finding:
 
 
 def check_disk(folder: str | Path = ".", free_bytes: float | None = None) -> Finding:
-    """Room for OV-Shapes, checkpoints and predictions below ``folder``."""
+    """Free disk space for OV-Shapes, checkpoints and predictions in ``folder``."""
     free = (shutil.disk_usage(folder).free if free_bytes is None else free_bytes) / 2**30
     place = Path(folder).resolve()
     if free < 1:
@@ -160,7 +165,7 @@ def check_disk(folder: str | Path = ".", free_bytes: float | None = None) -> Fin
 
 
 def check_embedded_teachers(folder: Path | None = None) -> Finding:
-    """The teachers that come with the package, which the demonstration and the tests use."""
+    """The package must contain the weights of the embedded teachers, which the demonstration and the tests use."""
     folder = Path(folder or ASSETS / "open_clip")
     names = sorted(path.stem for path in folder.rglob("*.safetensors"))
     configured = {path.stem for path in folder.rglob("*.json") if "manifest" not in path.name}
@@ -172,7 +177,7 @@ def check_embedded_teachers(folder: Path | None = None) -> Finding:
 
 
 def check_cached_teachers(folders: Sequence[tuple[Path, str]] | None = None) -> Finding:
-    """CLIP weights that open_clip would load without a download."""
+    """List CLIP weights that open_clip can load without a download."""
     found = sorted({name for folder, pattern in folders or _teacher_caches() for name in _cached(folder, pattern)})
     if not found:
         return Finding(OK, "No CLIP weights are cached: open_clip downloads a model the first time it is used.")
@@ -183,10 +188,10 @@ def run_probes(probes: Sequence[tuple[Callable[[], object], bool, str]] | None =
     """Run every probe of Detectron2.
 
     Args:
-        probes: tuple of (function, essential, what is wrong if it raises); default PROBES.
+        probes: tuple of (function, essential, problem if it raises); default PROBES.
 
     Returns:
-        (problems, notes): sentences without a full stop, for probes that ovdet2 cannot and can do without.
+        (problems, notes): sentences without a full stop, for failed essential and failed other probes.
     """
     problems, notes = [], []
     for probe, essential, meaning in probes or PROBES:
@@ -194,7 +199,7 @@ def run_probes(probes: Sequence[tuple[Callable[[], object], bool, str]] | None =
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 probe()
-        except Exception as error:  # whatever an incompatible library raises is the finding
+        except Exception as error:  # any exception of an incompatible library is reported
             (problems if essential else notes).append(f"{meaning} ({_reason(error)})")
     return problems, notes
 
@@ -235,7 +240,7 @@ def probe_numpy() -> None:
 
 
 def probe_scheduler(plain: bool = False) -> None:
-    """The scheduler's state enters the checkpoint: Detectron2's own scheduler, or with ``plain`` one of torch."""
+    """The state of Detectron2's scheduler, or with ``plain`` of one of torch, must be saved in the checkpoint."""
     import torch
     from detectron2.engine import hooks
     from detectron2.solver import LRMultiplier
@@ -250,7 +255,7 @@ def probe_scheduler(plain: bool = False) -> None:
 
 
 def probe_launch() -> None:
-    """One gloo process group through Detectron2's own worker. With CUDA, NCCL is what it uses, and nothing is tried."""
+    """Start one gloo process group by Detectron2's worker. With CUDA it would use NCCL, which is not tested."""
     import torch
     import torch.distributed as dist
     from detectron2.engine import launch
@@ -282,15 +287,15 @@ def probe_model_zoo() -> None:
     assert Path(model_zoo.get_config_file("Base-RCNN-FPN.yaml")).is_file(), "Base-RCNN-FPN.yaml"
 
 
-# (function, whether ovdet2 needs it, what is wrong if it raises). ovdet2 starts its processes itself, saves its own
-# scheduler, replaces damaged images in its own loader and ships its configurations, so it can do without the last four.
+# (function, essential for ovdet2, problem if it raises). The last four are not essential: ovdet2 has its own launcher,
+# scheduler, data loader and configurations.
 PROBES = (
     (probe_modules, True, "its modules cannot be imported"),
     (probe_operators, True, "NMS or RoIAlign does not run"),
     (probe_images, True, "its image transforms do not run with this Pillow"),
     (probe_numpy, True, "it uses type names that numpy has removed"),
     (probe_scheduler, True, "the state of its learning-rate scheduler is not saved"),
-    (probe_launch, False, "its own launcher cannot start processes without CUDA"),
+    (probe_launch, False, "its launcher cannot start processes without CUDA"),
     (functools.partial(probe_scheduler, plain=True), False, "the state of plain torch schedulers is not saved"),
     (probe_skip, False, "its MapDataset cannot replace a skipped sample"),
     (probe_model_zoo, False, "detectron2.model_zoo does not find its configurations"),
@@ -313,7 +318,7 @@ CHECKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the findings; return the exit code (0, or 4 when something is wrong)."""
+    """Print the findings; return the exit code (0, or 4 if a problem was found)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if INSTALL in words:
         from ovdet2.programs import install_detectron2
@@ -321,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         install_detectron2.main([word for word in words if word != INSTALL])
         return 0
     parser = command_parser("doctor", __doc__)
-    parser.add_argument("--quiet", action="store_true", help="print only what is wrong")
+    parser.add_argument("--quiet", action="store_true", help="print only problems")
     parser.add_argument("--only", choices=sorted(CHECKS), action="append", help="one check; may be repeated")
     parser.add_argument(
         INSTALL,
@@ -341,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _version(distribution):
-    """Version of an installed distribution, None if there is none."""
+    """Version of an installed distribution, or None if it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(distribution)
     return None
@@ -363,7 +368,7 @@ def _reason(error):
 
 
 def _teacher_caches():
-    """(folder, pattern) of the two places where open_clip keeps downloaded weights."""
+    """(folder, pattern) of the two folders where open_clip stores downloaded weights."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
     return ((Path(hub), "models--*"), (Path("~/.cache/clip").expanduser(), "*.pt"))

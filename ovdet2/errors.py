@@ -1,7 +1,7 @@
-"""Errors that tell the user what to do next, each with the exit code of its kind.
+"""The exceptions of ovdet2, each with an exit code.
 
-A message names the id, path or shape at fault and ends with the remedy. Command-line programs wrap their
-body in :func:`exit_on_error`, so a user sees one plain sentence and a documented exit code instead of a traceback.
+A message names the faulty id, path or shape and ends with the remedy. Command-line programs run inside
+:func:`exit_on_error`, so a user sees the message and a documented exit code instead of a traceback.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 
 class OVDetError(Exception):
-    """Base of the errors a user can mend. ``exit_code`` is what the command-line programs return."""
+    """Base class of errors that a user can fix. ``exit_code`` is the exit code of command-line programs."""
 
     exit_code = 1
 
@@ -29,12 +29,14 @@ class DataError(OVDetError, ValueError):
 
 
 class CacheError(DataError):
-    """An offline artefact that is incomplete, damaged or of something else: a run stops at it, however many unreadable
-    images it may skip."""
+    """An offline artefact that is incomplete, damaged, or of another data set or teacher.
+
+    It always stops a training run; other DataErrors of images are tolerated up to DATALOADER.MAX_BAD_IMAGES.
+    """
 
 
 class SetupError(OVDetError, RuntimeError):
-    """A missing or mismatched library, device, or too little disk."""
+    """A missing or incompatible library or device, or too little disk space."""
 
     exit_code = 4
 
@@ -47,7 +49,7 @@ class NumericalError(OVDetError, FloatingPointError):
 
 @contextlib.contextmanager
 def exit_on_error() -> Generator[None, None, None]:
-    """Turn an :class:`OVDetError` into its message on stderr and its exit code (a traceback with OVDET2_DEBUG=1)."""
+    """Print the message of an :class:`OVDetError` to stderr and exit with its code (OVDET2_DEBUG=1: traceback)."""
     try:
         yield
     except OVDetError as error:

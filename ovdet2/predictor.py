@@ -31,8 +31,9 @@ Picture = str | Path | Image.Image | np.ndarray
 
 
 class Detector:
-    """A trained detector with an exchangeable vocabulary; until another is set, that of MODEL.VOCABULARY.FILE, else the
-    one it was trained with. No data set is needed.
+    """A trained detector with an exchangeable vocabulary. No data set is needed.
+
+    The initial vocabulary is that of MODEL.VOCABULARY.FILE, or, if that is empty, the one of the checkpoint.
 
     >>> detector = Detector("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
     >>> detector.set_vocabulary("striped moon, red star")
@@ -46,12 +47,12 @@ class Detector:
         Args:
             config: a name of :data:`ovdet2.zoo.DETECTORS`, a yaml path, the name of a shipped configuration, or a
                 CfgNode.
-            weights: checkpoint; None or empty: those of the name, else MODEL.WEIGHTS of the configuration.
-            overrides: list [key, value, ...]; not with a CfgNode.
+            weights: checkpoint; None or empty: the weights of the named detector, else MODEL.WEIGHTS.
+            overrides: list [key, value, ...]; ignored if ``config`` is a CfgNode.
 
         Raises:
             UsageError: no weights are given.
-            DataError: the weights cannot be read, are not those of this model, or are of another embedding space.
+            DataError: the weights cannot be read, are of another model, or of another embedding space.
         """
         named = DETECTORS.get(str(config)) if isinstance(config, (str, Path)) else None
         if named is not None:
@@ -64,25 +65,25 @@ class Detector:
             raise UsageError("a Detector needs trained weights: give weights=... or MODEL.WEIGHTS.")
         if named is not None and weights == named.weights and "://" not in weights and not Path(weights).is_file():
             raise DataError(f"{weights} does not exist: {named.remedy}.")
-        cfg.MODEL.WEIGHTS = weights  # a trunk's own weights need not be read then
+        cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg
         self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
-        if cfg.MODEL.VOCABULARY.FILE:  # its base mask may be of another data set than the weights
+        if cfg.MODEL.VOCABULARY.FILE:  # set() computes the base mask from the checkpoint: the file's may differ
             self.model.vocabulary.set(self.model.vocabulary.words)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Words that ``pred_classes`` index."""
+        """The words of the vocabulary; ``pred_classes`` are indices into them."""
         return self.model.vocabulary.names
 
     def set_vocabulary(self, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None) -> None:
-        """Ask for other words from now on; they need not be in any data set.
+        """Replace the vocabulary; the words need not be in any data set.
 
-        A word that had training boxes counts as base, every other as novel, whatever the base mask of a vocabulary is
-        (this matters only to score fusion).
+        A word that had training boxes counts as base, every other word as novel; the base mask of a vocabulary is
+        ignored. Only score fusion depends on it.
 
         Args:
             words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
@@ -107,8 +108,9 @@ class Detector:
         return [part for part in getattr(self.model, "parts", ()) if part.takes_present_words]
 
     def predict_present_words(self, image: Picture) -> list[str]:
-        """The words present in an image, best first, as the detector predicts them when none are given: with the
-        teacher of MODEL.TEACHER. A file of priors, which is of a data set, is not read.
+        """Predict the words present in an image with the teacher of MODEL.TEACHER, by descending score.
+
+        :meth:`predict` uses them if no present words are given. A file of concept priors is not read.
 
         Raises:
             UsageError: the detector takes no semantic priors.
@@ -122,44 +124,51 @@ class Detector:
 
     @torch.no_grad()
     def predict(
-        self, images: Picture | Sequence[Picture], present: Sequence[str] | None = None
+        self,
+        images: Picture | Sequence[Picture],
+        present_words: Sequence[str] | None = None,
+        *,
+        present: Sequence[str] | None = None,
     ) -> Instances | list[Instances]:
-        """Detect in one image or a batch.
+        """Detect objects in one image or a batch.
 
         Args:
             images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
-            present: for a detector with semantic priors, the words present in the images; None:
+            present_words: for a detector with semantic priors, the words present in the images; None:
                 :meth:`predict_present_words` of each image.
+            present: former name of ``present_words``.
 
         Returns:
-            :class:`~detectron2.structures.Instances` on the CPU, best first, with ``pred_boxes`` (XYXY pixels of the
-            image given), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`), with semantic priors
-            also ``prior_words`` (an index, too, -1 for none), the word that each was found with; a list for a list.
+            :class:`~detectron2.structures.Instances` on the CPU, by descending score, with ``pred_boxes`` (XYXY pixels
+            of the image), ``scores`` (0 to 1) and ``pred_classes`` (indices into :attr:`names`). With semantic priors
+            also ``prior_words``, the present word of each detection's query (an index into :attr:`names`, -1 for
+            none). A list for a list.
 
         Raises:
-            DataError: an unreadable image file; UsageError: an array of another shape or type, a word of ``present``
-                that is not in the vocabulary, or ``present`` for a detector without priors.
+            DataError: an unreadable image file.
+            UsageError: an array of another shape or type, a present word that is not in the vocabulary, or present
+                words for a detector without priors.
         """
         single = not isinstance(images, (list, tuple))
-        given: Any = [images] if single else images
-        batch = [self.prepare(image, present) for image in given]
+        pictures: Any = [images] if single else images
+        words = present if present_words is None else present_words
+        batch = [self.prepare(image, words) for image in pictures]
         if not batch:
             return []
-        found = [output["instances"].to("cpu") for output in self.model(batch)]
-        return found[0] if single else found
+        detections = [output["instances"].to("cpu") for output in self.model(batch)]
+        return detections[0] if single else detections
 
-    def prepare(self, image: Picture, present: Sequence[str] | None = None) -> Sample:
-        """The sample that the model takes of an image (see :meth:`predict`), with its present words for a detector with
-        semantic priors."""
-        if present is not None and not self.has_priors:
-            raise UsageError("this detector takes no semantic priors: leave out the present words.")
+    def prepare(self, image: Picture, present_words: Sequence[str] | None = None) -> Sample:
+        """The model's input sample for an image; for arguments and errors see :meth:`predict`."""
+        if present_words is not None and not self.has_priors:
+            raise UsageError("this detector takes no semantic priors: do not give present words.")
         rgb = to_rgb_array(image)
         pixels = rgb if self.cfg.INPUT.FORMAT == "RGB" else rgb[:, :, ::-1]
         resized = self.resize.get_transform(pixels).apply_image(np.ascontiguousarray(pixels))
         tensor = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
         sample = Sample(image=tensor, height=rgb.shape[0], width=rgb.shape[1])
         if self.has_priors:
-            words = self.predict_present_words(rgb) if present is None else present
+            words = self.predict_present_words(rgb) if present_words is None else present_words
             for part in self._priors:
                 part.give_present_words(sample, words)
         return sample
@@ -186,13 +195,14 @@ def to_rgb_array(image: Picture) -> np.ndarray:
         )
     if min(array.shape[:2]) < MIN_SIDE:
         raise UsageError(
-            f"the image is {array.shape[1]}x{array.shape[0]} pixels, at least {MIN_SIDE} a side are needed."
+            f"the image is {array.shape[1]}x{array.shape[0]} pixels, but at least {MIN_SIDE} per side are needed: "
+            "enlarge it."
         )
     return array
 
 
 def _build(cfg: CfgNode, weights: str) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
-    """The model of a configuration, with the words that a checkpoint holds unless the configuration names a file."""
+    """Build the model with the vocabulary of MODEL.VOCABULARY.FILE, or, if that is empty, of the checkpoint."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
     if cfg.MODEL.VOCABULARY.FILE:
         words = {"vocabulary": load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)}

@@ -170,7 +170,7 @@ class TestOnlinePriors:
         predictor = Detector(cfg, weights)
         assert not predictor.has_priors
         image = np.zeros((40, 40, 3), np.uint8)
-        with pytest.raises(UsageError, match="takes no semantic priors: leave out the present words"):
+        with pytest.raises(UsageError, match="takes no semantic priors: do not give present words"):
             predictor.prepare(image, ["ring"])
         with pytest.raises(UsageError, match="takes no semantic priors"):
             predictor.predict_present_words(image)

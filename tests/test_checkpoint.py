@@ -163,7 +163,7 @@ def test_flipped_byte_in_weights_is_found(tmp_path, caplog):
     path.write_bytes(bytes(content))
     model = model_of(0.0, 64)
     AtomicCheckpointer(model, str(tmp_path)).resume_or_load("")
-    assert value_of(model) == 1.0 and "another check sum" in caplog.text
+    assert value_of(model) == 1.0 and "another checksum" in caplog.text
 
 
 def test_keeps_the_newest_and_the_pointed(tmp_path):
@@ -233,7 +233,7 @@ def test_safetensors_are_read_and_damaged_ones_named(tmp_path):
     AtomicCheckpointer(model).load(str(path))
     assert value_of(model) == 4.0
     path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(DataError, match="weights.safetensors is not a whole"):
+    with pytest.raises(DataError, match="weights.safetensors is not a complete"):
         AtomicCheckpointer(model).load(str(path))
 
 

@@ -93,7 +93,7 @@ def test_words_of_another_vocabulary(tmp_path, caplog):
     assert priors.coverage(names) == (["Red_Mug", "tree"], ["cat", "dog", "car"], ["boat"])
     priors.select(1, names=list(names))
     said = [r.getMessage() for r in caplog.records if r.name == "ovdet2.priors.concept_prior"]
-    assert len(said) == 1 and "3 of its 5 words are not in the vocabulary" in said[0] and "of 1 of the" in said[0]
+    assert len(said) == 1 and "3 of its 5 words are not in the vocabulary" in said[0] and "for 1 of the" in said[0]
     with pytest.raises(UsageError, match="twice"):
         priors.select(1, names=("red mug", "red_mug"))
 
@@ -172,7 +172,7 @@ def test_inconsistent_tensors_are_refused(tmp_path, changes, message):
     _write_raw(tmp_path / "good", _tensors())
     assert _select(ConceptPriors(tmp_path / "good"), 1) == [0]
     _write_raw(tmp_path / "p", _tensors(**changes))
-    with pytest.raises(CacheError, match=f"damaged.*{message}.*ovdet2 prior anew"):
+    with pytest.raises(CacheError, match=f"damaged.*{message}.*ovdet2 prior again"):
         ConceptPriors(tmp_path / "p")
 
 
@@ -183,7 +183,7 @@ def test_damaged_files_are_refused(tmp_path):
     whole = (tmp_path / "p").read_bytes()
     for end in (0, 5, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:end])
-        with pytest.raises(CacheError, match="not a whole concept prior"):
+        with pytest.raises(CacheError, match="not a complete concept prior"):
             ConceptPriors(tmp_path / "cut")
     for place in range(len(whole) - 40, len(whole)):  # any bit of the tensors
         flipped = bytearray(whole)

@@ -307,7 +307,7 @@ class TestSteps:
     def test_other_size_than_annotated(self, data_root):
         record = load_records(["ov_micro_train"], "DATASETS.TRAIN", True)[0]
         record["width"] += 1
-        with pytest.raises(DataError, match=r"image id 1\) is 64x48 pixels but the annotations say 65x48"):
+        with pytest.raises(DataError, match=r"image id 1\) is 64x48 pixels but the annotations state 65x48"):
             build_sample_maker(micro_cfg(data_root / "out"), True)(record)
 
     def test_pickled_proposals_are_refused(self, data_root):

@@ -277,7 +277,7 @@ def test_missing_classes_repeated_annotations_and_unknown_subsets_are_refused(of
     refuse("no annotation of a base class, which ov_coco_train_base.json needs", ovr_cnn(train, NOVEL))
     refuse("no annotation of a novel class.*--from BASE_FILE NOVEL_FILE", wusize(val, BASE))
     refuse("no annotation of a base class", wusize(val, NOVEL))
-    refuse(r"328 annotations are there twice, id \d+", detic(val, ALL), oadp(val, ALL))
+    refuse(r"328 annotations occur twice, id \d+", detic(val, ALL), oadp(val, ALL))
     refuse("images of train2017 and of val2017", {**train, "images": train["images"] + val["images"]})
     bare = regionclip(train, BASE)
     bare["images"] = [{key: image[key] for key in image if key != "coco_url"} for image in bare["images"]]
@@ -381,7 +381,7 @@ def test_an_import_says_whether_it_has_the_published_number_of_images(official, 
     printed = capsys.readouterr().out
     assert f"from {sources[0]}: VLDet (_del) layout (65 categories numbered 1 to 65 in COCO's order)" in printed
     assert "as published: 60 images" in printed
-    assert "the published file has 4,836 images: the source is a part of it, or was altered" in printed
+    assert "the published file has 4,836 images: the source is a part of it, or was changed" in printed
     assert (tmp_path / "annotations" / TRAIN).is_file() and (tmp_path / "annotations" / VAL).is_file()
     script.main(["--root", str(tmp_path), "--from", *sources])
     assert capsys.readouterr().out.count("already up to date") == 2

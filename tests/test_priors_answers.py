@@ -57,7 +57,9 @@ def test_another_model_prompt_or_request_is_asked_anew(serve, records, tmp_path)
 def test_budget_of_questions(serve, records, tmp_path):
     server = serve(lambda question, times: says("yes"))
     for put, left in ((4, 5), (4, 1)):
-        with pytest.raises(CacheError, match=f"{put} questions were put, as --max-queries says, and {left} remain"):
+        with pytest.raises(
+            CacheError, match=f"{put} questions were put, the limit of --max-queries, and {left} remain"
+        ):
             run(client(server, workers=2), tmp_path / "answers", records, max_queries=4)
     backend, found, _ = run(client(server), tmp_path / "answers", records, max_queries=4)
     assert backend.asked == 1 and len(server.requests) == 9 and len(found) == 3

@@ -113,7 +113,7 @@ def test_replies_that_stay_malformed_name_image_and_word(serve, records, tmp_pat
         ((401, {}, b"who are you"), 1, "status 401, 'who are you'. Check --url, --model and the key"),
         ((404, {}, b""), 1, "status 404"),
         ((302, {"Location": "http://127.0.0.1:9/"}, b""), 1, "status 302"),
-        ((429, {"Retry-After": "4000"}, b""), 1, "asks to wait 4000 s"),
+        ((429, {"Retry-After": "4000"}, b""), 1, "requests a wait of 4000 s"),
     ],
 )
 def test_a_server_that_cannot_be_used_stops_the_run(serve, records, tmp_path, reply, tries, message):
@@ -177,7 +177,7 @@ def test_an_image_that_failed_is_asked_no_more_words(records, tmp_path, workers)
 def test_retry_after_by_date(serve, records, tmp_path):
     later = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 4000))
     server = serve(lambda question, times: (429, {"Retry-After": later}, b""))
-    with pytest.raises(SetupError, match=r"asks to wait (3999|4000|399\d) s"):
+    with pytest.raises(SetupError, match=r"requests a wait of (3999|4000|399\d) s"):
         only(records[0], server, tmp_path)
     server = serve(lambda question, times: (429, {"Retry-After": "soon"}, b"") if times == 0 else says("yes"))
     assert only(records[0], server, tmp_path) == ({0: 1.0}, [])

@@ -116,7 +116,7 @@ def test_file_by_category_id_and_by_word(tmp_path):
         ({"1": [["cat", "high"]]}, "image 1"),
         ({"1": [[True, 0.5]]}, "image 1"),
         ({"1": [["cat", float("nan")]]}, "image 1"),
-        ({"1": [[1, 0.5], ["Cat", 0.6]]}, "image 1: 'Cat' stands there twice"),
+        ({"1": [[1, 0.5], ["Cat", 0.6]]}, "image 1: 'Cat' is listed twice"),
         ({"2": [["cat", 0.5]]}, "none of the 1 images"),
         ({}, "none of the 1 images"),
         ({"1": [["sofa", 0.5], [80, 0.5]]}, "none of its words is among the"),

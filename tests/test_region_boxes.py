@@ -147,7 +147,7 @@ class Malicious:
         ("b.json", b'[{"image_id": 1, "bbox": [1, 2, 3, 4], "score": 7}]', "scores outside .0, 1."),
         ("b.pkl", pickle.dumps({"ids": [1]}), "no proposal file of Detectron2 .KeyError"),
         ("b.pkl", pickle.dumps([1]), "no proposal file of Detectron2"),
-        ("b.pkl", pickle.dumps({"ids": [1], "boxes": [Malicious()]}), "asks for builtins.print"),
+        ("b.pkl", pickle.dumps({"ids": [1], "boxes": [Malicious()]}), "imports builtins.print"),
         ("b.pkl", b"\x80\x04x", "no proposal file"),
         ("b.txt", b"", "neither a COCO-results .json nor a proposal file"),
     ],

@@ -90,7 +90,7 @@ def test_killed_run_goes_on_and_a_rerun_changes_nothing(tmp_path):
     assert writer.missing() == [0, 1, 2, 3]
     for index in (0, 2):
         writer.write(index, [regions(i % 4, i) for i in writer.shards[index]])
-    with pytest.raises(CacheError, match="2 of 4 shards are there: complete it with: python again"):
+    with pytest.raises(CacheError, match="2 of 4 shards are written: complete it with: python again"):
         RegionCache(tmp_path / "cut")
     again = CacheWriter(tmp_path / "cut", RECIPE, range(1, 8), 2, "python again")
     assert again.missing() == [1, 3] and again.finish() is None
@@ -225,7 +225,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise safetensors.SafetensorError("I/O error: No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(SetupError, match=r"shard-00000.*No space left.*GB are free there: make room"):
+    with pytest.raises(SetupError, match=r"shard-00000.*No space left.*GB are free there: free disk space"):
         build(tmp_path / "c", range(1, 8))
     assert not list((tmp_path / "c").glob("shard*")) and not list((tmp_path / "c").glob("*.lock"))
 
@@ -338,7 +338,7 @@ def test_configured_cache_is_checked(micro, tmp_path):
     with pytest.raises(CacheError, match="was built for ov_micro_train with annotations of SHA-256"):
         open_region_cache(micro, micro.DATASETS.TRAIN)
     micro.DATASETS.TRAIN = ("ov_micro_train", "ov_micro_val")
-    with pytest.raises(UsageError, match="join their jsons"):
+    with pytest.raises(UsageError, match="merge their jsons"):
         open_region_cache(micro, micro.DATASETS.TRAIN)
     micro.MODEL.VILD.REGION_CACHE = ""
     with pytest.raises(UsageError, match="REGION_CACHE is empty"):

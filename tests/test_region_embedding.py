@@ -111,7 +111,7 @@ def test_files_that_cannot_be_read_have_no_regions_and_are_named(micro_teacher, 
     regions, faults = embedder.embed(records)
     assert [len(r) for r in regions] == [0, 0, 0, 3]
     assert set(faults) == {0, 1, 2} and "truncated" in faults[0] and "does not exist" in faults[1]
-    assert "64x64 pixels but the annotations say 64x48" in faults[2]
+    assert "64x64 pixels but the annotations state 64x48" in faults[2]
 
 
 def test_embeddings_that_are_not_finite_stop_the_run(micro_teacher, tmp_path, monkeypatch):

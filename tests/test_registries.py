@@ -402,5 +402,5 @@ def test_masks_of_the_other_format_say_which_to_set(root):
 def test_masks_are_not_asked_of_data_without():
     cfg = training_cfg("ov_coco_train_base", "ov_coco_val_all")
     cfg.MODEL.MASK_ON = True
-    with pytest.raises(UsageError, match="ov_coco_train_base carries boxes alone"):
+    with pytest.raises(UsageError, match="ov_coco_train_base has boxes only"):
         build_sample_maker(cfg, True)

@@ -110,7 +110,7 @@ def test_bad_teachers(weights, tmp_path):
         Teacher.load("ViT-B-32", "no/such/file.pt")
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(DataError, match="torn.safetensors is no whole safetensors file"):
+    with pytest.raises(DataError, match="torn.safetensors is no complete safetensors file"):
         Teacher.load("micro-clip", str(torn))
 
 

@@ -116,7 +116,7 @@ def test_damaged_files(tmp_path):
     micro.vocabulary().save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a whole safetensors file"):
+    with pytest.raises(DataError, match="not a complete safetensors file"):
         Vocabulary.load(path)
     words = micro.vocabulary()
     tensors = {"embeddings": words.embeddings, "base_mask": words.base_mask}
@@ -144,7 +144,7 @@ def test_fingerprints():
     for wrong in (other, Fingerprint.stated("ViT-B-16", "openai"), Fingerprint.stated("ViT-B-32", "laion2b_s34b_b79k")):
         with pytest.raises(DataError, match="x is of teacher ViT-B-32 / openai .aaaaaaaaaaaa.*y is of teacher"):
             require_same_teacher(hashed, "x", wrong, "y")
-    with pytest.raises(DataError, match="their activation is not: .*need ViT-B-32-quickgelu"):
+    with pytest.raises(DataError, match="their activation function is not: .*need ViT-B-32-quickgelu"):
         require_same_teacher(hashed, "x", Fingerprint("ViT-B-32", "my_copy.pt", "a" * 64), "y")  # loaded with GELU
 
 
@@ -168,9 +168,9 @@ def test_all_repeated_words_are_named_up_to_ten():
     with pytest.raises(UsageError) as raised:
         check_words(["Cat", *names, "cat", "x", "CAT."])
     assert str(raised.value) == (
-        "the vocabulary holds 'cat' twice (words 0 and 13), 'CAT.' twice (words 0 and 15): leave out one of each."
+        "the vocabulary holds 'cat' twice (words 0 and 13), 'CAT.' twice (words 0 and 15): remove one of each."
     )
-    with pytest.raises(UsageError, match=r"'Word_9' twice \(words 9 and 21\), and 2 more words: leave out") as raised:
+    with pytest.raises(UsageError, match=r"'Word_9' twice \(words 9 and 21\), and 2 more words: remove") as raised:
         check_words([*names, *(name.replace("w", "W").replace(" ", "_") for name in names)])
     assert str(raised.value).count("twice") == 10
 

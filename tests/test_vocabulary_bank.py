@@ -46,7 +46,7 @@ def test_saved_vocabulary_of_another_k_is_fine_of_another_teacher_is_not():
     other = WordBank(micro.vocabulary(teacher=Fingerprint("micro", "other", "1" * 64))).state_dict()
     with pytest.raises(DataError, match="the checkpoint is of teacher micro / other"):
         bank.adopt_saved_vocabulary(other)
-    with pytest.raises(DataError, match="trained with embeddings of 6 dimensions, that of this run has 8"):
+    with pytest.raises(DataError, match="trained with embeddings of 6 dimensions, but those of this run have 8"):
         bank.adopt_saved_vocabulary(WordBank(micro.vocabulary(dim=6)).state_dict())
     with pytest.raises(DataError, match="cannot be read"):
         bank.adopt_saved_vocabulary({"embeddings": saved["embeddings"]})

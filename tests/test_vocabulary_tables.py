@@ -53,14 +53,14 @@ def test_tables_of_every_kind(tmp_path):
         ("t.pt", {"a": torch.ones(2, 3), "b": torch.ones(2)}, None, r"a \[2, 3\], b \[2\]: choose one with --key"),
         ("t.pt", {"a": torch.ones(2, 3)}, "text", r"no tensor 'text'; it has a \[2, 3\]"),
         ("t.pt", {"epoch": 3}, None, "has the tensors none"),
-        ("t.pt", torch.ones(2, 3), "text", "leave --key out"),
-        ("t.npy", np.ones((2, 3)), "text", "leave --key out"),
+        ("t.pt", torch.ones(2, 3), "text", "remove --key"),
+        ("t.npy", np.ones((2, 3)), "text", "remove --key"),
         ("t.pt", [torch.ones(2, 3)], None, "holds a list, not a tensor"),
         ("t.pt", torch.ones(3), None, r"has shape \[3\]"),
         ("t.npy", np.ones((0, 3)), None, r"has shape \[0, 3\]"),
         ("t.npy", np.ones((2, 3), dtype=int), None, "holds int64"),
         ("t.pt", torch.ones(2, 3, dtype=torch.complex64), None, "holds complex64"),
-        ("t.npy", np.array([[{}]], dtype=object), None, "t.npy is not a whole .npy table"),
+        ("t.npy", np.array([[{}]], dtype=object), None, "t.npy is not a complete .npy table"),
     ],
 )
 def test_tables_that_are_none(tmp_path, name, content, key, message):
@@ -69,7 +69,7 @@ def test_tables_that_are_none(tmp_path, name, content, key, message):
 
 
 def test_damaged_tables(tmp_path):
-    for name, kind in (("t.npy", "a whole .npy table"), ("t.pt", "a whole torch file")):
+    for name, kind in (("t.npy", "a complete .npy table"), ("t.pt", "a complete torch file")):
         path = save_table(tmp_path / name, torch.ones(40, 40).numpy() if name == "t.npy" else torch.ones(40, 40))
         whole = path.read_bytes()
         for content in (whole[: len(whole) // 2], b"not a table", b""):
@@ -102,7 +102,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path, form):
         path.write_bytes(pickle.dumps(Malicious(trap), protocol=2))
     else:
         np.save(path, np.array([Malicious(trap)], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="is not a whole"):
+    with pytest.raises(DataError, match="is not a complete"):
         read_table(path)
     assert not trap.exists()
 
@@ -141,9 +141,7 @@ def test_the_first_of_duplicate_rows_is_kept(tmp_path, tool):
     ]
     write_json(tmp_path / "c.json", {"categories": categories})
     command = ("--json", tmp_path / "c.json", "--import-table", path, "--templates", "stated")
-    with pytest.raises(
-        UsageError, match="holds 'CRANE' twice .words 1 and 3., 'Crane' twice .words 1 and 5.: leave out"
-    ):
+    with pytest.raises(UsageError, match="holds 'CRANE' twice .words 1 and 3., 'Crane' twice .words 1 and 5.: remove"):
         tool(*command)
     words, printed = tool(*command, "--first-of-duplicates")  # by ascending id: dog, crane., cat, CRANE, red_mug, Crane
     assert words.names == ("dog", "crane.", "cat", "red_mug") and words.category_ids == (5, 6, 7, 9)

@@ -288,7 +288,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CacheError(f"there is no region cache to read: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise CacheError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD} anew.")
+        raise CacheError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD} again.")
     missing = [key for key in _MANIFEST_KEYS if key not in manifest]
     if missing:
         raise CacheError(f"{path} has no {', '.join(missing)}: remove the folder and {_BUILD}.")

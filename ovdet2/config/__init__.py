@@ -1,4 +1,4 @@
-"""Configuration: core keys, the protocol of methods and where they are found, safe loading."""
+"""Configuration: core keys, the protocol and discovery of methods, safe loading."""
 
 from ovdet2.config.keys import get_cfg
 from ovdet2.config.load import find_config, load_config, settle_device, without_training_parts

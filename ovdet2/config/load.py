@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_config(name: str | Path) -> Path:
-    """The path of a yaml file: as given, or below the package's own ``configs/`` ("ovshapes/vild_text.yaml").
+    """The path of a yaml file: as given, or below the package's ``configs/`` ("ovshapes/vild_text.yaml").
 
     Raises:
         UsageError: there is no such file; the message lists the configurations that come with the package.
@@ -31,7 +31,7 @@ def find_config(name: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml")))
-    raise UsageError(f"there is no configuration file {name}. Those that come with ovdet2: {known}.")
+    raise UsageError(f"there is no configuration file {name}. Configurations of ovdet2: {known}.")
 
 
 def load_config(
@@ -39,20 +39,20 @@ def load_config(
 ) -> CfgNode:
     """Read a yaml file over the defaults and apply ``KEY VALUE ...`` overrides.
 
-    Keys of earlier versions are accepted, with a message that names today's.
+    Keys of earlier versions are accepted, with a warning that names the current key.
 
     Args:
-        name: path, or name below the package's ``configs/``; "" for the defaults alone.
+        name: path, or name below the package's ``configs/``; "" for the defaults only.
         overrides: list [key, value, key, value, ...] as from a command line.
-        extend: function that adds the keys of a system built on ovdet2 to the defaults (``extend(cfg)``), or None. A
-            method names itself in MODEL.PARTS instead.
+        extend: function that adds the keys of a system built on ovdet2 to the defaults (``extend(cfg)``), or None.
+            Methods are named in MODEL.PARTS instead.
 
     Returns:
         CfgNode, not frozen. The data sets of its DATASETS.OWN are registered.
 
     Raises:
         UsageError: unknown file, unknown key, a value of the wrong type, a module of MODEL.PARTS that is no method, or
-            a wrong entry of DATASETS.OWN; yaml tags that run code are refused.
+            an invalid entry of DATASETS.OWN; yaml tags that run code are refused.
     """
     try:
         given = CfgNode(CfgNode.load_yaml_with_base(str(find_config(name)), allow_unsafe=False)) if name else CfgNode()
@@ -61,11 +61,11 @@ def load_config(
         if extend is not None:
             extend(cfg)
         if given.get("VERSION", cfg.VERSION) != cfg.VERSION:
-            raise UsageError(f"{name} has VERSION {given.VERSION}, ovdet2 reads {cfg.VERSION}: bring it up to date.")
+            raise UsageError(f"{name} has VERSION {given.VERSION}, ovdet2 reads {cfg.VERSION}: update the file.")
         moved = old_keys(find_methods(cfg.MODEL.PARTS))
         _rename(given, moved, name)
         cfg.merge_from_other_cfg(given)
-        cfg.merge_from_list([_today(part, moved) if not n % 2 else part for n, part in enumerate(overrides)])
+        cfg.merge_from_list([_current_key(part, moved) if not n % 2 else part for n, part in enumerate(overrides)])
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, UsageError):
             raise
@@ -82,7 +82,7 @@ def load_config(
 
 
 def old_keys(methods: Iterable[Method]) -> dict[str, str]:
-    """{key of an earlier version: today's} of the core and of methods."""
+    """{key of an earlier version: current key} of the core and of methods."""
     return OLD_KEYS | {old: new for method in methods for old, new in method.OLD_KEYS.items()}
 
 
@@ -96,7 +96,7 @@ def _parts_of(given, overrides):
 
 
 def _rename(given, moved, name):
-    """Bring the keys of a yaml file up to date, in place."""
+    """Rename the old keys of a yaml file, in place."""
     for old, new in moved.items():
         *path, last = old.split(".")
         node = given
@@ -105,19 +105,19 @@ def _rename(given, moved, name):
         if not isinstance(node, dict) or last not in node:
             continue
         value = node.pop(last)
-        logger.warning("%s: %s is called %s now.", name, old, new)
+        logger.warning("%s: %s is now called %s.", name, old, new)
         *path, last = new.split(".")
         node = given
         for part in path:
             node = node.setdefault(part, CfgNode())
         if last in node:
-            raise UsageError(f"{name} gives {old} and {new}, the same key: leave the former out.")
+            raise UsageError(f"{name} has {old} and {new}, which are the same key: remove {old}.")
         node[last] = value
     _drop_empty(given, {old.rpartition(".")[0] for old in moved})
 
 
 def _drop_empty(given: CfgNode, groups: Iterable[str]) -> None:
-    """Groups of keys that have all moved elsewhere."""
+    """Delete groups of keys that are empty after the renaming."""
     for group in sorted(groups, key=len, reverse=True):
         *path, last = group.split(".")
         node = given
@@ -127,15 +127,15 @@ def _drop_empty(given: CfgNode, groups: Iterable[str]) -> None:
             del node[last]
 
 
-def _today(key, moved):
+def _current_key(key, moved):
     if key not in moved:
         return key
-    logger.warning("%s is called %s now.", key, moved[key])
+    logger.warning("%s is now called %s.", key, moved[key])
     return moved[key]
 
 
 def settle_device(cfg: CfgNode) -> bool:
-    """Let MODEL.DEVICE be the CPU where CUDA is asked for and there is none; returns whether that was so."""
+    """Set MODEL.DEVICE to "cpu" if it is CUDA and no CUDA device exists; returns whether it was changed."""
     lacking = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
     if lacking:
         cfg.MODEL.DEVICE = "cpu"
@@ -145,7 +145,7 @@ def settle_device(cfg: CfgNode) -> bool:
 def without_training_parts(cfg: CfgNode) -> CfgNode:
     """A copy of a configuration for evaluation and prediction.
 
-    Parts of a detector that training alone uses are not built, so that their files are not needed.
+    Parts of a detector that only training uses are switched off, so that their files are not needed.
     """
     cfg = cfg.clone()
     frozen = cfg.is_frozen()
@@ -158,6 +158,6 @@ def without_training_parts(cfg: CfgNode) -> CfgNode:
 
 
 def _configs_folder() -> Path:
-    """``configs/`` inside an installed package, or beside the package in a checkout."""
+    """``configs/`` inside an installed package, or next to the package in a checkout."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"

@@ -1,9 +1,9 @@
-"""What a method tells the toolkit about itself: keys, checks, sample steps, model parts, facts.
+"""The interface of a method to the toolkit: configuration keys, checks, sample steps, model part, report entries.
 
-A method is a directory whose ``__init__`` defines ``METHOD``, an instance of a subclass of :class:`Method`: one of
-``ovdet2/methods``, one named by MODEL.PARTS (its import path), or one that an installed package announces as an entry
-point of the group "ovdet2.parts". The import of such a directory must be light: what needs torch or Detectron2's models
-is imported within the functions.
+A method is a directory whose ``__init__`` defines ``METHOD``, an instance of a subclass of :class:`Method`. It is in
+``ovdet2/methods``, or MODEL.PARTS holds its import path, or an installed package declares it as an entry point of the
+group "ovdet2.parts". Importing it must be fast: modules that need torch or Detectron2's models are imported within the
+functions.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 
 class Method:
-    """The base adds nothing; override what the method has.
+    """Base class of methods. By default nothing is added; override the functions that the method needs.
 
     Attributes:
         name: of the method and of its part in the detector, a Python identifier such as "vild": the prefix of its
             weights in a checkpoint.
-        hosts: meta-architectures that it can be switched on for; empty: all.
-        training_only: nothing of its part is used at test: a checkpoint may have the part and the model not, or the
-            other way round.
+        hosts: meta-architectures that support it; empty: all.
+        training_only: its part is not used at test: a checkpoint may hold the part's weights and the model not, or the
+            reverse.
         secondary_scores: values of MODEL.OVD.SECONDARY_SCORES that it provides.
-        reads_background: when switched on, it needs the teacher's embedding of the word "background" in the word bank.
-        OLD_KEYS: {key of an earlier version: today's}; they are accepted with a message.
-        OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: today's}.
+        reads_background: if switched on, it needs the teacher's embedding of the word "background" in the word bank.
+        OLD_KEYS: {key of an earlier version: current key}; old keys are accepted with a warning.
+        OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: current prefix}.
     """
 
     name: str = ""
@@ -50,38 +50,41 @@ class Method:
         return False
 
     def check(self, cfg: CfgNode) -> None:
-        """Refuse settings of the method that do not go together. Called for every configuration, used or not.
+        """Refuse contradictory settings of the method. Called for every configuration, also if the method is off.
 
         Raises:
-            UsageError: names the keys.
+            UsageError: the settings are contradictory; the message names the keys.
         """
 
     def trains_words(self, cfg: CfgNode) -> bool:
-        """Whether a loss of the method teaches the detector what a region is called, so that the classification loss
-        may have weight 0."""
+        """Whether a loss of the method trains classification, so that the classification loss may have weight 0."""
         return False
 
     def for_evaluation(self, cfg: CfgNode) -> None:
-        """Switch off, in a copy of a configuration, what training alone uses, so that its files are not needed."""
+        """Switch off, in a copy of a configuration, what only training uses, so that its files are not needed."""
 
     def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
-        """Steps in the making of a sample of ``source``, after the image is augmented and has its instances. They draw
-        random numbers from numpy's global generator, which the loader seeds for each sample.
+        """Steps that are applied to each sample of ``source`` after augmentation and instances.
+
+        They must draw random numbers from numpy's global generator, which the loader seeds for each sample.
 
         Raises:
-            UsageError, CacheError: a file that they need is not named, missing, or of something else.
+            UsageError, CacheError: a file that they need is not configured, missing, or of another data set or teacher.
         """
         return []
 
     def sources(self, cfg: CfgNode) -> list[SourceSpec]:
-        """Sources of training images beside DATASETS.TRAIN and DATASETS.SOURCES."""
+        """Sources of training images that the method adds to DATASETS.TRAIN and DATASETS.SOURCES."""
         return []
 
     def build(self, cfg: CfgNode, host: Host) -> Part | None:
-        """The model part, or None where the method is off. See the protocols of the hosts:
-        :class:`~ovdet2.modeling.rcnn.part.RCNNPart` and :class:`~ovdet2.modeling.detr.part.DetrPart`."""
+        """Build the method's part of the detector; None if the method is off.
+
+        For the interfaces see :class:`~ovdet2.modeling.rcnn.part.RCNNPart` and
+        :class:`~ovdet2.modeling.detr.part.DetrPart`.
+        """
         return None
 
     def facts(self, cfg: CfgNode) -> dict[str, Any]:
-        """What a report says of the method beside the configuration, ready for json."""
+        """JSON-serialisable entries of the method in a report, in addition to the configuration."""
         return {}

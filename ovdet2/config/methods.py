@@ -1,4 +1,4 @@
-"""Finding the methods: by directory, by entry point, by an import path in the configuration."""
+"""Discovery of methods: by directory, by entry point, by import path in the configuration."""
 
 import functools
 import importlib
@@ -19,22 +19,21 @@ def find_methods(paths: Iterable[str] = ()) -> tuple[Method, ...]:
     """The methods of ovdet2 by name, those of installed packages, then those of ``paths``.
 
     Args:
-        paths: import paths of modules with a ``METHOD``, as of MODEL.PARTS; a module that is there already is
-            passed over.
+        paths: import paths of modules with a ``METHOD``, as of MODEL.PARTS; a method that is known already is skipped.
 
     Raises:
         UsageError: a module cannot be imported or has no METHOD, or two methods have one name.
     """
-    found = list(_installed())
+    methods = list(_installed())
     for path in paths:
         method = _method_of(path)
-        if method not in found:
-            found.append(method)
-    names = [method.name for method in found]
+        if method not in methods:
+            methods.append(method)
+    names = [method.name for method in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UsageError(f"several methods are named {', '.join(twice)}: rename one, or take it out of MODEL.PARTS.")
-    return tuple(found)
+        raise UsageError(f"several methods are named {', '.join(twice)}: rename one, or remove it from MODEL.PARTS.")
+    return tuple(methods)
 
 
 def methods_of(cfg: CfgNode) -> tuple[Method, ...]:
@@ -43,10 +42,10 @@ def methods_of(cfg: CfgNode) -> tuple[Method, ...]:
 
 
 def check_methods(cfg: CfgNode) -> None:
-    """Refuse settings of any method that do not go together, or that its meta-architecture would ignore.
+    """Refuse contradictory settings of methods, and methods that the meta-architecture does not support.
 
     Raises:
-        UsageError: names the keys.
+        UsageError: the message names the keys.
     """
     known = [name for method in methods_of(cfg) for name in method.secondary_scores]
     chosen = cfg.MODEL.OVD.SECONDARY_SCORES
@@ -77,10 +76,10 @@ def _method_of(path: str) -> Method:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name and not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module itself is there, what it imports is not
+            raise  # the module exists, but a module that it imports is missing
         raise UsageError(
-            f"MODEL.PARTS names {path}, which cannot be imported ({error}): start from the folder that its first part "
-            "lies in, or install its package."
+            f"MODEL.PARTS names {path}, which cannot be imported ({error}): run in the folder that contains its "
+            "top-level package, or install the package."
         ) from None
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):

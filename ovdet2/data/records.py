@@ -56,7 +56,7 @@ def load_records(
     except FileNotFoundError as error:
         raise DataError(
             f"a file of {', '.join(names)} is missing ({error}): set DETECTRON2_DATASETS to the folder of your "
-            "data sets, or prepare them as datasets/README.md says."
+            "data sets, or prepare them as datasets/README.md describes."
         ) from None
     except OVDetError:
         raise

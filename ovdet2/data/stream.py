@@ -171,7 +171,7 @@ class SourceStream:
         self.seed = state["seed"]
         if state["images"] != len(self.dataset):
             logger.warning(
-                "The training set has %d images, the saved run had %d: the order of images starts anew.",
+                "The training set has %d images, the saved run had %d: the order of images is restarted.",
                 len(self.dataset),
                 state["images"],
             )

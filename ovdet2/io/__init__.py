@@ -1,1 +1,1 @@
-"""Files: atomic writes, json, safetensors, weight files, images."""
+"""File reading and writing: atomic writes, json, safetensors, weight files, images."""

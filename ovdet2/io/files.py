@@ -1,7 +1,7 @@
-"""Reading and writing artefacts: atomic, hashed, never pickled.
+"""Read and write artefacts: atomically, hashed, without pickle.
 
-Every artefact is written to a temporary name in its own folder, fsynced and renamed, so a kill or a full disk
-leaves either the old file or the new one, never a part of it.
+Every artefact is written to a temporary file in its folder, fsynced and renamed. A killed process or a full disk leaves
+the old file or the new one, never a partial file.
 """
 
 import contextlib
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Generator[Path, None, None]:
-    """Yield a temporary :class:`~pathlib.Path` beside ``path``; on success it is fsynced and renamed to ``path``.
+    """Yield a temporary :class:`~pathlib.Path` next to ``path``; on success it is fsynced and renamed to ``path``.
 
-    The parent folder is created. When the body raises, the temporary file is removed and ``path`` is untouched.
+    The parent folder is created. If the body raises, the temporary file is removed and ``path`` is not changed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def atomic_path(path: str | Path) -> Generator[Path, None, None]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        # As open to others as its folder: some writers make files that only their owner can read.
+        # The permissions of the folder: some writers make files that only their owner can read.
         temporary.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
@@ -57,8 +57,8 @@ def read_json(path: str | Path, remedy: str = "check the path") -> Any:
     """Read a JSON file.
 
     Raises:
-        DataError: the file is missing, unreadable, or not JSON that Python can hold (nested a thousand deep, say); the
-            message names the path and ends with ``remedy``.
+        DataError: the file is missing, unreadable, or not JSON that Python can parse (for example nested too deeply);
+            the message names the path and ends with ``remedy``.
     """
     try:
         with open(path, encoding="utf-8") as handle:
@@ -67,7 +67,7 @@ def read_json(path: str | Path, remedy: str = "check the path") -> Any:
         raise DataError(f"{path} does not exist: {remedy}.") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
-    except (ValueError, RecursionError) as error:  # ValueError: broken JSON or UTF-8, or a number of 4,300 digits
+    except (ValueError, RecursionError) as error:  # ValueError: invalid JSON or UTF-8, or a number of over 4,300 digits
         raise DataError(f"{path} is not valid JSON ({error}): {remedy}.") from None
 
 
@@ -94,8 +94,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], m
         except (SafetensorError, OSError) as error:
             free = shutil.disk_usage(temporary.parent).free / 1e9
             raise SetupError(
-                f"{path} could not be written ({error}); {free:.1f} GB are free there: make room, or choose another "
-                "folder."
+                f"{path} could not be written ({error}); {free:.1f} GB are free there: free disk space, or choose "
+                "another folder."
             ) from None
 
 
@@ -124,7 +124,7 @@ def read_safetensors(
             manifest = json.loads((handle.metadata() or {}).get("manifest", "{}"))
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not a whole safetensors file ({error}): {remedy}.") from None
+        raise DataError(f"{path} is not a complete safetensors file ({error}): {remedy}.") from None
     if manifest.get("schema") != schema:
         raise DataError(f"{path} has schema {manifest.get('schema')!r}, expected {schema!r}: {remedy}.")
     return tensors, manifest

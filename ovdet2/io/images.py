@@ -1,6 +1,7 @@
-"""The one place where image files are decoded, so that every reader sees the same pixels and the same errors.
+"""Decode image files. All of ovdet2 uses this module, so pixels and errors are the same everywhere.
 
-Pillow only: OpenCV returns an array for a truncated JPEG without saying so, which would train on half grey images.
+It uses Pillow, not OpenCV: OpenCV returns an array for a truncated JPEG without an error, so that a detector would be
+trained on images that are partly grey.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.members import open_member
 
-# The deepest feature map of the backbones has stride 32: a smaller image has less than one cell of it.
+# The deepest feature map of the backbones has stride 32: a smaller image would have no cell in it.
 MIN_SIDE = 32
 
 _FORMATS = ("RGB", "BGR", "L")
@@ -24,9 +25,9 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
     """Decode an image file, upright, in 8 bits per channel.
 
-    The EXIF orientation is applied (a damaged EXIF block is ignored, the pixels being whole). Grayscale is repeated
-    over three channels, CMYK is converted, an alpha channel is dropped, 16-bit values are divided by 257 (Pillow alone
-    would clip them to white), and of an animation the first frame is taken.
+    The EXIF orientation is applied; a damaged EXIF block is ignored, since the pixels are intact. Grayscale is repeated
+    over three channels, CMYK is converted, an alpha channel is dropped, 16-bit values are divided by 257 (Pillow would
+    clip them to white), and of an animation the first frame is read.
 
     Args:
         path: the file, or the address of a member of a tar file (:mod:`ovdet2.io.members`).
@@ -49,11 +50,11 @@ def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
 
 
 def decode_image(file: str | Path | BinaryIO, name: str | Path, format: str = "RGB") -> np.ndarray:
-    """:func:`read_image` of an open binary file, as of a member of an archive.
+    """:func:`read_image` of an open binary file, for example a member of an archive.
 
     Args:
         file: path, or binary file object at its start.
-        name: what messages call it.
+        name: name of the file in messages.
         format: as of :func:`read_image`.
 
     Raises:
@@ -74,43 +75,45 @@ def decode_image(file: str | Path | BinaryIO, name: str | Path, format: str = "R
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Size of an image file from its header: what :func:`read_image` would return of a whole file, without decoding it.
+    """Size of an image file from its header, without decoding it; equal to the size that :func:`read_image` returns.
 
     Returns:
         (width, height) in pixels as they are shown, after the EXIF rotation.
 
     Raises:
-        DataError: as :func:`read_image`, except for what shows in the pixels alone, truncation above all.
+        DataError: as :func:`read_image`, except for faults that only decoding reveals, such as truncation.
     """
     if not Path(path).is_file():
         raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
     with _explained(path, path), Image.open(path) as image:
-        if image.format == "TIFF":  # Pillow turns these itself, some versions in the header's size already
+        if image.format == "TIFF":  # Pillow rotates TIFF itself, and some versions already the size of the header
             image.load()
-        width, height = image.size[::-1] if _lies_on_its_side(image) else image.size
+        width, height = image.size[::-1] if _swaps_sides(image) else image.size
     _require_side(path, (width, height))
     return width, height
 
 
 def require_annotated_size(record: MutableMapping[str, Any], image: np.ndarray) -> None:
-    """Compare an array [H, W, 3] with the annotated size (or fill it in): another one would misplace every box.
+    """Compare an image array [H, W, 3] with the annotated size: with another size every box would be misplaced.
+
+    A missing size is added to the record.
 
     Raises:
-        DataError: names the file and both sizes.
+        DataError: the sizes differ; the message names the file and both sizes.
     """
     height, width = image.shape[:2]
     annotated = record.setdefault("width", width), record.setdefault("height", height)
     if annotated != (width, height):
         raise DataError(
             f"{record['file_name']} (image id {record.get('image_id')}) is {width}x{height} pixels but the annotations "
-            f"say {annotated[0]}x{annotated[1]}: the file is not the annotated one, or its EXIF rotation was not "
+            f"state {annotated[0]}x{annotated[1]}: the file is not the annotated one, or its EXIF rotation was not "
             "applied when it was annotated."
         )
 
 
 @contextlib.contextmanager
 def _explained(file, path):
-    """Turn what Pillow raises for a file into a DataError that names it by ``path``."""
+    """Convert Pillow's exceptions for a file to a DataError that names it by ``path``."""
     try:
         yield
     except UnidentifiedImageError:
@@ -131,13 +134,13 @@ def _explained(file, path):
 def _require_side(path, size):
     if min(size) < MIN_SIDE:
         raise DataError(
-            f"{path} is {size[0]}x{size[1]} pixels, below the {MIN_SIDE} px a side that the detectors need: "
+            f"{path} is {size[0]}x{size[1]} pixels, but the detectors need at least {MIN_SIDE} pixels per side: "
             "enlarge it or remove it from the data set."
         )
 
 
 def _to_eight_bits(image, path):
-    """Bring 16-bit grayscale to 8 bits; other modes are left to Pillow's own conversion."""
+    """Convert 16-bit grayscale to 8 bits; Pillow converts the other modes later."""
     if image.mode == "F":
         raise DataError(f"{path} holds floating-point pixels, whose range is unknown: convert it to 8 or 16 bits.")
     if image.mode not in _SIXTEEN_BIT_MODES:
@@ -154,11 +157,11 @@ def _to_eight_bits(image, path):
 def _upright(image):
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # the EXIF parser raises almost anything on damaged tags; the pixels are whole
+    except Exception:  # the EXIF parser raises many types on damaged tags; the pixels are intact
         return image.copy()
 
 
-def _lies_on_its_side(image):
+def _swaps_sides(image):
     """Whether the EXIF orientation swaps width and height; a damaged block is ignored, as in :func:`_upright`."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
@@ -167,7 +170,7 @@ def _lies_on_its_side(image):
 
 
 def _look(file):
-    """What the first bytes suggest, for the error message."""
+    """Describe a file by its first bytes, for the error message."""
     if hasattr(file, "seek"):
         file.seek(0)
         head = file.read(64)
@@ -178,4 +181,4 @@ def _look(file):
         return "the file is empty"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it holds HTML or XML, perhaps the error page of a download"
-    return "Pillow knows no reader for its first bytes"
+    return "Pillow does not recognise its format"

@@ -1,7 +1,7 @@
-"""Addresses of members of uncompressed tar files, in the place of a path: ``000.tar#12@1536+20480``.
+"""Addresses of members of uncompressed tar files, used instead of a path: ``000.tar#12@1536+20480``.
 
-That is sample 12 of the file 000.tar, the 20,480 bytes from byte 1,536 on. A record with such a file name is read
-without the reader that made it, in whichever process.
+This example is sample 12 of the file 000.tar, the 20,480 bytes from byte 1,536 on. Any process can read a record with
+such a file name without the reader that made it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ _ADDRESS = re.compile(r"(?s)(?P<tar>.+)#\d+@(?P<start>\d+)\+(?P<size>\d+)")
 
 
 def member_address(tar: str | Path, number: int, start: int, size: int) -> str:
-    """
+    """Make the address of a member.
+
     Args:
         tar: the file.
-        number: of the sample in it, for people.
+        number: of the sample in it, for information only.
         start, size: of the member's content in bytes.
     """
     return f"{tar}#{number}@{start}+{size}"
 
 
 def open_member(address: str | Path) -> io.BytesIO | None:
-    """The content of a member; None where ``address`` is not one.
+    """The content of a member; None if ``address`` is a path and not an address.
 
     Raises:
         DataError: the tar file is missing or ends too early.
@@ -38,7 +39,7 @@ def open_member(address: str | Path) -> io.BytesIO | None:
     try:
         content = read_bytes(match["tar"], start, size)
     except OSError as error:
-        raise DataError(f"the shard of {address} cannot be read ({error.strerror}): put it back there.") from None
+        raise DataError(f"the shard of {address} cannot be read ({error.strerror}): restore the file.") from None
     if len(content) < size:
         raise DataError(f"the shard of {address} ends before the image does: it was changed; download it again.")
     return io.BytesIO(content)

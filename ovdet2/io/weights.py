@@ -1,4 +1,4 @@
-"""Reading weight files (torch, safetensors, the pickles of Detectron2's zoo) without running code from them."""
+"""Read weight files (torch, safetensors, pickles of Detectron2's model zoo) without running code from them."""
 
 import argparse
 import pickle
@@ -13,7 +13,7 @@ from ovdet2.io.array_pickle import ArraysOnly
 
 
 class DamagedFile(DataError):
-    """A file that is truncated or is not what its ending says, as opposed to one that is missing."""
+    """A file that is truncated or not of the format of its suffix, as opposed to a missing file."""
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -23,10 +23,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         path: ".safetensors", ".pkl" (Detectron2's zoo: numpy arrays in a dict), or a torch file.
 
     Returns:
-        dict with the key "model" (name to tensor or array) and what else the file holds.
+        dict with the key "model" (name to tensor or array) and the other entries of the file.
 
     Raises:
-        DataError: the file is missing, damaged (:class:`DamagedFile`), or asks for code to be run.
+        DataError: the file is missing, damaged (:class:`DamagedFile`), or could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -37,9 +37,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 
 def verify_archive(path: str | Path) -> None:
-    """Compare a torch file with the check sums it holds, which torch itself does not; about a second for 1 GB.
+    """Verify the checksums in a torch file, which torch.load does not; takes about a second for 1 GB.
 
-    For files that ovdet2 wrote: torch can be told to write none.
+    Use it for files that ovdet2 wrote; other files may have no checksums.
 
     Raises:
         DamagedFile: a byte differs, or the file is truncated.
@@ -50,12 +50,12 @@ def verify_archive(path: str | Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise DamagedFile(f"{path} is damaged or truncated ({_first_line(error)}): {_REMEDY}") from None
     if damaged:
-        raise DamagedFile(f"{path} is damaged ({damaged} has another check sum): {_REMEDY}")
+        raise DamagedFile(f"{path} is damaged ({damaged} has another checksum): {_REMEDY}")
 
 
 def _read_torch(path):
     try:
-        # Published checkpoints hold the options of their training, a class without behaviour.
+        # Published checkpoints hold their training options as argparse.Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -80,21 +80,21 @@ def _read_safetensors(path):
         with safe_open(str(path), framework="pt") as file:
             weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, ValueError, OSError) as error:
-        raise DamagedFile(f"{path} is not a whole safetensors file ({error}): {_REMEDY}") from None
-    if metadata.get("matching_heuristics") == "true":  # a bare trunk: Detectron2 finds where in the model it sits
+        raise DamagedFile(f"{path} is not a complete safetensors file ({error}): {_REMEDY}") from None
+    if metadata.get("matching_heuristics") == "true":  # backbone weights: Detectron2 matches their names to the model
         return {"model": weights, "matching_heuristics": True}
     return weights
 
 
 def _read_zoo_pickle(path):
-    """A file of Detectron2's model zoo, or of Caffe2, whose names Detectron2 matches by heuristics."""
+    """Read a file of Detectron2's model zoo, or of Caffe2, whose names Detectron2 matches by heuristics."""
     try:
         with open(path, "rb") as handle:
             data = ArraysOnly(handle, encoding="latin1").load()
     except DataError:
         raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DamagedFile(f"{path} is no whole pickle ({type(error).__name__}: {error}): {_REMEDY}") from None
+    except Exception as error:  # a damaged pickle raises many types
+        raise DamagedFile(f"{path} is no complete pickle ({type(error).__name__}: {error}): {_REMEDY}") from None
     if not isinstance(data, dict):
         raise DataError(f"{path} holds a {type(data).__name__}, not a dict of weights: {_REMEDY}")
     if "model" in data and "__author__" in data:
@@ -109,7 +109,7 @@ def _first_line(message):
 
 
 def _starts_like_a_pickle(path):
-    """Whether a torch file of before 1.6, a bare pickle of protocol 2 to 5."""
+    """Whether a file is a bare pickle of protocol 2 to 5, as torch before 1.6 wrote."""
     with open(path, "rb") as handle:
         head = handle.read(2)
     return len(head) == 2 and head[0] == 0x80 and 2 <= head[1] <= 5

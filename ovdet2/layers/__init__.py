@@ -1,4 +1,4 @@
-"""Layers without configuration: each is built from modules, tensors and numbers."""
+"""Layers that read no configuration: each is built from modules, tensors and numbers."""
 
 from ovdet2.layers.class_wise_nms import class_wise_nms
 from ovdet2.layers.closed_set_classifier import ClosedSetClassifier

@@ -1,4 +1,4 @@
-"""Class-wise NMS that stays cheap at threshold 0 and thousands of classes.
+"""Class-wise NMS that is fast at score threshold 0 and with thousands of classes.
 
 Shapes: R regions, K classes, M detections.
 """
@@ -10,21 +10,22 @@ from detectron2.layers import batched_nms
 def class_wise_nms(
     boxes_xyxy: torch.Tensor, scores: torch.Tensor, score_threshold: float, iou_threshold: float, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best ``topk`` detections after NMS within each class.
+    """The ``topk`` highest-scoring detections after NMS within each class.
 
     Open-vocabulary detectors keep every score above 0, so R x K pairs are candidates: 1,000 regions and 1,203 words
-    make 1.2 million. A pair is suppressed only by a better one, so if the best C candidates leave ``topk`` survivors
-    these are exactly the survivors over all of them; C grows until they do. The result equals NMS over all pairs.
+    make 1.2 million. NMS suppresses a pair only by a pair of higher score. Therefore, if the C highest-scoring
+    candidates leave at least ``topk`` detections, these are the first ``topk`` of NMS over all pairs. C grows until
+    they do.
 
     Args:
         boxes_xyxy: Tensor [R, 4], one box per region for all classes.
         scores: Tensor [R, K] without background.
         score_threshold: pairs at or below it are dropped.
         iou_threshold: of NMS.
-        topk: detections to return at most; negative for all.
+        topk: maximum number of detections; negative for all.
 
     Returns:
-        (regions, classes): two long Tensors [M], best score first.
+        (regions, classes): two long Tensors [M], by descending score.
     """
     flat = scores.flatten()
     total = int((flat > score_threshold).sum())

@@ -1,4 +1,4 @@
-"""The closed-set layer that classifiers over text are compared with.
+"""A closed-set classifier, the baseline of text classifiers.
 
 Shapes: R regions, C channels, K words.
 """
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class ClosedSetClassifier(nn.Linear):
-    """A linear layer over the fixed words it was built with: the sanity row whose novel AP must be about 0.
+    """A linear layer over the fixed words it was built with. As a sanity check, its novel AP must be about 0.
 
-    It has a column for every word, novel ones too, but no training box ever supports those.
+    It has a column for every word, but no training box has a novel word.
     """
 
     per_word = False  # its logits are for a softmax
@@ -27,7 +27,7 @@ class ClosedSetClassifier(nn.Linear):
         """
         Args:
             input_dim: C.
-            bank: of the detector; K is fixed to its present length.
+            bank: word bank of the detector; K is fixed to its current length.
         """
         super().__init__(input_dim, len(bank) + 1)
         self.vocabulary = bank
@@ -48,7 +48,7 @@ class ClosedSetClassifier(nn.Linear):
             Tensor [R, K + 1], background last.
 
         Raises:
-            UsageError: the vocabulary is no longer the one the layer was built for.
+            UsageError: the vocabulary has another number of words than the layer was built for.
         """
         if len(self.vocabulary) != self.num_training_classes:
             raise UsageError(

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 Background = Literal["none", "zero", "learned", "text"]
 
-RARE_BIAS = -math.log(99)  # a probability of 0.01, as for focal loss: many negatives would drown the first steps
+RARE_BIAS = -math.log(99)  # initial probability 0.01, as for focal loss: else negatives dominate the first steps
 MAX_SCALE = 100.0
 
 
 class EmbeddingProjection(nn.Linear):
-    """Region features into the teacher's space, at unit length."""
+    """Linear projection of region features into the teacher's embedding space, followed by L2 normalisation."""
 
     def __init__(self, input_dim: int, embed_dim: int, bias: bool = True) -> None:
         """
         Args:
             input_dim: C, of the flattened features.
             embed_dim: D.
-            bias: whether the linear map has one.
+            bias: whether the linear layer has a bias.
         """
         super().__init__(input_dim, embed_dim, bias)
         nn.init.normal_(self.weight, std=0.01)
@@ -51,8 +51,9 @@ def cosine_logits(
     scale: float | Tensor | None = None,
     bias: float | Tensor | None = None,
 ) -> Tensor:
-    """``cos(e, t) / tau + b``, or ``s cos(e, t) + b``: in float32 under autocast, too, since half precision cannot
-    resolve cosines over 0.01.
+    """``cos(e, t) / tau + b``, or ``s cos(e, t) + b``.
+
+    Computed in float32 also under autocast: half precision is too coarse for cosines that are divided by 0.01.
 
     Args:
         embeddings: e, Tensor [..., D], unit rows.
@@ -89,9 +90,10 @@ def column_probabilities(embeddings: Tensor, columns: Tensor, temperature: float
 
 
 class CosineClassifier(nn.Module):
-    """Projects region features and compares them with the rows of a word bank by :func:`cosine_logits`.
+    """Projects region features and classifies them by :func:`cosine_logits` with the rows of a word bank.
 
-    In training the columns are the B base words, at test all K words. The classifiers of the methods are settings:
+    In training the columns are the B base words, at test all K words. The classifiers of the methods are settings of
+    this class:
 
     =====================  ===============  ==================  ===============  ==========
     classifier             logits           learned factor      bias             background
@@ -103,7 +105,7 @@ class CosineClassifier(nn.Module):
     =====================  ===============  ==================  ===============  ==========
 
     Attributes:
-        vocabulary: the word bank, under its name in checkpoints.
+        vocabulary: the word bank; "vocabulary" is its name in checkpoints.
         background_kind: see the constructor's ``background``.
     """
 
@@ -128,34 +130,35 @@ class CosineClassifier(nn.Module):
         """
         Args:
             input_dim: C.
-            bank: the words may change at any time.
-            temperature: tau > 0, the same in training and at test. Either this or ``scale`` is given.
-            scale: initial value of a learned s, which is kept at or below 100.
-            learns_temperature: learn a factor s of tau, which starts at 1. It is learned as its logarithm, which keeps
-                it positive and lets weight decay pull it to 1.
+            bank: word bank; its words may change at any time.
+            temperature: tau > 0, the same in training and at test. Give either ``temperature`` or ``scale``.
+            scale: initial value of a learned s, which is clamped to at most 100.
+            learns_temperature: learn a factor s of tau, which starts at 1. The parameter is log s, so that s stays
+                positive and weight decay moves it to 1.
             bias: initial value of a learned b; None: no bias.
-            background: the last column. "none": there is none; "zero": its logit is 0, which wins where no word reaches
-                a probability of one half; "learned": an embedding; "text": the bank's embedding of "background".
+            background: the last column. "none": no column; "zero": its logit is 0, the highest if no word reaches a
+                probability of one half; "learned": a learned embedding; "text": the bank's embedding of "background".
             projection_bias: whether the projection of the features has a bias.
-            owns_bank: whether the bank is a sub-module, saved and moved with the classifier; not where several
+            owns_bank: whether the bank is a sub-module, saved and moved with the classifier; False if several
                 classifiers of a detector share it.
 
         Raises:
-            UsageError: a scale outside (0, 100], or a text background of a bank without one.
+            UsageError: a scale outside (0, 100], or a text background and a bank without background.
         """
         super().__init__()
         if (temperature is None) == (scale is None) or (learns_temperature and temperature is None):
             raise ValueError("give either a temperature, fixed or learned, or a scale")
         if scale is not None and not 0 < scale <= MAX_SCALE:
-            raise UsageError(f"the scale of the text branch starts at {scale}: choose one in (0, {MAX_SCALE:.0f}].")
+            raise UsageError(
+                f"the initial scale of the text classifier is {scale}: choose one in (0, {MAX_SCALE:.0f}]."
+            )
         if background == "text" and bank.background is None:
             raise UsageError("a text background needs the embedding of the word: give WordBank a background.")
         if owns_bank:
             self.vocabulary = bank
         else:
-            object.__setattr__(
-                self, "vocabulary", bank
-            )  # no sub-module: it would stand in state_dict once a classifier
+            # Not a sub-module: otherwise state_dict would hold the bank once per classifier.
+            object.__setattr__(self, "vocabulary", bank)
         self.temperature = temperature
         self.background_kind = background
         embed_dim = bank.embeddings.shape[1]
@@ -173,12 +176,12 @@ class CosineClassifier(nn.Module):
 
     @property
     def per_word(self) -> bool:
-        """Whether the logits are for a sigmoid of each word instead of a softmax."""
+        """Whether each logit goes through a sigmoid, instead of a softmax over the words."""
         return self.background_kind in ("none", "zero")
 
     @property
     def num_training_classes(self) -> int:
-        """B: the label that means background in training."""
+        """B, the number of training classes and the label of background in training."""
         return self.vocabulary.num_base
 
     def embed(self, features: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ class CosineClassifier(nn.Module):
         return self.projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
     def classify_without_background(self, embeddings: Tensor) -> Tensor:
-        """Softmax over all words without background, as ViLD's image branch is read: Tensor [R, D] -> [R, K]."""
+        """Softmax over all words without background, as in ViLD's image branch: Tensor [R, D] -> [R, K]."""
         return cosine_logits(embeddings, self.vocabulary.embeddings, **self._factor()).softmax(dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -204,7 +207,7 @@ class CosineClassifier(nn.Module):
             features: Tensor [..., C], or maps [R, c, h, w] of C values each.
 
         Returns:
-            Tensor [..., B] in training, [..., K] at test, and one more where there is a background, the last; float32.
+            Logits, Tensor [..., B] in training, [..., K] at test, float32; with a background one more column, the last.
         """
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):
@@ -217,16 +220,16 @@ class CosineClassifier(nn.Module):
             return torch.cat([words, F.normalize(self.background.float(), dim=0)[None]])
         if self.background_kind == "text":
             background = self.vocabulary.background
-            assert background is not None  # the constructor refuses a bank without, and none is taken away
+            assert background is not None  # the constructor requires one, and the bank never drops it
             return torch.cat([words, background[None]])
         return words
 
     def _factor(self) -> dict[str, float | Tensor]:
-        """tau or s, as :func:`cosine_logits` takes them."""
+        """tau or s as a keyword argument of :func:`cosine_logits`."""
         log_scale = self.log_scale
         if self.temperature is not None:
             return {"temperature": self.temperature if log_scale is None else self.temperature * log_scale.exp()}
         assert log_scale is not None  # without a temperature the constructor makes one
-        with torch.no_grad():  # the parameter itself: beyond a cap on its value no gradient would bring it back
+        with torch.no_grad():  # clamps the parameter: a clamped output would have no gradient above the maximum
             log_scale.clamp_(max=math.log(MAX_SCALE))
         return {"scale": log_scale.exp()}

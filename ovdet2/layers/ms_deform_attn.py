@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention (Deformable DETR, Eq. 3), in one of several kernels of the same result.
+"""Multi-scale deformable attention (Deformable DETR, Eq. 3), with several kernels that give the same result.
 
 Shapes: B images, S tokens of all levels, Q queries, C channels, H heads, L levels, P points, c = C / H.
 """
@@ -37,12 +37,12 @@ def ms_deform_attn(
 ) -> torch.Tensor:
     """Weighted sum of values sampled bilinearly around each query, zeros outside a map.
 
-    Pixel i of a map of n is centred at (i + 0.5) / n. Half precision is computed in float32, under autocast too.
+    The centre of pixel i of n is at (i + 0.5) / n. Half precision inputs are computed in float32, also under autocast.
 
     Args:
-        value: Tensor [B, S, H, c], the levels one after another, each row by row.
+        value: Tensor [B, S, H, c], the levels one after another, each in row-major order.
         spatial_shapes: list of L (height, width), S = sum of their products.
-        sampling_locations: Tensor [B, Q, H, L, P, 2], (x, y); each level's map spans [0, 1].
+        sampling_locations: Tensor [B, Q, H, L, P, 2], (x, y), normalised to [0, 1] in each level.
         attention_weights: Tensor [B, Q, H, L, P], normally summing to 1 over L and P.
         kernel: "auto" or a key of ``KERNELS``.
 
@@ -51,19 +51,22 @@ def ms_deform_attn(
 
     Raises:
         UsageError: unknown kernel, S is not the sum of the level sizes, or float64 values for Triton.
-        SetupError: the Triton kernel is asked for where it cannot run.
+        SetupError: the Triton kernel is requested but cannot run.
     """
     tokens = sum(height * width for height, width in spatial_shapes)
     if tokens != value.shape[1]:
-        raise UsageError(f"the levels {list(spatial_shapes)} have {tokens} tokens, value has {value.shape[1]}.")
+        raise UsageError(
+            f"the levels {list(spatial_shapes)} have {tokens} tokens, value has {value.shape[1]}: pass the shapes of "
+            "the levels of value."
+        )
     kernel = select_kernel(value.device.type, value.dtype) if kernel == "auto" else kernel
     if kernel not in KERNELS:
-        raise UsageError(f"kernel {kernel!r} of deformable attention: choose auto, {', '.join(KERNELS)}.")
+        raise UsageError(f"unknown kernel {kernel!r} of deformable attention: choose auto, {', '.join(KERNELS)}.")
     if not torch.compiler.is_compiling():
         _announce(kernel, value.device.type)
     dtype = value.dtype
     with torch.autocast(value.device.type, enabled=False):
-        if kernel == "triton":  # reads half precision itself
+        if kernel == "triton":  # converts half precision internally
             return _triton(value, spatial_shapes, sampling_locations.float(), attention_weights.float())
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         value, locations, weights = (t.to(exact) for t in (value, sampling_locations, attention_weights))
@@ -74,7 +77,7 @@ def ms_deform_attn(
 
 
 def select_kernel(device_type: str, dtype: torch.dtype = torch.float32) -> str:
-    """The kernel "auto" stands for on a device type and for a dtype, a key of ``KERNELS``."""
+    """The kernel that "auto" selects for a device type and a dtype, a key of ``KERNELS``."""
     if device_type == "cpu":
         return "bag"
     if device_type == "cuda" and dtype != torch.float64 and _TRITON_IS_INSTALLED:
@@ -109,7 +112,7 @@ def _triton(value, spatial_shapes, locations, weights):
 def ms_deform_attn_grid_sample(
     value: torch.Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The operation level by level with ``grid_sample``, on any device, for one floating-point dtype.
+    """:func:`ms_deform_attn` level by level with ``grid_sample``, on any device, for inputs of one floating dtype.
 
     Arguments and result as of :func:`ms_deform_attn`.
     """
@@ -132,7 +135,7 @@ def ms_deform_attn_grid_sample(
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Queries attend to P points per level and head, at offsets predicted from the query."""
+    """Deformable attention: each query attends to P points per level and head, at offsets predicted from the query."""
 
     def __init__(self, dim: int, heads: int = 8, levels: int = 4, points: int = 4, kernel: str = "auto") -> None:
         """
@@ -152,7 +155,10 @@ class MultiScaleDeformableAttention(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self):
-        """Point p of head k starts p pixels away in direction k of a square's eight; all points weigh the same."""
+        """Initial offsets: point p of head k lies p pixels away in the k-th direction (for 8 heads, the 8 neighbours).
+
+        All points have the same initial weight.
+        """
         angles = torch.arange(self.heads) * (2 * math.pi / self.heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(dim=-1, keepdim=True)
@@ -170,12 +176,13 @@ class MultiScaleDeformableAttention(nn.Module):
     def sample(
         self, queries: torch.Tensor, references: torch.Tensor, spatial_shapes: Sequence[tuple[int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the queries look and how much each point weighs.
+        """Predict the sampling locations of the queries and the attention weight of each point.
 
         Args:
-            queries: Tensor [B, Q, C], position included.
-            references: Tensor [B, Q, L, 2] of (x, y) or [B, Q, L, 4] of (cx, cy, w, h), in [0, 1] of each level's map.
-                Offsets are in pixels of the level, or in halves of w and h divided by P.
+            queries: Tensor [B, Q, C], with positional embedding added.
+            references: reference points or boxes, Tensor [B, Q, L, 2] of (x, y) or [B, Q, L, 4] of (cx, cy, w, h),
+                normalised to [0, 1] in each level. Offsets are in pixels of the level for points, and in units of
+                w / (2 P) and h / (2 P) for boxes.
             spatial_shapes: list of L (height, width).
 
         Returns:
@@ -208,8 +215,8 @@ class MultiScaleDeformableAttention(nn.Module):
         """
         Args:
             queries, references, spatial_shapes: as of :meth:`sample`.
-            tokens: Tensor [B, S, C] to attend to.
-            padding_mask: bool Tensor [B, S], True where a token is padding: its value is zero.
+            tokens: Tensor [B, S, C], the feature maps to attend to.
+            padding_mask: bool Tensor [B, S], True for padding tokens, whose value is set to zero.
 
         Returns:
             Tensor [B, Q, C].
@@ -225,7 +232,7 @@ class MultiScaleDeformableAttention(nn.Module):
         spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The output for what :meth:`sample` returned: Tensor [B, Q, C]."""
+        """The output for locations and weights of :meth:`sample`: Tensor [B, Q, C]."""
         value = self.value_proj(tokens)
         if padding_mask is not None:
             value = value.masked_fill(padding_mask[..., None], 0.0)

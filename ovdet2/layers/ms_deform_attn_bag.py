@@ -1,10 +1,10 @@
 """Multi-scale deformable attention as a weighted sum of table rows: the kernel for CPUs.
 
 Bilinear sampling followed by the weighted sum over levels and points is one sum of ``4 * levels * points`` rows of the
-value table per (query, head): exactly ``embedding_bag`` with per-sample weights, which never holds the sampled values.
-The gradient of the value is the transposed sum, a second ``embedding_bag`` over the points sorted by cell; that of the
-weights is a sampled matrix product. Indices and corner weights are computed again in the backward pass, so that only
-the three inputs are kept. As custom operators the passes are opaque to torch.compile and break no graph.
+value table per (query, head). This is ``embedding_bag`` with per-sample weights, which does not store the sampled
+values. The gradient of the value is the transposed sum, a second ``embedding_bag`` over the points sorted by cell. The
+gradient of the weights is a sampled matrix product. The backward pass computes indices and corner weights again, so
+that only the three inputs are saved. As custom operators the passes cause no graph break in torch.compile.
 
 Shapes: B images, S tokens, Q queries, H heads, L levels, P points, c channels per head. A *cell* is the square of four
 neighbouring pixels around a sampling point, numbered by its upper left pixel in maps with a border of zeros.
@@ -25,7 +25,7 @@ def ms_deform_attn_bag(value: Tensor, shapes: list[int], locations: Tensor, weig
     Args:
         value: float32 or float64 Tensor [B, S, H, c].
         shapes: height and width of every level, flattened: 2 L numbers.
-        locations: Tensor [B, Q, H, L, P, 2], (x, y), each level's map spanning [0, 1].
+        locations: Tensor [B, Q, H, L, P, 2], (x, y), normalised to [0, 1] in each level.
         weights: Tensor [B, Q, H, L, P].
 
     Returns:
@@ -49,7 +49,7 @@ def ms_deform_attn_bag(value: Tensor, shapes: list[int], locations: Tensor, weig
 def ms_deform_attn_bag_backward(
     grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, from that of the output, Tensor [B, Q, H * c]."""
+    """Gradients of value, locations and weights, from the gradient of the output, Tensor [B, Q, H * c]."""
     if locations.numel() == 0:
         return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
     levels = _Levels(shapes, locations, weights)
@@ -91,11 +91,11 @@ ms_deform_attn_bag.register_autograd(_gradients, setup_context=_save)
 
 
 class _Levels:
-    """Where the points of all levels fall in the table of zero-bordered maps.
+    """Indices and weights of the sampling points of all levels in a table of zero-bordered maps.
 
-    A map of height h and width w becomes rows of w + 1 pixels, (h + 3) of them and 2 pixels more: the zero at the left
-    of a row is also the one at the right of the row above, and the pixels below are there for the corners, of weight
-    zero, of points on the far border. With clamped coordinates no corner needs a test of its own.
+    In the table a map of height h and width w has h + 3 rows of w + 1 pixels, and 2 more pixels. The zero at the left
+    of a row is also the zero at the right of the row above. The pixels below the map are read by corners of weight
+    zero, of points on the far border. Since coordinates are clamped, no corner needs a bounds check.
     """
 
     def __init__(self, shapes, locations, weights):
@@ -111,18 +111,18 @@ class _Levels:
         self.index_dtype = torch.int32 if self.num_rows < 2**31 else torch.int64
         self.device = locations.device
         self.weights = weights.reshape(b, q, h, num_levels * p)
-        # The last dimension of every elementwise operation is h * l * p long: shorter ones are not vectorised.
+        # The last dimension of every elementwise operation has length h * l * p: torch does not vectorise shorter ones.
         points = locations.reshape(b * q, h * num_levels * p, 2)
         self.width = self._per_point([width for _, width in self.sizes], locations.dtype).repeat(h)
         self.height = self._per_point([height for height, _ in self.sizes], locations.dtype).repeat(h)
         self.x, left, self.fx = _split(points[..., 0], self.width)
         self.y, top, self.fy = _split(points[..., 1], self.height)
-        # Exact in float32 below 2^24 pixels a level. A location that is not a number gives the smallest integer.
+        # Exact in float32 below 2^24 pixels per level. A NaN location gives the smallest integer, clamped to 0.
         cells = top.mul_(self.width + 1).add_(left).to(self.index_dtype).clamp_(min=0)
         self.cells = cells.view(*self.lead, self.num_points)
 
     def pad(self, value):
-        """Tensor [B, S, H, c] -> [B, pixels, H, c] with the borders of zeros."""
+        """Add the zero borders: Tensor [B, S, H, c] -> [B, pixels, H, c]."""
         table = value.new_zeros(value.shape[0], self.num_pixels, *value.shape[2:])
         token = 0
         for (height, width), start in zip(self.sizes, self.starts):
@@ -148,7 +148,7 @@ class _Levels:
         return torch.stack([top - top_right, top_right, bottom - bottom_right, bottom_right], dim=-2)
 
     def point_gradients(self, dots):
-        """(grad of locations, grad of weights) from the corners' products with the gradient, [B, Q, H, 4, L * P]."""
+        """(gradient of locations, of weights) from the corners' dot products with the gradient, [B, Q, H, 4, L * P]."""
         fx, fy = self.fx.view_as(self.cells), self.fy.view_as(self.cells)
         top_left, top_right, bottom_left, bottom_right = dots.unbind(-2)
         along_top, along_bottom = top_right - top_left, bottom_right - bottom_left
@@ -165,10 +165,10 @@ class _Levels:
         return torch.stack(grads, dim=-1).view(*shape, 2), grad_weights.view(shape)
 
     def value_gradient(self, grad_rows, corner_weights, shape):
-        """The transposed sum: Tensor [B, S, H, c].
+        """Gradient of the value, the transposed sum: Tensor [B, S, H, c].
 
-        Points are sorted by cell, so that each cell's are a bag of their own; the four corners' sums are then shifted
-        onto the pixels and added.
+        Points are sorted by cell, so that the points of a cell form one bag. The sums of the four corners are then
+        shifted to their pixels and added.
         """
         rows = torch.add(self._first_rows(), self.cells, alpha=self.lead[2]).flatten()
         offsets = rows.new_zeros(self.num_rows + 1)
@@ -177,7 +177,7 @@ class _Levels:
         bags = torch.div(order, self.num_points, rounding_mode="floor").to(self.index_dtype)
         gradient = grad_rows.new_zeros(shape)
         for corner in range(4):
-            # index_select: ten times as fast here as indexing with [order].
+            # index_select is ten times as fast here as indexing with [order].
             sorted_weights = corner_weights[..., corner, :].flatten().index_select(0, order)
             sums = F.embedding_bag(
                 bags, grad_rows, offsets, mode="sum", per_sample_weights=sorted_weights, include_last_offset=True
@@ -186,7 +186,7 @@ class _Levels:
         return gradient
 
     def _add_shifted(self, gradient, sums, corner):
-        """Add the sums of one corner per cell, Tensor [B, pixels, H, c], to the pixels they stand on."""
+        """Add the sums of one corner per cell, Tensor [B, pixels, H, c], to the pixels of that corner."""
         down, right, token = corner // 2, corner % 2, 0
         for (height, width), start in zip(self.sizes, self.starts):
             maps = sums[:, start : start + (height + 2) * (width + 1)].unflatten(1, (height + 2, width + 1))
@@ -209,15 +209,15 @@ class _Levels:
 
 
 def _split(locations, size):
-    """Coordinates of points in a zero-bordered map, where pixel 0 of the map has its centre at 1.
+    """Coordinates of points along one axis of a zero-bordered map, in which the centre of the map's pixel 0 is at 1.
 
     Args:
-        locations: Tensor [N, points], the map spanning [0, 1].
-        size: Tensor [points], the map's pixels along the axis.
+        locations: Tensor [N, points], normalised to [0, 1] in the map.
+        size: Tensor [points], number of pixels of the map along the axis.
 
     Returns:
-        (coordinates, cells, fractions), each Tensor [N, points] of floats: before clamping to [0, size + 1]; of the
-        cell's first pixel; and within the cell, in [0, 1).
+        (coordinates, cells, fractions), each a floating-point Tensor [N, points]: the coordinate before clamping to
+        [0, size + 1]; the coordinate of the cell's first pixel; and the fraction within the cell, in [0, 1).
     """
     u = torch.mul(locations, size).add_(0.5)
     clamped = torch.clamp(u, min=torch.zeros_like(size), max=size + 1)
@@ -226,12 +226,12 @@ def _split(locations, size):
 
 
 def _row_products(left, right, columns, values):
-    """Products of rows: ``out[n, ...] = left[n] . right[columns[n, ...]]``.
+    """Dot products of rows: ``out[n, ...] = left[n] . right[columns[n, ...]]``.
 
     Args:
         left: Tensor [N, c].
         right: Tensor [R, c].
-        columns: integer Tensor, N x k in all.
+        columns: integer Tensor with N x k elements.
         values: Tensor of the shape of ``columns``; its content is not used.
 
     Returns:
@@ -248,7 +248,7 @@ def _row_products(left, right, columns, values):
 
 @functools.cache
 def _consume_beta_warning():
-    """torch tells once per process that CSR tensors are in beta, which is no news for who trains a detector."""
+    """Suppress torch's warning, given once per process, that CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 1], [0], [1.0], size=(1, 1))

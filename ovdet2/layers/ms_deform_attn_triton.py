@@ -1,8 +1,8 @@
 """Multi-scale deformable attention as fused Triton kernels, forward and backward.
 
-Each program takes a block of (query, head) rows through all their points: sampled values stay in registers. Values may
-be in half precision; coordinates and sums are float32. The value's gradient is added up with atomics, so its last bits
-vary between runs, as they do with ``grid_sample``.
+Each program handles a block of (query, head) rows with all their points, so that sampled values stay in registers.
+Values may be in half precision; coordinates and sums are float32. The gradient of the value is summed with atomics, so
+its last bits vary between runs, as with ``grid_sample``.
 
 Shapes: B images, S tokens, Q queries, H heads, L levels, P points, c channels per head.
 """
@@ -19,7 +19,7 @@ _ROWS = 32  # (query, head) rows per program: tiles of 32 x 32 for the usual 32 
 
 @triton.jit
 def _clamped(position, size):
-    """A position in pixels, brought to where nothing of the map is in reach any more: infinity minus itself is none."""
+    """Clamp a position in pixels to just outside of the map: an infinite position would give NaN differences."""
     return tl.minimum(tl.maximum(position, -2.0), size + 1.0)
 
 
@@ -28,14 +28,14 @@ def _corner(left, top, dx, dy, height, width, start, base, row_stride):
     """(whether a corner lies in the map, offset of its values) for a block of points."""
     column, row = left + dx, top + dy
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-    # Coordinates that are not numbers are inside no map, and are not converted.
+    # NaN coordinates are outside of every map, and are not converted to integers.
     token = tl.where(inside, row, 0.0).to(tl.int32) * width + tl.where(inside, column, 0.0).to(tl.int32)
     return inside, base + (start + token).to(tl.int64) * row_stride
 
 
 @triton.jit
 def _rows(num_rows, tokens, queries, H: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """(rows, which of them exist, channels, which of the tile exist, offset of each row's first value)."""
+    """(rows, mask of existing rows, channels, mask of existing tile elements, offset of each row's first value)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = rows < num_rows
     channels = tl.arange(0, CHANNELS)
@@ -44,7 +44,7 @@ def _rows(num_rows, tokens, queries, H: tl.constexpr, C: tl.constexpr, ROWS: tl.
     return rows.to(tl.int64), live, channels, tile, (image * tokens * H + rows % H) * C
 
 
-# Every batch has other sizes: no kernel of its own for those that 16 divides.
+# Batches differ in these sizes: without this, Triton would compile separate kernels for multiples of 16.
 _SIZES = ["num_rows", "tokens", "queries"]
 
 
@@ -148,7 +148,7 @@ def ms_deform_attn_triton(value: Tensor, shapes: list[int], locations: Tensor, w
     Args:
         value: float32, float16 or bfloat16 Tensor [B, S, H, c].
         shapes: height and width of every level, flattened: 2 L numbers.
-        locations: float32 Tensor [B, Q, H, L, P, 2], (x, y), each level's map spanning [0, 1].
+        locations: float32 Tensor [B, Q, H, L, P, 2], (x, y), normalised to [0, 1] in each level.
         weights: float32 Tensor [B, Q, H, L, P].
 
     Returns:
@@ -167,7 +167,7 @@ def ms_deform_attn_triton(value: Tensor, shapes: list[int], locations: Tensor, w
 def ms_deform_attn_triton_backward(
     grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, from that of the output, Tensor [B, Q, H * c]."""
+    """Gradients of value, locations and weights, from the gradient of the output, Tensor [B, Q, H * c]."""
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     grad_value = torch.zeros_like(value, dtype=torch.float32)
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
@@ -207,7 +207,7 @@ def _launch(kernel, tensors, value, locations):
     _, tokens, _, c = value.shape
     rows = b * q * h
     sizes = {"H": h, "C": c, "L": num_levels, "P": p, "ROWS": _ROWS, "CHANNELS": triton.next_power_of_2(c)}
-    # Triton launches on the current device, which need not be the tensors'.
+    # Triton launches on the current device, which may differ from the device of the tensors.
     with torch.cuda.device_of(value):
         kernel[(triton.cdiv(rows, _ROWS),)](*tensors, rows, tokens, q, **sizes)
 
@@ -216,7 +216,7 @@ def _launch(kernel, tensors, value, locations):
 def _levels(shapes, device):
     """Height, width and first token of each level: int32 Tensor [L, 3] on the device.
 
-    Kept, since a copy to the device waits for what is under way there.
+    Cached, since a copy to the device waits for the kernels that are running there.
     """
     rows, start = [], 0
     for height, width in zip(shapes[::2], shapes[1::2]):

@@ -1,13 +1,13 @@
-"""Fusing a detector's class probabilities with a vision-language model's: one function for every method.
+"""Fuse a detector's class probabilities with secondary scores of a vision-language model, for all methods.
 
-Shapes: R regions, K classes.
+Shapes: R regions, K classes. Names: ``_probs`` probabilities in [0, 1].
 """
 
 import torch
 
 
 def fusion_exponents(base_mask: torch.Tensor, base: float, novel: float) -> torch.Tensor:
-    """Exponent of the second branch per class.
+    """Exponent of the secondary scores per class.
 
     Published settings (base, novel): ViLD-ensemble 1/3, 2/3; F-VLM on LVIS 0.35, 0.65; F-ViT on COCO 0.1, 0.8.
 
@@ -27,15 +27,14 @@ def fuse_scores(
     exponents: torch.Tensor | float,
     renormalize: bool = False,
 ) -> torch.Tensor:
-    """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6; F-VLM, whose paper was not at hand,
-    by its release).
+    """Weighted geometric mean per class, ``p1^(1-e) * p2^e`` (ViLD Eq. 6; F-VLM's released code).
 
-    The background column is the detector's; it enters only the renormalisation.
+    The background column is the detector's. It only enters the renormalisation.
 
     Args:
         detector_probs: Tensor [R, K + 1], probabilities with background last.
-        secondary_probs: Tensor [R, K] or [R, K + 1], probabilities of the other branch; its background is not used.
-        exponents: Tensor [K] or float, in [0, 1]: 0 keeps the detector's score, 1 takes the other's.
+        secondary_probs: Tensor [R, K] or [R, K + 1], secondary scores; a background column is ignored.
+        exponents: e, Tensor [K] or float, in [0, 1]: 0 gives the detector's score, 1 the secondary score.
         renormalize: divide each row by its sum, background included (F-VLM).
 
     Returns:

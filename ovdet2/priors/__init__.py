@@ -1,7 +1,7 @@
-"""Who says which words exist in an image: one backend a file, all of them written by :mod:`ovdet2.priors.concept_prior`.
+"""Concept priors: which words are present in an image. One backend per file, one format: ``priors.concept_prior``.
 
-A backend has ``kind`` (one of KINDS there), ``source`` (what decides its scores, for the manifest), and
-``lists(records, skip)``, which yields (image id, word index Tensor [n] or None for all words, score Tensor [n] in
-[0, 1]) for Detectron2 records in any order. ``skip(message)`` is called for an image that cannot be used; it gets no
-list.
+A backend has ``kind`` (one of :data:`ovdet2.priors.concept_prior.KINDS`), ``source`` (dict of the inputs that determine
+its scores, for the manifest), and ``lists(records, skip)``. ``lists`` yields (image id, word index Tensor [n] or None
+for all words, score Tensor [n] in [0, 1]) for Detectron2 records in any order. It calls ``skip(message)`` for an image
+that cannot be used and yields nothing for it.
 """

@@ -1,8 +1,8 @@
-"""Answers of a vision-language model to "does this word exist in this image": reading them, and keeping them on disk.
+"""Answers of a vision-language model to "does this word exist in this image": parse them, and store them on disk.
 
-Answers live in a folder of JSON-lines files. Each process appends to a file of its own, whose first line says which
-model and prompt it is about, and reads the complete lines of all files that say the same: nothing answered is lost to a
-kill, a line torn by one is the last of its file and is asked again, and two processes never write into one file.
+Answers are stored in a folder of JSON-lines files. The first line of a file states model and prompt. Each process
+appends to a separate file, and reads the complete lines of all files with its model and prompt. A killed process loses
+no answer; only its last line may be incomplete, and that question is put again.
 """
 
 import io
@@ -28,8 +28,8 @@ _MARKS = " \t\n▁Ġ.,!:*\"'"  # what tokenizers and chat models put around a wo
 
 class Answer(NamedTuple):
     """Attributes:
-    yes: probability of "yes" in [0, 1], or None where the text says neither yes nor no.
-    text: what the model wrote; "" where only its probabilities were looked at.
+    yes: probability of "yes" in [0, 1], or None if the text is neither yes nor no.
+    text: text of the model; "" if only its probabilities were read.
     """
 
     yes: float | None
@@ -37,23 +37,23 @@ class Answer(NamedTuple):
 
 
 def parse_answer(text: str) -> float | None:
-    """1.0 or 0.0 for a text that begins with yes or no ("Answer: No." and "The answer is yes" do), otherwise None."""
-    found = _LEADING.match(text)
-    return None if found is None else float(found[1].lower() == "yes")
+    """1.0 for a text that begins with yes, 0.0 for no, otherwise None. "Answer: No." counts as no."""
+    match = _LEADING.match(text)
+    return None if match is None else float(match[1].lower() == "yes")
 
 
 def yes_or_no(token: str) -> str | None:
-    """ "yes" or "no" for a token that spells it, in any case and with what tokenizers put around it; otherwise None."""
+    """ "yes" or "no" for a token that spells it (any case, tokenizer marks around it are ignored); otherwise None."""
     bare = token.strip(_MARKS).lower()
     return bare if bare in ("yes", "no") else None
 
 
 def yes_probability(positions: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> float | None:
-    """P(yes) of the first token with a letter, renormalised over the tokens that spell yes or no there.
+    """P(yes) at the first token with a letter, renormalised over the alternatives that spell yes or no.
 
     Args:
-        positions: for each token written, (token, [(alternative, log probability), ...]); the alternatives are the
-            likeliest tokens at its place, itself included.
+        positions: for each generated token, (token, [(alternative, log probability), ...]); the alternatives are the
+            likeliest tokens at its position, itself included.
 
     Returns:
         float in [0, 1], or None if that token spells neither.
@@ -80,7 +80,7 @@ class AnswerBook:
         """
         Args:
             folder: of the files; created with the first answer.
-            identity: JSON-serialisable dict of what decides an answer beside image and word: model, prompt, settings.
+            identity: JSON-serialisable dict of the inputs of an answer besides image and word: model, prompt, settings.
 
         Raises:
             DataError: a file cannot be read.
@@ -94,14 +94,14 @@ class AnswerBook:
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path)
         if self.damaged > 0:
-            logger.warning("%s: %d lines are no answers and are asked again", folder, self.damaged)
+            logger.warning("%s: %d lines are damaged; their questions are put again", folder, self.damaged)
 
     def get(self, image_sha256: str, word: str) -> Answer | None:
-        """The :class:`Answer`, or None."""
+        """The stored :class:`Answer`, or None."""
         return self._answers.get(image_sha256, {}).get(word)
 
     def add(self, image_sha256: str, word: str, answer: Answer) -> None:
-        """Keep an answer; it is with the operating system when this returns."""
+        """Store an answer; on return it has been passed to the operating system."""
         line = {"image": image_sha256, "word": word, "yes": answer.yes, "text": answer.text}
         with self._lock:
             if self._file is None:
@@ -110,7 +110,7 @@ class AnswerBook:
             self._answers.setdefault(image_sha256, {})[word] = answer
 
     def close(self) -> None:
-        """Write what was added through to the disk."""
+        """Flush added answers to the disk, and close the file."""
         if self._file is not None:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -126,9 +126,9 @@ class AnswerBook:
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror}): mend or remove it.") from None
+            raise DataError(f"{path} cannot be read ({error.strerror}): repair or remove it.") from None
         if lines.pop():
-            self.damaged += 1  # torn: a complete line ends in a newline
+            self.damaged += 1  # incomplete: a complete line ends in a newline
         header = _as_dict(lines[0]) if lines else {}
         if header.get("schema") != SCHEMA or header.get("identity") != self.identity:
             return

@@ -1,4 +1,4 @@
-"""Questions to any server that speaks the chat-completions format of OpenAI (vLLM, llama.cpp, Ollama, hosted ones)."""
+"""Client of a server with OpenAI's chat-completions API (vLLM, llama.cpp, Ollama, hosted services)."""
 
 import base64
 import email.utils
@@ -20,20 +20,20 @@ from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, parse_answer, yes_probability
 
-_PASSING = (408, 429, 500, 502, 503, 504)  # worth another try
-_OF_THE_QUESTION = (400, 413, 415, 422)  # this request is refused, another may not be
+_TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the request is repeated
+_OF_THE_QUESTION = (400, 413, 415, 422)  # HTTP status codes that refuse this request, but maybe not others
 _LONGEST_REPLY = 4_000_000  # bytes
 _LONGEST_WAIT = 60.0  # seconds of back-off between two tries
-_LONGEST_DEMAND = 600.0  # seconds that a server may ask for by Retry-After
-_ALTERNATIVES = 5  # likeliest tokens asked for at each place; some servers refuse more
+_LONGEST_RETRY_AFTER = 600.0  # seconds; a longer Retry-After ends the run
+_ALTERNATIVES = 5  # likeliest tokens requested per position; some servers refuse more
 
 
 class ChatServer:
-    """A model behind a URL; one question a call, several calls at once.
+    """A vision-language model behind a URL; one question per call, several concurrent calls.
 
-    Passing failures (no connection, time-out, 408, 429, 5xx, a malformed reply) are tried again after Retry-After, or
-    after a random part of 1, 2, 4, ... times ``first_wait`` seconds. Images are sent inline; redirects are not
-    followed, for they would carry the key elsewhere.
+    After a temporary failure (no connection, time-out, status 408, 429 or 5xx, a malformed reply) the call is repeated.
+    It waits for Retry-After, or a random part of 1, 2, 4, ... times ``first_wait`` seconds. Images are sent inline.
+    Redirects are not followed, since they would send the key to another server.
     """
 
     words_per_call = 1
@@ -51,15 +51,15 @@ class ChatServer:
     ) -> None:
         """
         Args:
-            url: such as http://localhost:8000/v1; "/chat/completions" is added where it does not end so.
-            model: name the server knows it by.
-            key: sent as a bearer token, None for none; it is stored nowhere.
-            workers: calls at once.
+            url: such as http://localhost:8000/v1; "/chat/completions" is added if missing.
+            model: name of the model on the server.
+            key: sent as a bearer token, None for none; it is not stored.
+            workers: concurrent calls.
             timeout: seconds without a byte after which a call has failed.
             tries: of one question.
             first_wait: seconds, see above.
-            extra: dict merged into each request, None as a value removing a key: for servers that do not take
-                "logprobs", or want "max_completion_tokens" in place of "max_tokens".
+            extra: dict merged into each request; a value None removes a key. For servers that do not support
+                "logprobs", or need "max_completion_tokens" instead of "max_tokens".
 
         Raises:
             UsageError: not an http or https URL.
@@ -78,11 +78,11 @@ class ChatServer:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The model's name, and what was changed of the request; not the address, which may be private."""
+        """The model's name and ``extra``, for the manifest; without the address, which may be private."""
         return {"model": self.model} | ({"request": self.extra} if self.extra else {})
 
     def stop(self) -> None:
-        """Let no call wait for another try."""
+        """End all waits for another try."""
         self._stopped.set()
 
     def prepare(self, path: str) -> "Picture":
@@ -94,11 +94,11 @@ class ChatServer:
         """One :class:`Answer` per question.
 
         Raises:
-            DataError: the server refuses a question, or its replies stay malformed; names image and word.
+            DataError: the server refuses a question, or every reply is malformed; the message names image and word.
             SetupError: the server cannot be reached or used, after all tries.
         """
         return [
-            self._asked(self._body(picture, question), f"{picture.path}, word {word!r}")
+            self._answer(self._body(picture, question), f"{picture.path}, word {word!r}")
             for word, question in zip(words, questions)
         ]
 
@@ -117,12 +117,12 @@ class ChatServer:
         } | self.extra
         return json.dumps({key: value for key, value in request.items() if value is not None}).encode()
 
-    def _asked(self, body, what):
-        last, attempt = _Passing("never asked"), 0
+    def _answer(self, body, what):
+        last, attempt = _TemporaryFailure("no try"), 0
         for attempt in range(self.tries):
             try:
                 return answer_of(self._post(body))
-            except _Passing as error:
+            except _TemporaryFailure as error:
                 last = error
             if attempt + 1 < self.tries:
                 self._wait(last, attempt)
@@ -130,15 +130,15 @@ class ChatServer:
                 break
         kind = DataError if last.malformed else SetupError
         raise kind(
-            f"{what}: {last} ({attempt + 1} tries at {self.url}). What was answered is kept; run again to go on."
+            f"{what}: {last} ({attempt + 1} tries at {self.url}). Answers are stored; run the same command to continue."
         )
 
     def _wait(self, error, attempt):
         seconds = error.retry_after
         if seconds is None:
             seconds = random.uniform(0.5, 1.0) * min(_LONGEST_WAIT, self.first_wait * 2**attempt)
-        if seconds > _LONGEST_DEMAND:
-            raise SetupError(f"{self.url} asks to wait {seconds:.0f} s ({error}): run the same command later.")
+        if seconds > _LONGEST_RETRY_AFTER:
+            raise SetupError(f"{self.url} requests a wait of {seconds:.0f} s ({error}): run the same command later.")
         self._stopped.wait(seconds)
 
     def _post(self, body):
@@ -151,36 +151,41 @@ class ChatServer:
             raise self._failure(error) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
-            raise _Passing(f"no reply ({reason!r})") from None
+            raise _TemporaryFailure(f"no reply ({reason!r})") from None
         try:
             return json.loads(data)
         except (ValueError, RecursionError):
-            raise _Passing(f"the reply is not JSON: {_start(data)}", malformed=True) from None
+            raise _TemporaryFailure(f"the reply is not JSON: {_start(data)}", malformed=True) from None
 
     def _failure(self, error):
-        """What to raise for an HTTP status."""
+        """The exception to raise for an HTTP error."""
         with error:
             try:
-                said = _start(error.read(2000))
+                body = _start(error.read(2000))
             except (OSError, http.client.HTTPException):
-                said = "''"
-        message = f"status {error.code}, {said}"
-        if error.code in _PASSING:
-            return _Passing(message, retry_after=_seconds(error.headers.get("Retry-After")))
+                body = "''"
+        message = f"status {error.code}, {body}"
+        if error.code in _TEMPORARY:
+            return _TemporaryFailure(message, retry_after=_seconds(error.headers.get("Retry-After")))
         if error.code in _OF_THE_QUESTION:
             return DataError(f"{self.url} refuses the request for model {self.model!r}: {message}. See --request.")
         return SetupError(f"{self.url} cannot be used: {message}. Check --url, --model and the key.")
 
 
 class Picture(NamedTuple):
-    """Attributes: path: of the file; data_url: the image as it is sent."""
+    """An image as it is sent.
+
+    Attributes:
+        path: of the file.
+        data_url: the encoded image.
+    """
 
     path: str
     data_url: str
 
 
-class _Passing(Exception):
-    """A failure that may pass."""
+class _TemporaryFailure(Exception):
+    """A failure after which the call is repeated."""
 
     def __init__(self, message, retry_after=None, malformed=False):
         super().__init__(message)
@@ -193,10 +198,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def image_bytes(path: str) -> tuple[str, bytes]:
-    """(kind, bytes) to send of an image: the file itself where every reader sees the same in it, otherwise a PNG.
+    """(format, bytes) to send of an image: the file itself if all decoders agree on its pixels, otherwise a PNG.
 
-    Files that are turned by EXIF, animated, of 16 bits, CMYK, with a palette or transparency, or in a rarer format are
-    decoded by :func:`~ovdet2.io.images.read_image` and encoded anew without loss.
+    Files that are rotated by EXIF, animated, of 16 bits, CMYK, with a palette or transparency, or in a rarer format are
+    decoded by :func:`~ovdet2.io.images.read_image` and encoded losslessly.
 
     Raises:
         DataError: the file cannot be read.
@@ -216,7 +221,7 @@ def image_bytes(path: str) -> tuple[str, bytes]:
 
 
 def answer_of(reply: dict[str, Any]) -> Answer:
-    """The :class:`Answer` in a chat completion; a refusal is an answer that says neither yes nor no."""
+    """The :class:`Answer` in a chat completion; a refusal is an answer that is neither yes nor no."""
     try:
         choice = reply["choices"][0]
         message = choice["message"]
@@ -232,13 +237,14 @@ def answer_of(reply: dict[str, Any]) -> Answer:
             for place in written
         ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise _Passing(f"the reply is no chat completion: {_start(json.dumps(reply))}", malformed=True) from None
+        message = f"the reply is no chat completion: {_start(json.dumps(reply))}"
+        raise _TemporaryFailure(message, malformed=True) from None
     yes = yes_probability(positions)
     return Answer(parse_answer(text) if yes is None else yes, text)
 
 
 def _seconds(retry_after):
-    """Retry-After in seconds, from a number or a date; None where it is neither."""
+    """Retry-After in seconds, from a number or a date; None if it is neither."""
     if retry_after is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Concept priors by CLIP: the cosine between a whole image and a word, CCKT's first way.
+"""Concept priors by CLIP: the cosine between a whole image and a word (CCKT-Det).
 
 Shapes: N images, V views of an image, K words, D embedding dimension, S side of the teacher's input.
 """
@@ -22,8 +22,8 @@ class ClipBackend:
     """score = sigmoid(max over views of cos(image, word) / tau).
 
     The views are the whole image and, with ``tiles`` = n > 1, the n x n cells of an even grid over it (edges at rounded
-    pixels, no overlap; what a cell edge cuts, the whole image holds), resized as the teacher's training resized images.
-    Sigmoid ascends, so the maximum may be taken of the cosines.
+    pixels, no overlap). An object that a cell edge cuts is complete in the whole image. Views are resized with the
+    teacher's interpolation. Sigmoid is monotonic, so the maximum is taken of the cosines.
     """
 
     kind = "prediction"
@@ -43,8 +43,8 @@ class ClipBackend:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
             vocabulary: :class:`~ovdet2.vocabulary.Vocabulary` of K words, embedded by the same teacher.
             tiles: n, at least 1.
-            resize: "crop" takes the middle square, as CLIP's own transform does, and never sees the ends of a long
-                image; "squash" warps the whole of it to S x S.
+            resize: "crop" takes the centre square, as CLIP's transform does, and drops the ends of a long image;
+                "squash" warps the whole image to S x S.
             temperature: tau; 0.07 in CCKT.
             batch_size: views per forward pass.
             num_workers: processes that decode.
@@ -67,20 +67,25 @@ class ClipBackend:
     def lists(
         self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, None, torch.Tensor]]:
-        """As every backend; raises NumericalError for embeddings that are not finite."""
+        """The scores of all words per image, see :mod:`ovdet2.priors`.
+
+        Raises:
+            NumericalError: the embeddings are not finite.
+        """
         samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, self.teacher.interpolation)
         together = max(1, self.batch_size // len(view_boxes(1, 1, self.tiles)))
         loader = DataLoader(samples, batch_size=together, num_workers=self.num_workers, collate_fn=list)
         for batch in loader:
-            for fault in (found for _, found in batch if isinstance(found, str)):
+            for fault in (views for _, views in batch if isinstance(views, str)):
                 skip(fault)
-            good = [(image_id, found) for image_id, found in batch if not isinstance(found, str)]
+            good = [(image_id, views) for image_id, views in batch if not isinstance(views, str)]
             if good:
-                scores = self.score(torch.stack([found for _, found in good]))
+                scores = self.score(torch.stack([views for _, views in good]))
                 yield from ((image_id, None, row) for (image_id, _), row in zip(good, scores))
 
     def score(self, pixels: torch.Tensor) -> torch.Tensor:
-        """
+        """Scores of the words from the views of images.
+
         Args:
             pixels: Tensor [N, V, 3, S, S] uint8, RGB.
 
@@ -95,7 +100,7 @@ class ClipBackend:
 
 
 def view_boxes(height: int, width: int, tiles: int) -> torch.Tensor:
-    """The whole image, then its n x n cells by rows if n > 1: Tensor [V, 4], XYXY in pixels, at whole ones."""
+    """Boxes of the whole image, then of its n x n cells by rows if n > 1: Tensor [V, 4], XYXY in integer pixels."""
     boxes = [(0, 0, width, height)]
     if tiles > 1:
         rows, columns = ([round(i * length / tiles) for i in range(tiles + 1)] for length in (height, width))
@@ -104,7 +109,7 @@ def view_boxes(height: int, width: int, tiles: int) -> torch.Tensor:
 
 
 class _Views(torch.utils.data.Dataset):
-    """(image id, views) of a record, or (image id, what is wrong with its file)."""
+    """(image id, views) of a record, or (image id, error message) if its file cannot be read."""
 
     def __init__(self, records, tiles, resize, side, interpolation):
         self.records, self.tiles = records, tiles

@@ -1,7 +1,7 @@
-"""Which words exist in an image: one file per data set, scored lists, whoever said so.
+"""Concept prior: the scored words that are present in each image, one file per data set, of any backend.
 
-A prior is a statement about words, not a vector: it serves a detector of any teacher and of any vocabulary, matched by
-cleaned name. Lists are kept long and sorted, so that threshold and top L are chosen by the reader, without rebuilding.
+A prior holds words, not embeddings. It therefore serves detectors of any teacher and any vocabulary; words are matched
+by cleaned name. Lists are long and sorted, so that a reader can choose threshold and top L without rebuilding.
 
 Shapes: I images, W words of the prior, E entries of all images, K words of a caller. The file is a safetensors with
 ``image_ids`` [I] int64 ascending, ``offsets`` [I + 1] int64 (the entries of image i are offsets[i] to offsets[i + 1]),
@@ -38,19 +38,19 @@ _BUILD = "build it with ovdet2 prior"
 
 
 class PriorWriter:
-    """Collects the lists of a data set, cut to the best, and writes them: I x top entries are held, not I x W."""
+    """Collects the lists of a data set, each limited to its ``top`` words, and writes them to a file."""
 
     def __init__(self, words: Sequence[str], image_ids: Iterable[int], top: int = 100) -> None:
         """
         Args:
             words: W words, unique after cleaning.
-            image_ids: of the whole data set; those never added are written as missing.
-            top: entries kept per image, at least 1.
+            image_ids: of all images of the data set; images without a list are written as missing.
+            top: maximum number of words per image, at least 1.
         """
         check_words(words)
         self.words = tuple(words)
         self.top = top
-        self._wanted = frozenset(image_ids)
+        self._image_ids = frozenset(image_ids)
         self._lists = {}
         self._all = torch.arange(len(self.words))
 
@@ -63,10 +63,10 @@ class PriorWriter:
             score: Tensor [n], in [0, 1].
 
         Raises:
-            ValueError: an argument is not as said.
+            ValueError: an argument is invalid.
         """
         score = score.detach().float().cpu()
-        if image_id not in self._wanted or image_id in self._lists:
+        if image_id not in self._image_ids or image_id in self._lists:
             raise ValueError(f"image id {image_id} is not of the data set, or was added before")
         if word_index is None:
             index = self._all
@@ -74,7 +74,7 @@ class PriorWriter:
             index = word_index.long().cpu()
             if ((index < 0) | (index >= len(self.words))).any() or len(index.unique()) != len(index):
                 raise ValueError(f"the word indices of image id {image_id} are not different ones of {len(self.words)}")
-        if index.shape != score.shape or not torch.all((score >= 0) & (score <= 1)):  # false for NaN, too
+        if index.shape != score.shape or not torch.all((score >= 0) & (score <= 1)):  # false for NaN too
             raise ValueError(f"the scores of image id {image_id} are not one per word in [0, 1]")
         self._lists[image_id] = best(index, score, self.top)
 
@@ -87,7 +87,7 @@ class PriorWriter:
             path: the file.
             dataset: name of the data set.
             dataset_sha256: of its json.
-            source: JSON-serialisable dict that says where the scores come from, with "backend".
+            source: JSON-serialisable dict of the inputs of the scores, with "backend".
             kind: one of :data:`KINDS`.
 
         Returns:
@@ -112,7 +112,7 @@ class PriorWriter:
             "images": len(ids),
             "entries": len(tensors["score"]),
             "config": {"top": self.top},
-            "missing_image_ids": sorted(self._wanted - set(ids)),
+            "missing_image_ids": sorted(self._image_ids - set(ids)),
             "content_sha256": content_sha256(tensors, self.words),
             "words": list(self.words),
         }
@@ -138,7 +138,7 @@ def best(index: torch.Tensor, score: torch.Tensor, top: int) -> tuple[torch.Tens
 
 
 def columns_of(words: Sequence[str], names: Sequence[str]) -> torch.Tensor:
-    """Where each word stands among ``names``, by cleaned name: Tensor [W] int64, -1 for a word that is not there.
+    """Index of each word among ``names``, by cleaned name: Tensor [W] int64, -1 for a word that is not there.
 
     Raises:
         UsageError: two of ``names`` clean to the same text.
@@ -149,12 +149,12 @@ def columns_of(words: Sequence[str], names: Sequence[str]) -> torch.Tensor:
 
 
 class Coverage(NamedTuple):
-    """How the words of a prior and those of a caller go together; lists of words.
+    """Overlap of the words of a prior and the words of a caller; lists of words.
 
     Attributes:
-        shared: in both.
-        dropped: the prior's, which the caller does not have.
-        unknown: the caller's, of which the prior says nothing: they are never selected.
+        shared: words of both.
+        dropped: words of the prior only; they are ignored.
+        unknown: words of the caller only; they have no score and are never selected.
     """
 
     shared: list
@@ -163,15 +163,15 @@ class Coverage(NamedTuple):
 
 
 class ConceptPriors:
-    """Reads a prior by image id; memory-mapped, picklable, safe to carry into loader workers however they start.
+    """Reads a prior by image id; memory-mapped, picklable, safe in data loading workers with any start method.
 
     Attributes:
         path: the file.
         manifest: dict.
         words: W words.
         kind: one of :data:`KINDS`.
-        missing: frozenset of image ids of the data set that have no list, since they could not be read or were not
-            given; nothing is ever selected for them.
+        missing: frozenset of image ids of the data set without a list (unreadable, or not given to the backend); no
+            word is selected for them.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -193,17 +193,17 @@ class ConceptPriors:
         if not fault and content_sha256(tensors, self.words) != self.manifest["content_sha256"]:
             fault = "its content does not have the SHA-256 of its manifest"
         if fault:
-            raise CacheError(f"the concept prior {path} is damaged ({fault}): {_BUILD} anew.")
+            raise CacheError(f"the concept prior {path} is damaged ({fault}): {_BUILD} again.")
         self._offsets = tensors["offsets"].tolist()
         self._rows = {image_id: row for row, image_id in enumerate(tensors["image_ids"].tolist())}
-        self._matched = None  # the names last asked with, and the column of each word among them
+        self._matched = None  # (names of the last query, index of each word among them)
 
     def __len__(self):
-        """Images with a list."""
+        """Number of images with a list."""
         return len(self._rows)
 
     def __str__(self):
-        """One line for a log: what says so, of what, and how much is missing."""
+        """One line for a log: kind, source, data set, number of missing images."""
         label = "" if self.kind == "prediction" else f"{self.kind.upper()}, "
         source = ", ".join(f"{key} {_short(value)}" for key, value in self.manifest["source"].items())
         return (
@@ -212,7 +212,7 @@ class ConceptPriors:
         )
 
     def scores(self, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The whole list of an image.
+        """The complete list of an image.
 
         Args:
             image_id: of the data set; one of ``missing`` gives an empty list.
@@ -235,15 +235,15 @@ class ConceptPriors:
         return word_index.long(), score
 
     def ranked(self, image_id: int, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The list of an image in a caller's words.
+        """The list of an image as indices into a caller's words.
 
         Args:
             image_id: as of :meth:`scores`.
             names: K names, in any order, unique after cleaning.
 
         Returns:
-            (index [n] int64 into ``names``, score [n] float32), by descending score; words that the caller does not
-            have are dropped (see :meth:`coverage`).
+            (index [n] int64 into ``names``, score [n] float32), by descending score; words that are not in ``names``
+            are dropped (see :meth:`coverage`).
         """
         word_index, score = self.scores(image_id)
         column = self._columns(names)[word_index]
@@ -252,12 +252,12 @@ class ConceptPriors:
     def select(
         self, image_id: int, threshold: float = 0.0, top: int | None = None, names: Sequence[str] | None = None
     ) -> torch.Tensor:
-        """The words that exist in an image, CCKT's {c: score >= rho}, the best L of them.
+        """The present words of an image: {c: score >= rho} in CCKT, at most the L highest scores.
 
         Args:
             image_id: as of :meth:`scores`.
             threshold: rho, compared in float32 as scores are stored.
-            top: L, counted after words that the caller does not have were dropped; None for no limit.
+            top: L, applied after dropping words that are not in ``names``; None for no limit.
             names: the caller's K names; None for this prior's words.
 
         Returns:
@@ -269,20 +269,20 @@ class ConceptPriors:
     def coverage(self, names: Sequence[str]) -> Coverage:
         """:class:`Coverage` of a caller's names."""
         column = self._columns(names).tolist()
-        met = set(column)
+        matched = set(column)
         return Coverage(
             [word for word, position in zip(self.words, column) if position >= 0],
             [word for word, position in zip(self.words, column) if position < 0],
-            [name for position, name in enumerate(names) if position not in met],
+            [name for position, name in enumerate(names) if position not in matched],
         )
 
     def require_dataset(self, name: str, json_file: str | Path) -> None:
-        """Raise CacheError unless the prior was made for this very json."""
-        found, stated = sha256_file(json_file), self.manifest["dataset_sha256"]
-        if stated != found:
+        """Raise CacheError unless the prior was made for exactly this json."""
+        digest, stated = sha256_file(json_file), self.manifest["dataset_sha256"]
+        if stated != digest:
             raise CacheError(
                 f"the concept prior {self.path} was made for {self.manifest['dataset']} with annotations of SHA-256 "
-                f"{stated[:12]}, but {name} reads {json_file} with {found[:12]}: {_BUILD} for it."
+                f"{stated[:12]}, but {name} reads {json_file} with {digest[:12]}: {_BUILD} for it."
             )
 
     def _columns(self, names):
@@ -292,14 +292,14 @@ class ConceptPriors:
             dropped, unknown = (len(part) for part in self.coverage(names)[1:])
             if dropped or unknown:
                 logger.warning(
-                    "%s: %d of its %d words are not in the vocabulary and are left out; of %d of the vocabulary's %d "
-                    "words it says nothing",
+                    "%s: %d of its %d words are not in the vocabulary and are ignored; it has no scores for %d of the "
+                    "vocabulary's %d words",
                     *(self.path, dropped, len(self.words), unknown, len(names)),
                 )
         return self._matched[1]
 
     def _open(self) -> tuple[safe_open, dict[str, Any]]:
-        """(file, manifest); keeps the file."""
+        """Open the file and read its manifest: (file, manifest). The file stays open."""
         from safetensors import SafetensorError, safe_open
 
         if not self.path.is_file():
@@ -309,21 +309,21 @@ class ConceptPriors:
             manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
             names = set(file.keys())
         except (SafetensorError, OSError, json.JSONDecodeError) as error:
-            raise CacheError(f"{self.path} is not a whole concept prior ({error}): {_BUILD} anew.") from None
+            raise CacheError(f"{self.path} is not a complete concept prior ({error}): {_BUILD} again.") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise CacheError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD}.")
         lacking = [key for key in _MANIFEST_KEYS if key not in manifest] + sorted(set(_DTYPES) - names)
         if lacking:
-            raise CacheError(f"{self.path} has no {', '.join(lacking)}: {_BUILD} anew.")
+            raise CacheError(f"{self.path} has no {', '.join(lacking)}: {_BUILD} again.")
         return file, manifest
 
     def __getstate__(self):
-        return self.__dict__ | {"_file": None}  # a memory map is opened anew in another process
+        return self.__dict__ | {"_file": None}  # another process opens its own memory map
 
 
 def content_sha256(tensors: dict[str, torch.Tensor], words: Sequence[str]) -> str:
-    """Hash of the words and the four tensors."""
+    """SHA-256 of the words and the four tensors."""
     digest = hashlib.sha256("\n".join(words).encode())
     for name in sorted(_DTYPES):
         digest.update(tensors[name].contiguous().numpy().data)
@@ -346,7 +346,7 @@ def _fault(tensors, num_words):
 
 
 def _short(value):
-    """A value of a manifest's source as text; of a fingerprint, the first digits."""
+    """A value of a manifest's source as text; a hash is shortened to its first digits."""
     if isinstance(value, dict):
         return "/".join(_short(part) for part in value.values())
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)

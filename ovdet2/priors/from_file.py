@@ -1,4 +1,4 @@
-"""Priors that somebody else made: JSON {image id: [[category id or word, score], ...]}."""
+"""Concept priors from a user's JSON file: {image id: [[category id or word, score], ...]}."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +14,11 @@ _FORM = "the form is {image id: [[category id or word, score], ...]}, scores in 
 
 
 class FromFile:
-    """Lists as they stand in a JSON file. Data set images that it does not have are missing.
+    """The lists of a JSON file. Images of the data set that are not in the file have no list.
 
     Attributes:
-        other_images: images of the file that the data set does not have.
-        other_words: ids and words of the file that are not among the prior's, with their number of entries.
+        other_images: number of images of the file that are not in the data set.
+        other_words: {id or word of the file that is not among the prior's words: number of its entries}.
     """
 
     kind = "prediction"
@@ -30,11 +30,11 @@ class FromFile:
         Args:
             path: JSON file; image ids are its keys.
             words: W words of the prior.
-            category_ids: K data set category ids: an integer in a list is one of them.
+            category_ids: K dataset category ids, which the integers of the lists refer to.
             names: their K class names.
 
         Raises:
-            DataError: the file is missing, or no object.
+            DataError: the file is missing, or its JSON is no object.
         """
         self.path = path
         self._data = read_json(path, _FORM)
@@ -55,12 +55,16 @@ class FromFile:
     def lists(
         self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """As every backend; raises DataError for a malformed list, or where no image or no word is the data set's."""
+        """The lists of the file, see :mod:`ovdet2.priors`.
+
+        Raises:
+            DataError: a malformed list, or no image or no word of the file is in the data set.
+        """
         ids = {record["image_id"] for record in records}
-        mine = {str(image_id) for image_id in ids}
-        self.other_images = len(set(self._data) - mine)
+        keys = {str(image_id) for image_id in ids}
+        self.other_images = len(set(self._data) - keys)
         if self.other_images == len(self._data):
-            raise DataError(f"{self.path} has none of the {len(mine)} images of the data set: {_FORM}.")
+            raise DataError(f"{self.path} has none of the {len(keys)} images of the data set: {_FORM}.")
         listed = 0
         for image_id in sorted(ids):
             if str(image_id) in self._data:
@@ -70,12 +74,12 @@ class FromFile:
         if self.other_words and not listed:
             raise DataError(
                 f"{self.path}: none of its words is among the {len(self._position)} of the prior, first "
-                f"{list(self.other_words)[:5]}: it is of another data set, or give --words."
+                f"{list(self.other_words)[:5]}: give a file for this data set, or its words with --words."
             )
 
     def _of_image(self, image_id):
-        """Dict of word index to score."""
-        entries, found = self._data[str(image_id)], {}
+        """{word index: score}."""
+        entries, scores = self._data[str(image_id)], {}
         if not isinstance(entries, list):
             raise DataError(f"{self.path}, image {image_id}: no list; {_FORM}.")
         for entry in entries:
@@ -86,8 +90,8 @@ class FromFile:
             index = self._position.get(word)
             if index is None:
                 self.other_words[word] = self.other_words.get(word, 0) + 1
-            elif index in found:
-                raise DataError(f"{self.path}, image {image_id}: {entry[0]!r} stands there twice; keep one.")
+            elif index in scores:
+                raise DataError(f"{self.path}, image {image_id}: {entry[0]!r} is listed twice; keep one.")
             else:
-                found[index] = float(entry[1])
-        return found
+                scores[index] = float(entry[1])
+        return scores

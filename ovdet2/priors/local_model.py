@@ -1,4 +1,4 @@
-"""Questions to a vision-language model of `transformers` on this machine.
+"""A vision-language model of `transformers` on this machine, which answers questions about an image.
 
 Shapes: n questions about one image, T tokens of a question with its image, Z tokens of the model.
 """
@@ -16,7 +16,7 @@ from ovdet2.io.files import sha256_file
 from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, yes_or_no
 
-_READ = (".safetensors", ".json", ".jinja", ".txt", ".model")  # what decides a model's answers
+_READ = (".safetensors", ".json", ".jinja", ".txt", ".model")  # files that determine a model's answers
 
 
 class LocalModel:
@@ -27,13 +27,14 @@ class LocalModel:
     def __init__(self, folder: str | Path, device: str = "cpu", batch_size: int = 8) -> None:
         """
         Args:
-            folder: of a model and its processor (save_pretrained); weights in safetensors. Its own code is not run.
-            device: where to put it; the precision is that of the files.
+            folder: of a model and its processor (save_pretrained), weights in safetensors. Code in the folder is not
+                run.
+            device: of the model; the precision is that of the files.
             batch_size: questions of one image per forward pass.
 
         Raises:
             SetupError: `transformers` is not installed.
-            UsageError: no folder; or its tokenizer has no token for yes or for no.
+            UsageError: no such folder; or the model's tokenizer has no token for yes or for no.
             DataError: the model or its processor cannot be loaded.
         """
         try:
@@ -41,7 +42,7 @@ class LocalModel:
         except ImportError as error:
             raise SetupError(f"a local model needs transformers ({error}): pip install transformers.") from None
         if not Path(folder).is_dir():
-            raise UsageError(f"{folder} is no folder: give the one of a downloaded vision-language model.")
+            raise UsageError(f"{folder} is no folder: give the folder of a downloaded vision-language model.")
         try:
             self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             self.network = AutoModelForImageTextToText.from_pretrained(
@@ -63,19 +64,19 @@ class LocalModel:
         self.identity = {"model": self.folder.name, "model_sha256": folder_sha256(self.folder)}
 
     def stop(self) -> None:
-        """Nothing is waited for."""
+        """Does nothing: this model has no waiting calls."""
 
     def prepare(self, path: str | Path) -> Image.Image:
         """The image, upright RGB. Raises DataError for an unreadable file."""
         return Image.fromarray(read_image(path, "RGB"))
 
     def ask(self, image: Image.Image, words: Sequence[str], questions: Sequence[str]) -> list[Answer]:
-        """One :class:`Answer` per question, its text empty."""
+        """One :class:`Answer` per question, with an empty text."""
         return [Answer(yes, "") for yes in self.probabilities(image, questions).tolist()]
 
     @torch.inference_mode()
     def probabilities(self, image: Image.Image, questions: Sequence[str]) -> torch.Tensor:
-        """P(yes) = softmax over the two log sums of the tokens for yes and for no.
+        """P(yes): softmax over the two log-sum-exps of the logits of the tokens for yes and for no.
 
         Args:
             image: PIL image.
@@ -90,7 +91,7 @@ class LocalModel:
             padding=True,
             return_tensors="pt",
         ).to(self.network.device, self.network.dtype)
-        # One step of generate, not a plain forward: it knows each model's position ids under padding.
+        # One step of generate instead of a forward pass: it sets each model's position ids under padding.
         step = self.network.generate(
             **inputs,
             max_new_tokens=1,
@@ -104,7 +105,7 @@ class LocalModel:
         return both.softmax(dim=1)[:, 0].cpu()
 
     def _prompt(self, question):
-        """In the model's chat format where it has one; otherwise after its image token, if that is written out."""
+        """The prompt of a question: in the model's chat format if it has one, else after its image token if any."""
         if getattr(self.processor, "chat_template", None):
             content = [{"type": "image"}, {"type": "text", "text": question}]
             return self.processor.apply_chat_template(
@@ -131,7 +132,7 @@ def answer_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash of names and contents of the files of a model."""
+    """SHA-256 of names and contents of the files of a model."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.suffix in _READ and path.is_file()):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())

@@ -1,8 +1,8 @@
-"""Concept priors by a multimodal language model, asked about one word at a time: CCKT's second way (CCKT-Det++).
+"""Concept priors by a multimodal language model (CCKT-Det++), with one question per image and word.
 
-Who answers is passed in: :class:`~ovdet2.priors.chat_server.ChatServer` or
-:class:`~ovdet2.priors.local_model.LocalModel`, with ``identity`` (dict: which model, which settings), ``workers``
-(calls at once), ``words_per_call``, ``prepare(path)`` (what is sent of an image, DataError for an unreadable one),
+The model is a :class:`~ovdet2.priors.chat_server.ChatServer` or a
+:class:`~ovdet2.priors.local_model.LocalModel`. It has ``identity`` (dict of model and settings), ``workers``
+(concurrent calls), ``words_per_call``, ``prepare(path)`` (the image as it is sent; DataError for an unreadable one),
 ``ask(prepared, words, questions)`` (a list of :class:`~ovdet2.priors.answers.Answer`) and ``stop()``.
 """
 
@@ -26,15 +26,15 @@ PROMPT = "Question: Does [OBJ] exist in the image? Answer:"
 
 
 class MllmBackend:
-    """score = P(yes), from the model's token probabilities where it gives them, otherwise 1 or 0 by its text.
+    """score = P(yes) from the model's token probabilities if it returns them, otherwise 1 or 0 from its text.
 
-    An answer that is neither yes nor no is no statement: the word is left out of the image's list, and counted in
-    ``unparsable``. A question that fails for good leaves its image without a list, as an unreadable file does.
+    If an answer is neither yes nor no, the word is not in the image's list and is counted in ``unparsable``. If a
+    question fails after all tries, its image has no list, like an image that cannot be read.
 
-    Attributes (after :meth:`lists` began):
-        asked: questions put in this run.
-        known: questions answered by earlier runs.
-        unparsable: answers that say neither.
+    Attributes (valid once :meth:`lists` has begun):
+        asked: number of questions put in this run.
+        known: number of questions answered by earlier runs.
+        unparsable: number of answers that are neither yes nor no.
     """
 
     kind = "prediction"
@@ -51,13 +51,14 @@ class MllmBackend:
     ) -> None:
         """
         Args:
-            model: who answers, see the module.
-            folder: of the answers, see :mod:`~ovdet2.priors.answers`.
+            model: see the module.
+            folder: of the stored answers, see :mod:`~ovdet2.priors.answers`.
             words: K words.
             prompt: question with "[OBJ]" for the cleaned word.
-            candidates: :class:`~ovdet2.priors.concept_prior.ConceptPriors`: only its ``top`` words are asked of an image.
-            top: see there.
-            max_queries: questions to put in this run at most; None for no limit.
+            candidates: :class:`~ovdet2.priors.concept_prior.ConceptPriors` whose ``top`` words of an image are the only
+                ones that the model is asked about; None: all words.
+            top: number of candidate words per image.
+            max_queries: maximum number of questions of this run; None for no limit.
 
         Raises:
             UsageError: the prompt has no "[OBJ]".
@@ -80,11 +81,11 @@ class MllmBackend:
     def lists(
         self, records: Sequence[Mapping[str, Any]], skip: Callable[[str], object]
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """As every backend.
+        """P(yes) of the words per image, see :mod:`ovdet2.priors`.
 
         Raises:
-            CacheError: ``max_queries`` were put and questions remain; it says how many.
-            SetupError: the model cannot be asked.
+            CacheError: ``max_queries`` questions were put and others remain; the message states how many.
+            SetupError: the model cannot be reached.
         """
         if self.candidates is not None:
             records = [record for record in records if record["image_id"] not in self.candidates.missing]
@@ -97,43 +98,43 @@ class MllmBackend:
             digest = digests.get(record["image_id"])
             if digest is None:
                 continue
-            index = self._wanted(record)
+            index = self._candidate_words(record)
             answers = [self._answer(digest, self.words[i]).yes for i in index]
             self.unparsable += answers.count(None)
-            said = [(i, yes) for i, yes in zip(index, answers) if yes is not None]
+            scored = [(i, yes) for i, yes in zip(index, answers) if yes is not None]
             yield (
                 record["image_id"],
-                torch.tensor([i for i, _ in said], dtype=torch.int64),
-                torch.tensor([yes for _, yes in said], dtype=torch.float32),
+                torch.tensor([i for i, _ in scored], dtype=torch.int64),
+                torch.tensor([yes for _, yes in scored], dtype=torch.float32),
             )
 
     def _answer(self, digest, word) -> Answer:
         answer = self.book.get(digest, word)
-        assert answer is not None  # an image with a question that failed has no digest any more
+        assert answer is not None  # images with a failed question were removed from the digests
         return answer
 
-    def _wanted(self, record):
-        """Indices of the words to ask of an image."""
+    def _candidate_words(self, record):
+        """Indices of the words that the model is asked about for an image."""
         if self.candidates is None:
             return list(range(len(self.words)))
         return sorted(self.candidates.select(record["image_id"], top=self.top, names=self.words).tolist())
 
-    def _open(self, record, digest):
+    def _unanswered(self, record, digest):
         """The words of an image that are not answered yet."""
-        words = [self.words[i] for i in self._wanted(record)]
+        words = [self.words[i] for i in self._candidate_words(record)]
         return [word for word in words if self.book.get(digest, word) is None]
 
-    def _count_open(self, record, digests):
-        return len(self._open(record, digests[record["image_id"]]))
+    def _count_unanswered(self, record, digests):
+        return len(self._unanswered(record, digests[record["image_id"]]))
 
     def _ask_all(self, records, digests, skip):
         records = [record for record in records if record["image_id"] in digests]
-        wanted = sum(len(self._wanted(record)) for record in records)
-        to_ask = sum(self._count_open(record, digests) for record in records)
-        self.known = wanted - to_ask
+        total = sum(len(self._candidate_words(record)) for record in records)
+        to_ask = sum(self._count_unanswered(record, digests) for record in records)
+        self.known = total - to_ask
         failed = set()
         with (
-            tqdm(total=wanted, initial=self.known, desc="questions", disable=not to_ask) as progress,
+            tqdm(total=total, initial=self.known, desc="questions", disable=not to_ask) as progress,
             ThreadPoolExecutor(self.model.workers) as pool,
         ):
             running = {}  # future -> (image id, number of questions)
@@ -141,7 +142,7 @@ class MllmBackend:
                 for record, prepared, words in self._calls(records, digests, failed, skip):
                     future = pool.submit(self._ask, digests[record["image_id"]], prepared, words)
                     running[future] = record["image_id"], len(words)
-                    # Few are handed in ahead, so that memory holds few images and an abort waits for few answers.
+                    # Few calls are submitted ahead: memory holds few images, and an abort waits for few answers.
                     if len(running) >= 2 * self.model.workers:
                         _collect(running, failed, skip, progress)
                 while running:
@@ -153,17 +154,17 @@ class MllmBackend:
         for image_id in failed:
             del digests[image_id]
         if self.max_queries is not None and self.asked >= self.max_queries:
-            left = sum(self._count_open(record, digests) for record in records if record["image_id"] in digests)
+            left = sum(self._count_unanswered(record, digests) for record in records if record["image_id"] in digests)
             if left:
                 raise CacheError(
-                    f"{self.asked} questions were put, as --max-queries says, and {left} remain: no prior is written. "
-                    f"The answers are kept in {self.book.folder}; the same command goes on."
+                    f"{self.asked} questions were put, the limit of --max-queries, and {left} remain: no prior is "
+                    f"written. The answers are stored in {self.book.folder}; run the same command to continue."
                 )
 
     def _calls(self, records, digests, failed, skip):
-        """(record, what is sent of its image, words) of each call to make; none for an image in ``failed``."""
+        """Yield (record, its prepared image, words) of each call to make; images in ``failed`` are skipped."""
         for record in records:
-            words = self._open(record, digests[record["image_id"]])
+            words = self._unanswered(record, digests[record["image_id"]])
             if not words:
                 continue
             try:
@@ -186,7 +187,7 @@ class MllmBackend:
     def _ask(self, digest, prepared, words):
         questions = [self.prompt.replace("[OBJ]", clean_name(word)) for word in words]
         for word, answer in zip(words, self.model.ask(prepared, words, questions), strict=True):
-            self.book.add(digest, word, answer)  # in the thread that asked: an answer is kept as soon as it is there
+            self.book.add(digest, word, answer)  # in the thread of the call: an answer is stored immediately
 
 
 def _digests(records, skip):
@@ -200,7 +201,7 @@ def _digests(records, skip):
 
 
 def _collect(running, failed, skip, progress):
-    """Take what has been answered; a question that failed marks its image, once."""
+    """Wait for at least one call; add the images of failed calls to ``failed``."""
     done, _ = wait(running, return_when=FIRST_COMPLETED)
     for future in done:
         image_id, count = running.pop(future)

@@ -1,4 +1,4 @@
-"""Precision and recall of a prior, where the truth is known, at many thresholds and lengths at once."""
+"""Precision and recall of a concept prior against annotations, for several thresholds and numbers of words."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ import numpy as np
 from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.truth import Truth
 
-if TYPE_CHECKING:  # data sets stand above the priors
+if TYPE_CHECKING:  # types only: this package must not import ovdet2.data at run time
     from ovdet2.data.datasets.coco_json import Split
 
 
@@ -19,12 +19,12 @@ def quality(
     thresholds: Sequence[float],
     tops: Sequence[int | None],
 ) -> list[dict[str, Any]]:
-    """How well a prior's words agree with the annotations.
+    """Precision and recall of a prior's words against the annotated classes of images.
 
-    A pair (image, class) is selected if its score reaches rho and it is among the best L of its image. Precision is the
-    share of present classes among the selected ones whose presence is known, recall the share of the present classes
-    that are selected, both over all images of the data set (micro average); images that the prior lacks miss all of
-    theirs. Classes that a federated data set (LVIS) did not look for in an image count neither way.
+    A pair (image, class) is selected if its score is at least rho and among the L highest of its image. Precision is
+    the share of present classes among the selected ones whose presence is known. Recall is the share of the present
+    classes that are selected. Both are over all images of the data set (micro average). An image without a list selects
+    nothing, which lowers recall. Classes that a federated data set (LVIS) did not annotate in an image are ignored.
 
     Args:
         priors: :class:`~ovdet2.priors.concept_prior.ConceptPriors`.
@@ -35,8 +35,8 @@ def quality(
 
     Returns:
         list of dicts, one for each (rho, L): "rho", "top", "words" (selected per image), and "base", "novel", "all",
-        each (precision, recall) in [0, 1]; None in place of a figure without denominator, and of both for a group
-        without any present class, which was not annotated.
+        each (precision, recall) in [0, 1]. Precision is None if nothing is selected. Both are None for a group without
+        any present class, which was not annotated.
     """
     groups = {
         "base": np.array(split.base_mask),
@@ -45,10 +45,10 @@ def quality(
     }
     present = np.zeros(len(split.names), dtype=np.int64)  # images with each class
     columns, scores, ranks, status = [], [], [], []
-    for image_id, (there, absent) in truth.items():
+    for image_id, (present_ids, absent) in truth.items():
         known = np.full(len(split.names), 0 if absent is None else -1, dtype=np.int8)
         known[list(absent or ())] = 0
-        known[list(there)] = 1
+        known[list(present_ids)] = 1
         present += known == 1
         index, score = (part.numpy() for part in priors.ranked(image_id, split.names))
         columns.append(index)

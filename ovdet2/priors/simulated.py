@@ -1,6 +1,6 @@
-"""Priors that no model makes: the truth, the truth with stated errors, and chance.
+"""Simulated concept priors: the annotations (oracle), the annotations with given error rates, and random words.
 
-They bound what a prior can do for a detector. What is drawn for an image depends on the seed and its id alone.
+They bound the effect of a prior on a detector. The random numbers of an image depend only on the seed and its id.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from ovdet2.priors.truth import Truth
 class Oracle:
     """Every annotated class with score 1.
 
-    All are tied, and the file breaks ties by word index, base classes first: cut at a top L below the number of present
-    classes, it loses novel ones before base ones.
+    All scores are tied, and the file breaks ties by word index, base classes first: a limit L below the number of
+    present classes drops novel classes before base classes.
     """
 
     kind = "ground truth"
@@ -28,13 +28,13 @@ class Oracle:
         Args:
             truth: dict of image id to :class:`~ovdet2.priors.truth.Truth`.
             names: K class names, by contiguous id.
-            words: W words of the prior; classes that are not among them are left out.
+            words: W words of the prior; classes that are not among them are ignored.
 
         Raises:
             DataError: no class is among the words.
         """
         self.truth = truth
-        self.columns = columns_of(names, words)  # [K] positions among the words, -1 where there is none
+        self.columns = columns_of(names, words)  # [K] index into the words, -1 for a class that is no word
         if not (self.columns >= 0).any():
             raise DataError(
                 f"none of the data set's {len(names)} classes is among the {len(words)} words of the prior."
@@ -57,14 +57,14 @@ class Oracle:
 
 
 class NoisyOracle(Oracle):
-    """A simulation of a predictor with given precision and recall; no figure made with it is a result of a method.
+    """A simulated predictor with given precision and recall; results with it are not results of a method.
 
-    Each present class is listed with probability R. Each of the other classes is listed with probability
-    q = R g (1 - P) / (P (K - g)), g being the number of present ones: then E[true] = R g and
-    E[false] = E[true](1 - P) / P in every image, so that over a data set recall tends to R and precision, counted over
-    all listed words, to P. An image without a present class gets no word. Scores are uniform in (0, 1] for true and
-    false words alike: a cut at top L is random, and a threshold lowers recall and leaves precision. In a federated data
-    set every class without an annotation may be a false word, also one that was not looked for.
+    Each present class is listed with probability R. Each other class is listed with probability
+    q = R g (1 - P) / (P (K - g)), where g is the number of present classes. Then E[true] = R g and
+    E[false] = E[true](1 - P) / P in every image, so over a data set recall tends to R and precision, counted over all
+    listed words, to P. An image without a present class gets no word. Scores of true and false words are uniform in
+    (0, 1]: a limit of L words is a random choice, and a threshold lowers recall, not precision. In a federated data
+    set every class without an annotation may be a false word, even if the image was not annotated for it.
     """
 
     kind = "simulation"
@@ -86,18 +86,19 @@ class NoisyOracle(Oracle):
             seed: non-negative int.
 
         Raises:
-            UsageError: P or R out of range, or P so low that an image has too few absent classes for it.
+            UsageError: P or R out of range, or P so low that an image has too few absent classes to reach it.
         """
         super().__init__(truth, names, words)
         if not (0 < precision <= 1 and 0 < recall <= 1):
-            raise UsageError(f"--precision {precision} and --recall {recall} are above 0 and at most 1.")
+            raise UsageError(f"--precision {precision} and --recall {recall}: both must be above 0 and at most 1.")
         self.precision, self.recall, self.seed = precision, recall, seed
         self.candidates = self.columns[self.columns >= 0]
         most = max((len(self._present(image_id)) for image_id in truth), default=0)
         if self._false_rate(most) > 1:
             raise UsageError(
                 f"--precision {precision} is too low for --recall {recall}: an image with {most} of "
-                f"{len(self.candidates)} classes has too few others to be wrong about; raise one or lower the other."
+                f"{len(self.candidates)} classes has too few absent classes for as many false words; raise --precision "
+                "or lower --recall."
             )
 
     @property
@@ -121,12 +122,12 @@ class NoisyOracle(Oracle):
 
     def _false_rate(self, present):
         others = len(self.candidates) - present
-        wanted = self.recall * present * (1 - self.precision) / self.precision
-        return wanted / others if others else float("inf") if wanted else 0.0
+        expected = self.recall * present * (1 - self.precision) / self.precision
+        return expected / others if others else float("inf") if expected else 0.0
 
 
 class Chance:
-    """Uniform scores: the top L of an image are L words drawn at random, CCKT's lower bound."""
+    """Uniform random scores: the top L of an image are L random words, CCKT's lower bound."""
 
     kind = "control"
 
@@ -146,6 +147,6 @@ class Chance:
 
 
 def draws(seed: int, image_id: int, count: int) -> torch.Tensor:
-    """Two Tensors [count] float64, uniform in [0, 1), of a generator of this seed and image alone."""
+    """Tensor [2, count] float64, uniform in [0, 1), from a generator seeded by ``seed`` and ``image_id``."""
     generator = np.random.default_rng([seed, image_id & (2**64 - 1)])
     return torch.from_numpy(generator.random((2, count)))

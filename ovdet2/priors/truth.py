@@ -1,9 +1,9 @@
-"""Which classes the annotations say to be in an image, and which they say are not."""
+"""The present and the verified absent classes of an image, from its annotations."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # data sets stand above the priors
+if TYPE_CHECKING:  # types only: this package must not import ovdet2.data at run time
     from ovdet2.data.datasets.coco_json import Split
 
 
@@ -11,9 +11,9 @@ class Truth(NamedTuple):
     """Contiguous class ids of one image.
 
     Attributes:
-        present: frozenset, the classes with an annotation; a crowd counts, since it exists.
-        absent: frozenset of the classes that were looked for and not found (LVIS's "neg_category_ids"); None where all
-            others are absent, as in COCO.
+        present: frozenset of the classes with an annotation; crowds count.
+        absent: frozenset of the classes that are verified to be absent (LVIS's "neg_category_ids"); None if all other
+            classes are absent, as in COCO.
     """
 
     present: frozenset
@@ -24,8 +24,8 @@ def truth_of(records: Iterable[Mapping[str, Any]], split: "Split") -> dict[int, 
     """Dict of image id to :class:`Truth`.
 
     Args:
-        records: Detectron2 records with contiguous category ids. Of a training set of base classes, only those are
-            present.
+        records: Detectron2 records with contiguous category ids. In a training set of base classes, only base classes
+            are present.
         split: the data set's :class:`~ovdet2.data.datasets.coco_json.Split`.
     """
     contiguous = split.id_to_contiguous

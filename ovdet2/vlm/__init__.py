@@ -1,4 +1,4 @@
-"""The frozen vision-language teacher: loading, prompts, crops, dense features."""
+"""The frozen vision-language teacher: loading, encoding, region crops, dense features."""
 
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher

@@ -1,4 +1,4 @@
-"""CLIP's attention pool over regions of a feature map: F-VLM's region embedding.
+"""CLIP's attention pooling over regions of a feature map: F-VLM's region embedding.
 
 Shapes: N images, R regions, C channels, h x w feature map, g side of the pool's native grid, T = g * g + 1 tokens,
 A attention heads, D embedding dimension.
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def attention_pool(pool: "AttentionPool2d", maps: torch.Tensor) -> torch.Tensor:
-    """What ``pool(maps)`` gives, for maps of the native grid, at a fraction of its cost.
+    """Equal to ``pool(maps)`` for maps of the native grid, at a fraction of its cost.
 
-    Only the mean token is read from CLIP's pool, so there is one query q per map, and the projections commute with
+    CLIP reads only the output of the mean token, so there is one query q per map, and the projections commute with
     the sum over tokens x: the logits are (W_k^T q) x + q b_k and the output is W_v (sum of a x) + b_v, where a is
-    their softmax. No token is projected.
+    their softmax. Therefore tokens are not projected.
 
     Args:
         pool: open_clip's AttentionPool2d.
@@ -37,7 +37,7 @@ def attention_pool(pool: "AttentionPool2d", maps: torch.Tensor) -> torch.Tensor:
     key_weight = pool.k_proj.weight.unflatten(0, (heads, -1))  # [A, C / A, C]
     value_weight = pool.v_proj.weight.unflatten(0, (heads, -1))
     logits = torch.einsum("rad,adc->rac", queries, key_weight) @ tokens  # [R, A, T]
-    # The same for all tokens, so without effect; it gives the bias its gradient, zero, which DDP waits for.
+    # Equal for all tokens, so without effect on the softmax; it gives the bias a zero gradient, which DDP needs.
     logits = logits + (queries * pool.k_proj.bias.unflatten(0, (heads, -1))).sum(dim=2, keepdim=True)
     attention = logits.float().softmax(dim=2).to(tokens.dtype)
     attended = attention @ tokens.mT  # [R, A, C]
@@ -48,14 +48,14 @@ def attention_pool(pool: "AttentionPool2d", maps: torch.Tensor) -> torch.Tensor:
 def attention_pool_regions(
     pool: "AttentionPool2d", feature_map: torch.Tensor, rois: torch.Tensor, spatial_scale: float, batch_size: int = 128
 ) -> torch.Tensor:
-    """RoIAlign to the pool's native grid (7, 9, 12, 14 cells a side for RN50, x4, x16, x64), then the pool.
+    """RoIAlign to the pool's native grid (7, 9, 12, 14 cells per side for RN50, x4, x16, x64), then attention pooling.
 
     Args:
         pool: open_clip's AttentionPool2d.
-        feature_map: Tensor [N, C, h, w], the map the pool reads.
+        feature_map: Tensor [N, C, h, w], the input of the pool.
         rois: Tensor [R, 5], (index of the image, x1, y1, x2, y2), boxes in pixels of the network's input.
         spatial_scale: cells of the map per pixel, 1/32.
-        batch_size: regions pooled at once: without gradients it bounds the memory for any R.
+        batch_size: regions per call of the pool; without gradients it bounds the memory for any R.
 
     Returns:
         Tensor [R, D] float32, unit rows.

@@ -1,4 +1,4 @@
-"""Cutting regions out of an image and embedding them: ViLD's offline targets and the R-CNN style references.
+"""Crop regions of an image and embed them: ViLD's offline targets, and references for dense region embeddings.
 
 Shapes: R regions, F enlargements of each box, H x W image, S side of the teacher's input, D embedding dimension. Boxes
 are XYXY in pixels of the image given, with pixel edges at integers.
@@ -16,7 +16,7 @@ POLICIES = ("warp", "centre_crop", "pad_square")
 
 
 def scale_boxes(boxes_xyxy: torch.Tensor, factor: float, height: int, width: int) -> torch.Tensor:
-    """Boxes enlarged about their centre by ``factor``, clipped to the image, at least one pixel wide and high.
+    """Enlarge boxes about their centre by ``factor``, and clip them to the image; at least one pixel wide and high.
 
     Args:
         boxes_xyxy: Tensor [R, 4].
@@ -37,15 +37,15 @@ def scale_boxes(boxes_xyxy: torch.Tensor, factor: float, height: int, width: int
 def crop_windows(
     boxes_xyxy: torch.Tensor, height: int, width: int, size: int, policy: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which whole pixels are cut for each box, and where they go in the S x S crop.
+    """The integer pixel window of each box in the image, and its place in the S x S crop.
 
     Args:
         boxes_xyxy: Tensor [R, 4].
         height, width: of the image, in pixels.
         size: S.
-        policy: "warp" fills the square without keeping the aspect ratio (ViLD); "centre_crop" takes the middle square,
-            as CLIP's own transform does, and loses the ends of long boxes; "pad_square" keeps the whole box and its
-            aspect ratio, the rest of the square being the teacher's mean colour.
+        policy: "warp" fills the square without keeping the aspect ratio (ViLD); "centre_crop" takes the centre square,
+            as CLIP's transform does, and drops the ends of long boxes; "pad_square" keeps the complete box and its
+            aspect ratio, and fills the rest of the square with the teacher's mean colour.
 
     Returns:
         (windows, targets): int64 Tensors [R, 4] XYXY, in the image and in the crop, on the CPU; never empty.
@@ -80,17 +80,17 @@ def crop_regions(
     filter: str = "bicubic",
     fill: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> torch.Tensor:
-    """Crops at the teacher's input size, resized with anti-aliasing, as CLIP's own preprocessing resizes images.
+    """Crops at the teacher's input size, resized with anti-aliasing, as in CLIP's preprocessing.
 
-    On the CPU this is torch's 8-bit filter, which agrees with Pillow's to one grey level (:func:`pillow_crops` is that
-    reference); on an accelerator the same filter in float32, rounded to 8 bits.
+    On the CPU this uses torch's 8-bit filter, which agrees with Pillow's to one grey level (:func:`pillow_crops` is the
+    reference). On an accelerator it uses the same filter in float32, rounded to 8 bits.
 
     Args:
         image: Tensor [3, H, W] uint8.
         boxes_xyxy: Tensor [R, 4].
         size: S.
         policy: see :func:`crop_windows`.
-        filter: "bicubic" or "bilinear", the one of the teacher's training (:attr:`Teacher.interpolation`).
+        filter: "bicubic" or "bilinear", as in the teacher's training (:attr:`Teacher.interpolation`).
         fill: the colour around a "pad_square" crop, three numbers in [0, 1].
 
     Returns:
@@ -100,7 +100,7 @@ def crop_regions(
         UsageError: unknown policy, or an image that is not 8-bit.
     """
     if image.dtype != torch.uint8:
-        raise UsageError(f"crops are cut from 8-bit images, this one is {image.dtype}: pass the decoded file.")
+        raise UsageError(f"crops need an 8-bit image, this one is {image.dtype}: pass the decoded file.")
     windows, targets = crop_windows(boxes_xyxy, image.shape[-2], image.shape[-1], size, policy)
     crops = image.new_empty((len(windows), 3, size, size))
     if policy == "pad_square":
@@ -119,26 +119,25 @@ def pillow_crops(
     filter: str = "bicubic",
     fill: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> torch.Tensor:
-    """:func:`crop_regions` by Pillow, as CLIP's published preprocessing does it: the reference, and slower."""
+    """:func:`crop_regions` with Pillow, as in CLIP's published preprocessing: the slower reference."""
     import numpy as np
     from PIL import Image
 
     windows, targets = crop_windows(boxes_xyxy, image.shape[-2], image.shape[-1], size, policy)
-    whole = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    full = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     colour, resample = tuple(round(value * 255) for value in fill), Image.Resampling[filter.upper()]
     crops = []
     for window, (left, top, right, bottom) in zip(windows.tolist(), targets.tolist()):
         canvas = Image.new("RGB", (size, size), colour)
-        canvas.paste(whole.crop(window).resize((right - left, bottom - top), resample), (left, top))
+        canvas.paste(full.crop(window).resize((right - left, bottom - top), resample), (left, top))
         crops.append(torch.from_numpy(np.array(canvas)).permute(2, 0, 1))
     return torch.stack(crops) if crops else torch.zeros((0, 3, size, size), dtype=torch.uint8)
 
 
 def combine_crops(embeddings: torch.Tensor, count: int) -> torch.Tensor:
-    """ViLD's Eq. 1: the unit embeddings of a region's crops, summed and normalised again.
+    """ViLD's Eq. 1: the unit embeddings of a region's crops, summed and normalised.
 
-    The paper's V(crop) is CLIP's image embedding; crops are embedded unit-norm here, so all enlargements weigh the
-    same.
+    The paper's V(crop) is CLIP's image embedding. Here it has unit norm, so all enlargements have the same weight.
 
     Args:
         embeddings: Tensor [R * F, D], the crops of a region one after another.
@@ -160,7 +159,7 @@ def embed_regions(
     batch_size: int = 256,
     policy: str = "warp",
 ) -> torch.Tensor:
-    """Region embeddings of ViLD's Eq. 1.
+    """Region embeddings by ViLD's Eq. 1.
 
     Args:
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
@@ -183,13 +182,13 @@ def embed_regions(
 
 
 def boxes_to_cut(boxes_xyxy: torch.Tensor, factors: Sequence[float], height: int, width: int) -> torch.Tensor:
-    """The boxes of all crops, those of a region one after another: Tensor [R * F, 4]."""
+    """The boxes of all crops, the F crops of a region one after another: Tensor [R * F, 4]."""
     scaled = [scale_boxes(boxes_xyxy, factor, height, width) for factor in factors]
     return torch.stack(scaled, dim=1).reshape(-1, 4)
 
 
 def _resize(window, size, mode):
-    """[3, h, w] -> [3, *size]; float32 values come out rounded, since they are stored as uint8."""
+    """[3, h, w] -> [3, *size]; float32 values are rounded, since they are stored as uint8."""
     if window.shape[-2:] == size:
         return window
     resized = F.interpolate(window[None], size=size, mode=mode, antialias=True)[0]

@@ -1,12 +1,12 @@
-"""Dense features of a CLIP: a map of the whole image in one pass, and the embeddings of regions pooled from it.
+"""Dense features of a CLIP: a feature map of the whole image in one pass, and region embeddings pooled from it.
 
-A ViT gives a map of embeddings, its last block without attention (MaskCLIP; CLIM and CLIPSelf); a ModifiedResNet gives
-its last map, of which its own attention pool makes embeddings (F-VLM). Nothing here changes the tower, and gradients
-flow wherever its parameters ask for them, except through :func:`embed_regions_dense`.
+A ViT gives a map of embeddings, its last block without attention (MaskCLIP; CLIM and CLIPSelf). A ModifiedResNet gives
+its last feature map, which its attention pool turns into embeddings (F-VLM). The tower is not changed. All functions
+are differentiable except :func:`embed_regions_dense`.
 
 Shapes: N images, R regions, H x W input in pixels, h x w map, C channels, D embedding dimension, W_t width of a ViT.
-``visual`` is an open_clip image tower; ``pixels`` are normalised by the tower's own mean and deviation. Boxes are XYXY
-in pixels of the tensor they come with, with pixel edges at integers.
+``visual`` is an open_clip image tower; ``pixels`` are normalised by the tower's mean and standard deviation. Boxes are
+XYXY in pixels of the image that is passed with them, with pixel edges at integers.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,8 @@ def is_vit(visual: nn.Module) -> TypeIs["VisionTransformer"]:
     """True for a VisionTransformer, False for a ModifiedResNet.
 
     Raises:
-        UsageError: the tower is neither, or a VisionTransformer whose blocks or pooling are not CLIP's; it names it.
+        UsageError: the tower is neither, or a VisionTransformer whose blocks or pooling are not CLIP's; the message
+            names it.
     """
     from open_clip.modified_resnet import ModifiedResNet
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
@@ -45,7 +46,7 @@ def is_vit(visual: nn.Module) -> TypeIs["VisionTransformer"]:
     trunk = getattr(visual, "trunk", None)  # timm's towers, EVA02-CLIP among them
     name = (getattr(trunk, "pretrained_cfg", None) or {}).get("architecture") or type(trunk or visual).__name__
     raise UsageError(
-        f"no dense features of the image tower {name!r} ({type(visual).__name__}): choose an open_clip ViT (ViT-B-32, "
+        f"the image tower {name!r} ({type(visual).__name__}) has no dense features: choose an open_clip ViT (ViT-B-32, "
         "ViT-B-16, ViT-L-14, ovshapes-vit) or a ModifiedResNet (RN50, RN50x4, RN50x16, RN50x64, ovshapes-resnet)."
     )
 
@@ -58,15 +59,15 @@ def stride_of(visual: "VisionTransformer | ModifiedResNet") -> int:
 def dense_map(
     visual: "VisionTransformer | ModifiedResNet", pixels: torch.Tensor, attention_free: bool = True
 ) -> torch.Tensor:
-    """The map that regions are pooled from.
+    """The feature map that regions are pooled from.
 
     A ViT: the tokens of the patches after the last block (see :func:`block_tokens`), each through ``ln_post`` and the
     projection. A ModifiedResNet: the output of its last stage, which its attention pool reads.
 
     Args:
         visual: image tower.
-        pixels: Tensor [N, 3, H, W], normalised; a remainder of H or W over the stride is not seen by a ViT.
-        attention_free: False keeps the attention of a ViT's last block, as in whole-image classification.
+        pixels: Tensor [N, 3, H, W], normalised; a ViT ignores the remainder of H or W over the stride.
+        attention_free: False keeps the attention of a ViT's last block, as in image classification.
 
     Returns:
         Tensor [N, D, h, w] of a ViT, [N, C, h, w] of a ModifiedResNet, in the tower's dtype, not normalised.
@@ -87,7 +88,7 @@ def embed_patch_tokens(visual: "VisionTransformer", tokens: torch.Tensor, grid: 
 
     Args:
         visual: VisionTransformer.
-        tokens: Tensor [N, h * w, W_t], those of the patches.
+        tokens: Tensor [N, h * w, W_t], of the patches, without the class token.
         grid: (h, w).
 
     Returns:
@@ -99,41 +100,41 @@ def embed_patch_tokens(visual: "VisionTransformer", tokens: torch.Tensor, grid: 
 def block_tokens(
     visual: "VisionTransformer", pixels: torch.Tensor, blocks: Sequence[int] = (-1,), attention_free: bool = True
 ) -> list[torch.Tensor]:
-    """Tokens after some blocks of a ViT, at any input size; patches are never dropped.
+    """Tokens after some blocks of a ViT, at any input size, without patch dropout.
 
     Args:
         visual: VisionTransformer.
         pixels: Tensor [N, 3, H, W], normalised.
-        blocks: 0-based indices, negative ones from the end; a CLIP ViT-B of F-ViT is read after 3, 5, 7, 11.
-        attention_free: the last block is :func:`attention_free_block`; the others are always as they are.
+        blocks: 0-based indices, negative ones from the end; F-ViT reads a CLIP ViT-B after blocks 3, 5, 7, 11.
+        attention_free: compute the last block by :func:`attention_free_block`; the others are never changed.
 
     Returns:
         List of Tensor [N, 1 + h * w, W_t], one per index, the class token first.
     """
     depth = len(visual.transformer.resblocks)
-    wanted = [range(depth)[block] for block in blocks]
+    indices = [range(depth)[block] for block in blocks]
     tokens = _embed_patches(visual, pixels)
-    free = depth - 1 if attention_free and depth - 1 in wanted else None
-    whole = {block for block in wanted if block != free} | ({free - 1} if free else set())
+    free = depth - 1 if attention_free and depth - 1 in indices else None
+    standard = {block for block in indices if block != free} | ({free - 1} if free else set())
     outputs = {}
-    if whole:
-        _, taken = visual.transformer.forward_intermediates(tokens, indices=sorted(whole), stop_early=True)
-        outputs = dict(zip(sorted(whole), taken))
+    if standard:
+        _, block_outputs = visual.transformer.forward_intermediates(tokens, indices=sorted(standard), stop_early=True)
+        outputs = dict(zip(sorted(standard), block_outputs))
     if free is not None:
         block = cast("ResidualAttentionBlock", visual.transformer.resblocks[free])
         outputs[free] = attention_free_block(block, outputs.get(free - 1, tokens))
-    return [outputs[block] for block in wanted]
+    return [outputs[block] for block in indices]
 
 
 def attention_free_block(block: "ResidualAttentionBlock", tokens: torch.Tensor) -> torch.Tensor:
-    """A CLIP block in which each token attends to itself alone.
+    """A CLIP block in which each token attends only to itself.
 
     With W_v, b_v the value rows of the attention's input projection and W_o, b_o its output projection::
 
         y = x + W_o (W_v ln_1(x) + b_v) + b_o
         z = y + mlp(ln_2(y))
 
-    MaskCLIP replaces attention so; that the residual and the MLP are kept follows the code of CLIM and CLIPSelf.
+    MaskCLIP replaces attention in this way. The residual and the MLP are kept as in the code of CLIM and CLIPSelf.
 
     Args:
         block: open_clip's ResidualAttentionBlock.
@@ -149,7 +150,7 @@ def attention_free_block(block: "ResidualAttentionBlock", tokens: torch.Tensor) 
 
 
 def positional_embedding(visual: "VisionTransformer", grid: tuple[int, int]) -> torch.Tensor:
-    """A ViT's positional embedding for a grid of patches: bicubic for all but the native one, as in CLIM's code.
+    """A ViT's positional embedding for a grid of patches, resized bicubically from the native grid as in CLIM's code.
 
     Args:
         visual: VisionTransformer.
@@ -180,9 +181,9 @@ def pool_regions(
     Args:
         visual: the tower that made the map.
         feature_map: Tensor [N, D or C, h, w].
-        boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the tower's input; they are clipped to what the map covers
-            and are at least a pixel wide and high.
-        batch_size: regions that go through the attention pool at once.
+        boxes_xyxy: list of N Tensors [R_i, 4], in pixels of the tower's input; they are clipped to the area of the map,
+            at least a pixel wide and high.
+        batch_size: regions per call of the attention pool.
 
     Returns:
         Tensor [R_1 + ... + R_N, D] float32, unit rows, in the order of the boxes.
@@ -200,7 +201,7 @@ def pool_regions(
 
 
 def resized_shape(height: int, width: int, side: int, edge: str, stride: int) -> tuple[int, int]:
-    """(height, width) after scaling the longest or shortest edge to ``side``, each rounded to whole cells of the map.
+    """(height, width) after scaling the longest or shortest edge to ``side``, each rounded to a multiple of ``stride``.
 
     Raises:
         UsageError: ``edge`` is neither "longest" nor "shortest".
@@ -221,11 +222,11 @@ def embed_regions_dense(
     edge: str = "longest",
     batch_size: int = 128,
 ) -> torch.Tensor:
-    """Region embeddings from one pass over the image, where :func:`~ovdet2.vlm.crops.embed_regions` crops each.
+    """Region embeddings pooled from one forward pass over the image, unlike :func:`~ovdet2.vlm.crops.embed_regions`.
 
-    The image is resized (anti-aliased, by the teacher's filter) to :func:`resized_shape`, the boxes along with it. One
-    image at a time: the padding of a batch of different sizes would leak into the features of a ViT and of a ResNet
-    alike.
+    The image is resized (anti-aliased, by the teacher's filter) to :func:`resized_shape`, and the boxes with it. It
+    takes one image at a time, because the padding of a batch of different sizes would change the features of a ViT and
+    of a ResNet.
 
     Args:
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
@@ -233,7 +234,7 @@ def embed_regions_dense(
         boxes_xyxy: Tensor [R, 4], pixels of ``image``.
         side: length of the edge after resizing, in pixels; CLIM's and F-VLM's is 1024.
         edge: "longest" or "shortest".
-        batch_size: regions that go through the attention pool at once; bounds the memory for any R.
+        batch_size: regions per call of the attention pool; bounds the memory for any R.
 
     Returns:
         Tensor [R, D], unit-norm float32.

@@ -1,7 +1,8 @@
-"""Which embedding space a vector lives in.
+"""The fingerprint of a teacher, which identifies its embedding space.
 
-Vectors of two CLIP models of equal dimension look alike and mean nothing to each other: training would run and
-learn nothing. So every artefact that holds embeddings states its teacher, and readers compare before use.
+Embeddings of two CLIP models can have the same dimension, but they are not comparable: a training with both would run
+and learn nothing. Therefore every artefact with embeddings holds the fingerprint of its teacher, and every reader
+compares it.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ class Fingerprint:
     Attributes:
         architecture: open_clip architecture name, such as "ViT-B-32".
         pretrained: pretrained tag ("openai"), "embedded", or the name of a local weight file.
-        weights_sha256: hash of the loaded weights; None when a user only states where an imported table came from.
+        weights_sha256: hash of the loaded weights; None if the weights are not loaded, as for an imported table.
     """
 
     architecture: str
@@ -32,7 +33,7 @@ class Fingerprint:
 
     @classmethod
     def stated(cls, architecture: str, pretrained: str) -> "Fingerprint":
-        """A fingerprint by name alone, for tables and configurations whose weights are not loaded.
+        """A fingerprint by name only, for tables and configurations whose weights are not loaded.
 
         A path to a weight file is reduced to its file name, as :meth:`Teacher.load` records it.
         """
@@ -40,13 +41,11 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "Fingerprint":
-        """Read a manifest entry. Raises :class:`DataError` naming ``source`` when a field is missing."""
+        """Read a manifest entry. Raises :class:`DataError` that names ``source`` if a field is missing."""
         try:
             return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
         except (KeyError, TypeError):
-            raise DataError(
-                f"{source} states no teacher fingerprint: rebuild it with this version of ovdet2."
-            ) from None
+            raise DataError(f"{source} has no teacher fingerprint: rebuild it with this version of ovdet2.") from None
 
     def __str__(self):
         digest = self.weights_sha256[:12] if self.weights_sha256 else "weights not hashed"
@@ -54,16 +53,16 @@ class Fingerprint:
 
 
 def require_same_teacher(first: Fingerprint, first_name: str, second: Fingerprint, second_name: str) -> None:
-    """Raise unless two fingerprints are of one embedding space.
+    """Raise unless two fingerprints are of the same embedding space.
 
-    With both hashes known they decide, with the architecture. Where one is unknown (an imported table, or a
-    configuration whose weights are not loaded), architecture and pretrained tag must match. "RN50" by the tag "openai"
-    and "RN50-quickgelu" are one architecture, "RN50" by a file of the same weights is another: see
+    If both hashes are known, hash and architecture must match. If one is unknown (an imported table, or a configuration
+    whose weights are not loaded), architecture and pretrained tag must match. "RN50" with the tag "openai" and
+    "RN50-quickgelu" count as the same architecture, but "RN50" with a file of these weights does not: see
     :func:`~ovdet2.vlm.weight_files.file_architecture`.
 
     Args:
         first, second: :class:`Fingerprint`.
-        first_name, second_name: what carries them, for the message ("the vocabulary file x.safetensors").
+        first_name, second_name: their owners, for the message ("the vocabulary file x.safetensors").
 
     Raises:
         DataError: they differ; the message names both.
@@ -75,7 +74,7 @@ def require_same_teacher(first: Fingerprint, first_name: str, second: Fingerprin
         remedy = "Embeddings of two teachers cannot be compared: rebuild one of them, or set MODEL.TEACHER to match."
         if hashed and same and len({name.removesuffix("-quickgelu") for name in architectures}) == 1:
             remedy = (
-                "The weights are the same, their activation is not: a file gets the one of its architecture, and "
-                f"OpenAI's weights need {max(architectures)}."
+                "The weights are the same, but their activation function is not: weights of a file use the activation "
+                f"of the given architecture, and OpenAI's weights need {max(architectures)}."
             )
         raise DataError(f"{first_name} is of teacher {first}, but {second_name} is of teacher {second}. {remedy}")

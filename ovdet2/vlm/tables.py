@@ -1,4 +1,4 @@
-"""Embedding tables made elsewhere: numpy and torch files, read without ever running what a pickle says."""
+"""Read external embedding tables from numpy and torch files without running code from a pickle."""
 
 import pickle
 from pathlib import Path
@@ -13,20 +13,20 @@ def read_table(path: str | Path, key: str | None = None) -> np.ndarray:
     """A matrix from a ``.npy`` file (``allow_pickle=False``), or a ``.pt`` or ``.pth`` file (``weights_only=True``).
 
     Args:
-        path: the file. A torch file holds a tensor, or a dict of them.
-        key: which entry of the dict; needed if it has several tensors.
+        path: the file. A torch file holds a tensor, or a dict of tensors.
+        key: entry of the dict; required if it has several tensors.
 
     Returns:
         array [K, D] float32; rows are not normalised.
 
     Raises:
-        DataError: another kind of file, a damaged one, one that would run code, no such entry, not a matrix of
+        DataError: another kind of file, a damaged file, a file that could run code, no such entry, or not a matrix of
             floating-point numbers.
     """
     path = Path(path)
     if path.suffix == ".npy":
         if key is not None:
-            raise DataError(f"{path} holds one table: leave --key out.")
+            raise DataError(f"{path} holds one table: remove --key.")
         table = _read_numpy(path)
     elif path.suffix in (".pt", ".pth"):
         table = _pick(_read_torch(path), key, path)
@@ -43,7 +43,7 @@ def _read_numpy(path):
     try:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is not a whole .npy table ({error}): export it again with numpy.save.") from None
+        raise DataError(f"{path} is not a complete .npy table ({error}): export it again with numpy.save.") from None
     return table
 
 
@@ -53,7 +53,7 @@ def _read_torch(path):
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"{path} is not a whole torch file of tensors alone ({reason}): export it again with torch.save of a "
+            f"{path} is not a complete torch file with tensors only ({reason}): export it again with torch.save of a "
             "tensor, or a dict of tensors."
         ) from None
 
@@ -65,10 +65,10 @@ def _pick(content, key, path):
             raise DataError(f"{path} has the tensors {_listed(tensors)}: choose one with --key.")
         key = next(iter(tensors)) if key is None else key
         if key not in tensors:
-            raise DataError(f"{path} has no tensor {key!r}; it has {_listed(tensors)}: give --key one of them.")
+            raise DataError(f"{path} has no tensor {key!r}; it has {_listed(tensors)}: set --key to one of them.")
         content = tensors[key]
     elif key is not None:
-        raise DataError(f"{path} holds no dict of tensors: leave --key out.")
+        raise DataError(f"{path} holds no dict of tensors: remove --key.")
     if not isinstance(content, torch.Tensor):
         raise DataError(f"{path} holds a {type(content).__name__}, not a tensor: export it again with torch.save.")
     dense = content.detach().to_dense()

@@ -26,12 +26,12 @@ _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "open_clip"
 class Teacher(nn.Module):
     """A frozen CLIP with its tokenizer and fingerprint. All outputs are unit-norm float32.
 
-    Build one with :meth:`load`. The device is that of the module; parameters never require gradients and the module
-    stays in evaluation mode whatever ``train()`` is called with.
+    Build one with :meth:`load`. Outputs are on the module's device. Parameters never require gradients, and the module
+    stays in evaluation mode, also after ``train()``.
 
     Attributes:
         image_size: S.
-        interpolation: "bicubic" or "bilinear", how images were resized in its training.
+        interpolation: "bicubic" or "bilinear", the resize filter of its training.
         fingerprint: :class:`Fingerprint` of the weights.
     """
 
@@ -44,7 +44,7 @@ class Teacher(nn.Module):
         """
         super().__init__()
         self.clip = clip.eval().requires_grad_(False)
-        # A CPU convolves in this order in about 0.7 of the time; towers without convolutions do not notice.
+        # On a CPU convolutions take about 0.7 of the time in this memory format; other layers are not affected.
         self.clip.visual.to(memory_format=torch.channels_last)
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
@@ -61,9 +61,9 @@ class Teacher(nn.Module):
 
         Args:
             architecture: open_clip architecture name; "ovshapes-resnet" and "ovshapes-vit" come with the package.
-            pretrained: pretrained tag, "embedded" for the packaged ones, or a local weight file; a file with
-                OpenAI's weights needs the architecture that says so, such as "ViT-B-32-quickgelu".
-            device: where to put it.
+            pretrained: pretrained tag, "embedded" for the packaged models, or a local weight file. A file with
+                OpenAI's weights needs an architecture with QuickGELU, such as "ViT-B-32-quickgelu".
+            device: of the model.
 
         Raises:
             UsageError: unknown architecture or tag.
@@ -74,7 +74,8 @@ class Teacher(nn.Module):
         register_embedded_models()
         if architecture not in open_clip.list_models():
             raise UsageError(
-                f"open_clip has no architecture {architecture!r}; embedded ones: {', '.join(embedded_models())}."
+                f"open_clip has no architecture {architecture!r}: choose one of open_clip.list_models(), or an "
+                f"embedded one: {', '.join(embedded_models())}."
             )
         source = stated = str(pretrained)
         preprocess, file = None, None
@@ -106,7 +107,7 @@ class Teacher(nn.Module):
             raise DataError(
                 f"the weights {stated!r} of {architecture} could not be loaded ({reason}). "
                 + (
-                    "MODEL.TEACHER.ARCHITECTURE must be that of the file, and the file whole."
+                    "MODEL.TEACHER.ARCHITECTURE must be the architecture of the file, and the file must be complete."
                     if file
                     else "Without a network, give MODEL.TEACHER.PRETRAINED a local weight file."
                 )
@@ -117,12 +118,12 @@ class Teacher(nn.Module):
         return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stay in evaluation mode: batch statistics of a teacher must not move."""
+        """Stay in evaluation mode, so that the teacher's batch statistics do not change."""
         return super().train(False)
 
     @functools.cached_property
     def embed_dim(self) -> int:
-        """D."""
+        """D, the embedding dimension."""
         return self.encode_text(["a"]).shape[1]
 
     @functools.cached_property
@@ -132,7 +133,7 @@ class Teacher(nn.Module):
 
     @property
     def logit_scale(self) -> float:
-        """The teacher's own inverse temperature, a float (about 100 for OpenAI's models)."""
+        """The teacher's inverse temperature, a float (about 100 for OpenAI's models)."""
         return self.clip.logit_scale.exp().item()
 
     @torch.no_grad()
@@ -147,7 +148,7 @@ class Teacher(nn.Module):
             Tensor [N, D], float32, on the teacher's device.
 
         Raises:
-            UsageError: a text has more tokens than the teacher's context; it names the text.
+            UsageError: a text has more tokens than the teacher's context; the message names the text.
         """
         self._check_length(texts)
         chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
@@ -179,7 +180,7 @@ class Teacher(nn.Module):
         return F.normalize(torch.cat(encoded), dim=-1)
 
     def classify(self, embeddings: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
-        """Zero-shot probabilities: softmax over the words of cosine times the teacher's own logit scale.
+        """Zero-shot probabilities: softmax over the words of cosine times the teacher's logit scale.
 
         Args:
             embeddings: Tensor [R, D], unit rows, of images or regions.
@@ -193,7 +194,7 @@ class Teacher(nn.Module):
     def _check_length(self, texts):
         encode = getattr(self.tokenizer, "encode", None)
         if encode is None:
-            return  # tokenizers of other text towers cut silently and offer no cheap count
+            return  # tokenizers of other text towers truncate silently and have no cheap token count
         limit = self.tokenizer.context_length - 2  # start and end tokens
         for text in texts:
             if len(text) > limit and len(encode(text)) > limit:  # a token has at least one character
@@ -205,11 +206,11 @@ class Teacher(nn.Module):
 
 
 def preprocessing_of(architecture: str) -> dict[str, Any] | None:
-    """How images are prepared for an architecture, whose weights come from a file that does not say.
+    """Image preprocessing of an architecture whose weights come from a file, which does not state it.
 
     Returns:
-        dict of "mean", "std", "interpolation": what all its pretrained tags agree in; None where there are no tags, or
-        they differ (a warning says so), for CLIP's own.
+        dict of "mean", "std", "interpolation", equal for all pretrained tags of the architecture. None, which means
+        CLIP's preprocessing, if it has no tags or they differ (with a warning).
     """
     import open_clip
 
@@ -218,8 +219,8 @@ def preprocessing_of(architecture: str) -> dict[str, Any] | None:
     known = [{key: cfg[key] for key in ("mean", "std", "interpolation") if cfg.get(key)} for cfg in stated]
     if any(other != known[0] for other in known[1:]):
         logger.warning(
-            "the pretrained tags of %s differ in mean, deviation or filter of their images; CLIP's own are taken for "
-            "the weight file.",
+            "the pretrained tags of %s differ in image mean, standard deviation or resize filter; CLIP's values are "
+            "used for the weight file.",
             architecture,
         )
         return None
@@ -227,7 +228,7 @@ def preprocessing_of(architecture: str) -> dict[str, Any] | None:
 
 
 def _interpolation(architecture, preprocess):
-    """open_clip knows the filter of published weights; its configurations of models have no place for it."""
+    """The resize filter: of a packaged model from its manifest, since open_clip's model configurations lack it."""
     manifest = _EMBEDDED / f"{architecture}.manifest.json"
     if manifest.is_file():
         return json.loads(manifest.read_text())["preprocess"]["interpolation"]
@@ -240,7 +241,7 @@ def embedded_models() -> list[str]:
 
 
 def register_embedded_models() -> None:
-    """Tell open_clip about the packaged model configurations (idempotent)."""
+    """Register the packaged model configurations in open_clip (idempotent)."""
     import open_clip
 
     for config in sorted(_EMBEDDED.glob("*.json")):

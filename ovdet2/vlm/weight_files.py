@@ -1,7 +1,7 @@
-"""What a teacher's weight file says of itself, which open_clip does not ask.
+"""Checks of a teacher's weight file that open_clip does not make: architecture, activation and resolution.
 
-open_clip interpolates a positional embedding of another resolution without a word, and no file says which activation
-its weights were trained with, but for those that ovdet2 writes.
+open_clip silently interpolates a positional embedding of another resolution. Only files that ovdet2 wrote state the
+activation function of their weights.
 """
 
 import json
@@ -17,9 +17,9 @@ _POSITIONS = "visual.positional_embedding"  # of a ViT; a ResNet's attention poo
 
 
 def needs_quick_gelu(architecture: str, pretrained: str) -> bool:
-    """Whether a pretrained tag was trained with QuickGELU: OpenAI's weights were, under names that do not say so.
+    """Whether a pretrained tag was trained with QuickGELU, as OpenAI's weights were; their names do not state it.
 
-    With the other activation every embedding is a little off, and nothing fails. For a weight file the name of the
+    With the other activation all embeddings are slightly wrong, without an error. For a weight file the name of the
     architecture decides ("ViT-B-32-quickgelu").
     """
     import open_clip
@@ -28,21 +28,23 @@ def needs_quick_gelu(architecture: str, pretrained: str) -> bool:
 
 
 def file_architecture(architecture: str, pretrained: str) -> str:
-    """The architecture under which a file of these weights has their activation: "<architecture>-quickgelu" where the
-    tag says so and the name does not."""
-    said = architecture.endswith("-quickgelu")
-    return architecture if said or not needs_quick_gelu(architecture, pretrained) else f"{architecture}-quickgelu"
+    """The architecture name that gives a file of these weights the right activation function.
+
+    It is "<architecture>-quickgelu" if the pretrained tag needs QuickGELU and the name does not end with it.
+    """
+    named = architecture.endswith("-quickgelu")
+    return architecture if named or not needs_quick_gelu(architecture, pretrained) else f"{architecture}-quickgelu"
 
 
 def check_stated_architecture(path: Path, architecture: str) -> None:
-    """Compare the architecture that a file states, if it does, with the one that is asked for.
+    """Compare the architecture that a file states, if any, with the requested one.
 
     Args:
         path: :class:`~pathlib.Path` of the file.
         architecture: open_clip name.
 
     Raises:
-        DataError: another architecture, such as "ViT-B-16" for "ViT-B-16-quickgelu"; or a torn safetensors file.
+        DataError: another architecture, such as "ViT-B-16" for "ViT-B-16-quickgelu"; or a truncated safetensors file.
     """
     if path.suffix != ".safetensors":
         return
@@ -53,16 +55,16 @@ def check_stated_architecture(path: Path, architecture: str) -> None:
         return
     if stated != architecture:
         raise DataError(
-            f"{path} is not of the architecture {architecture}, it states {stated}: set MODEL.TEACHER.ARCHITECTURE, or "
-            "--architecture, to that."
+            f"{path} is of the architecture {stated}, not {architecture}: set MODEL.TEACHER.ARCHITECTURE, or "
+            f"--architecture, to {stated}."
         )
 
 
 def check_resolution(path: Path, architecture: str, state: Mapping[str, torch.Tensor]) -> None:
-    """Compare the positional embedding of a file with that of the model it was loaded into.
+    """Compare the positional embedding of a file with that of the model into which it was loaded.
 
     Args:
-        path: :class:`~pathlib.Path` of the file. In third-party files that name it otherwise it is not looked for.
+        path: :class:`~pathlib.Path` of the file. A file that names the positional embedding differently is not checked.
         architecture: open_clip name.
         state: the model's state dict.
 
@@ -71,19 +73,19 @@ def check_resolution(path: Path, architecture: str, state: Mapping[str, torch.Te
     """
     if _POSITIONS not in state:
         return
-    found, wanted = _shapes(path).get(_POSITIONS), list(state[_POSITIONS].shape)
-    if found not in (None, wanted):
+    in_file, in_model = _shapes(path).get(_POSITIONS), list(state[_POSITIONS].shape)
+    if in_file not in (None, in_model):
         raise DataError(
-            f"{path} is of another resolution than {architecture}: its positional embedding is {found}, not {wanted}. "
-            "Name the architecture of its image size."
+            f"{path} is of another resolution than {architecture}: its positional embedding is {in_file}, not "
+            f"{in_model}. Choose the architecture of its image size."
         )
 
 
 def is_torchscript(path: str | Path) -> bool:
     """Whether a file is a TorchScript archive, as OpenAI publishes its models.
 
-    torch reads such a file without unpickling python objects, but not as mere weights (``weights_only``). It is asked
-    as torch itself does, for of any other file ``weights_only=False`` runs the code in it.
+    torch reads such a file without unpickling python objects, but not with ``weights_only=True``. The check is the one
+    of torch.load, because ``weights_only=False`` would run the code in any other file.
     """
     try:
         return "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records()
@@ -110,4 +112,4 @@ def _read(path, look):
         with safe_open(str(path), framework="pt") as file:
             return look(file)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} is no whole safetensors file ({error}): download or write it again.") from None
+        raise DataError(f"{path} is no complete safetensors file ({error}): download or write it again.") from None

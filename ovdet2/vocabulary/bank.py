@@ -1,4 +1,4 @@
-"""The word bank of a detector: its vocabulary as buffers, moved with it, saved in its checkpoints, replaced at will.
+"""The word bank of a detector: its vocabulary as buffers, which are saved in checkpoints and can be replaced.
 
 Shapes: K words, B base words, D embedding dimension.
 """
@@ -21,21 +21,21 @@ logger = logging.getLogger(__name__)
 
 
 class WordBank(nn.Module):
-    """Holds the words that a detector detects, one :class:`~ovdet2.vocabulary.Vocabulary`; K may change at any time.
+    """Holds the :class:`~ovdet2.vocabulary.Vocabulary` of a detector; the number of words K may change at any time.
 
-    It also remembers by name which words had training boxes. A checkpoint states them: the base words of the training
-    that wrote it, and those that the weights knew before. Words that come without a data set, by :meth:`set`, are base
-    if and only if they had training boxes. Words of a data set, those of the constructor, keep the base mask of its
-    split, which is the evaluation protocol, and only a split without base words takes the mask of training; the report
-    lists the other words that had boxes under ``novel_words_trained_on``.
+    It also stores the names of the words that had training boxes. A checkpoint holds them: the base words of the
+    training that wrote it, and those of earlier trainings of the weights. Words given to :meth:`set` are base if and
+    only if they had training boxes. Words given to the constructor keep the base mask of their data set's split, as
+    the evaluation protocol requires; only a split without base words (a transfer target) takes the mask of training.
+    The evaluation report lists novel words of the split that had training boxes under ``novel_words_trained_on``.
 
     Attributes:
         words: the :class:`Vocabulary`.
         embeddings: Tensor [K, D] float32, unit rows.
         base_mask: Tensor [K] bool.
         background: Tensor [D], unit embedding of the word "background"; None for a detector that does not need it.
-        trained_base_names: cleaned names of the words that had training boxes, a frozenset; before weights are loaded,
-            of the base words.
+        trained_base_names: frozenset of the cleaned names of the words that had training boxes; before weights are
+            loaded, of the base words.
         from_checkpoint: whether ``trained_base_names`` come from a checkpoint.
     """
 
@@ -51,8 +51,8 @@ class WordBank(nn.Module):
         """
         Args:
             vocabulary: :class:`Vocabulary`, with the base mask of its data set.
-            background: Tensor [D], the teacher's unit embedding of the word "background", for a detector that has it as
-                a column; None for the others.
+            background: Tensor [D], the teacher's unit embedding of the word "background", for a detector that has a
+                background column; None for other detectors.
         """
         super().__init__()
         for name in ("embeddings", "base_mask", "manifest", "background"):
@@ -66,17 +66,17 @@ class WordBank(nn.Module):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """K words, which class indices point to."""
+        """K words; class index i is the i-th of them."""
         return self.words.names
 
     @property
     def num_base(self) -> int:
-        """B."""
+        """B, the number of base words."""
         return self.words.num_base
 
     @property
     def teacher(self) -> Fingerprint:
-        """Of the model that embedded the words."""
+        """Fingerprint of the model that embedded the words."""
         return self.words.teacher
 
     def rows(self, training: bool) -> Tensor:
@@ -85,10 +85,10 @@ class WordBank(nn.Module):
 
     @property
     def training_embeddings(self) -> Tensor:
-        """Tensor [B, D]: rows of the base words, the only columns that exist in training.
+        """Tensor [B, D]: embeddings of the base words, the only classes in training.
 
         Raises:
-            UsageError: no base word, or a novel word before a base one: contiguous class ids would be shifted.
+            UsageError: no base word, or a novel word before a base word, which would shift contiguous class ids.
         """
         count = self.num_base
         if count == 0 or not bool(self.words.base_mask[:count].all()):
@@ -96,16 +96,16 @@ class WordBank(nn.Module):
         return self.embeddings[:count]
 
     def set(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
-        """Replace the words; those that had training boxes are the base words, whatever the vocabulary's mask is.
+        """Replace the words. Words that had training boxes become base; the vocabulary's base mask is ignored.
 
         Args:
             vocabulary: :class:`Vocabulary`.
-            background: Tensor [D] as in the constructor; None keeps the present one, which is right for words in the
-                same prompts.
+            background: Tensor [D] as in the constructor; None keeps the current one, which is correct if the prompts
+                are the same.
 
         Raises:
-            UsageError: no :class:`Vocabulary`.
-            DataError: other teacher or other D than the present one.
+            UsageError: ``vocabulary`` is no :class:`Vocabulary`.
+            DataError: its teacher or D differs from the current one.
         """
         if not isinstance(vocabulary, Vocabulary):
             raise UsageError(f"expected a Vocabulary, got {type(vocabulary).__name__}.")
@@ -118,12 +118,12 @@ class WordBank(nn.Module):
         self._store(self._with_trained_mask(vocabulary), background)
 
     def adopt_saved_vocabulary(self, saved: Mapping[str, Tensor]) -> None:
-        """Compare with what a checkpoint holds; the vocabulary of this run stays (architecture.md, contract 13).
+        """Check the vocabulary of a checkpoint, and store which words had training boxes (see the class).
 
-        The words that had training boxes are remembered, see the class.
+        The vocabulary of this run is not replaced.
 
         Args:
-            saved: the checkpoint's "embeddings", "base_mask" and "manifest"; empty: nothing to compare.
+            saved: the checkpoint's "embeddings", "base_mask" and "manifest"; empty: does nothing.
 
         Raises:
             DataError: the checkpoint was trained in another embedding space, or its entries are damaged.
@@ -140,8 +140,8 @@ class WordBank(nn.Module):
         require_same_teacher(trained.teacher, "the checkpoint", self.teacher, "the vocabulary of this run")
         if trained.embeddings.shape[1] != self.embeddings.shape[1]:
             raise DataError(
-                f"the checkpoint was trained with embeddings of {trained.embeddings.shape[1]} dimensions, that of "
-                f"this run has {self.embeddings.shape[1]}: give MODEL.VOCABULARY.FILE the table of that training."
+                f"the checkpoint was trained with embeddings of {trained.embeddings.shape[1]} dimensions, but those of "
+                f"this run have {self.embeddings.shape[1]}: set MODEL.VOCABULARY.FILE to the table of that training."
             )
         self.trained_base_names = base_names(trained) | earlier
         self.from_checkpoint = True
@@ -163,8 +163,11 @@ class WordBank(nn.Module):
             self.background = background.float().to(device)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        """As usual, with the names of further trained words in the manifest. The buffer does not have them: its length
-        then depends on the words alone, and the copies of a model can exchange buffers."""
+        """Save the buffers, with the names of further trained words added to the saved manifest.
+
+        The manifest buffer does not hold these names: its length must depend on the words only, so that DDP can
+        broadcast it between copies of the model.
+        """
         super()._save_to_state_dict(destination, prefix, keep_vars)
         further = self.trained_base_names - base_names(self.words)
         if further:

@@ -1,4 +1,4 @@
-"""The words a detector is asked for, with their text embeddings and the teacher they come from.
+"""The vocabulary: class names with their text embeddings and the teacher that made them.
 
 Shapes: K words, B of them base, D embedding dimension.
 """
@@ -38,24 +38,24 @@ if TYPE_CHECKING:
 
 SCHEMA = "ovdet2/vocabulary/1"
 _FURTHER = "further_trained_names"  # key of a checkpoint's manifest
-PROMPTS_AT_ONCE = 1024
+PROMPTS_AT_ONCE = 1024  # prompts per call of the text encoder
 _SHOWN = 10  # repeated words in a message
 
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Names and unit text embeddings; classes are an input of every open-vocabulary module.
+    """Class names and their unit text embeddings, the class input of every open-vocabulary module.
 
     Attributes:
         names: K class names, unique after cleaning, none empty.
-        base_mask: Tensor [K] bool, True where training boxes exist.
+        base_mask: Tensor [K] bool, True for base words, which have training boxes.
         embeddings: Tensor [K, D] float32, unit rows.
         teacher: :class:`Fingerprint` of the model that embedded them.
-        templates: name of the prompt template set, or a statement for imported tables.
-        category_ids: K data set category ids, or None for free words.
-        synonyms: K tuples of the names whose embeddings were averaged for each word, its own name first; None: every
-            word stands for itself.
-        templates_sha256: hash of the templates; by default that of the set of this name, None where there is none.
+        templates: name of the prompt template set; for imported tables the user's description of the prompts.
+        category_ids: K dataset category ids, or None for words without a data set.
+        synonyms: K tuples of the names whose embeddings were averaged for each word, its own name first; None: no
+            synonyms were averaged.
+        templates_sha256: hash of the templates; by default of the set ``templates``, None if there is no such set.
 
     Raises:
         UsageError: empty vocabulary, empty or duplicate word.
@@ -103,7 +103,7 @@ class Vocabulary:
 
     @property
     def num_base(self) -> int:
-        """B."""
+        """B, the number of base words."""
         return int(self.base_mask.sum())
 
     @property
@@ -113,7 +113,7 @@ class Vocabulary:
 
     @property
     def synonyms_sha256(self) -> str | None:
-        """Hash of the names averaged for each word; None where every word stands for itself."""
+        """Hash of the names averaged for each word; None without synonyms."""
         if self.synonyms is None:
             return None
         return hashlib.sha256("\n".join("\t".join(names) for names in self.synonyms).encode()).hexdigest()
@@ -137,7 +137,8 @@ class Vocabulary:
         )
 
     def joined(self, others: Vocabulary) -> Vocabulary:
-        """Followed by the words of ``others``, of the same teacher, whose category ids become -1, -2, ..."""
+        """This vocabulary followed by the words of ``others``, of the same teacher; their category ids become -1, -2,
+        ..."""
         ids = self.category_ids and (*self.category_ids, *range(-1, -1 - len(others), -1))
         synonyms = None
         if self.synonyms or others.synonyms:
@@ -153,7 +154,7 @@ class Vocabulary:
         )
 
     def manifest(self) -> dict[str, Any]:
-        """JSON-serialisable description, the fingerprint of architecture.md's contract 1 included."""
+        """JSON-serialisable description: words, templates, hashes, and the teacher's fingerprint."""
         return {
             "schema": SCHEMA,
             "names": list(self.names),
@@ -172,14 +173,14 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
-        """Read a vocabulary file. Raises :class:`DataError` on a missing, damaged or inconsistent one."""
+        """Read a vocabulary file. Raises :class:`DataError` if it is missing, damaged or inconsistent."""
         tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with ovdet2 vocab")
         try:
             vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
         except (KeyError, OVDetError) as error:
             reason = f"it has no {error}." if isinstance(error, KeyError) else error
             raise DataError(f"{path}: {reason} Rebuild it with ovdet2 vocab.") from None
-        stated = manifest.get("names_sha256"), manifest.get("synonyms_sha256")  # files from before synonyms: None
+        stated = manifest.get("names_sha256"), manifest.get("synonyms_sha256")  # None in files of earlier versions
         if (vocabulary.names_sha256, vocabulary.synonyms_sha256) != stated:
             raise DataError(f"{path}: its words were changed after it was written. Rebuild it with ovdet2 vocab.")
         return vocabulary
@@ -195,11 +196,11 @@ class Vocabulary:
         progress: bool = False,
         synonyms: Iterable[Iterable[str]] | None = None,
     ) -> Vocabulary:
-        """Embed words: each prompt normalised, averaged over the set, normalised again (ViLD, F-VLM).
+        """Embed words: normalise each prompt's embedding, average over the templates, normalise again (ViLD, F-VLM).
 
-        With synonyms a word's embedding is the mean over its names of that, normalised once more. The file name of
-        ViLD's published LVIS classifier ("clip_synonym_prompt") says that it averages synonyms; in which order it
-        normalises is not published. Detic's and F-VLM's tables use the first name alone.
+        With synonyms a word's embedding is the normalised mean of these embeddings over its names. The file name of
+        ViLD's published LVIS classifier ("clip_synonym_prompt") implies that it averages synonyms; the order of
+        normalisation is not published. The tables of Detic and F-VLM use the first name only.
 
         Args:
             names: K words.
@@ -208,7 +209,7 @@ class Vocabulary:
             base_mask: [K] bool; default: every word is novel.
             category_ids: optional K ids.
             progress: show a progress bar.
-            synonyms: optional K lists of further names; a name that cleans to one before it is passed over.
+            synonyms: optional K lists of further names; a name that cleans to an earlier one is skipped.
 
         Raises:
             UsageError: no word, an empty or duplicate word, an empty synonym, an unknown template set.
@@ -223,7 +224,7 @@ class Vocabulary:
         return cls(
             names,
             _mask(base_mask, len(names)),
-            F.normalize(sums, dim=1),  # of a sum as of a mean
+            F.normalize(sums, dim=1),  # normalising a sum and a mean is the same
             teacher.fingerprint,
             set_title(templates),
             None if category_ids is None else tuple(category_ids),
@@ -241,13 +242,13 @@ class Vocabulary:
         base_mask: Sequence[bool] | Tensor | None = None,
         category_ids: Iterable[int | str] | None = None,
     ) -> Vocabulary:
-        """Import raw embedding rows made elsewhere; they are normalised here.
+        """Make a vocabulary of an external embedding table; the rows are normalised here.
 
         Args:
             names: K words in row order.
             table: array [K, D], any float type, no zero row.
-            teacher: as stated by the user, ``weights_sha256`` None.
-            templates: what the rows were made with, in the user's words.
+            teacher: stated by the user, with ``weights_sha256`` None.
+            templates: the user's description of the prompts.
 
         Raises:
             DataError: the row count differs from the number of words, or a row is zero or not finite.
@@ -263,14 +264,14 @@ class Vocabulary:
             if at:
                 raise DataError(
                     f"the embedding of {names[at[0]]!r} (row {at[0]} of the table) is {fault}; such rows: {len(at)}. "
-                    "Make the table again, or leave these words out."
+                    "Make the table again, or remove these words."
                 )
         ids = None if category_ids is None else tuple(category_ids)
         return cls(names, _mask(base_mask, len(names)), F.normalize(rows, dim=1), teacher, templates, ids)
 
 
 def _mask(base_mask: Sequence[bool] | Tensor | None, count: int) -> Tensor:
-    """As a Tensor; where there is none, every word is novel."""
+    """The base mask as a Tensor; None: every word is novel."""
     if base_mask is None:
         return torch.zeros(count, dtype=torch.bool)
     return torch.as_tensor(base_mask, dtype=torch.bool)
@@ -282,11 +283,11 @@ def check_words(names: Sequence[str]) -> None:
     if repeated:
         shown = ", ".join(f"{names[i]!r} twice (words {first} and {i})" for i, first in repeated[:_SHOWN])
         more = f", and {len(repeated) - _SHOWN} more words" if len(repeated) > _SHOWN else ""
-        raise UsageError(f"the vocabulary holds {shown}{more}: leave out one of each.")
+        raise UsageError(f"the vocabulary holds {shown}{more}: remove one of each.")
 
 
 def repeated_words(names: Sequence[str]) -> list[tuple[int, int]]:
-    """The words that clean to the same text as one before: [(position, position of the first such word)].
+    """The words that clean to the same text as an earlier word: [(position, position of the first such word)].
 
     Raises:
         UsageError: no word, or an empty one.
@@ -307,7 +308,7 @@ def repeated_words(names: Sequence[str]) -> list[tuple[int, int]]:
 def averaged_names(
     names: Sequence[str], synonyms: Iterable[Iterable[str]] | None = None
 ) -> tuple[tuple[str, ...], ...]:
-    """K times the different names of each class, by what they clean to, its own first.
+    """K tuples of the names of each class that differ after cleaning, the class name first.
 
     Raises:
         UsageError: an empty synonym, or not one list of synonyms per word.
@@ -331,7 +332,7 @@ def averaged_names(
 def _embed_names(names, teacher, templates, progress):
     """Tensor [M, D] on the CPU: the unit embedding of each name over a template set."""
     count = len(get_templates(templates))
-    step = max(1, PROMPTS_AT_ONCE // count)  # names at once: memory stays bounded for any M
+    step = max(1, PROMPTS_AT_ONCE // count)  # names per chunk, which bounds the memory for any M
     rows = []
     with tqdm(total=len(names), desc="embedding words", unit="word", disable=not progress) as bar:
         for start in range(0, len(names), step):
@@ -353,8 +354,8 @@ def parse_words(text: str | Path) -> list[str]:
     if "," in text or not text.endswith(".txt"):
         if "," not in text and os.path.isfile(text):  # isfile: no error for a text too long for a path
             raise UsageError(
-                f"{text} is a file, not a word: words are read from a .txt file, one per line (by "
-                "ovdet2 vocab also from a .json file). For the word of that name, add a comma."
+                f"{text} is a file, not a word: words are read from a .txt file, one per line (ovdet2 vocab also reads "
+                "a .json file). If a word has this name, add a comma."
             )
         return [word.strip() for word in text.split(",") if word.strip()]
     try:
@@ -367,16 +368,16 @@ def parse_words(text: str | Path) -> list[str]:
 
 
 def _sha_of_known_set(templates):
-    """None for the user's own words about the prompts of an imported table."""
+    """Hash of a known template set; None for a user's description of the prompts of an imported table."""
     return templates_sha256(templates) if templates in template_set_names() else None
 
 
 def manifest_bytes(vocabulary: Vocabulary, further_trained: Iterable[str] = ()) -> torch.Tensor:
-    """The manifest as a uint8 tensor, so that a checkpoint can carry it beside the embeddings.
+    """The manifest as a uint8 tensor, so that a checkpoint can hold it next to the embeddings.
 
     Args:
         vocabulary: :class:`Vocabulary`.
-        further_trained: cleaned names of words that had training boxes, beside the base words; stated if any.
+        further_trained: cleaned names of words that had training boxes, besides the base words.
     """
     further = {_FURTHER: sorted(further_trained)} if further_trained else {}
     text = json.dumps(vocabulary.manifest() | further, ensure_ascii=False)
@@ -384,7 +385,7 @@ def manifest_bytes(vocabulary: Vocabulary, further_trained: Iterable[str] = ()) 
 
 
 def further_trained_names(manifest: torch.Tensor) -> frozenset[str]:
-    """Cleaned names of words that had training boxes, beside the base words, of :func:`manifest_bytes`.
+    """Cleaned names of the words that had training boxes besides the base words; reads :func:`manifest_bytes`.
 
     Raises:
         ValueError: the bytes are damaged.
@@ -396,7 +397,7 @@ def further_trained_names(manifest: torch.Tensor) -> frozenset[str]:
 
 
 def from_buffers(embeddings: torch.Tensor, base_mask: torch.Tensor, manifest: torch.Tensor) -> Vocabulary:
-    """The inverse of storing ``embeddings``, ``base_mask`` and :func:`manifest_bytes` in a checkpoint."""
+    """The vocabulary of ``embeddings``, ``base_mask`` and :func:`manifest_bytes` that a checkpoint holds."""
     return _from_parts(_manifest_of(manifest), base_mask.cpu(), embeddings.cpu().float(), "the checkpoint's vocabulary")
 
 

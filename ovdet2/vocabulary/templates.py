@@ -1,7 +1,7 @@
-"""Prompt template sets and how a class name is put into them.
+"""Prompt template sets, and the rendering of prompts from class names.
 
-The sets are data (``ovdet2/assets/prompts/*.json``, each naming its source); "openclip80" comes from open_clip itself.
-Wherever a set's name is asked for, the path of a template file of the user's own will do.
+The sets are data (``ovdet2/assets/prompts/*.json``, each with its source); "openclip80" comes from open_clip. Every
+function that takes the name of a set also takes the path of a user's template file.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def get_templates(set_name: str | Path) -> tuple[str, ...]:
             starts a comment line), or ".json", a list or {"templates": list}.
 
     Raises:
-        UsageError: unknown set; the message lists the known ones.
-        DataError: the file is missing or damaged, holds no template, or one without "{}".
+        UsageError: unknown set; the message lists the known sets.
+        DataError: the file is missing or damaged, holds no template, or a template without "{}".
     """
     if str(set_name).endswith((".txt", ".json")):
         path = Path(set_name)
@@ -55,7 +55,7 @@ def _known_templates(set_name):
     return tuple(json.loads(path.read_text(encoding="utf-8"))["templates"])
 
 
-@functools.lru_cache(maxsize=8)  # asked for once per word; the stamp makes an edited file another one
+@functools.lru_cache(maxsize=8)  # called once per word; ``stamp`` changes when the file is edited
 def _read_templates(path, stamp):
     if path.suffix == ".json":
         templates = read_json(path, "give a list of templates")
@@ -75,40 +75,40 @@ def _read_templates(path, stamp):
 
 
 def set_title(set_name: str | Path) -> str:
-    """What artefacts call a template set: its name; of a path the file's name (the hash tells two such files apart)."""
+    """Name of a template set in artefacts: its name, or the file name of a path (a hash distinguishes such files)."""
     return Path(set_name).name
 
 
 def templates_sha256(set_name: str | Path) -> str:
-    """Hex SHA-256 of a set's templates, so that an edited set is seen as another one."""
+    """Hex SHA-256 of a set's templates, which detects an edited set."""
     return hashlib.sha256("\n".join(get_templates(set_name)).encode()).hexdigest()
 
 
 def clean_name(name: str) -> str:
     """ViLD's cleaning of a class name: lower case, "_" to space, "/" to " or ", no trailing full stop, single spaces.
 
-    Text in parentheses is kept: LVIS tells "bow (weapon)" from "bow (decorative ribbons)" by it.
+    Text in parentheses is kept: it distinguishes LVIS's "bow (weapon)" from "bow (decorative ribbons)".
     """
     name = name.replace("_", " ").replace("/", " or ").lower()
     return " ".join(name.split()).rstrip(".").rstrip()
 
 
 def article(name: str) -> str:
-    """ "an" before a, e, i, o, u, else "a": ViLD's rule goes by the letter, not the sound ("a hour", "an unicorn")."""
+    """ "an" before a, e, i, o, u, else "a": ViLD's rule uses the letter, not the sound ("a hour", "an unicorn")."""
     return "an" if name[:1] in "aeiou" and name else "a"
 
 
 def render(name: str, set_name: str | Path) -> list[str]:
-    """All prompts of a set for one class name.
+    """All prompts of a template set for one class name.
 
-    In ViLD's set a text that begins with "a" or "the" gets "This is " in front, as in its official demo.
+    In ViLD's set "This is " is prepended to a prompt that begins with "a" or "the", as in its official demo.
 
     Args:
         name: class name as in the data set; cleaned here.
         set_name: a template set or file.
 
     Returns:
-        One per template.
+        One prompt per template.
     """
     cleaned = clean_name(name)
     texts = [

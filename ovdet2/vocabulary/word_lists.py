@@ -1,4 +1,4 @@
-"""Lists of words with their ids and synonyms: classes of public data sets by name, of any COCO json, the user's own."""
+"""Lists of words with their ids and synonyms: of public data sets by name, of any COCO json, of a user's file."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class WordList:
 
     Attributes:
         names: K class names, spelt as in their source.
-        category_ids: K ids as the data set has them (integers; Open Images: strings such as "/m/01yrx"), or None.
-        synonyms: K tuples of further names of the class, empty where there is none; None: the source lists none at all.
+        category_ids: K ids of the data set (integers; Open Images: strings such as "/m/01yrx"), or None.
+        synonyms: K tuples of further names of the class, which may be empty; None: the source has no synonyms.
         base_mask: K booleans, or None.
     """
 
@@ -40,7 +40,7 @@ def named_words(name: str, corrected: bool = False) -> WordList:
 
     Args:
         name: one of :data:`NAMED`: 80, 1203, 365, 365, 601 and 20 classes.
-        corrected: correct the spelling mistakes that a data set's own names have (objects365_v2 has 16).
+        corrected: correct the spelling mistakes in the names of a data set (objects365_v2 has 16).
 
     Raises:
         UsageError: an unknown name, or no corrections are known for it.
@@ -56,8 +56,8 @@ def named_words(name: str, corrected: bool = False) -> WordList:
     if not corrected:
         return words
     if not corrections:
-        raise UsageError(f"no spelling corrections are known for {name!r}: leave them out.")
-    assert words.category_ids is not None  # only lists of text have none
+        raise UsageError(f"no spelling corrections are known for {name!r}: use its names without corrections.")
+    assert words.category_ids is not None  # only word lists of text files have none
     pairs = zip(words.category_ids, words.names)
     return WordList(tuple(corrections.get(str(number), name) for number, name in pairs), words.category_ids)
 
@@ -76,13 +76,13 @@ def words_of_json(path: str | Path) -> WordList:
 
 
 def words_of_text(text: str | Path) -> WordList:
-    """Words from "cat, red mug", a ".txt" file with a word per line, or a ".json" file, each with synonyms if wished.
+    """Words from "cat, red mug", a ".txt" file with a word per line, or a ".json" file, optionally with synonyms.
 
-    In the first two a word's synonyms follow it after semicolons ("sofa; couch; settee"). A json file is a list of
-    words or {word: [synonyms]}.
+    In a string or a text file a word's synonyms follow it after semicolons ("sofa; couch; settee"). A json file is a
+    list of words or {word: [synonyms]}.
 
     Raises:
-        DataError: the file is missing or of another form.
+        DataError: the file is missing or of another format.
         UsageError: the text is an existing file of another suffix.
     """
     text = str(text)

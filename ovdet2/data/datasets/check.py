@@ -163,7 +163,7 @@ def _file_fault(job):
     except (OSError, ValueError) as error:  # an invalid file name: too long, or with a null character
         return "image-missing", printable(f"{show(name)}: {error}")
     if size is not None and (width, height) != size:
-        return "image-mismatch", f"the file is {width}x{height} (upright), the json says {size[0]}x{size[1]}"
+        return "image-mismatch", f"the file is {width}x{height} (upright), the json states {size[0]}x{size[1]}"
     return None
 
 

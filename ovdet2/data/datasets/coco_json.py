@@ -172,7 +172,7 @@ def load_ov_json(
 
 
 def read_coco_json(
-    path: str | Path, remedy: str = "check the path, or prepare the data set as datasets/README.md says"
+    path: str | Path, remedy: str = "check the path, or prepare the data set as datasets/README.md describes"
 ) -> dict[str, Any]:
     """Parse a json with COCO's three lists; DataError if the file is missing, damaged or of another format."""
     data = read_json(path, remedy)

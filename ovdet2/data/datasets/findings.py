@@ -53,7 +53,7 @@ KINDS = {
     "image-escape": Kind("image", "file name outside of the image folder", _WITH_BOXES),
     "image-missing": Kind("image", "no such file", _WITH_BOXES),
     "image-unreadable": Kind("image", "file that cannot be read", _WITH_BOXES),
-    "image-mismatch": Kind("image", "file of another size than the json says", _WITH_BOXES),
+    "image-mismatch": Kind("image", "file of another size than the json states", _WITH_BOXES),
     "federated-missing": Kind("image", f"LVIS {NEGATIVE} or {NOT_EXHAUSTIVE} missing or not a list", ""),
     "federated-unknown": Kind("image", "LVIS lists with unknown categories", "unknown ids removed from the list"),
     "federated-both": Kind(
