@@ -102,7 +102,7 @@ class TestDecoding:
 
     @pytest.mark.parametrize(
         "content, reason",
-        [(b"", "the file is empty"), (b"<!DOCTYPE html><html>not found</html>", "HTML"), (b"\x7fELF" * 9, "no reader")],
+        [(b"", "the file is empty"), (b"<!DOCTYPE html><html>not found</html>", "HTML"), (b"\x7fELF" * 9, "not recognise its format")],
     )
     def test_not_an_image(self, tmp_path, content, reason):
         path = tmp_path / "page.jpg"
@@ -112,7 +112,7 @@ class TestDecoding:
 
     @pytest.mark.parametrize("size", [(1, 1), (MIN_SIDE - 1, 200), (20000, 20)])
     def test_too_small(self, tmp_path, size):
-        with pytest.raises(DataError, match=f"small.png is {size[0]}x{size[1]}.*32 px"):
+        with pytest.raises(DataError, match=f"small.png is {size[0]}x{size[1]}.*32 pixels"):
             read_image(saved(tmp_path, Image.new("RGB", size), "small.png"))
 
     def test_pixel_bomb(self, tmp_path, monkeypatch):

@@ -124,7 +124,7 @@ def test_damaged_files(tmp_path):
         ({"base_mask": words.base_mask}, words.manifest(), "v.safetensors: it has no 'embeddings'"),
         (tensors, words.manifest() | {"names": ["cat"] * 5}, "v.safetensors: the vocabulary holds 'cat' twice"),
         (tensors, words.manifest() | {"names": list("abcde")}, "its words were changed after it was written"),
-        (tensors, {k: v for k, v in words.manifest().items() if k != "teacher"}, "states no teacher fingerprint"),
+        (tensors, {k: v for k, v in words.manifest().items() if k != "teacher"}, "has no teacher fingerprint"),
         (tensors | {"embeddings": words.embeddings * float("nan")}, words.manifest(), "norm nan"),
     ):
         write_safetensors(path, tensors_of, manifest)
