@@ -263,7 +263,7 @@ class TestCLIPViT:
         assert {name: spec.stride for name, spec in backbone.output_shape().items()} == {
             "p2": 4, "p3": 8, "p4": 16, "p5": 32, "p6": 64
         }  # fmt: skip
-        with pytest.raises(UsageError, match="frozen whole .5. or not at all"):
+        with pytest.raises(UsageError, match="set 5 to freeze all of a CLIP ViT, or 0"):
             build_backbone(clip_cfg(MODEL__BACKBONE__FREEZE_AT="2", **keys))
 
     def test_towers_that_do_not_fit(self):
@@ -349,7 +349,7 @@ class TestTimmSwin:
             assert name.startswith("head.") or torch.equal(value, given.state_dict()[name]), name
 
     @pytest.mark.parametrize("changes, words", [
-        ({"depths": (2, 2, 4, 2)}, "lacks.*layers.2.blocks.2.*ARCHITECTURE"), ({"embed_dim": 24}, "not of the Swin"),
+        ({"depths": (2, 2, 4, 2)}, "lacks.*layers.2.blocks.2.*ARCHITECTURE"), ({"embed_dim": 24}, "does not fit the Swin"),
     ])  # fmt: skip
     def test_weights_of_another_one(self, tmp_path, changes, words):
         save_file(tiny_swin().state_dict(), str(tmp_path / "swin.safetensors"))

@@ -245,7 +245,7 @@ class TestWords:
         given = data / "given.json"
         given.write_text(json.dumps({"1": [["sun", 0.9]]}))
         file = priors(data, "--backend", "file", "--input", str(given), "--words", "sun, moon")
-        with pytest.raises(CacheError, match="about sun, moon, none of which is in the vocabulary"):
+        with pytest.raises(CacheError, match="has the words sun, moon; none is in the vocabulary"):
             build_sample_maker(configured(data, CONTRAST="none", PRIOR_FILE=file), True)
 
     def test_image_missing_in_the_file(self, data):
@@ -261,7 +261,7 @@ class TestWords:
         cfg = configured(data, PRIOR_FILE=priors(data, *options))
         with caplog.at_level("INFO", "ovdet2.methods.cckt.sample"):
             build_sample_maker(cfg, False)
-        assert "SIMULATION, backend noisy-oracle" in caplog.text and "no results of a method" in caplog.text
+        assert "simulation, backend noisy-oracle" in caplog.text.lower() and "do not report figures with them as results of a method" in caplog.text
 
     def test_filling_that_is_none(self, data):
         cfg = configured(data, PRIOR_FILE=priors(data), PRIOR_FILL="all")

@@ -152,7 +152,7 @@ class TestOnlinePriors:
         assert all(set(instances.prior_words.tolist()) == {2} for instances in said)
         predictor.set_vocabulary("disc, cube")
         assert set(predictor.predict_present_words(path)) == {"disc", "cube"}
-        with pytest.raises(UsageError, match="does not have ring"):
+        with pytest.raises(UsageError, match="invalid: ring"):
             predictor.predict(path, ["ring"])
         drawn = tmp_path / "drawn"
         demo.main([
@@ -211,7 +211,7 @@ class TestSweeps:
     def test_nothing_to_vary(self):
         with pytest.raises(UsageError, match="no semantic priors"):
             sweep.main(["--config-file", "", "--priors", "a", "--output", "b"])
-        with pytest.raises(UsageError, match="no detector to evaluate"):
+        with pytest.raises(UsageError, match="the detector has no weights"):
             sweep.main(["--config-file", "", "--priors", "a", "--output", "b", "MODEL.CCKT.ENABLED", "True"])
 
     def test_teachers(self, tmp_path, monkeypatch):
@@ -250,5 +250,5 @@ class TestSweeps:
         assert asked == [] and "| ovshapes-vit:embedded | 9.0 | 2.0 | 1.0 |" in (tmp_path / "table.md").read_text()
         with pytest.raises(SystemExit):
             sweep_cckt_teachers.main([*arguments, "ovshapes-vit"])
-        with pytest.raises(UsageError, match="no CCKT-Det with priors and contrast"):
+        with pytest.raises(UsageError, match="does not use the priors and the contrast of CCKT-Det"):
             sweep_cckt_teachers.main([*arguments, "a:b", "--seeds", "0", "--tabulate", "MODEL.CCKT.CONTRAST", "none"])

@@ -86,7 +86,7 @@ def test_batch_equals_singles(variant):
 
 
 @pytest.mark.parametrize("setting, words", [
-    (("MODEL.DETR.IN_FEATURES", "['res4']"), "gives res5, which MODEL.DETR.IN_FEATURES"),
+    (("MODEL.DETR.IN_FEATURES", "['res4']"), "returns res5, which MODEL.DETR.IN_FEATURES"),
     (("MODEL.DETR.DIM", "48"), "DIM 48"),
     (("MODEL.DETR.DECODER_LAYERS", "0"), "DECODER_LAYERS 0"),
     (("MODEL.DETR.ATTENTION_KERNEL", "cuda"), "ATTENTION_KERNEL is 'cuda': choose auto, bag"),

@@ -286,7 +286,7 @@ class TestWeakImages:
         assert torch.equal(memory.levels()[0], both.levels()[0][:1])
 
     def test_images_that_no_part_reads(self):
-        with pytest.raises(UsageError, match="no part of the detector has losses of images of kind captions"):
+        with pytest.raises(UsageError, match="no part of the detector has a loss for images of kind captions"):
             detector(Weak("labels", IMAGE_LABELS))(self.images([CAPTIONS]))
 
 

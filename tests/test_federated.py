@@ -153,7 +153,7 @@ def test_training_without_counts_says_so():
     from detectron2.utils.events import EventStorage
 
     network = federated_model(FEDERATED_WORDS=2)
-    with EventStorage(), pytest.raises(UsageError, match="load DATASETS.TRAIN before"):
+    with EventStorage(), pytest.raises(UsageError, match="needs the class counts of DATASETS.TRAIN"):
         network.train()(micro.images(1))
 
 
@@ -163,7 +163,7 @@ def test_training_without_counts_says_so():
         ({"CLS_LOSS": "focal"}, "softmax"),
         ({"CLS_LOSS": "softmax", "FEDERATED_WORDS": 5}, "FEDERATED_WORDS is 5"),
         ({"FEDERATED_WORDS": -1}, "FEDERATED_WORDS is -1"),
-        ({"CLASSIFIER": "closed_set"}, 'needs MODEL.OVD.CLASSIFIER "text"'),
+        ({"CLASSIFIER": "closed_set"}, 'requires MODEL.OVD.CLASSIFIER "text"'),
     ],
 )
 def test_switches_that_do_not_go_together(changes, named):

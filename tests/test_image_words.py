@@ -93,7 +93,7 @@ class TestPriorWords:
     def test_what_is_wrong(self, priors):
         with pytest.raises(CacheError, match="no entry for image id 77: it was made for other images"):
             PriorWords(priors, NAMES)(77)
-        with pytest.raises(CacheError, match="about cat, dog.*none of which is in the vocabulary.*sun, moon"):
+        with pytest.raises(CacheError, match="has the words cat, dog.*none is in the vocabulary.*sun, moon"):
             PriorWords(priors, ("sun", "moon"))
         with pytest.raises(UsageError, match="not by 'all'"):
             PriorWords(priors, NAMES, fill="all")

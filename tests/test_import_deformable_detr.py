@@ -140,7 +140,7 @@ def test_files_that_are_not_whole_are_refused(state):
     name = "model.input_proj.0.1.weight"
     with pytest.raises(DataError, match="1 weights of another shape .neck.levels.0.1.weight"):
         import_weights({**weights, name: weights[name][:5]})
-    with pytest.raises(DataError, match="no key or value projection"):
+    with pytest.raises(DataError, match="no matching key or value projection"):
         import_weights({n: value for n, value in weights.items() if "0.self_attn.k_proj.weight" not in n})
     with pytest.raises(DataError, match="lack 'transformer.level_embed'"):
         import_weights({n: value for n, value in weights.items() if "level_embed" not in n})

@@ -93,4 +93,4 @@ def test_on_a_query_based_detector(root, tmp_path):
 def test_captions_without_a_method_that_reads_them_are_refused(root, tmp_path):
     done = train(root, tmp_path, "MODEL.PARTS", "[]")
     assert done.returncode == 2
-    assert "no part of the detector has losses of images of kind captions" in done.stderr
+    assert "no part of the detector has a loss for images of kind captions" in done.stderr

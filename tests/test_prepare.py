@@ -231,7 +231,7 @@ REFUSED = {
     "contiguous ids without names": (
         oadp,
         _drop_names,
-        "without a name.*VLDet counts 65 from 1.*OADP from 0.*official",
+        "without a name.*VLDet numbers 65 classes from 1.*OADP from 0.*official",
     ),
     "unknown name": (regionclip, _rename, "COCO does not have: aeroplane.*official COCO files instead"),
     "id twice": (regionclip, _twice("id"), "category id 1 twice"),
@@ -241,7 +241,7 @@ REFUSED = {
     "list replaced": (
         vldet,
         _other_list,
-        r"categories that it does not list: \d+ \(annotation \d+\).*numbered in two ways",
+        r"categories that it does not list: \d+ \(annotation \d+\).*numbered differently",
     ),
     "a class missing": (
         regionclip,
@@ -251,7 +251,7 @@ REFUSED = {
     "a set of no layout": (clipself, lambda data: data["categories"].pop(4), "64 categories, not the 48 base"),
     "no categories": (regionclip, lambda data: data.update(categories=[], annotations=[]), "has no category"),
     "not instances": (regionclip, lambda data: data.pop("annotations"), "no list 'annotations'"),
-    "our own": (regionclip, lambda data: data.update(manifest={}), "file of prepare_ov_coco.py already"),
+    "our own": (regionclip, lambda data: data.update(manifest={}), "needs no conversion"),
 }
 
 
@@ -281,7 +281,7 @@ def test_missing_classes_repeated_annotations_and_unknown_subsets_are_refused(of
     refuse("images of train2017 and of val2017", {**train, "images": train["images"] + val["images"]})
     bare = regionclip(train, BASE)
     bare["images"] = [{key: image[key] for key in image if key != "coco_url"} for image in bare["images"]]
-    refuse("neither the coco_url of its images nor its name", bare)
+    refuse("neither the coco_url of its images nor its file name", bare)
     source = write(tmp_path / "ovd_ins_train2017_b.json", bare)
     assert [path.name for path, _ in import_ov_coco([source], tmp_path / "out", UNCHECKED)] == [TRAIN]
 

@@ -271,7 +271,7 @@ class TestSecondaryScores:
 
     @torch.no_grad()
     def test_two_parts_that_give_them_are_an_error(self):
-        with pytest.raises(UsageError, match="first and second both give secondary scores"):
+        with pytest.raises(UsageError, match="first and second both compute secondary scores"):
             detector(named(Scores(), "first"), named(Scores(), "second"))(micro.images(1))
 
     @torch.no_grad()

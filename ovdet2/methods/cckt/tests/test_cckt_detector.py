@@ -175,7 +175,7 @@ def test_clip_detr_on_it_leaves_its_losses():
 def test_words_of_another_vocabulary():
     with pytest.raises(UsageError, match="present words .* of 0.jpg"):
         model()(samples(words=((4, 1), (0,))))  # word 4 is novel
-    with pytest.raises(UsageError, match="comes without its present words"):
+    with pytest.raises(UsageError, match="has no present words attached"):
         model()(micro.images())
 
 

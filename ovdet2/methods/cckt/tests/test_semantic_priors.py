@@ -137,14 +137,14 @@ class TestPriors:
 
     def test_no_novel_word_in_training(self):
         module = priors()
-        with pytest.raises(UsageError, match=r"present words \[1, 3\] of 0.jpg \(id 0\) are not below 3"):
+        with pytest.raises(UsageError, match=r"present words \[1, 3\] of 0.jpg \(id 0\) must be below 3"):
             module(queries(1), samples([1, 3]))
         module.eval()(queries(1), samples([1, 3]))
         with pytest.raises(UsageError, match="not below 5.*another vocabulary"):
             module(queries(1), samples([5]))
 
     def test_without_words(self):
-        with pytest.raises(UsageError, match=r"7.jpg \(id 7\) comes without its present words"):
+        with pytest.raises(UsageError, match=r"7.jpg \(id 7\) has no present words attached"):
             priors()(queries(1), [Sample(file_name="7.jpg", image_id=7)])
 
     def test_unknown_assignment(self):

@@ -286,7 +286,7 @@ def test_most_objects_of_an_image(caplog):
         references = sets.extra.queries.references[sets.matches.image, sets.matches.query]
         torch.testing.assert_close(references, targets.boxes_cxcywh[sets.matches.target].double())
     assert chosen == set(range(5))
-    assert "0.jpg (id 10): dynamic queries for 3 of its 5 objects" in caplog.text and "1.jpg" not in caplog.text
+    assert "0.jpg (id 10): dynamic queries of 3 of its 5 objects" in caplog.text and "1.jpg" not in caplog.text
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 0)])

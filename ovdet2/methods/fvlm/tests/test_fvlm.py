@@ -296,7 +296,7 @@ class TestByConfiguration:
             Teacher.load("ovshapes-resnet", str(tmp_path / "wrong.safetensors"))
 
     @pytest.mark.parametrize("overrides, words", [
-        (("MODEL.BACKBONE.FREEZE_AT", 2), "fvlm reads a trunk .*FREEZE_AT to 5 .now 2"),
+        (("MODEL.BACKBONE.FREEZE_AT", 2), "fvlm requires a frozen trunk.*FREEZE_AT to 5 .now 2"),
         (("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), "build_clip_fpn_backbone"),
         (("MODEL.FVLM.TEMPERATURE", 0.0), "above 0"),
         (("INPUT.FORMAT", "BGR"), "INPUT.FORMAT to RGB"),

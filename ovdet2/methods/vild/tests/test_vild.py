@@ -346,8 +346,8 @@ OWN_HEAD = ["MODEL.VILD.OWN_HEAD", True, "MODEL.OVD.SECONDARY_SCORES", "image"]
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["MODEL.VILD.OWN_HEAD", True], "nothing trains that head"),
-        (["MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "nothing learns what a region is"),
+        (["MODEL.VILD.OWN_HEAD", True], "no other loss trains that head"),
+        (["MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "text classifier would stay untrained"),
         (["MODEL.OVD.SECONDARY_SCORES", "vlm"], "choose one of none, .*image, crops"),
         (["MODEL.OVD.SECONDARY_USE", "mean"], "choose one of fuse, only, only_objectness"),
         ([*DISTILS, "MODEL.OVD.CLASSIFIER", "closed_set"], 'only "text" has an embedding'),
@@ -355,12 +355,12 @@ OWN_HEAD = ["MODEL.VILD.OWN_HEAD", True, "MODEL.OVD.SECONDARY_SCORES", "image"]
         ([*DISTILS, "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True], "TRAIN_ON_PRED_BOXES"),
         ([*DISTILS, "MODEL.VILD.REGIONS_PER_IMAGE", 0], "at least 1"),
         ([*DISTILS, "MODEL.VILD.OWN_HEAD", True], 'only MODEL.OVD.SECONDARY_SCORES "image" uses'),
-        ([*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves background untrained"),
+        ([*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0], "leaves the background embedding untrained"),
         (
             [*DISTILS, "MODEL.OVD.CLS_LOSS_WEIGHT", 0.0, *OWN_HEAD],
             "leaves the classifier untrained",
         ),
-        (["MODEL.KEYPOINT_ON", True], "no keypoints"),
+        (["MODEL.KEYPOINT_ON", True], "no keypoint head"),
         (["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK", False], "CLS_AGNOSTIC_MASK"),
     ],
 )
