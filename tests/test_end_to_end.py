@@ -223,7 +223,7 @@ def test_a_vocabulary_file_is_joined_by_the_distractors(run, tmp_path):
     assert joined.names == whole.names and joined.category_ids == whole.category_ids
     assert torch.allclose(joined.embeddings, whole.embeddings, atol=1e-6)
     cfg.MODEL.OVD.CLASSIFIER = "closed_set"
-    with pytest.raises(UsageError, match="closed-set head cannot be asked for TEST.DISTRACTORS"):
+    with pytest.raises(UsageError, match="closed-set head takes no TEST.DISTRACTORS"):
         build_classifier(cfg, 8, WordBank(whole))
 
 

@@ -95,7 +95,7 @@ class TestPriorWords:
             PriorWords(priors, NAMES)(77)
         with pytest.raises(CacheError, match="has the words cat, dog.*none is in the vocabulary.*sun, moon"):
             PriorWords(priors, ("sun", "moon"))
-        with pytest.raises(UsageError, match="not by 'all'"):
+        with pytest.raises(UsageError, match="fill must be none or random"):
             PriorWords(priors, NAMES, fill="all")
 
 

@@ -126,7 +126,7 @@ def test_class_rows_are_chosen_by_category_id(state):
         assert torch.equal(chosen[name], expected)
     without, _ = import_weights(weights, class_rows=[])
     assert without.keys() == {name for name in whole if not name.startswith("class_branches.")}
-    with pytest.raises(DataError, match=f"{CLASSES} rows, category 90"):
+    with pytest.raises(DataError, match=f"{CLASSES} rows, which do not include category 90"):
         import_weights(weights, class_rows=[90])
 
 
@@ -146,7 +146,7 @@ def test_files_that_are_not_whole_are_refused(state):
         import_weights({n: value for n, value in weights.items() if "level_embed" not in n})
     if variant != "one_stage":
         copy = "model.decoder.bbox_embed.0.layers.0.bias"
-        with pytest.raises(DataError, match="layers.0.bias differs from the weight it should be a copy of"):
+        with pytest.raises(DataError, match="layers.0.bias differs from the weight that it must be equal to"):
             import_weights({**weights, copy: weights[copy] + 1})
 
 

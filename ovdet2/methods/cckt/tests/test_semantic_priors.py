@@ -140,7 +140,7 @@ class TestPriors:
         with pytest.raises(UsageError, match=r"present words \[1, 3\] of 0.jpg \(id 0\) must be below 3"):
             module(queries(1), samples([1, 3]))
         module.eval()(queries(1), samples([1, 3]))
-        with pytest.raises(UsageError, match="not below 5.*another vocabulary"):
+        with pytest.raises(UsageError, match="must be below 5.*another vocabulary"):
             module(queries(1), samples([5]))
 
     def test_without_words(self):
