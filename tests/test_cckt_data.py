@@ -261,7 +261,10 @@ class TestWords:
         cfg = configured(data, PRIOR_FILE=priors(data, *options))
         with caplog.at_level("INFO", "ovdet2.methods.cckt.sample"):
             build_sample_maker(cfg, False)
-        assert "simulation, backend noisy-oracle" in caplog.text.lower() and "do not report figures with them as results of a method" in caplog.text
+        assert (
+            "simulation, backend noisy-oracle" in caplog.text.lower()
+            and "do not report figures with them as results of a method" in caplog.text
+        )
 
     def test_filling_that_is_none(self, data):
         cfg = configured(data, PRIOR_FILE=priors(data), PRIOR_FILL="all")

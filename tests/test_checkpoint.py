@@ -274,12 +274,12 @@ class TestLoadAll:
         with pytest.raises(DataError, match=r"weights.pth does not hold 5 .*1.weight \(\[9\].*\[8\].*0.bias \(missing"):
             AtomicCheckpointer(self.model()).load_all(path)
         with pytest.raises(DataError, match="0.bias"):
-            AtomicCheckpointer(self.model(9), str(tmp_path)).resume_or_load(path, resume=True, whole=True)
+            AtomicCheckpointer(self.model(9), str(tmp_path)).resume_or_load(path, resume=True, complete=True)
         AtomicCheckpointer(self.model(9)).load(path)  # to start from, it will do
 
     def test_nothing_to_load(self, tmp_path):
         with pytest.raises(UsageError, match="MODEL.WEIGHTS"):
-            AtomicCheckpointer(self.model(), str(tmp_path)).resume_or_load("", resume=True, whole=True)
+            AtomicCheckpointer(self.model(), str(tmp_path)).resume_or_load("", resume=True, complete=True)
 
 
 class TestParts:

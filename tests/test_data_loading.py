@@ -102,7 +102,11 @@ class TestDecoding:
 
     @pytest.mark.parametrize(
         "content, reason",
-        [(b"", "the file is empty"), (b"<!DOCTYPE html><html>not found</html>", "HTML"), (b"\x7fELF" * 9, "not recognise its format")],
+        [
+            (b"", "the file is empty"),
+            (b"<!DOCTYPE html><html>not found</html>", "HTML"),
+            (b"\x7fELF" * 9, "not recognise its format"),
+        ],
     )
     def test_not_an_image(self, tmp_path, content, reason):
         path = tmp_path / "page.jpg"

@@ -313,7 +313,7 @@ def test_text_branch_equals_a_float64_reference():
     np.testing.assert_allclose(
         branch(hidden).detach() + 1.5, 100 * (wanted[..., : words.num_base] + 1.5) / 9, atol=1e-3
     )
-    with pytest.raises(UsageError, match="scale of the text branch"):
+    with pytest.raises(UsageError, match="initial scale of the text classifier"):
         TextBranch(SIZES["dim"], WordBank(words), scale=0)
 
 

@@ -52,7 +52,7 @@ OPTIONS = {
     "--dim": {"type": positive, "default": 512, "help": "dimensions, for reading"},
     "--cached-images": {"type": int, "default": 2000, "help": "images of the cache that is read at random"},
     "--side": {"type": positive, "default": 800, "help": "shorter side of a training image"},
-    "--no-reading": {"action": "store_true", "help": "leave out all that reads a cache"},
+    "--no-reading": {"action": "store_true", "help": "do not measure what reads a cache"},
 }
 
 

@@ -67,7 +67,7 @@ def their_model(variant: str) -> nn.Module:
 
 
 def our_model(variant: str) -> DeformableDETR:
-    """Ours with the weights of :func:`their_model`, stem and first stage frozen as there."""
+    """The model of ovdet2 with the weights of :func:`their_model`, stem and first stage frozen as there."""
     weights, _ = import_weights(their_model(variant).state_dict())
     transformer = DeformableTransformer(variant, dropout=0.0)
     branches = [ClosedSetBranch(256, CLASSES) for _ in range(transformer.num_branches)]

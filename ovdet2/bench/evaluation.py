@@ -7,7 +7,7 @@ r"""Time and memory of the evaluation, against the reference implementations, on
 What is timed, on the same boxes:
 - ovdet2: reading predictions.jsonl, and all figures of all classes. The ground truth is in memory.
 - the reference: from a list of result dicts in memory through loadRes or LVISResults, evaluate, accumulate, summarize.
-  Its ground truth is in memory and indexed; that the results would have to be read from a file first is left out, which
+  Its ground truth is in memory and indexed; the time to read results from a file is not included, which
   favours the reference.
 The figures of both are compared as well. ``lvis`` is installed with "pip install --no-deps lvis==0.5.3". The ratio is to
 ovdet2.

@@ -33,7 +33,7 @@ def peak_above(work: Callable[[], object], device: str = "cpu") -> float:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
     except (OSError, AttributeError) as error:
-        raise SetupError(f"peak memory is measured on Linux with glibc alone ({error}): give --no-memory.") from None
+        raise SetupError(f"peak memory is measured on Linux with glibc only ({error}): give --no-memory.") from None
     before = high_water()
     work()
     return high_water() - before

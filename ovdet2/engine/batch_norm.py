@@ -11,7 +11,7 @@ def average_batch_norm(model: torch.nn.Module) -> None:
     """Set every running mean and variance to its mean over the processes; in a single process, do nothing.
 
     Each process follows the images it sees, so without this the processes would evaluate different models, and a
-    checkpoint would hold the statistics of rank 0. Modules in evaluation mode do not follow anything and are left out.
+    checkpoint would hold the statistics of rank 0. Modules in evaluation mode have no running statistics to average and are skipped.
     A collective call: call it in every process. A second call in a row changes no bit, for the sum is in float64:
     whether an evaluation follows a checkpoint makes no difference to a resumed run.
 

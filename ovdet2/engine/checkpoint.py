@@ -38,7 +38,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer with atomic writing, safe reading, and a way back from a damaged file.
 
     A checkpoint is written beside its final name, fsynced and renamed; then the pointer ``last_checkpoint`` is
-    replaced in the same way; only then are older files removed. At every instant the pointer names a whole file.
+    replaced in the same way; only then are older files removed. The pointer names a complete file at all times.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
-        self._incompatible: _IncompatibleKeys | None = None  # what the latest load left out
+        self._incompatible: _IncompatibleKeys | None = None  # entries that the latest load did not find or use
         self.loaded = ""  # the file or URL of the latest load
 
     def save(self, name: str, **extra: Any) -> None:
@@ -89,7 +89,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             # torch's zip writer reports a full disk as a RuntimeError.
             raise SetupError(
                 f"cannot write the checkpoint {path} ({error}): free some disk space and go on with --resume; "
-                f"the latest whole checkpoint is {self.get_checkpoint_file() or 'none'}."
+                f"the latest complete checkpoint is {self.get_checkpoint_file() or 'none'}."
             ) from error
         self._remove_old()
 
@@ -117,8 +117,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def load_all(self, path: str) -> dict[str, Any]:
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
 
-        Not asked for are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
-        what matters to training alone: parts that are ``training_only``, and the step counts of batch normalisation,
+        Not required are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
+        what only training uses: parts that are ``training_only``, and the step counts of batch normalisation,
         which converted files lack.
 
         Args:
@@ -156,31 +156,31 @@ class AtomicCheckpointer(DetectionCheckpointer):
             )
         return loaded
 
-    def resume_or_load(self, path: str, *, resume: bool = True, whole: bool = False) -> dict[str, Any]:
-        """Resume from the newest whole checkpoint of the folder, or load ``path`` when there is none or not asked.
+    def resume_or_load(self, path: str, *, resume: bool = True, complete: bool = False) -> dict[str, Any]:
+        """Resume from the newest complete checkpoint of the folder, or load ``path`` if there is none or ``resume`` is False.
 
         Args:
             path: as for :meth:`load`.
             resume: whether to look into the folder first.
-            whole: the model is to be evaluated: load its weights alone, by :meth:`load_all`.
+            complete: load only the weights, all of them, by :meth:`load_all`: for an evaluation.
 
         Returns:
             What the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
             was loaded, whose iterations are not those of this run.
 
         Raises:
-            UsageError: ``whole``, and there is nothing to load.
+            UsageError: ``complete``, and there is nothing to load.
             DataError: there are checkpoints and none can be read, or the processes see different ones; see
                 :meth:`load` and :meth:`load_all`.
         """
         candidates = self._newest_first() if resume else []
         if not candidates:
-            self.load_all(path) if whole else self.load(path, checkpointables=[])
+            self.load_all(path) if complete else self.load(path, checkpointables=[])
             return {}
         for candidate in candidates:
             try:
                 verify_archive(candidate)
-                loaded = self.load_all(str(candidate)) if whole else self.load(str(candidate))
+                loaded = self.load_all(str(candidate)) if complete else self.load(str(candidate))
             except DamagedFile as error:
                 self.logger.warning("%s Trying the checkpoint before it.", error)
                 continue
@@ -218,7 +218,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """Load the weights except those of modules that take the vocabulary of this run.
 
         A sub-module with ``adopt_saved_vocabulary(saved)`` is handed its own entries, prefix removed, and decides.
-        What the checkpoint has of a training-only part that the model lacks is left out without a warning. Entries of
+        What the checkpoint has of a training-only part that the model lacks is skipped without a warning. Entries of
         earlier versions get the names of today.
         """
         adopting = [

@@ -15,7 +15,7 @@ class WeightAverage:
 
     Gradients are averaged over the processes, so each of them keeps the same average. Buffers are not averaged: they
     are the trained model's. A checkpoint's "model" is the average, and the trained weights travel beside it
-    (:meth:`state_dict`): whoever opens the file gets the weights that were evaluated.
+    (:meth:`state_dict`): the file holds the weights that were evaluated.
     """
 
     def __init__(self, trained: torch.nn.Module, decay: float) -> None:

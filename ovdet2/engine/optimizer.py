@@ -88,7 +88,7 @@ def scale_learning_rates(
 
 def full_model_norm(cfg: CfgNode) -> float | None:
     """The L2 norm over all gradients to clip to, which DETR-like recipes need beside Detectron2's CLIP_TYPE "value" and
-    "norm"; None: not asked for.
+    "norm"; None: no clipping of that kind.
 
     Raises:
         UsageError: another CLIP_TYPE.

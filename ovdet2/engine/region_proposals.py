@@ -85,7 +85,7 @@ class ProposalBoxes:
         if leaked:
             raise DataError(
                 f"{cfg.MODEL.WEIGHTS} was trained with boxes of {', '.join(leaked[:5])}, novel classes of "
-                f"{split.name}: take proposals of a detector trained on its base classes alone."
+                f"{split.name}: take proposals of a detector trained on its base classes only."
             )
         return cls(cfg, model)
 
@@ -93,7 +93,7 @@ class ProposalBoxes:
         """What the manifest says of the source."""
         cfg = self.cfg
         rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
-        # Not the whole model: the words' embeddings propose nothing, and differ in their last digits between machines.
+        # Without the word embeddings: they do not affect proposals, and differ in their last digits between machines.
         parts = ("backbone.", "proposal_generator.")
         proposing = {name: tensor for name, tensor in self.model.state_dict().items() if name.startswith(parts)}
         return {

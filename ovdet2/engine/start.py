@@ -29,7 +29,7 @@ from ovdet2.io.files import write_text
 
 logger = logging.getLogger(__name__)
 
-# Switches of Detectron2 that its own trainer or train_net honour and ours does not.
+# Switches of Detectron2 that Detectron2's own trainer or train_net reads and this one does not.
 _NOT_SUPPORTED = ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED")
 
 
@@ -136,7 +136,7 @@ def _report(cfg, reference, on_cpu, changed):
     Args:
         cfg: what is run.
         reference: world size that the configuration was written for.
-        on_cpu: whether MODEL.DEVICE asked for CUDA in vain.
+        on_cpu: whether MODEL.DEVICE names CUDA and there is none.
         changed: overrides that make the figures of TEST.EXPECTED_RESULTS meaningless.
     """
     logger.debug("Command: %s", " ".join(sys.argv))

@@ -85,7 +85,7 @@ class CheckedStep:
             self.scaler.scale(total).backward()
             self.scaler.unscale_(self.optimizer)
             self._clip()
-            # The scaler itself leaves out steps whose float16 gradients overflow, and halves its scale.
+            # The scaler itself skips steps whose float16 gradients overflow, and halves its scale.
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if self.scaler.get_scale() < 1:

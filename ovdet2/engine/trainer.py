@@ -52,7 +52,7 @@ class Trainer(DefaultTrainer):
     """Detectron2's default trainer on CPU or CUDA, in one or several processes.
 
     Its constructor is replaced, not extended: Detectron2's wraps the model for CUDA only. The model, its classes and
-    its vocabulary are known to MODEL.META_ARCHITECTURE alone.
+    its vocabulary are known only to MODEL.META_ARCHITECTURE.
     """
 
     _trainer: CheckedStep  # pyrefly: ignore[bad-override]  it takes the place of Detectron2's trainers
@@ -104,7 +104,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks([*self.build_hooks()])
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the newest whole checkpoint of OUTPUT_DIR if asked and there is one, else load MODEL.WEIGHTS."""
+        """Go on from the newest complete checkpoint of OUTPUT_DIR if ``resume`` and there is one, else load MODEL.WEIGHTS."""
         if not resume and self.checkpointer.has_checkpoint():
             logger.warning(
                 "%s holds checkpoints of an earlier run, which this run will replace (--resume would go on from them).",
@@ -171,10 +171,10 @@ class Trainer(DefaultTrainer):
         return built
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the weights; a collective call, whole on rank 0."""
+        """All that a resumed run needs beside the weights; a collective call, complete on rank 0."""
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
-        # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 asks for torch's
+        # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would start anew
         # without a word.
         state["scheduler"] = self.scheduler.state_dict()
@@ -222,7 +222,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_trained(cls, cfg: CfgNode) -> nn.Module:
-        """MODEL.META_ARCHITECTURE with MODEL.WEIGHTS, for evaluation, on the CPU where there is no GPU.
+        """MODEL.META_ARCHITECTURE with MODEL.WEIGHTS, for evaluation, on the CPU if no GPU is available.
 
         Raises:
             UsageError, DataError: see :meth:`build_model` and :meth:`AtomicCheckpointer.load_all`.
@@ -356,8 +356,8 @@ def _require_words(cfg: CfgNode, model: nn.Module) -> None:
         wanted = (*split.names, *distractors(cfg))
         if vocabulary.names != wanted:
             raise UsageError(
-                f"the model is asked for the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
-                f"{len(wanted)}, or others: evaluate one data set at a time, with DATASETS.TEST of it alone."
+                f"the model has the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
+                f"{len(wanted)}, or others: evaluate one data set at a time, named in DATASETS.TEST."
             )
 
 

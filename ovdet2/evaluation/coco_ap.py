@@ -1,6 +1,6 @@
 """Average precision and recall of one class at a time, by the rules of COCO or of LVIS, and means over classes.
 
-COCO and LVIS average over classes what is computed for each alone, so evaluating class by class is exact, and only one
+COCO and LVIS average over classes what is computed for each separately, so evaluating class by class is exact, and only one
 class's boxes or masks are Python objects at a time.
 
 Shapes: G ground-truth objects, R detections. Boxes are XYXY in pixels of the original image.
@@ -47,7 +47,7 @@ def evaluate_classes(
 
     Returns:
         {category id: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<limit>" of each limit, "ARs", "ARm", "ARl"}}, in
-        percent: 101 recall points, IoU 0.50:0.05:0.95 unless the name gives another. nan where there is no ground
+        percent: 101 recall points, IoU 0.50:0.05:0.95 unless the name gives another. nan without ground
         truth that is not crowd, of that size for s, m, l.
     """
     truth_rows, found_rows = _RowsByClass(truth.category_ids), _RowsByClass(detections.category_ids)
@@ -171,7 +171,7 @@ def _names(limits):
 
 
 def _figures_of(result, limits):
-    """Percentages of the engine's arrays, which hold -1 where there is no ground truth."""
+    """Percentages of the engine's arrays, which hold -1 without ground truth."""
     precision = result["precision"][:, :, 0, :, -1]  # thresholds x recalls x areas
     recall = result["recall"][:, 0]  # thresholds x areas x limits
     values = {"AP50": precision[0, :, 0], "AP75": precision[5, :, 0]}

@@ -1,4 +1,4 @@
-"""Ground truth and detections of a whole data set as columns: what the metrics and the report compute on.
+"""Ground truth and detections of a data set as columns: what the metrics and the report compute on.
 
 Shapes: G ground-truth boxes, R detections. Boxes are XYXY in pixels of the original image.
 """

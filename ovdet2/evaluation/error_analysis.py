@@ -45,7 +45,7 @@ def analyse(truth: Truth, detections: Detections, split: Split, matches: Matches
 
 
 def error_split(truth: Truth, detections: Detections, split: Split, matches: Matches) -> dict[str, Any]:
-    """How many errors there are of each kind, and how much AP50 rises when one kind alone is repaired.
+    """How many errors there are of each kind, and how much AP50 rises if only errors of one kind are repaired.
 
     Repairing (the oracles of TIDE): of the classification errors on one box that nothing has found, and of the
     localisation errors likewise, the best-scoring one turns true, in its box's class, and the others vanish; both,
@@ -93,7 +93,7 @@ def precision_recall(
 def confusion(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
     """What the detector calls each ground-truth box: the word of the best-scoring detection on it, whatever its class.
 
-    A detection is on a box when their IoU is at least 0.5 and it has not found another box of its own class. In a
+    A detection is on a box when their IoU is at least 0.5 and it has not found another box of the same class. In a
     federated data set another word may be right as well.
 
     Returns:

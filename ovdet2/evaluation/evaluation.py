@@ -25,7 +25,7 @@ class Evaluation:
 
     Attributes:
         truth: :class:`~ovdet2.evaluation.columns.Truth`.
-        detections: :class:`~ovdet2.evaluation.columns.Detections`, those of distractor words left out.
+        detections: :class:`~ovdet2.evaluation.columns.Detections`, without those of distractor words.
         report: dict of :func:`~ovdet2.evaluation.report.build_report`.
     """
 

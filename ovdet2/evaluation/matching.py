@@ -1,7 +1,7 @@
-"""Every detection explained against the ground truth at IoU 0.5: true, left out, or an error of one of five kinds.
+"""Every detection explained against the ground truth at IoU 0.5: true, ignored, or an error of one of five kinds.
 
 The kinds and their order are those of TIDE (Bolya et al., ECCV 2020) as its authors' tidecv 1.0.1 has them, but for one
-thing: a detection that the metric leaves out (on a crowd; by LVIS's federated rule) is no error here, while tidecv
+thing: a detection that the metric ignores (on a crowd; by LVIS's federated rule) is no error here, while tidecv
 explains it as well.
 
 Shapes: R detections, G ground-truth boxes, of the data set or of one image. Boxes are XYXY in pixels.
@@ -33,7 +33,7 @@ class Matches:
             turns true when its kind of error is repaired, the others vanish.
         missed: [G] bool, neither found nor to be found by repairing an error; False for crowds.
         said: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and has
-            not found another box; -1 where there is none, and for crowds.
+            not found another box; -1 if there is none, and for crowds.
     """
 
     outcome: np.ndarray
@@ -47,7 +47,7 @@ def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
     """Explain all detections of a data set.
 
     By falling score each detection takes the free box of its class that it overlaps most, if the IoU reaches 0.5. One
-    that takes none is left out where the metric does so: when half of it lies on a crowd of its class, and in a
+    that takes none is ignored if the metric ignores it: when half of it lies on a crowd of its class, and in a
     federated data set (images with "neg_category_ids") when its class is neither annotated nor verified absent in the
     image, or not annotated exhaustively. What remains is an error, of the first kind that fits:
 
@@ -172,7 +172,7 @@ def _explain(overlaps, same, found, left_out):
 
 
 def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
-    """Write what an image's boxes have to say into ``matches``: gt_rows, repairs, missed and said.
+    """Fill the entries of ``matches`` for the ground-truth boxes of an image: gt_rows, repairs, missed and said.
 
     Args:
         rows, gt_rows: of the image's detections by falling score and of its boxes, crowds apart.

@@ -47,10 +47,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         proposals_per_image: how many proposals of an image the model gives at most; recall is reported at those of
             :data:`PROPOSAL_LIMITS` that are not above it.
         distractors: names the vocabulary has after the data set's K; no annotation is of their classes K, K + 1, ...
-            They take part in the choice of an image's best detections, and are then counted and left out of AP.
+            They take part in the choice of an image's best detections, and are then counted and ignored in AP.
         facts: further entries of report.json, such as the vocabulary's fingerprint; JSON-serialisable.
         decoder_layers: their number, for a detector that gives the detections of every layer; 0: none apart. The
-            predictions of those before the last go to folders of their own, ``decoder_layer_01`` and so on, the figures
+            predictions of those before the last go to separate folders, ``decoder_layer_01`` and so on, the figures
             of all into "decoder_layers" of the report.
 
     After :meth:`evaluate`, the first process has ``evaluation``, an
@@ -103,7 +103,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             outputs: list of dicts with "instances" (pred_boxes XYXY in pixels of the original image, scores,
                 pred_classes contiguous and base first, then distractors; for a data set with masks also, in all or in
                 none of the images with detections, pred_masks [R, H, W] bool), in all or in no image "proposals"
-                (proposal_boxes, objectness_logits) and, if asked for, "decoder_layers", a list of the like of
+                (proposal_boxes, objectness_logits) and, with TEST.DECODER_LAYERS, "decoder_layers", a list of
                 "instances" for the layers before the last.
 
         Raises:
@@ -176,7 +176,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         """Write the detections of the decoder layers before the last, each to its own file."""
         if self._layer_folders and len(layers) != len(self._layer_folders):
             raise UsageError(
-                f"TEST.DECODER_LAYERS asks for the detections of {len(self._layer_folders)} decoder layers before the "
+                f"TEST.DECODER_LAYERS requires the detections of {len(self._layer_folders)} decoder layers before the "
                 f"last, and the model gives {len(layers)}: switch it off for detectors without decoder layers."
             )
         for writer, instances in zip(self._layer_writers, layers):

@@ -75,7 +75,7 @@ def read_predictions(path: str | Path) -> Predictions:
 class MaskColumn(Sequence):
     """Run-length codes of R masks, whose counts lie in an unnamed file that is mapped into memory.
 
-    An element is {"size": [height, width], "counts": str}, made when it is asked for.
+    An element is {"size": [height, width], "counts": str}, made on access.
 
     Args:
         counts: bytes-like, the counts of all masks one after the other.

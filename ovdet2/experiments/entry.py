@@ -76,7 +76,7 @@ class Column:
     Attributes:
         path: of the value within the report, ("bbox", "AP50-novel"), or within the entry's facts, ("facts", "rho").
         show: the text of a value; None: mean and standard deviation over the seeds, with one decimal.
-        required: a report without this figure is an error of the user, who asked for it; otherwise the cell is "-".
+        required: a report without this figure is an error, because the user requested it; otherwise the cell is "-".
     """
 
     path: tuple[str, ...]

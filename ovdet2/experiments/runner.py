@@ -39,7 +39,7 @@ class Runner:
         """Make what an entry needs, train and evaluate it with one seed unless that is done; returns its folder.
 
         Raises:
-            DataError: its folder, or an artefact, was made of other inputs, which are named, or does not record them.
+            DataError: its folder, or an artefact, was made with other inputs, which are named, or does not record them.
             SystemExit: a program failed; with its exit code.
         """
         entry, folder = self.experiment.entries[name], self.folder(name, seed)
@@ -62,7 +62,7 @@ class Runner:
         """The path of an artefact, made if it is not there.
 
         Raises:
-            DataError: it was made of other inputs, or the user's does not exist.
+            DataError: it was made with other inputs, or the user's does not exist.
         """
         if name not in self._artefacts:
             artefact = self.experiment.artefacts[name]

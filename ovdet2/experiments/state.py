@@ -15,13 +15,13 @@ _INPUTS = "made_of"  # in the files
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The state in a file; None where there is none."""
+    """The state in a file; None if there is none."""
     return read_json(path) if path.is_file() else None
 
 
 def differing(state: Mapping[str, Any], inputs: Mapping[str, str]) -> list[str]:
     """Names of the inputs whose hash is not the recorded one."""
-    recorded = state.get(_INPUTS, state)  # earlier versions recorded an ablation's configuration alone
+    recorded = state.get(_INPUTS, state)  # earlier versions recorded only an ablation's configuration
     return [name for name, value in inputs.items() if recorded.get(name) != value]
 
 

@@ -17,7 +17,7 @@ def make_table(experiment: Experiment, results: Mapping[str, Sequence[Mapping[st
     Args:
         experiment: its titles and columns.
         results: {name of an entry: a result for each finished seed}, see :meth:`Runner.result`; entries without any
-            are left out.
+            are not in the table.
 
     Raises:
         UsageError: a required figure does not exist.

@@ -54,7 +54,7 @@ def run_demo(output: Path) -> None:
         f"\n{PICTURES} validation images, above by ViLD-text ({novel_detections(before)} detections of words that had no "
         f"training box), below by ViLD-ensemble ({novel_detections(after)}): {sheet}"
     )
-    print(f"The same images asked for other words ({FREE_WORDS}): {free_words[0].parent}")
+    print(f"The same images with other words ({FREE_WORDS}): {free_words[0].parent}")
     print(f"What ViLD-ensemble gets right and wrong: {output}/vild_ensemble/seed0/inference/{TEST_SET}/report.html")
 
 

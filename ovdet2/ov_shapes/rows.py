@@ -67,7 +67,7 @@ def _detr_rows() -> dict[str, Entry]:
     rows = {
         "detr_closed_set": Entry("Deformable DETR, closed-set head (sanity)", "ovshapes/detr_closed_set_r18.yaml"),
         "detr_text": Entry("Deformable DETR, text head", "ovshapes/detr_text_r18.yaml"),
-        "cckt_similarity": Entry("CCKT-Det: similarity alone (control)", "ovshapes/cckt_similarity_r18.yaml"),
+        "cckt_similarity": Entry("CCKT-Det: similarity only (control)", "ovshapes/cckt_similarity_r18.yaml"),
         "cckt_priors": Entry("CCKT-Det: priors", "ovshapes/cckt_priors_r18.yaml", needs=(priors,)),
         "cckt_contrast": Entry("CCKT-Det: contrast, similarity", "ovshapes/cckt_contrast_r18.yaml", needs=(cache,)),
         "cckt_full": Entry(

@@ -127,7 +127,7 @@ def report(
         print("Without priors, since they cannot be used:\n  " + "\n  ".join(skipped.messages))
     if isinstance(backend, FromFile) and (backend.other_images or backend.other_words):
         print(
-            f"Left out of {args.input}: {backend.other_images} images that {args.dataset} does not have, and "
+            f"Skipped in {args.input}: {backend.other_images} images that {args.dataset} does not have, and "
             f"{sum(backend.other_words.values())} entries of {len(backend.other_words)} words that are not in the list."
         )
     coverage = priors.coverage(split.names)
@@ -142,7 +142,7 @@ def report(
 
 
 class Skipped:
-    """Collects what is wrong with images that are left out, up to a limit."""
+    """Collects what is wrong with images that are skipped, up to a limit."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -170,7 +170,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rho", type=_numbers(float), default=[0.0, 0.7, 0.9], help="thresholds of the table, 0.7,0.9")
     parser.add_argument("--top-l", type=_numbers(_length), default=[6, 12, None], help="lengths of it, 6,12,all")
     bad = get_cfg().DATALOADER.MAX_BAD_IMAGES
-    parser.add_argument("--max-bad-images", type=int, default=bad, help="images that may be left out")
+    parser.add_argument("--max-bad-images", type=int, default=bad, help="images that may be skipped")
     own = parser.add_argument_group("options of a backend")
     own.add_argument("--architecture", help="clip: open_clip architecture")
     own.add_argument("--pretrained", help="clip: pretrained tag, 'embedded' or a weight file")

@@ -156,7 +156,7 @@ def command_of(argv: Sequence[str]) -> str:
 
 
 def device_of(cfg: CfgNode) -> str:
-    """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU where there is no GPU."""
+    """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU if no GPU is available."""
     if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
         return "cpu"
     if "LOCAL_RANK" not in os.environ:
@@ -292,7 +292,7 @@ def summary(args: argparse.Namespace, writer: CacheWriter, teacher: Teacher) -> 
 def print_estimate(
     args: argparse.Namespace, embedder: ShardEmbedder[BoxSource], records: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Boxes, bytes and hours of the whole cache, from a few images spread over the data set."""
+    """Boxes, bytes and hours of the complete cache, from a few images spread over the data set."""
     chosen = records[:: max(1, len(records) // _SAMPLE_IMAGES)][:_SAMPLE_IMAGES]
     embedder.embed(chosen[:1])  # the first pass allocates
     start = time.perf_counter()

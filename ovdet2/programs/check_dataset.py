@@ -29,7 +29,7 @@ SCHEMA, SCHEMA_FIXED = "ovdet2/dataset-check/1", "ovdet2/fixed-json/1"
 
 REPAIR = r"""Write a repaired copy of a COCO- or LVIS-format annotation file.
 
-    # repair what the annotation file alone shows
+    # repair what the annotation file shows without the images
     ovdet2 dataset repair --json datasets/fruit/train.json --output datasets/fruit/train_repaired.json
     # also remove images that are missing or damaged, and list every change in a report
     ovdet2 dataset repair --json datasets/fruit/train.json --images datasets/fruit/images --decode \

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if unknown:
         raise UsageError(f"unknown rows {unknown}; there are {', '.join(experiment.entries)}.")
     if args.table and not experiment.marker:
-        raise UsageError(f"the table of {name} goes to no file: leave out --table, and take {args.output}/table.md.")
+        raise UsageError(f"the table of {name} goes to no file: remove --table, and use {args.output}/table.md.")
     runner = Runner(experiment, args.output, args.passed_on)
     for seed in () if args.tabulate else args.seeds:
         for row in names:

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     open_logs()
     predictor = Detector(args.config_file, overrides=args.opts)
     if args.present is not None and not predictor.has_priors:
-        raise UsageError("this detector takes no semantic priors: leave out --present.")
+        raise UsageError("this detector takes no semantic priors: remove --present.")
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     print(

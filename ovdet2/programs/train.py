@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.eval_only:
         model = Trainer.build_model(without_training_parts(cfg))
         checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, whole=True)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume, complete=True)
         results = Trainer.test(cfg, model, weights=checkpointer.loaded)
         if comm.is_main_process():
             check_claim(cfg, results)

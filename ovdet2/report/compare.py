@@ -40,7 +40,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], most: int = 10) -> dict[str, A
     Returns:
         dict with "unlike" (:func:`differences`), "figures" {task: [(figure, value of a, of b, difference b - a), ...]}
         (None where one does not have it), "metric" of the classes, "gains" and "losses": lists of (name, subset, value
-        of a, of b, difference), the largest first. Classes are paired by their category id, and left out where either
+        of a, of b, difference), the largest first. Classes are paired by their category id, and skipped if either
         has no figure.
     """
     figures = {}

@@ -18,7 +18,7 @@ _LEAST_SIDE = 640  # longer side of a picture, pixels: smaller ones would leave 
 
 def draw(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.ndarray:
     """An image with boxes, words and scores drawn by Detectron2's Visualizer, and with the prior word of each detection
-    after "<-" where there are semantic priors.
+    after "<-" for a detector with semantic priors.
 
     Args:
         image: array [H, W, 3] uint8 RGB.

@@ -39,7 +39,7 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
 
 
 def page(title: str, *sections_html: str) -> str:
-    """A whole document without a link to anything outside of it."""
+    """A complete document without links to other files."""
     style = (files("ovdet2") / "assets" / "report" / "report.css").read_text(encoding="utf-8")
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{text(title)}</title>\n'

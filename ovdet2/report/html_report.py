@@ -65,7 +65,7 @@ def write_html(
 
     Raises:
         DataError: a detection in an image that the data set does not have. A missing or damaged image file is no error
-            but is said in the report.
+            but is stated in the report.
     """
     matches = match(truth, detections, crowds=report["evaluator_type"] != "ov_voc")
     analysis = analyse(truth, detections, split, matches)
@@ -99,10 +99,10 @@ def summary(report: dict[str, Any]) -> str:
     )
     asked = len(report.get("distractors") or ())
     distractors = (
-        f"{asked} distractor words were asked for as well; their {report['distractor_detections']:,} detections are "
-        "left out after the choice of the best of each image"
+        f"{asked} distractor words were in the vocabulary as well; their {report['distractor_detections']:,} detections are "
+        "ignored after the best detections of each image were selected"
         if asked
-        else "No distractor words were asked for"
+        else "There were no distractor words"
     )
     measured = (
         f"<p>{text(report['protocol'])}. {text(report['metric'])}. {report['images']:,} images, "
@@ -145,7 +145,7 @@ def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapp
 
 
 def class_section(per_class: Sequence[dict[str, Any]]) -> str:
-    """AP50 of each class, best first, novel ones in another colour; AP where there is no AP50.
+    """AP50 of each class, best first, novel ones in another colour; AP if there is no AP50.
 
     Args:
         per_class: rows of the report, at least one: {"name", "subset", "boxes", "AP50", "AP", ...}, with masks also
@@ -217,7 +217,7 @@ def error_section(analysis: dict[str, Any], report: dict[str, Any]) -> str:
     )
     left_out = f" {analysis['left_out']:,} detections count neither way." if analysis["left_out"] else ""
     return (
-        "<h2>Errors</h2><p>How much AP50 of boxes would rise if one kind of error alone were repaired (TIDE, Bolya et "
+        "<h2>Errors</h2><p>How much AP50 of boxes would rise if only errors of one kind were repaired (TIDE, Bolya et "
         "al., ECCV 2020). The gains do not add up. A false positive is counted for the subset of the word it says, a "
         f"missed box for that of its own; the gains are of the subset's classes.{left_out}</p>"
         f"<p>AP50 before any repair: {recomputed}.</p>{warning}{legend({'novel': 'novel', 'base': 'base'})}"
@@ -246,7 +246,7 @@ def confusion_section(confusion: dict[str, Any]) -> str:
     listed = table(["true word", "said", "boxes", ""], rows, (3,), "wide") if rows else "<p>No confusion.</p>"
     return (
         "<h2>Confusion among the words</h2><p>What the best-scoring detection on a box calls it: of all words, with "
-        "IoU ≥ 0.5, not having found another box of its own class. A novel object called by a base word is the "
+        "IoU ≥ 0.5, not having found another box of the same class. A novel object called by a base word is the "
         "failure peculiar to open-vocabulary detectors.</p>"
         + legend({key: name for key, name in _CALLED.items() if any(c[key] for c in confusion["boxes"].values())})
         + "".join(parts)

@@ -39,7 +39,7 @@ def picture(path: str | Path, boxes_xyxy: np.ndarray, labels: Sequence[str], sub
     visualizer = Visualizer(image, scale=SIDE / max(image.shape[:2]))
     boxes, colours = np.asarray(boxes_xyxy, dtype=np.float64), [_COLOURS[subset] for subset in subsets]
     for box, colour in zip(boxes, colours):
-        visualizer.draw_box(box, alpha=1, edge_color=colour)  # overlay_instances alone leaves them half transparent
+        visualizer.draw_box(box, alpha=1, edge_color=colour)  # overlay_instances leaves them half transparent
     if len(labels):
         visualizer.overlay_instances(
             boxes=boxes,

@@ -64,7 +64,7 @@ def parse_args(argv):
     parser.add_argument("--side", type=int, required=True, help="longest edge of the image for the map, in pixels")
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
     parser.add_argument("--templates", default="vild63", help="prompt template set")
-    parser.add_argument("--limit", type=int, default=0, help="first images of the data set alone; 0: all")
+    parser.add_argument("--limit", type=int, default=0, help="only the first images of the data set; 0: all")
     parser.add_argument("--words", nargs="+", default=[], help="words whose response is drawn")
     parser.add_argument("--images", nargs="+", default=[], help="image files to draw it on")
     parser.add_argument("--mosaic", type=int, default=0, metavar="G", help="draw on a mosaic of the first G * G images")

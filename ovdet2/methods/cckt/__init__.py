@@ -39,7 +39,7 @@ class CCKTDet(Method):
         cfg.MODEL.CCKT.PRIOR_TOP = 6
         # Fewer than L: "none" takes those there are, "random" fills up with other words of the vocabulary.
         cfg.MODEL.CCKT.PRIOR_FILL = "none"
-        # Training: share of the annotated words that are left out, each by chance.
+        # Training: share of the annotated words that are dropped, each by chance.
         cfg.MODEL.CCKT.PRIOR_DROPOUT = 0.0
         # Training: most base words that are added though they are not annotated; how many is drawn from 0 to this
         # number.

@@ -32,7 +32,7 @@ class CLIPDETRMethod(Method):
         cfg.MODEL.CLIP_DETR.DYNAMIC_WEIGHT = 0.0
         # Attributes of an object: "label", "label+scale" (width and height, too) or "label+box".
         cfg.MODEL.CLIP_DETR.ATTRIBUTES = "label+scale"
-        # Vocabulary file, of any teacher, that has the base words and is used for the attributes alone; empty: the
+        # Vocabulary file, of any teacher, that has the base words and is used only for the attributes; empty: the
         # detector's own embeddings are.
         cfg.MODEL.CLIP_DETR.LABEL_TABLE = ""
         # Bins per side in which AlignNet pools an object on each level.
@@ -46,9 +46,9 @@ class CLIPDETRMethod(Method):
         cfg.MODEL.CLIP_DETR.BETAS = [0.1, 0.3, 0.5, 0.7, 0.9]
         # Most that dynamic queries are shifted, in half sides of their object, and stretched, in sides.
         cfg.MODEL.CLIP_DETR.RHO = 1.0
-        # "signed": either way; "literal": to the right, down and larger alone, as the paper writes it.
+        # "signed": either way; "literal": only to the right, down and larger, as the paper writes it.
         cfg.MODEL.CLIP_DETR.SHIFT = "signed"
-        # Objects of an image that have dynamic queries, drawn at random where there are more.
+        # Objects of an image that have dynamic queries, drawn at random if there are more.
         cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
 
     def is_on(self, cfg: CfgNode) -> bool:

@@ -20,7 +20,7 @@ from ovdet2.command_line import CONFIG_FILE, OVERRIDES
 from ovdet2.config import load_config
 
 ALIGN, DYNAMIC = "MODEL.CLIP_DETR.ALIGN_WEIGHT", "MODEL.CLIP_DETR.DYNAMIC_WEIGHT"
-ALONE = "detector alone"
+ALONE = "detector"
 PARTS = {
     ALONE: [ALIGN, 0.0, DYNAMIC, 0.0],
     "AlignNet": [ALIGN, 1.0, DYNAMIC, 0.0],

@@ -35,11 +35,11 @@ class ViLD(Method):
         cfg.MODEL.VILD = CN()
         # w of ViLD's loss; 0 trains without (ViLD-text) and reads no cache.
         cfg.MODEL.VILD.WEIGHT = 0.0
-        # A box head and projection for distillation alone (ViLD-ensemble), instead of the classifier's.
+        # A separate box head and projection for distillation (ViLD-ensemble), instead of the classifier's.
         cfg.MODEL.VILD.OWN_HEAD = False
         # Folder of the region cache of DATASETS.TRAIN.
         cfg.MODEL.VILD.REGION_CACHE = ""
-        # Cached regions used per image and step, drawn at random where there are more.
+        # Cached regions used per image and step, drawn at random if there are more.
         cfg.MODEL.VILD.REGIONS_PER_IMAGE = 300
 
     def is_on(self, cfg: CfgNode) -> bool:

@@ -1,7 +1,7 @@
 """Image-caption pairs that stand in for web data: they name base and novel words and are never detection images.
 
 An image is mostly one object that fills much of the frame. A caption is a loose phrase about what is seen; it may name
-the colour, and sometimes leaves out the texture, as captions of the web do. There are no boxes.
+the colour, and sometimes omits the texture, as captions of the web do. There are no boxes.
 """
 
 from __future__ import annotations

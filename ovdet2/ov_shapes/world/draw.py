@@ -1,4 +1,4 @@
-"""Drawing a split of OV-Shapes: images, the COCO json of the whole truth, masks. Nothing here knows a data set."""
+"""Drawing a split of OV-Shapes: images, the COCO json of all objects, masks. Nothing here knows a data set."""
 
 from __future__ import annotations
 

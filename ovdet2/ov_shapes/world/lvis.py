@@ -15,7 +15,7 @@ def lvis_json(
     rare_ids: AbstractSet[int],
     split: str,
 ) -> dict[str, Any]:
-    """Turn a COCO json of the whole truth into LVIS v1 form. Pure and deterministic.
+    """Turn a COCO json of all objects into LVIS v1 form. Pure and deterministic.
 
     LVIS calls a class rare, common or frequent by its number of training images. Here "r" is exactly the novel classes,
     whatever their number, and the base classes are divided at their median into "c" and "f".

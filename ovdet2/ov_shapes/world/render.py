@@ -77,7 +77,7 @@ def render_scene(
         height, width: pixels.
         wanted: (shape, texture, diameter in pixels), painted in this order, later over earlier.
         min_visible: least share of each object's pixels that stays visible; an object for which no such place is found
-            in 30 draws is left out.
+            in 30 draws is omitted.
         margin: share of the diameter by which a centre must stay inside the image (0.5: never cut off by the border).
 
     """
@@ -162,7 +162,7 @@ def _pick_colors(rng, under):
 
 
 def _object_patch(rng, shape, texture, diameter, under):
-    """Draw one object on a patch of its own.
+    """Draw one object on a separate patch.
 
     Returns:
         (color name, patch (P, P, 3) float32, alpha (P, P) float32 in [0, 1]).

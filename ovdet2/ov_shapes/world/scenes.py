@@ -28,7 +28,7 @@ def stream(seed: int, split: str, index: int) -> np.random.Generator:
     """The random numbers of one image.
 
     Args:
-        seed: of the whole data set, >= 0.
+        seed: of the data set, >= 0.
         split: "train2017", "val2017", "captions", "single", "pretraining" or "further captions".
         index: of the image in its split, >= 0.
 
@@ -79,7 +79,7 @@ def class_index(placed: PlacedObject) -> int:
 
 
 def single_object_scene(seed: int, index: int, side: int = 128) -> Scene:
-    """A clean test image of one class: one whole object that fills 50 to 95% of the frame.
+    """A clean test image of one class: one complete object that fills 50 to 95% of the frame.
 
     Args:
         seed, index: as of :func:`stream`; the class is ``index`` modulo 65, in base-first order.

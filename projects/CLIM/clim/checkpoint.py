@@ -41,7 +41,7 @@ def averaged(trained, original, weight):
 
 
 def export(path, clip, original, weight, facts):
-    """Write the averaged weights of a run as a safetensors file that is a teacher of its own.
+    """Write the averaged weights of a run as a safetensors file that can be used as a teacher.
 
     ``MODEL.TEACHER.PRETRAINED <path>`` and ``--pretrained <path>`` take it, with the architecture it states.
 

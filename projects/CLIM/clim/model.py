@@ -120,7 +120,7 @@ def set_trainable(clip, blocks):
     Args:
         clip: open_clip model.
         blocks: last transformer blocks of a ViT, or stages of a ModifiedResNet with its attention pool, that are
-            trained; -1 for the whole tower.
+            trained; -1 for all of the tower.
 
     Raises:
         UsageError: none, or more than there are.

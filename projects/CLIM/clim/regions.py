@@ -70,7 +70,7 @@ def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", lim
 
 
 def whole_image_accuracy(teacher, words, split, seed=0):
-    """Zero-shot accuracy on clean images of one object each, ten per class, of seeds of their own.
+    """Zero-shot accuracy on clean images of one object each, ten per class, of separate seeds.
 
     The images, and so the figure, are those of "whole_images" in the manifests of the embedded models.
 
@@ -157,7 +157,7 @@ def ranks_of(logits, truth):
 
 
 def accuracies(ranks, truth, split):
-    """{"top1" | "top5": {subset: percent}}; a subset without a box is left out."""
+    """{"top1" | "top5": {subset: percent}}; without subsets that have no box."""
     ids, base = torch.tensor(split.category_ids)[truth], torch.tensor(split.base_mask)[truth]
     subsets = {"all": torch.ones_like(base), "base": base, "novel": ~base}
     subsets |= {group: torch.isin(ids, torch.tensor(wanted)) for group, wanted in split.groups.items()}

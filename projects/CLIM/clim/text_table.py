@@ -1,4 +1,4 @@
-"""Embeddings of all captions, computed once: the text tower is frozen. Rows lie in a file and are read as asked for.
+"""Embeddings of all captions, computed once: the text tower is frozen. Rows are in a file and are read on access.
 
 safetensors file, schema 1: ``embeddings`` [T, D] f16, unit rows before rounding, one per caption in the source's order;
 teacher fingerprint and the source's identity in the manifest.
@@ -40,7 +40,7 @@ class TextTable:
                 manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
                 self.shape = tuple(file.get_slice("embeddings").get_shape())
         except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{path} is no whole text table ({error}): {remedy}.") from None
+            raise DataError(f"{path} is no complete text table ({error}): {remedy}.") from None
         if manifest.get("schema") != SCHEMA:
             raise DataError(f"{path} has schema {manifest.get('schema')!r}, expected {SCHEMA!r}: {remedy}.")
         found = Fingerprint.from_dict(manifest["teacher"], path)
@@ -72,7 +72,7 @@ def build_text_table(path, source, teacher, batch_size=1024):
         path: file to write, atomically.
         source: see :class:`~ovdet2.data.readers.reader.CaptionReader`.
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
-        batch_size: captions embedded, and held, at once.
+        batch_size: captions embedded per forward pass.
     """
     texts, progress = source.texts(), tqdm(total=source.num_texts, desc="embedding captions", unit="caption")
     manifest = {"schema": SCHEMA, "source": source.identity(), "teacher": teacher.fingerprint.to_dict()}

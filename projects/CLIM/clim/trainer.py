@@ -148,7 +148,7 @@ class ClampLogitScale(HookBase):
 
 
 def check(cfg, processes):
-    """What can be said of a configuration before anything is loaded or written.
+    """What can be checked in a configuration before anything is loaded or written.
 
     Args:
         cfg: configuration.
@@ -226,7 +226,7 @@ def prepare(cfg):
         source, path = build_source(cfg), text_table_of(cfg)
         if not path.is_file():
             teacher = Teacher.load(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED, cfg.MODEL.DEVICE)
-            build_pretraining(cfg, teacher)  # a canvas or number of blocks that does not fit is said first
+            build_pretraining(cfg, teacher)  # a canvas or number of blocks that does not fit is reported first
             build_text_table(path, source, teacher)
     comm.synchronize()
 
