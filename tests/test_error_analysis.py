@@ -467,7 +467,7 @@ def test_a_detection_that_has_found_another_box_does_not_speak_for_this_one():
     truth = make_truth([(1, 7, (0, 0, 100, 100)), (1, 5, (0, 0, 100, 80))])
     found = make_detections([(1, 5, (0, 0, 100, 80), 0.9), (1, 3, (0, 0, 100, 100), 0.4), (1, 7, (0, 0, 100, 90), 0.3)])
     matches = match(truth, found)
-    assert matches.said.tolist() == [1, 0]
+    assert matches.predicted.tolist() == [1, 0]
 
 
 def test_confusion_lists_the_most_frequent_pairs_first_and_counts_all():

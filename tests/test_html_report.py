@@ -174,7 +174,7 @@ def test_masks_have_their_own_columns_and_other_predictions_are_noticed(tmp_path
 
 def test_distractors_are_named(tmp_path):
     report, truth, detections = make_case(tmp_path)
-    assert "No distractor words" in written(tmp_path, (report, truth, detections), pictures=0)
+    assert "no distractor words" in written(tmp_path, (report, truth, detections), pictures=0)
     report |= {"distractors": ["hair drier", "<tie>"], "distractor_detections": 1234}
     page = " ".join(Tags(written(tmp_path, (report, truth, detections), pictures=0)).words)
     assert "2 distractor words" in page and "1,234 detections" in page and "hair drier, <tie>" in page

@@ -40,7 +40,7 @@ UNCLEAR = {
 # Fine in these phrases.
 ALLOWED = re.compile(
     r"\bwhole (images?|numbers?|views?)\b|\bmade of (torch|parts|steps)\b"
-    r'|"(teddy )?bear"|"MODEL\.OVD\.SECOND_BRANCH"',  # class names of COCO; a former key, which is still read
+    r'|"(teddy )?bear"|"said(_subset)?"|"MODEL\.OVD\.SECOND_BRANCH"',  # class names of COCO; a former key, which is still read; keys of report.json
     re.I,
 )
 KEY = re.compile(r"""["'][\w ]+["']""")  # a name in a file, such as "said" in report.json

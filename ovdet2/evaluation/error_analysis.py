@@ -106,14 +106,16 @@ def confusion(truth: Truth, detections: Detections, split: Split, matches: Match
     boxes = {subset: dict.fromkeys(("right", "novel", "base", OTHER, "nothing"), 0) for subset in ("novel", "base")}
     counts = Counter()
     plain = ~truth.crowd
-    said = np.where(matches.said >= 0, detections.category_ids[matches.said] if len(detections) else 0, -1)
-    for true_id, said_id, row in zip(
-        truth.category_ids[plain].tolist(), said[plain].tolist(), matches.said[plain].tolist()
+    predicted = np.where(
+        matches.predicted >= 0, detections.category_ids[matches.predicted] if len(detections) else 0, -1
+    )
+    for true_id, predicted_id, row in zip(
+        truth.category_ids[plain].tolist(), predicted[plain].tolist(), matches.predicted[plain].tolist()
     ):
-        called = "nothing" if row < 0 else "right" if true_id == said_id else subset_of.get(said_id, OTHER)
+        called = "nothing" if row < 0 else "right" if true_id == predicted_id else subset_of.get(predicted_id, OTHER)
         boxes[subset_of[true_id]][called] += 1
         if called not in ("nothing", "right"):
-            counts[true_id, said_id] += 1
+            counts[true_id, predicted_id] += 1
     rank = {category_id: position for position, category_id in enumerate(split.category_ids)}
     ordered = sorted(counts, key=lambda pair: (-counts[pair], *(rank.get(i, len(rank)) for i in pair), pair))
     return {
@@ -122,11 +124,11 @@ def confusion(truth: Truth, detections: Detections, split: Split, matches: Match
             {
                 "true": names[true_id],
                 "true_subset": subset_of[true_id],
-                "said": names.get(said_id, f"category {said_id}"),
-                "said_subset": subset_of.get(said_id, OTHER),
-                "count": counts[true_id, said_id],
+                "said": names.get(predicted_id, f"category {predicted_id}"),
+                "said_subset": subset_of.get(predicted_id, OTHER),
+                "count": counts[true_id, predicted_id],
             }
-            for true_id, said_id in ordered[:pairs]
+            for true_id, predicted_id in ordered[:pairs]
         ],
     }
 
@@ -175,7 +177,7 @@ class _Columns:
 
     def __init__(self, truth, detections, split, matches):
         self._matches, self._scores, self._image_ids = matches, detections.scores, detections.image_ids
-        self._said = _positions(split, detections.category_ids)  # R
+        self._predicted = _positions(split, detections.category_ids)  # R
         self._gt = _positions(split, truth.category_ids)  # G
         self._counts = np.bincount(self._gt[~truth.crowd], minlength=len(split.category_ids))  # K
         base = np.array(split.base_mask)
@@ -185,7 +187,7 @@ class _Columns:
 
     def curves(self, repaired=None):
         """[K, 101] precision at :data:`RECALLS` when one of the :data:`ERROR_KINDS` is repaired, or none."""
-        outcome, said, counts = self._matches.outcome, self._said, self._counts
+        outcome, predicted, counts = self._matches.outcome, self._predicted, self._counts
         kept, true = outcome != LEFT_OUT, outcome == TRUE
         if repaired == "missed":
             counts = counts - np.bincount(self._gt[self._matches.missed], minlength=len(counts))
@@ -193,9 +195,9 @@ class _Columns:
             errors = outcome == OUTCOMES.index(repaired)
             mended = errors & self._matches.repairs  # never set for both, duplicate and background
             kept, true = kept & ~(errors & ~mended), true | mended
-            said = np.where(mended, self._gt[self._matches.gt_rows], said) if len(self._gt) else said
-        kept &= said >= 0
-        return _precision_at_recalls(said[kept], self._scores[kept], self._image_ids[kept], true[kept], counts)
+            predicted = np.where(mended, self._gt[self._matches.gt_rows], predicted) if len(self._gt) else predicted
+        kept &= predicted >= 0
+        return _precision_at_recalls(predicted[kept], self._scores[kept], self._image_ids[kept], true[kept], counts)
 
     def average_precision(self, repaired=None):
         """[K] AP50 in percent, likewise."""
@@ -206,16 +208,16 @@ class _Columns:
         if kind == "missed":
             classes = self._gt[self._matches.missed]
         else:
-            classes = self._said[self._matches.outcome == OUTCOMES.index(kind)]
+            classes = self._predicted[self._matches.outcome == OUTCOMES.index(kind)]
         base = int(self._base[classes[classes >= 0]].sum())
         return {"novel": int((classes >= 0).sum()) - base, "base": base, "all": len(classes)}
 
 
-def _precision_at_recalls(said, scores, image_ids, true, counts):
+def _precision_at_recalls(predicted, scores, image_ids, true, counts):
     """COCO's interpolated precision of each class.
 
     Args:
-        said: [R] class position of each detection that counts.
+        predicted: [R] class position of each detection that counts.
         scores: [R]; equal ones are taken by ascending image id, then in their order.
         image_ids: [R].
         true: [R] bool.
@@ -224,9 +226,9 @@ def _precision_at_recalls(said, scores, image_ids, true, counts):
     Returns:
         [K, 101] float64; 0 for a class without boxes.
     """
-    order = np.lexsort((image_ids, -scores, said))
+    order = np.lexsort((image_ids, -scores, predicted))
     true = true[order]
-    bounds = np.searchsorted(said[order], np.arange(len(counts) + 1)).tolist()
+    bounds = np.searchsorted(predicted[order], np.arange(len(counts) + 1)).tolist()
     curves = np.zeros((len(counts), len(RECALLS)))
     for position, count in enumerate(counts.tolist()):
         hits = true[bounds[position] : bounds[position + 1]].cumsum()

@@ -32,7 +32,7 @@ class Matches:
         repairs: [R] bool, of the classification and localisation errors on one unfound box the best-scoring one: it
             turns true when its kind of error is repaired, the others vanish.
         missed: [G] bool, neither found nor to be found by repairing an error; False for crowds.
-        said: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and has
+        predicted: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and has
             not found another box; -1 if there is none, and for crowds.
     """
 
@@ -40,7 +40,7 @@ class Matches:
     gt_rows: np.ndarray
     repairs: np.ndarray
     missed: np.ndarray
-    said: np.ndarray
+    predicted: np.ndarray
 
 
 def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
@@ -73,7 +73,7 @@ def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
         gt_rows=np.full(len(detections), -1, dtype=np.int64),
         repairs=np.zeros(len(detections), dtype=bool),
         missed=~truth.crowd,
-        said=np.full(len(truth.crowd), -1, dtype=np.int64),
+        predicted=np.full(len(truth.crowd), -1, dtype=np.int64),
     )
     for image_id, rows, gt_rows in _by_image(truth, detections):
         plain = gt_rows[~truth.crowd[gt_rows]]
@@ -172,7 +172,7 @@ def _explain(overlaps, same, found, left_out):
 
 
 def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
-    """Fill the entries of ``matches`` for the ground-truth boxes of an image: gt_rows, repairs, missed and said.
+    """Fill the entries of ``matches`` for the ground-truth boxes of an image: gt_rows, repairs, missed and predicted.
 
     Args:
         rows, gt_rows: of the image's detections by falling score and of its boxes, crowds apart.
@@ -188,4 +188,4 @@ def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
     reached[columns] = True
     matches.missed[gt_rows] = ~reached
     votes = (overlaps >= FOREGROUND_IOU) & ((found[:, None] < 0) | (found[:, None] == np.arange(len(gt_rows))))
-    matches.said[gt_rows] = np.where(votes.any(axis=0), rows[votes.argmax(axis=0)], -1)
+    matches.predicted[gt_rows] = np.where(votes.any(axis=0), rows[votes.argmax(axis=0)], -1)

@@ -2,7 +2,7 @@
 
     python -m ovdet2.ov_shapes.trunk --output ovdet2/assets/backbones/ovshapes_r18.safetensors
 
-Images of one object each, of their own seeds and of base classes only; the two labels are the words of the class, its
+Images of one object each, with separate seeds, of base classes only; the two labels are the words of the class, its
 texture and its shape. No box, no word embedding and no novel class is seen. The output holds the trunk in float16 with
 the names of Detectron2's ResNet, for ``MODEL.WEIGHTS: ovdet2://backbones/ovshapes_r18.safetensors``; a manifest beside
 it says how it was made and how well it names held-out images.

@@ -218,8 +218,8 @@ def error_section(analysis: dict[str, Any], report: dict[str, Any]) -> str:
     left_out = f" {analysis['left_out']:,} detections count neither way." if analysis["left_out"] else ""
     return (
         "<h2>Errors</h2><p>How much AP50 of boxes would rise if only errors of one kind were repaired (TIDE, Bolya et "
-        "al., ECCV 2020). The gains do not add up. A false positive is counted for the subset of the word it says, a "
-        f"missed box for that of its own; the gains are of the subset's classes.{left_out}</p>"
+        "al., ECCV 2020). The gains do not add up. A false positive is counted for the subset of its word, a "
+        f"missed box for the subset of its class; the gains are of the subset's classes.{left_out}</p>"
         f"<p>AP50 before any repair: {recomputed}.</p>{warning}{legend({'novel': 'novel', 'base': 'base'})}"
         + table(head, rows, (2, 3, 4, 5, 6), "wide")
     )
@@ -243,7 +243,7 @@ def confusion_section(confusion: dict[str, Any]) -> str:
         ]
         for pair in confusion["pairs"]
     ]
-    listed = table(["true word", "said", "boxes", ""], rows, (3,), "wide") if rows else "<p>No confusion.</p>"
+    listed = table(["true word", "predicted word", "boxes", ""], rows, (3,), "wide") if rows else "<p>No confusion.</p>"
     return (
         "<h2>Confusion among the words</h2><p>What the best-scoring detection on a box calls it: of all words, with "
         "IoU ≥ 0.5, not having found another box of the same class. A novel object called by a base word is the "

@@ -70,7 +70,7 @@ def test_text_table(source, tmp_path, models):
 def test_text_table_of_something_else(tmp_path, captioned, models):
     teacher, source = cases.teacher_of("clim-vit"), CocoCaptions(captioned / "captions.json", captioned / "images")
     path = tmp_path / "captions.safetensors"
-    with pytest.raises(DataError, match="no whole text table.*CLIM.TEXT_TABLE"):
+    with pytest.raises(DataError, match="no complete text table.*CLIM.TEXT_TABLE"):
         TextTable(path, source, teacher.fingerprint)
     build_text_table(path, source, teacher)
     with pytest.raises(DataError, match="text table.*clim-vit / test.*the model.*clim-vit-wide"):
@@ -80,7 +80,7 @@ def test_text_table_of_something_else(tmp_path, captioned, models):
     with pytest.raises(DataError, match="24 captions of another source.*its 12"):
         TextTable(path, other, teacher.fingerprint)
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(DataError, match="no whole text table"):
+    with pytest.raises(DataError, match="no complete text table"):
         TextTable(path, source, teacher.fingerprint)
 
 
