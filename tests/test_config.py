@@ -66,6 +66,33 @@ def test_every_added_key_is_documented(key, declarations):
     assert declarations[at - 1].strip().startswith("#")
 
 
+@pytest.mark.parametrize("code, words", [
+    ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'.*correct the module"),
+    ("def broken(:", "SyntaxError"),
+    ("x = 1", "METHOD of made_up.*is lacking"),
+    ("from ovdet2.config import Method as METHOD", r"is a class: write METHOD = <Class>\(\)"),
+    ("from ovdet2.config import Method\nMETHOD = Method()", "is named ''"),
+    ("from ovdet2.config import Method\nMETHOD = Method()\nMETHOD.name = 'vild'", "several methods are named vild"),
+    (
+        "from ovdet2.config import Method\nclass A(Method):\n    name = 'new'\n"
+        + "    def add_keys(self, cfg):\n        cfg.MODEL.VILD = type(cfg)()\nMETHOD = A()",
+        "the method new replaces the keys MODEL.VILD",
+    ),
+])  # fmt: skip
+def test_wrong_modules_of_parts(code, words, tmp_path, monkeypatch):
+    name = f"made_up_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=words.replace("made_up", name)):
+        load_config("", ["MODEL.PARTS", [name]])
+
+
+@pytest.mark.parametrize("path", ["", ".x", "projects/Example", "a:METHOD", 3, "no.such"])
+def test_wrong_paths_of_parts(path):
+    with pytest.raises(UsageError, match="MODEL.PARTS names"):
+        load_config("", ["MODEL.PARTS", [path]])
+
+
 def test_keys_were_found():
     assert "SOLVER.OPTIMIZER" in ADDED and "DATALOADER.MAX_BAD_IMAGES" in ADDED
 

@@ -9,6 +9,7 @@ from detectron2.utils.events import EventStorage
 
 from ovdet2.data.samples import CAPTIONS, IMAGE_LABELS, Sample, as_samples
 from ovdet2.errors import UsageError
+from ovdet2.modeling.detr.part import DetrPart
 from ovdet2.modeling.part import joined, register_parts, require_seen
 from ovdet2.modeling.rcnn.part import RCNNPart
 from tests import micro
@@ -275,6 +276,16 @@ class TestSecondaryScores:
             detector(named(Scores(), "first"), named(Scores(), "second"))(micro.images(1))
 
     @torch.no_grad()
+    @pytest.mark.parametrize("wrong", [lambda probs: probs[:1], lambda probs: [rows[:, :2] for rows in probs]])
+    def test_scores_of_another_shape_are_an_error(self, wrong):
+        class Wrong(Scores):
+            def secondary_probs(self, batch):
+                return wrong(super().secondary_probs(batch))
+
+        with pytest.raises(UsageError, match="the part scores gives secondary scores of shapes"):
+            detector(named(Wrong(), "scores"))(micro.images(2))
+
+    @torch.no_grad()
     def test_size_of_an_image_of_no_data_set_is_that_of_its_pixels(self):
         """Of records without height and width, and of samples whose size is not known (0)."""
         network, [record] = detector(), micro.images(1)
@@ -299,6 +310,12 @@ class TestNames:
     def test_names_that_cannot_be(self, name):
         with pytest.raises(UsageError, match="cannot have a part named"):
             detector(named(Constant(), name))
+
+    def test_a_part_of_another_host(self):
+        with pytest.raises(
+            UsageError, match="OpenVocabularyRCNN takes parts of class RCNNPart; that of the method one is"
+        ):
+            detector(named(DetrPart(), "one"))
 
     def test_a_name_used_twice(self):
         with pytest.raises(UsageError, match="cannot have a part named 'one'"):

@@ -67,22 +67,31 @@ def check_methods(cfg: CfgNode) -> None:
 @functools.lru_cache(maxsize=1)
 def _installed() -> tuple[Method, ...]:
     own = sorted(module.name for module in pkgutil.iter_modules(ovdet2.methods.__path__) if module.ispkg)
-    others = sorted(point.value for point in entry_points(group=GROUP))
-    return tuple(_method_of(path) for path in (*(f"ovdet2.methods.{name}" for name in own), *others))
+    others = sorted((point.value, point.name) for point in entry_points(group=GROUP))
+    return (
+        *(_method_of(f"ovdet2.methods.{name}", "ovdet2") for name in own),
+        *(_method_of(path, f"the entry point {name} of {GROUP}") for path, name in others),
+    )
 
 
-def _method_of(path: str) -> Method:
+def _method_of(path: str, owner: str = "MODEL.PARTS") -> Method:
+    """METHOD of a module; ``owner`` is what names the module, for messages."""
+    if not isinstance(path, str) or not all(part.isidentifier() for part in path.split(".")):
+        raise UsageError(f"{owner} names {path!r}: give import paths of modules, such as projects.Example.example.")
     try:
         module = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        if error.name and not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module exists, but a module that it imports is missing
+    except (ImportError, SyntaxError) as error:
+        # Whether the module itself is missing, or something that it imports.
+        missing = isinstance(error, ModuleNotFoundError) and f"{path}.".startswith(f"{error.name}.")
+        remedy = "run in the folder that contains its top-level package, or install the package"
         raise UsageError(
-            f"MODEL.PARTS names {path}, which cannot be imported ({error}): run in the folder that contains its "
-            "top-level package, or install the package."
-        ) from None
+            f"{owner} names {path}, which cannot be imported ({type(error).__name__}: {error}): "
+            f"{remedy if missing else 'correct the module, or install what it imports'}."
+        ) from error
     method = getattr(module, "METHOD", None)
     if not isinstance(method, Method):
         what = "is a class: write METHOD = <Class>()" if isinstance(method, type) else "is lacking or is something else"
         raise UsageError(f"METHOD of {path}, an instance of a subclass of ovdet2.config.Method, {what}.")
+    if not method.name.isidentifier():
+        raise UsageError(f"the method of {path} is named {method.name!r}: its name must be a Python identifier.")
     return method

@@ -117,16 +117,25 @@ def _of_entry(entry):
             f"an entry of DATASETS.SOURCES has the unknown keys {sorted(map(str, unknown))} and lacks "
             f"{sorted(lacking)}: give name and images, and optionally {', '.join(_ENTRY[2:])}."
         )
-    sizes = entry.get("min_size") or ()
-    datasets = tuple(entry.get("datasets") or (entry["name"],))
+    name, sizes, max_size = entry["name"], entry.get("min_size") or (), entry.get("max_size") or 0
+    sizes = (sizes,) if isinstance(sizes, int) else sizes
+    datasets = entry.get("datasets") or (name,)
+    lists = isinstance(datasets, (list, tuple)) and isinstance(sizes, (list, tuple))
+    if not lists or not all(isinstance(text, str) and text for text in (name, *datasets)):
+        raise UsageError(
+            f"an entry of DATASETS.SOURCES has the name {name!r} and the datasets {datasets!r}: give text, and a list of "
+            "names."
+        )
+    if not all(type(size) is int and size > 0 for size in sizes) or type(max_size) is not int or max_size < 0:
+        raise UsageError(f"the source {name} has min_size {sizes!r} and max_size {max_size!r}: give pixels, above 0.")
     return SourceSpec(
-        name=entry["name"],
-        datasets=datasets,
+        name=name,
+        datasets=tuple(datasets),
         images_per_step=entry["images"],
         kind=entry.get("kind") or kind_of(datasets[0]),
         sampler=entry.get("sampler") or "",
-        min_sizes=(sizes,) if isinstance(sizes, int) else tuple(sizes),
-        max_size=entry.get("max_size") or 0,
+        min_sizes=tuple(sizes),
+        max_size=max_size,
         ratio=entry.get("ratio", 1.0),
     )
 
@@ -138,7 +147,7 @@ def _check(spec):
                 f"{dataset} is a data set of {kind_of(dataset)}, the source {spec.name} is of {spec.kind}: "
                 "DATASETS.TRAIN takes data sets of boxes; name others in DATASETS.SOURCES, one kind per entry."
             )
-    if not isinstance(spec.images_per_step, int) or not isinstance(spec.ratio, (int, float)) or not spec.ratio > 0:
+    if type(spec.images_per_step) is not int or not isinstance(spec.ratio, (int, float)) or not spec.ratio > 0:
         raise UsageError(
             f"the source {spec.name} has {spec.images_per_step!r} images per step and the ratio {spec.ratio!r}: give "
             "an integer number of images over all processes, and a ratio above 0."

@@ -16,7 +16,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.samples import BOXES
-from ovdet2.data.source_spec import kind_of
+from ovdet2.data.source_spec import kind_of, source_specs
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import ClosedSetClassifier, CosineClassifier
 from ovdet2.layers.cosine_classifier import RARE_BIAS
@@ -71,8 +71,7 @@ def dataset_split(cfg: CfgNode) -> Split:
     Raises:
         UsageError: there is no such data set, or it is registered without base and novel classes.
     """
-    sources = [name for entry in cfg.DATASETS.SOURCES for name in entry.get("datasets", ())]
-    names = [*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN, *sources]
+    names = [*cfg.DATASETS.TEST, *(name for spec in source_specs(cfg) for name in spec.datasets)]
     for name in names:
         if kind_of(name) != BOXES:
             continue

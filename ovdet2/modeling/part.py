@@ -94,14 +94,24 @@ def build_parts(cfg: CfgNode, methods: Iterable[Method], host: Host) -> list[Par
     return built
 
 
-def register_parts(model: nn.Module, parts: Iterable[AnyPart]) -> tuple[AnyPart, ...]:
+def register_parts(model: nn.Module, parts: Iterable[AnyPart], kind: type[Part] | None = None) -> tuple[AnyPart, ...]:
     """Register each part as a submodule of the model under its name; returns the parts in their order.
 
+    Args:
+        model: the host.
+        parts: its parts.
+        kind: class that the host requires of its parts.
+
     Raises:
-        UsageError: a part has no name, or a name that the model already uses.
+        UsageError: a part is not of the class, has no name, or has a name that the model already uses.
     """
     registered = tuple(parts)
     for part in registered:
+        if kind is not None and not isinstance(part, kind):
+            raise UsageError(
+                f"{type(model).__name__} takes parts of class {kind.__name__}; that of the method {part.name} is a "
+                f"{type(part).__name__}: build another for this host, or name the method's hosts."
+            )
         if not part.name.isidentifier() or hasattr(model, part.name):
             raise UsageError(
                 f"{type(model).__name__} cannot have a part named {part.name!r}: give its method a name that is a "

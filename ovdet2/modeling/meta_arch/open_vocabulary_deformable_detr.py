@@ -90,7 +90,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         self.postprocessor = postprocessor
         self.loss_weights = dict(loss_weights)
         self.every_layer = every_layer
-        self.parts: tuple[DetrPart, ...] = register_parts(self, parts)
+        self.parts: tuple[DetrPart, ...] = register_parts(self, parts, DetrPart)
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
 

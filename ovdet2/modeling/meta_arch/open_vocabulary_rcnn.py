@@ -66,7 +66,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             UsageError: a name of a part is empty or used twice.
         """
         super().__init__(**kwargs)
-        self.parts = register_parts(self, parts)
+        self.parts = register_parts(self, parts, RCNNPart)
         self.proposals_kept = proposals_kept
 
     @classmethod

@@ -207,7 +207,16 @@ class OpenVocabularyROIHeads(StandardROIHeads):
                 f"{' and '.join(given)} both compute secondary scores of proposals: switch off all but the one that "
                 "MODEL.OVD.SECONDARY_SCORES names."
             )
-        for probs in given.values():
+        words = len(self.classifier.vocabulary) if given else 0
+        for name, probs in given.items():
+            shapes = [tuple(of_image.shape) for of_image in probs]
+            if [rows for rows, *_ in shapes] != batch.counts or any(
+                shape[1:] not in ((words,), (words + 1,)) for shape in shapes
+            ):
+                raise UsageError(
+                    f"the part {name} gives secondary scores of shapes {shapes}: give one tensor [R_i, {words}] or [R_i, "
+                    f"{words + 1}] for each image, with R_i of {batch.counts}."
+                )
             for of_image, probs_of_image in zip(batch.proposals, probs, strict=True):
                 of_image.secondary_probs = probs_of_image
 
