@@ -74,8 +74,17 @@ def test_every_added_key_is_documented(key, declarations):
     ("from ovdet2.config import Method\nMETHOD = Method()", "is named ''"),
     ("from ovdet2.config import Method\nMETHOD = Method()\nMETHOD.name = 'vild'", "several methods are named vild"),
     (
-        "from ovdet2.config import Method\nclass A(Method):\n    name = 'new'\n"
-        + "    def add_keys(self, cfg):\n        cfg.MODEL.VILD = type(cfg)()\nMETHOD = A()",
+        """
+from ovdet2.config import Method
+
+class A(Method):
+    name = "new"
+
+    def add_keys(self, cfg):
+        cfg.MODEL.VILD = type(cfg)()
+
+METHOD = A()
+""",
         "the method new replaces the keys MODEL.VILD",
     ),
 ])  # fmt: skip
