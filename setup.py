@@ -32,6 +32,7 @@ setup(
         "numpy>=1.26,<3",
         "Pillow>=10.1,<14",
         "tqdm>=4.66,<5",
+        "typing_extensions>=4.10,<5",
         # What Detectron2 imports.
         "cloudpickle>=3.0,<4",
         "fvcore>=0.1.5.post20221221,<0.1.6",

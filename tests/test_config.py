@@ -2,13 +2,14 @@
 
 import ast
 import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import detectron2.config
 import pytest
 from detectron2.config import CfgNode
 
-from ovdet2.config import get_cfg, load_config
+from ovdet2.config import find_methods, get_cfg, load_config, methods
 from ovdet2.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,26 @@ def test_wrong_modules_of_parts(code, words, tmp_path, monkeypatch):
 def test_wrong_paths_of_parts(path):
     with pytest.raises(UsageError, match="MODEL.PARTS names"):
         load_config("", ["MODEL.PARTS", [path]])
+
+
+def test_text_as_parts_in_a_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("MODEL: {PARTS: tests.caption_method}")
+    with pytest.raises(UsageError, match="MODEL.PARTS is 'tests.caption_method': give a list"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_installed_packages_with_parts(monkeypatch, caplog):
+    """One by its module, one by its METHOD, and broken ones, which are skipped with a warning."""
+    points = [EntryPoint(name, value, methods.GROUP) for name, value in (
+        ("one", "tests.caption_method"), ("broken", "no_such_package.part"), ("other", "projects.Example.example:METHOD"),
+    )]  # fmt: skip
+    monkeypatch.setattr(methods, "entry_points", lambda group: points)
+    methods._installed.cache_clear()
+    try:
+        names = [method.name for method in find_methods()]
+    finally:
+        methods._installed.cache_clear()
+    assert names[-2:] == ["example", "caption_test"] and "the entry point broken of ovdet2.parts" in caplog.text
 
 
 def test_keys_were_found():

@@ -16,6 +16,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 import train_net
+from ovdet2.data.samples import Sample
 from ovdet2.engine import Trainer, launch, setup
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exit_on_error
@@ -382,3 +383,14 @@ class TestSetup:
 def test_settings_that_do_not_go_together(root, overrides, words):
     with pytest.raises(UsageError, match=words):
         train(root / "out", *overrides)
+
+
+def test_a_step_without_a_loss_names_the_kind_of_its_images():
+    class Silent(torch.nn.Linear):
+        def forward(self, batch):
+            return {}
+
+    model = Silent(1, 1)
+    step = CheckedStep(model, [[Sample(kind="captions")]], torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(UsageError, match="a step on images of kind captions gives no loss"):
+        step.run_step()

@@ -306,7 +306,7 @@ class TestNames:
         copied = copy.deepcopy(network)
         assert copied.parts[0] is copied.constant and copied.constant is not part
 
-    @pytest.mark.parametrize("name", ["", "backbone", "training", "a.b", "a part"])
+    @pytest.mark.parametrize("name", ["", "backbone", "training", "parts", "proposals_kept", "a.b", "a part"])
     def test_names_that_cannot_be(self, name):
         with pytest.raises(UsageError, match="cannot have a part named"):
             detector(named(Constant(), name))

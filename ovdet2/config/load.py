@@ -88,7 +88,12 @@ def old_keys(methods: Iterable[Method]) -> dict[str, str]:
 
 def _parts_of(given, overrides):
     """MODEL.PARTS of a yaml file and of overrides, before the keys of these methods are known."""
-    probe = CfgNode({"MODEL": CfgNode({"PARTS": list(given.get("MODEL", {}).get("PARTS", []))})})
+    in_file = (given.get("MODEL") or {}).get("PARTS", [])
+    if not isinstance(in_file, list):
+        raise UsageError(
+            f"MODEL.PARTS is {in_file!r}: give a list of import paths, such as [projects.Example.example]."
+        )
+    probe = CfgNode({"MODEL": CfgNode({"PARTS": list(in_file)})})
     for key, value in zip(overrides[::2], overrides[1::2]):
         if key == "MODEL.PARTS":
             probe.merge_from_list([key, value])

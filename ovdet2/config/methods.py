@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import pkgutil
 from collections.abc import Iterable
 from importlib.metadata import entry_points
@@ -11,6 +12,8 @@ from detectron2.config import CfgNode
 import ovdet2.methods
 from ovdet2.config.method import Method
 from ovdet2.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 GROUP = "ovdet2.parts"
 
@@ -67,11 +70,13 @@ def check_methods(cfg: CfgNode) -> None:
 @functools.lru_cache(maxsize=1)
 def _installed() -> tuple[Method, ...]:
     own = sorted(module.name for module in pkgutil.iter_modules(ovdet2.methods.__path__) if module.ispkg)
-    others = sorted((point.value, point.name) for point in entry_points(group=GROUP))
-    return (
-        *(_method_of(f"ovdet2.methods.{name}", "ovdet2") for name in own),
-        *(_method_of(path, f"the entry point {name} of {GROUP}") for path, name in others),
-    )
+    methods = [_method_of(f"ovdet2.methods.{name}", "ovdet2") for name in own]
+    for point in sorted(entry_points(group=GROUP), key=lambda point: (point.value, point.name)):
+        try:
+            methods.append(_method_of(point.module, f"the entry point {point.name} of {GROUP}"))
+        except Exception as error:  # noqa: BLE001  a broken package must not stop the programs that do not need it
+            logger.warning("An installed package is skipped: %s", error)
+    return tuple(methods)
 
 
 def _method_of(path: str, owner: str = "MODEL.PARTS") -> Method:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from ovdet2.errors import NumericalError, SetupError
+from ovdet2.errors import NumericalError, SetupError, UsageError
 
 
 class CheckedStep:
@@ -68,6 +68,12 @@ class CheckedStep:
     def _update(self, batch):
         """Change the weights once; returns the losses."""
         losses, failure = self._forward(batch)
+        if not losses and failure is None:
+            kinds = sorted({str(getattr(sample, "kind", "boxes")) for sample in batch})
+            raise UsageError(
+                f"a step on images of kind {', '.join(kinds)} gives no loss: a part that states these kinds in `sees` must "
+                "return losses of them."
+            )
         if losses:
             total = cast(torch.Tensor, sum(losses.values()))
         else:

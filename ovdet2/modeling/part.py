@@ -112,7 +112,7 @@ def register_parts(model: nn.Module, parts: Iterable[AnyPart], kind: type[Part] 
                 f"{type(model).__name__} takes parts of class {kind.__name__}; that of the method {part.name} is a "
                 f"{type(part).__name__}: build another for this host, or name the method's hosts."
             )
-        if not part.name.isidentifier() or hasattr(model, part.name):
+        if not part.name.isidentifier() or part.name == "parts" or hasattr(model, part.name):
             raise UsageError(
                 f"{type(model).__name__} cannot have a part named {part.name!r}: give its method a name that is a "
                 "Python identifier and is not used by the detector or by another method."

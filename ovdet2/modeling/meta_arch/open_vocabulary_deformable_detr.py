@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ovdet2.config.methods import check_methods, methods_of
 from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
 from ovdet2.errors import UsageError
-from ovdet2.modeling.build import build_vocabulary
+from ovdet2.modeling.build import build_word_bank
 from ovdet2.modeling.detr.build import (
     build_criterion,
     build_detr,
@@ -99,7 +99,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
         """Arguments from a configuration; ``vocabulary`` replaces that of MODEL.VOCABULARY and DATASETS.TEST."""
         check_methods(cfg)
         refuse_unused(cfg)
-        bank = WordBank(build_vocabulary(cfg) if vocabulary is None else vocabulary)
+        bank = build_word_bank(cfg, vocabulary)
         network = build_detr(cfg, build_backbone(cfg), bank)
         parts = build_detr_parts(cfg, methods_of(cfg), Host(bank, network.backbone, network))
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -30,9 +30,6 @@ from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
-
-if TYPE_CHECKING:
-    pass
 
 Batch = Sequence[Sample | Mapping[str, Any]]
 
@@ -66,8 +63,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             UsageError: a name of a part is empty or used twice.
         """
         super().__init__(**kwargs)
-        self.parts = register_parts(self, parts, RCNNPart)
         self.proposals_kept = proposals_kept
+        self.parts = register_parts(self, parts, RCNNPart)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:
