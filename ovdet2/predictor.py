@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # 
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
+from ovdet2.vocabulary.word_lists import Words
 from ovdet2.zoo import DETECTORS
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
@@ -79,15 +80,16 @@ class Detector:
         """The words of the vocabulary; ``pred_classes`` are indices into them."""
         return self.model.vocabulary.names
 
-    def set_vocabulary(self, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None) -> None:
+    def set_vocabulary(self, words: Words | Vocabulary, templates: str | None = None) -> None:
         """Replace the vocabulary; the words need not be in any data set.
 
         A word that had training boxes counts as base, every other word as novel; the base mask of a vocabulary is
         ignored. Only score fusion depends on it.
 
         Args:
-            words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
-                vocabulary.
+            words: "cat, red mug", a list, a dict {word: [synonyms]}, a word list (``.txt`` or ``.json``, see
+                :func:`~ovdet2.vocabulary.read_words`), a vocabulary file (``.safetensors``), or a vocabulary. The
+                embeddings of a word and its synonyms ("sofa; couch") are averaged.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
 
         Raises:

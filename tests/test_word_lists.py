@@ -10,8 +10,8 @@ from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import write_json
-from ovdet2.vocabulary import check_words
-from ovdet2.vocabulary.word_lists import NAMED, named_words, words_of_json, words_of_text
+from ovdet2.vocabulary import check_words, parse_words, read_words
+from ovdet2.vocabulary.word_lists import NAMED, WordList, named_words, words_of_json
 from tests.vocabulary_cases import (
     CLIP_TEXT,
     needs_shared,
@@ -97,25 +97,83 @@ def test_words_that_do_not_exist():
         named_words("coco", corrected=True)
 
 
-def test_lists_and_files_of_words(tmp_path):
-    assert words_of_text("cat, red mug").names == ("cat", "red mug") and words_of_text("cat").synonyms is None
-    inline = words_of_text("sofa; couch; settee , cat;")
+def test_words_in_text_and_files(tmp_path):
+    assert read_words("cat, red mug ,").names == ("cat", "red mug") and read_words("cat").synonyms is None
+    assert read_words("cat\nred mug").names == ("cat", "red mug")
+    inline = read_words("sofa; couch; settee , cat;")
     assert inline.names == ("sofa", "cat") and inline.synonyms == (("couch", "settee"), ())
-    (tmp_path / "w.txt").write_text("sofa; couch # furniture\ncat\n", encoding="utf-8")
-    assert words_of_text(tmp_path / "w.txt").synonyms == (("couch",), ())
+    (tmp_path / "w.txt").write_text("\ufeffsofa; couch # furniture\n\ncat\n", encoding="utf-8")
+    assert read_words(tmp_path / "w.txt") == WordList(("sofa", "cat"), synonyms=(("couch",), ()))
     write_json(tmp_path / "w.json", {"sofa": ["couch"], "cat": []})
-    assert words_of_text(tmp_path / "w.json") == words_of_text(tmp_path / "w.txt")
-    write_json(tmp_path / "w.json", ["sofa", "a, b"])
-    assert words_of_text(tmp_path / "w.json").names == ("sofa", "a, b")
-    for wrong in (7, {"sofa": "couch"}, ["cat", 3], {"sofa": ["couch", None]}):
-        write_json(tmp_path / "w.json", wrong)
-        with pytest.raises(DataError, match="w.json is neither a list of words nor"):
-            words_of_text(tmp_path / "w.json")
-    (tmp_path / "w.lst").write_text("sofa\n", encoding="utf-8")
-    with pytest.raises(UsageError, match="w.lst is a file, not a word"):
-        words_of_text(tmp_path / "w.lst")
+    assert read_words(tmp_path / "w.json") == read_words(str(tmp_path / "w.txt"))
+    (tmp_path / "w.json").write_text('\ufeff["sofa", "a, b"]', encoding="utf-8")
+    assert read_words(tmp_path / "w.json").names == ("sofa", "a, b")  # entries are not split
+    (tmp_path / "a, b.txt").write_text("sofa\n", encoding="utf-8")
+    assert read_words(str(tmp_path / "a, b.txt")).names == ("sofa",)
+    assert len(read_words("st. bernard, " + "very long word " * 40).names) == 2
+    assert len(read_words("long word " * 400).names) == 1  # longer than a path may be
+    assert read_words(f"{tmp_path / 'words'},").names == (str(tmp_path / "words"),)
+    assert read_words("cafe\u0301").names == ("caf\u00e9",)
+
+
+def test_words_as_python_objects():
+    assert read_words(["cat", "a, b"]) == WordList(("cat", "a, b"))
+    assert read_words({"sofa": ["couch"], "cat": ()}) == WordList(("sofa", "cat"), synonyms=(("couch",), ()))
+    assert read_words(name for name in ("cat", "dog")).names == ("cat", "dog")
+    assert parse_words("cat, dog") == ["cat", "dog"]
+    with pytest.raises(UsageError, match="'sofa' has the synonym 'couch', but synonyms are not used here"):
+        parse_words("cat, sofa; couch")
+
+
+@pytest.mark.parametrize("value", (7, None, b"cat", ["cat", 3], {"sofa": "couch"}, {"sofa": ["couch", None]}, {"a": 3}, [["a"]]))  # fmt: skip
+def test_words_that_are_no_text(value, tmp_path):
+    with pytest.raises(UsageError, match="the list of words holds .*: give a list of words or {word"):
+        read_words(value)
+    if not isinstance(value, bytes):
+        write_json(tmp_path / "w.json", value)
+        with pytest.raises(DataError, match="w.json holds .*: give a list of words or {word"):
+            read_words(tmp_path / "w.json")
+
+
+@pytest.mark.parametrize("text", ("cat . dog", "cat | dog", "cat|dog", "cat\uff0cdog", "cat\u3001dog", "cat\uff1bdog"))
+def test_a_word_that_seems_to_be_several(text):
+    with pytest.raises(UsageError, match=".*dog' seems to be several words, joined by .*: separate words by commas"):
+        read_words(text)
+    assert read_words([text, "bird"]).names == (text, "bird")  # among others it may be a name
+
+
+@pytest.mark.parametrize("text", ("cat, dog", "cat; dog", "cat\ndog"))
+def test_a_list_of_one_joined_text(text):
+    with pytest.raises(UsageError, match="seems to be several words, joined by .*: give each word as an entry of the"):
+        read_words([text])
+
+
+def test_word_lists_that_cannot_be_read(tmp_path):
+    for name in ("words", "words.lst"):
+        (tmp_path / name).write_text("sofa\n", encoding="utf-8")
+        with pytest.raises(UsageError, match=f"{name} is a file, not a word: words are read from a .txt file"):
+            read_words(str(tmp_path / name))
+        with pytest.raises(UsageError, match=f"{name} is no word list"):
+            read_words(tmp_path / name)
+    with pytest.raises(UsageError, match="is no word list"):
+        read_words(tmp_path)
+    for name in ("missing.txt", "missing.json"):
+        with pytest.raises(DataError, match=f"{name} does not exist"):
+            read_words(str(tmp_path / name))
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="latin.txt cannot be read .*: give a UTF-8 file"):
+        read_words(str(tmp_path / "latin.txt"))
+    write_json(tmp_path / "w.json", {})
     with pytest.raises(DataError, match="w.json has no categories with id and name"):
         words_of_json(tmp_path / "w.json")
+
+
+@pytest.mark.parametrize("names", (["\u200b"], ["cat", "\u200d \u2060"], ["cat", "\u00ad"]))
+def test_invisible_words(names):
+    with pytest.raises(UsageError, match=f"word {len(names) - 1} of the vocabulary is empty"):
+        check_words(names)
+    with pytest.raises(UsageError, match="twice: .* .words 0 and 1"):
+        check_words(["caf\u00e9", "cafe\u0301"])
 
 
 def test_words_of_a_data_set(lvis_root):

@@ -61,7 +61,7 @@ def read_json(path: str | Path, remedy: str = "check the path") -> Any:
             the message names the path and ends with ``remedy``.
     """
     try:
-        with open(path, encoding="utf-8") as handle:
+        with open(path, encoding="utf-8-sig") as handle:  # some editors write a byte-order mark
             return json.load(handle)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist: {remedy}.") from None

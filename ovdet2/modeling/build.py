@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,9 +21,10 @@ from ovdet2.layers import ClosedSetClassifier, CosineClassifier
 from ovdet2.layers.cosine_classifier import RARE_BIAS
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vocabulary import Vocabulary, parse_words
+from ovdet2.vocabulary import Vocabulary, read_words
 from ovdet2.vocabulary.bank import WordBank
 from ovdet2.vocabulary.templates import template_set_names
+from ovdet2.vocabulary.word_lists import Words
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +134,13 @@ def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
     return vocabulary
 
 
-def words_to_vocabulary(
-    cfg: CfgNode, words: str | Path | Iterable[str] | Vocabulary, templates: str | None = None
-) -> Vocabulary:
+def words_to_vocabulary(cfg: CfgNode, words: Words | Vocabulary, templates: str | None = None) -> Vocabulary:
     """Build a vocabulary from user-provided words; MODEL.TEACHER embeds words without embeddings.
 
     Args:
         cfg: configuration.
-        words: "cat, red mug", a list, a text file with a word per line, a vocabulary file (``.safetensors``), or a
-            :class:`Vocabulary`.
+        words: "cat, red mug", a list, a dict of synonyms or a word list, see
+            :func:`~ovdet2.vocabulary.read_words`; or a vocabulary file (``.safetensors``), or a :class:`Vocabulary`.
         templates: prompt template set of words to embed; default MODEL.VOCABULARY.TEMPLATES.
 
     Raises:
@@ -151,11 +149,10 @@ def words_to_vocabulary(
     """
     if isinstance(words, Vocabulary):
         return words
-    if isinstance(words, (str, Path)):
-        if "," not in str(words) and str(words).endswith(".safetensors"):
-            return load_vocabulary(cfg, words)
-        words = parse_words(words)
-    return Vocabulary.build(list(words), build_teacher(cfg), templates or cfg.MODEL.VOCABULARY.TEMPLATES)
+    if isinstance(words, (str, Path)) and str(words).endswith(".safetensors"):
+        return load_vocabulary(cfg, words)
+    parsed, templates = read_words(words), templates or cfg.MODEL.VOCABULARY.TEMPLATES
+    return Vocabulary.build(parsed.names, build_teacher(cfg), templates, synonyms=parsed.synonyms)
 
 
 def background_of(cfg: CfgNode, vocabulary: Vocabulary, templates: str | None = None) -> Tensor | None:

@@ -45,7 +45,7 @@ from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
 from ovdet2.vocabulary.templates import clean_name, get_templates, render
-from ovdet2.vocabulary.word_lists import NAMED, WordList, named_words, words_of_json, words_of_text
+from ovdet2.vocabulary.word_lists import NAMED, WordList, named_words, read_words, words_of_json
 
 CLOSE = 0.98  # cosine above which two words are a near-duplicate pair
 
@@ -149,7 +149,7 @@ def words_to_embed(args: argparse.Namespace) -> WordList:
     if args.dataset:
         words = words_of_dataset(args.dataset, bool(args.synonyms))
     elif args.words:
-        words = words_of_text(args.words)
+        words = read_words(args.words)
     else:
         words = words_by_id(args)
     if args.synonyms and words.synonyms is None:

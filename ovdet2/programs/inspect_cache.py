@@ -29,7 +29,7 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.images import read_image
 from ovdet2.vlm.crops import boxes_to_cut, crop_regions
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vocabulary import Vocabulary, parse_words
+from ovdet2.vocabulary import Vocabulary, read_words
 from ovdet2.vocabulary.templates import clean_name
 
 _PER_IMAGE = 6  # most regions of an image that are printed and drawn
@@ -108,7 +108,8 @@ def words_of(args: argparse.Namespace, cache: RegionCache) -> tuple[Teacher, Voc
         cache.require_teacher(vocabulary.teacher, f"the vocabulary file {args.vocabulary}")
         return teacher, vocabulary
     if args.words:
-        return teacher, Vocabulary.build(parse_words(args.words), teacher, args.templates)
+        words = read_words(args.words)
+        return teacher, Vocabulary.build(words.names, teacher, args.templates, synonyms=words.synonyms)
     split = split_of(cache.manifest["recipe"]["dataset"])
     if split is None:
         raise UsageError(f"{cache.manifest['recipe']['dataset']} is not registered here: give --words.")

@@ -8,18 +8,20 @@ from ovdet2.vocabulary.table import (
     from_buffers,
     further_trained_names,
     manifest_bytes,
-    parse_words,
     repeated_words,
 )
+from ovdet2.vocabulary.word_lists import WordList, parse_words, read_words
 
 __all__ = [
     "SCHEMA",
     "Vocabulary",
+    "WordList",
     "averaged_names",
     "check_words",
     "from_buffers",
     "further_trained_names",
     "manifest_bytes",
     "parse_words",
+    "read_words",
     "repeated_words",
 ]

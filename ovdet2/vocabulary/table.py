@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.templates import (
     clean_name,
     get_templates,
+    is_visible,
     render,
     set_title,
     template_set_names,
@@ -281,9 +281,11 @@ def check_words(names: Sequence[str]) -> None:
     """Raise :class:`UsageError` for an empty vocabulary, an empty word, or two words that clean to the same text."""
     repeated = repeated_words(names)
     if repeated:
-        shown = ", ".join(f"{names[i]!r} twice (words {first} and {i})" for i, first in repeated[:_SHOWN])
-        more = f", and {len(repeated) - _SHOWN} more words" if len(repeated) > _SHOWN else ""
-        raise UsageError(f"the vocabulary holds {shown}{more}: remove one of each.")
+        shown = ", ".join(
+            f"{names[first]!r} and {names[i]!r} (words {first} and {i})" for i, first in repeated[:_SHOWN]
+        )
+        more = f", and {len(repeated) - _SHOWN} more" if len(repeated) > _SHOWN else ""
+        raise UsageError(f"the vocabulary holds the same word twice: {shown}{more}. Remove one of each pair.")
 
 
 def repeated_words(names: Sequence[str]) -> list[tuple[int, int]]:
@@ -297,7 +299,7 @@ def repeated_words(names: Sequence[str]) -> list[tuple[int, int]]:
     seen, repeated = {}, []
     for position, name in enumerate(names):
         cleaned = clean_name(name)
-        if not cleaned:
+        if not is_visible(cleaned):
             raise UsageError(f"word {position} of the vocabulary is empty ({name!r}): remove it.")
         first = seen.setdefault(cleaned, position)
         if first != position:
@@ -341,30 +343,6 @@ def _embed_names(names, teacher, templates, progress):
             rows.append(F.normalize(encoded.view(len(chunk), count, -1).mean(dim=1), dim=1).cpu())
             bar.update(len(chunk))
     return torch.cat(rows)
-
-
-def parse_words(text: str | Path) -> list[str]:
-    """Words from a comma-separated string, or from a ".txt" file with one word per line (UTF-8, "#" starts a comment).
-
-    Raises:
-        DataError: the file is missing or not UTF-8.
-        UsageError: the text is an existing file of another suffix.
-    """
-    text = str(text)
-    if "," in text or not text.endswith(".txt"):
-        if "," not in text and os.path.isfile(text):  # isfile: no error for a text too long for a path
-            raise UsageError(
-                f"{text} is a file, not a word: words are read from a .txt file, one per line (ovdet2 vocab also reads "
-                "a .json file). If a word has this name, add a comma."
-            )
-        return [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"the word list {text} cannot be read ({error}): give a UTF-8 file, one word per line."
-        ) from None
-    return [word for word in (line.split("#")[0].strip() for line in lines) if word]
 
 
 def _sha_of_known_set(templates):

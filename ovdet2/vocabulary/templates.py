@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from pathlib import Path
 
 from ovdet2.errors import DataError, UsageError
@@ -62,7 +63,7 @@ def _read_templates(path, stamp):
         templates = templates.get("templates") if isinstance(templates, dict) else templates
     else:
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"the template file {path} cannot be read ({error}): give a UTF-8 file.") from None
         templates = [line for line in lines if line and not line.startswith("#")]
@@ -87,10 +88,16 @@ def templates_sha256(set_name: str | Path) -> str:
 def clean_name(name: str) -> str:
     """ViLD's cleaning of a class name: lower case, "_" to space, "/" to " or ", no trailing full stop, single spaces.
 
-    Text in parentheses is kept: it distinguishes LVIS's "bow (weapon)" from "bow (decorative ribbons)".
+    Text in parentheses is kept: it distinguishes LVIS's "bow (weapon)" from "bow (decorative ribbons)". Characters are
+    composed (Unicode's form NFC), so that two spellings of the same letter are the same word.
     """
-    name = name.replace("_", " ").replace("/", " or ").lower()
+    name = unicodedata.normalize("NFC", name).replace("_", " ").replace("/", " or ").lower()
     return " ".join(name.split()).rstrip(".").rstrip()
+
+
+def is_visible(name: str) -> bool:
+    """Whether a name has a character that is seen: not only spaces, control characters and joiners of width zero."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in name)
 
 
 def article(name: str) -> str:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_json
-from ovdet2.vocabulary import parse_words
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "words"
 NAMED = ("coco", "lvis", "objects365_v1", "objects365_v2", "openimages", "voc")
+_SUFFIXES = (".txt", ".json")  # of word lists
+# Between words in the prompts of other detectors, and in text of other keyboards.
+_OTHER_MARKS = (" . ", "|", ";", "\uff0c", "\u3001", "\uff1b", "\n", ",")
+
+Words = str | Path | Iterable[str] | Mapping[str, Iterable[str]]
 
 
 @dataclass(frozen=True)
@@ -75,33 +82,115 @@ def words_of_json(path: str | Path) -> WordList:
     return _of_categories(categories)
 
 
-def words_of_text(text: str | Path) -> WordList:
-    """Words from "cat, red mug", a ".txt" file with a word per line, or a ".json" file, optionally with synonyms.
+def read_words(words: Words) -> WordList:
+    """The user's words with their synonyms, from text, a file or Python objects.
 
-    In a string or a text file a word's synonyms follow it after semicolons ("sofa; couch; settee"). A json file is a
-    list of words or {word: [synonyms]}.
+    Args:
+        words: one of
+
+            - "cat, sofa; couch": words between commas or line breaks, each followed by its synonyms after semicolons;
+            - the path of a ".txt" file (UTF-8) with a word per line and the same semicolons; "#" starts a comment;
+            - the path of a ".json" file: a list of words, or {word: [synonyms]};
+            - a list of words, or a dict {word: [synonyms]}; their text is not split.
 
     Raises:
         DataError: the file is missing or of another format.
-        UsageError: the text is an existing file of another suffix.
+        UsageError: the text is an existing file of another suffix, an entry is no text, or a single word looks like
+            several ("cat . dog").
     """
-    text = str(text)
-    entries: list[tuple[Any, ...]]  # of a json file, until their types are checked
-    if text.endswith(".json") and "," not in text:
-        values = read_json(text, "give a list of words or {word: [synonyms]}")
-        if isinstance(values, list):
-            entries = [(word,) for word in values]
-        elif isinstance(values, dict) and all(isinstance(names, list) for names in values.values()):
-            entries = [(word, *names) for word, names in values.items()]
-        else:
-            entries = [(None,)]
-        if not all(isinstance(name, str) for entry in entries for name in entry):
-            raise DataError(f"{text} is neither a list of words nor {{word: [synonyms]}}: write it as one of them.")
+    if isinstance(words, Path) or (isinstance(words, str) and _names_file(words)):
+        return _words_of_file(Path(words))
+    if isinstance(words, str):
+        entries = _split(words.replace(",", "\n"))
     else:
-        entries = [tuple(part.strip() for part in entry.split(";")) for entry in parse_words(text)]
-        entries = [(first, *(name for name in others if name)) for first, *others in entries]
-    synonyms = tuple(tuple(others) for _, *others in entries)
-    return WordList(tuple(entry[0] for entry in entries), synonyms=synonyms if any(synonyms) else None)
+        entries = _entries_of(words, "the list of words")
+    if len(entries) == 1:
+        remedy = "separate words by commas" if isinstance(words, str) else "give each word as an entry of the list"
+        _refuse_joined(entries[0][0], remedy)
+    return _word_list(entries)
+
+
+def parse_words(words: str | Path | Iterable[str]) -> list[str]:
+    """The names of :func:`read_words`, where synonyms have no meaning.
+
+    Raises:
+        DataError, UsageError: as :func:`read_words`, or a word has synonyms.
+    """
+    parsed = read_words(words)
+    for name, synonyms in zip(parsed.names, parsed.synonyms or ()):
+        if synonyms:
+            raise UsageError(
+                f"{name!r} has the synonym {synonyms[0]!r}, but synonyms are not used here: give one name per word."
+            )
+    return list(parsed.names)
+
+
+def _names_file(text: str) -> bool:
+    """Whether a string is the path of a word list rather than words."""
+    if "\n" in text or (Path(text).suffix not in _SUFFIXES and "," in text):
+        return False
+    if Path(text).suffix in _SUFFIXES:
+        return "," not in text or os.path.isfile(text)  # isfile: no error for a text too long for a path
+    if os.path.isfile(text):
+        raise UsageError(
+            f"{text} is a file, not a word: words are read from a .txt file, one per line, or a .json file. If a word "
+            "has this name, add a comma."
+        )
+    return False
+
+
+def _words_of_file(path: Path) -> WordList:
+    if path.suffix == ".json":
+        return _word_list(
+            _entries_of(read_json(path, "give a list of words or {word: [synonyms]}"), str(path), DataError)
+        )
+    if path.suffix != ".txt":
+        raise UsageError(f"{path} is no word list: give a .txt file with a word per line, or a .json file.")
+    if not path.is_file():
+        raise DataError(f"the word list {path} does not exist: check the path.")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the word list {path} cannot be read ({error}): give a UTF-8 file, one word per line."
+        ) from None
+    return _word_list(_split("\n".join(line.split("#")[0] for line in lines)))
+
+
+def _split(text: str) -> list[tuple[str, ...]]:
+    """A tuple of names for each line that is not empty: the word and its synonyms."""
+    entries = [[part.strip() for part in line.split(";")] for line in text.splitlines() if line.strip()]
+    return [(first, *(name for name in others if name)) for first, *others in entries]
+
+
+def _entries_of(values: Any, source: str, kind: type[DataError | UsageError] = UsageError) -> list[tuple[str, ...]]:
+    """Tuples (word, synonyms ...) of a list of words or a dict {word: [synonyms]}."""
+    form = "give a list of words or {word: [synonyms]}"
+    if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
+        raise kind(f"{source} holds {values!r}: {form}.")
+    entries = []
+    for word in values:
+        names = values[word] if isinstance(values, Mapping) else ()
+        for name in (word, names) if isinstance(names, str) or not isinstance(names, Iterable) else (word, *names):
+            if not isinstance(name, str) or name is names:
+                where = f" as a name of {word!r}" if isinstance(values, Mapping) else ""
+                raise kind(f"{source} holds {name!r}{where}: {form}.")
+        entries.append((word, *names))
+    return entries
+
+
+def _refuse_joined(word: str, remedy: str) -> None:
+    """Refuse a single word that seems to be several, joined as in the prompts of other programs."""
+    mark = next((mark for mark in _OTHER_MARKS if mark in word.strip()), None)
+    if mark is not None:
+        raise UsageError(f"{word!r} seems to be several words, joined by {mark.strip(' ')!r}: {remedy}.")
+
+
+def _word_list(entries: Sequence[tuple[str, ...]]) -> WordList:
+    entries = [tuple(unicodedata.normalize("NFC", name) for name in entry) for entry in entries]
+    synonyms = tuple(others for _, *others in entries)
+    synonyms = tuple(map(tuple, synonyms)) if any(synonyms) else None
+    return WordList(tuple(entry[0] for entry in entries), synonyms=synonyms)
 
 
 def _from_libraries(name):
