@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
+
+from ovdet2.errors import did_you_mean
 
 
 def command_parser(verb: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of ``ovdet2 <verb>``, whose help is the docstring of the program."""
-    return argparse.ArgumentParser(
-        prog=f"ovdet2 {verb}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return _Parser(prog=f"ovdet2 {verb}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that names an unknown option, wherever it stands, before argparse takes it for an override."""
+
+    def parse_known_args(self, args=None, namespace=None):  # pyrefly: ignore[bad-override]  overloads
+        words = list(sys.argv[1:] if args is None else args)
+        known = [name for action in self._actions for name in action.option_strings]
+        for word in words:
+            option = word.split("=")[0]
+            if option.startswith("--") and option != "--" and not any(name.startswith(option) for name in known):
+                self.error(f"there is no option {option}{did_you_mean(option, known)}")
+        return super().parse_known_args(words, namespace)
 
 
 class _Overrides(argparse.Action):
@@ -27,7 +41,7 @@ class _Overrides(argparse.Action):
 # Arguments of add_argument.
 CONFIG_FILE: dict[str, Any] = {
     "metavar": "CONFIG_FILE",
-    "help": "yaml file, or the name of a configuration of ovdet2, such as ovshapes/vild_text_r18.yaml",
+    "help": "yaml file, or the name of a configuration of ovdet2, such as ovshapes/vild_text_r18.yaml, or of a trained detector",
 }
 OVERRIDES: dict[str, Any] = {
     "nargs": argparse.REMAINDER,

@@ -5,9 +5,10 @@ A message names the faulty id, path or shape and ends with the remedy. Command-l
 """
 
 import contextlib
+import difflib
 import os
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 
 
 class OVDetError(Exception):
@@ -45,6 +46,12 @@ class NumericalError(OVDetError, FloatingPointError):
     """A loss, gradient or box that is not finite."""
 
     exit_code = 5
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean X?)" for the known word that is spelt most like ``word``, or "" if none is."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
@@ -25,7 +25,6 @@ from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary,
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
 from ovdet2.vocabulary.word_lists import Words
-from ovdet2.zoo import DETECTORS
 
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
@@ -55,17 +54,12 @@ class Detector:
             UsageError: no weights are given.
             DataError: the weights cannot be read, are of another model, or of another embedding space.
         """
-        named = DETECTORS.get(str(config)) if isinstance(config, (str, Path)) else None
-        if named is not None:
-            config, overrides = named.config, ["MODEL.WEIGHTS", named.weights, *overrides]
         if not isinstance(config, CfgNode):
-            config = load_config(config, overrides)
+            config = load_config(config, [*overrides, "MODEL.WEIGHTS", str(weights)] if weights else overrides)
         cfg = without_training_parts(config)
         weights = str(weights or cfg.MODEL.WEIGHTS)
         if not weights:
             raise UsageError("a Detector needs trained weights: give weights=... or MODEL.WEIGHTS.")
-        if named is not None and weights == named.weights and "://" not in weights and not Path(weights).is_file():
-            raise DataError(f"{weights} does not exist: {named.remedy}.")
         cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg

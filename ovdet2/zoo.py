@@ -1,11 +1,15 @@
 """Detectors by name: a configuration and the weights that belong to it.
 
-``Detector("ovshapes-vild")`` and ``ovdet2 predict --config-file ovshapes-vild`` take these names.
+``Detector("ovshapes-vild")`` takes these names, and ``--config-file ovshapes-vild`` in every command but
+``ovdet2 train``, for these are trained detectors.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
+
+from ovdet2.errors import DataError
 
 
 class NamedDetector(NamedTuple):
@@ -20,6 +24,15 @@ class NamedDetector(NamedTuple):
     config: str
     weights: str
     remedy: str
+
+    def require(self, weights: str) -> None:
+        """Check that the detector's weights are there, if ``weights`` are those and not others given by the user.
+
+        Raises:
+            DataError: they are a file that does not exist.
+        """
+        if weights == self.weights and "://" not in weights and not Path(weights).is_file():
+            raise DataError(f"{weights} does not exist: {self.remedy}.")
 
 
 def _of_demo(row: str) -> NamedDetector:

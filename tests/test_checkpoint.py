@@ -244,6 +244,7 @@ def test_unreachable_weights_name_the_remedy(weights):
 
 
 def test_shapes_and_names_that_do_not_fit_are_reported(tmp_path, caplog):
+    caplog.set_level("INFO")
     AtomicCheckpointer(nn.Linear(8, 3), str(tmp_path)).save("other")
     model = nn.ModuleDict({"extra": nn.Linear(8, 8)})
     model.register_parameter("weight", nn.Parameter(torch.zeros(8, 8)))
@@ -251,6 +252,11 @@ def test_shapes_and_names_that_do_not_fit_are_reported(tmp_path, caplog):
     assert "(3, 8) in the checkpoint but (8, 8) in the model" in caplog.text  # weight
     assert "extra.{bias, weight}" in caplog.text  # missing
     assert "not used by the model:\n  bias" in caplog.text  # unexpected
+    [line] = [record.getMessage() for record in caplog.records if record.name == "ovdet2.engine.checkpoint"]
+    assert line.endswith(
+        "other.pth; not in the file, so at their initial values: extra.weight, extra.bias; of another shape in the file, "
+        "so at their initial values: weight; in the file, but not in the model: bias"
+    )
 
 
 class TestLoadAll:
@@ -276,6 +282,20 @@ class TestLoadAll:
         with pytest.raises(DataError, match="0.bias"):
             AtomicCheckpointer(self.model(9), str(tmp_path)).resume_or_load(path, resume=True, complete=True)
         AtomicCheckpointer(self.model(9)).load(path)  # to start from, it will do
+
+    def test_the_weights_that_training_starts_from_are_no_detector(self, tmp_path):
+        model = nn.ModuleDict({"backbone": model_of(0.0), "head": model_of(0.0)})
+        path = self.saved(tmp_path, model, drop=("head.weight", "head.bias"))
+        with pytest.raises(DataError, match="weights.pth holds only the backbone, from which training starts"):
+            AtomicCheckpointer(model).load_all(path)
+        path = self.saved(tmp_path, model, drop=("head.bias",))
+        with pytest.raises(DataError, match="does not hold 1 of the model's weights: head.bias"):
+            AtomicCheckpointer(model).load_all(path)
+
+    @pytest.mark.parametrize("weights", ["http://127.0.0.1:9/R-50.pkl", "/nowhere/model.pth"])
+    def test_no_advice_to_start_from_scratch(self, weights):
+        with pytest.raises(DataError, match="set MODEL.WEIGHTS to a file, to evaluate or predict|to the file, to eval"):
+            AtomicCheckpointer(self.model()).load_all(weights)
 
     def test_nothing_to_load(self, tmp_path):
         with pytest.raises(UsageError, match="MODEL.WEIGHTS"):

@@ -93,6 +93,20 @@ def test_one_spelling_of_configurations_and_overrides(capsys):
             assert "KEY VALUE " in out or name == "report make"  # which only registers data sets
 
 
+@pytest.mark.parametrize(
+    "words, meant",
+    [
+        (("predict", "--threshold", "0.5", "--vocabulary", "x"), "--threshold (did you mean --confidence-threshold?)"),
+        (("train", "--config", "a.yaml", "--numgpus=2"), "--numgpus (did you mean --num-gpus?)"),
+        (("vocab", "--colour", "red", "--words", "x"), "no option --colour"),
+    ],
+)
+def test_an_unknown_option_is_named(words, meant, capsys):
+    """Also where argparse would take it for an override."""
+    code, _, stderr = code_of(capsys, *words)
+    assert code == 2 and meant in stderr
+
+
 def test_an_option_after_overrides_is_refused(capsys):
     words = ["train", "--config-file", "ovshapes/vild_text_r18.yaml", "MODEL.WEIGHTS", "x.pth", "--resume"]
     code, _, err = code_of(capsys, *words)
@@ -165,7 +179,7 @@ def test_an_unknown_verb(words, capsys):
     (["dataset", "prepare", "imagenet"], "there is no data set 'imagenet' to prepare; there are ov-coco, ov-lvis, voc"),
     (["bench", "moon"], "there is no benchmark 'moon'; there are cache"),
     (["experiment", "moon"], "there is no experiment 'moon'"),
-    (["train", "--fly"], "unrecognized arguments: --fly"),
+    (["train", "--fly"], "there is no option --fly"),
     (["report", "compare", "a", "b", "--classes", "-1"], "--classes must be at least 0"),
     (["train", "--config-file", "absent.yaml"], "absent.yaml"),
 ])  # fmt: skip

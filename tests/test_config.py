@@ -7,10 +7,13 @@ from pathlib import Path
 
 import detectron2.config
 import pytest
+import yaml
 from detectron2.config import CfgNode
 
 from ovdet2.config import find_methods, get_cfg, load_config, methods
-from ovdet2.errors import UsageError
+from ovdet2.errors import DataError, UsageError
+from ovdet2.programs import train
+from ovdet2.zoo import DETECTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -157,6 +160,84 @@ def test_wrong_file(tmp_path, content, words):
 def test_unknown_file_lists_the_shipped_ones():
     with pytest.raises(UsageError, match="no configuration file nowhere.yaml.*ovshapes/vild_text_r18.yaml"):
         load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    "wrong, meant", [("ovshapes/vild_txt_r18.yaml", "ovshapes/vild_text_r18.yaml"), ("ovshapes-vlid", "ovshapes-vild")]
+)
+def test_a_mistyped_name_is_guessed(wrong, meant):
+    with pytest.raises(UsageError, match=f"no configuration file {wrong} .did you mean {meant}?"):
+        load_config(wrong)
+
+
+@pytest.mark.parametrize("wrong, meant", [("MODEL.WEIGTHS", "MODEL.WEIGHTS"), ("SOLVER.MAXITER", "SOLVER.MAX_ITER"), ("MODEL.VILD.WIEGHT", "MODEL.VILD.WEIGHT")])  # fmt: skip
+def test_a_mistyped_key_is_guessed(wrong, meant, tmp_path):
+    with pytest.raises(UsageError, match=f"{wrong} .did you mean {meant}?"):
+        load_config("", [wrong, 1])
+    *groups, last = wrong.split(".")
+    node = {last: 1}
+    for group in reversed(groups):
+        node = {group: node}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(node))
+    with pytest.raises(UsageError, match=f"{wrong} .did you mean {meant}?"):
+        load_config(tmp_path / "own.yaml")
+
+
+class TestBaseOfAFile:
+    """``_BASE_`` is a path relative to the file, or the name of a shipped configuration."""
+
+    def write(self, path, base):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'_BASE_: "{base}"\nSOLVER:\n  MAX_ITER: 7\n')
+        return path
+
+    @pytest.mark.parametrize("base", ("ovshapes/vild_text_r18.yaml", "configs/ovshapes/vild_text_r18.yaml", "../ovshapes/vild_text_r18.yaml"))  # fmt: skip
+    def test_a_shipped_one(self, base, tmp_path, monkeypatch):
+        expected = load_config("ovshapes/vild_text_r18.yaml", ["SOLVER.MAX_ITER", 7])
+        assert load_config(self.write(tmp_path / "own.yaml", base)) == expected
+        monkeypatch.chdir(tmp_path)
+        assert load_config("own.yaml") == expected
+
+    def test_the_users_file_comes_first(self, tmp_path):
+        (tmp_path / "ovshapes").mkdir()
+        (tmp_path / "ovshapes" / "vild_text_r18.yaml").write_text("SEED: 99\n")
+        assert load_config(self.write(tmp_path / "own.yaml", "ovshapes/vild_text_r18.yaml")).SEED == 99
+
+    def test_bases_of_bases(self, tmp_path):
+        self.write(tmp_path / "a" / "first.yaml", "ovshapes/vild_text_r18.yaml")
+        second = self.write(tmp_path / "second.yaml", "a/first.yaml")
+        assert load_config(second).OUTPUT_DIR == load_config("ovshapes/vild_text_r18.yaml").OUTPUT_DIR
+
+    def test_one_that_does_not_exist(self, tmp_path):
+        with pytest.raises(UsageError, match="_BASE_ names .*nothing.yaml, which does not exist: give a path relative"):
+            load_config(self.write(tmp_path / "own.yaml", "nothing.yaml"))
+
+    def test_a_circle(self, tmp_path):
+        self.write(tmp_path / "a.yaml", "b.yaml")
+        with pytest.raises(UsageError, match="b.yaml is its own _BASE_"):
+            load_config(self.write(tmp_path / "b.yaml", "a.yaml"))
+
+
+class TestTrainedDetectors:
+    """The names of ovdet2.zoo stand for a configuration with its weights."""
+
+    def test_the_configuration_and_the_weights(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        for name, named in DETECTORS.items():
+            Path(named.weights).parent.mkdir(parents=True)
+            Path(named.weights).touch()
+            assert load_config(name) == load_config(named.config, ["MODEL.WEIGHTS", named.weights])
+            assert load_config(name, ["MODEL.WEIGHTS", "mine.pth"]).MODEL.WEIGHTS == "mine.pth"
+
+    @pytest.mark.parametrize("name", DETECTORS)
+    def test_weights_that_are_not_there(self, name, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError, match=f"{DETECTORS[name].weights} does not exist: {DETECTORS[name].remedy}"):
+            load_config(name)
+
+    def test_training_takes_a_configuration(self):
+        with pytest.raises(UsageError, match="ovshapes-vild is a trained detector. .*--config-file ovshapes/vild_r18"):
+            train.run(["--config-file", "ovshapes-vild"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)

@@ -1,6 +1,8 @@
 """Safe loading of configurations: yaml files, overrides, keys of earlier versions, the device."""
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,8 @@ from detectron2.config import CfgNode
 from ovdet2.config.keys import OLD_KEYS, get_cfg
 from ovdet2.config.method import Method
 from ovdet2.config.methods import find_methods, methods_of
-from ovdet2.errors import UsageError
+from ovdet2.errors import UsageError, did_you_mean
+from ovdet2.zoo import DETECTORS
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,34 @@ def find_config(name: str | Path) -> Path:
     for candidate in (Path(name), shipped / relative):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml")))
-    raise UsageError(f"there is no configuration file {name}. Configurations of ovdet2: {known}.")
+    known = sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml"))
+    raise UsageError(
+        f"there is no configuration file {name}{did_you_mean(str(relative), [*DETECTORS, *known])}. "
+        f"Trained detectors: {', '.join(DETECTORS)}. Configurations of ovdet2: {', '.join(known)}."
+    )
+
+
+class _Yaml(CfgNode):
+    """Reads yaml files whose ``_BASE_`` is relative to the file, or else the name of a shipped configuration."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> Any:
+        """The content of a file over that of its base; see fvcore.
+
+        Raises:
+            UsageError: there is no such file.
+        """
+        if not os.path.isfile(filename) and "://" not in filename:
+            parts = Path(filename).parts[filename.startswith("/") :]
+            shipped = (_configs_folder().joinpath(*parts[start:]) for start in range(len(parts)))
+            found = next((path for path in shipped if path.is_file()), None)
+            if found is None:
+                raise UsageError(
+                    f"_BASE_ names {filename}, which does not exist: give a path relative to the yaml file, or a "
+                    "configuration of ovdet2 such as ovshapes/vild_text_r18.yaml."
+                )
+            filename = str(found)
+        return super().load_yaml_with_base(filename, allow_unsafe)
 
 
 def load_config(
@@ -42,7 +71,8 @@ def load_config(
     Keys of earlier versions are accepted, with a warning that names the current key.
 
     Args:
-        name: path, or name below the package's ``configs/``; "" for the defaults only.
+        name: path, or name below the package's ``configs/``, or of a detector of :data:`ovdet2.zoo.DETECTORS`, which
+            also sets MODEL.WEIGHTS; "" for the defaults only. A file's ``_BASE_`` may be such a name, too.
         overrides: list [key, value, key, value, ...] as from a command line.
         extend: function that adds the keys of a system built on ovdet2 to the defaults (``extend(cfg)``), or None.
             Methods are named in MODEL.PARTS instead.
@@ -53,11 +83,16 @@ def load_config(
     Raises:
         UsageError: unknown file, unknown key, a value of the wrong type, a module of MODEL.PARTS that is no method, or
             an invalid entry of DATASETS.OWN; yaml tags that run code are refused.
+        DataError: the weights of the named detector are not there.
     """
+    named = DETECTORS.get(str(name))
+    if named is not None:
+        name, overrides = named.config, ["MODEL.WEIGHTS", named.weights, *overrides]
+    known = CfgNode()
     try:
-        given = CfgNode(CfgNode.load_yaml_with_base(str(find_config(name)), allow_unsafe=False)) if name else CfgNode()
+        given = CfgNode(_Yaml.load_yaml_with_base(str(find_config(name)), allow_unsafe=False)) if name else CfgNode()
         overrides = list(overrides)
-        cfg = get_cfg(_parts_of(given, overrides))
+        cfg = known = get_cfg(_parts_of(given, overrides))
         if extend is not None:
             extend(cfg)
         if given.get("VERSION", cfg.VERSION) != cfg.VERSION:
@@ -66,19 +101,33 @@ def load_config(
         _rename(given, moved, name)
         cfg.merge_from_other_cfg(given)
         cfg.merge_from_list([_current_key(part, moved) if not n % 2 else part for n, part in enumerate(overrides)])
+    except RecursionError:
+        raise UsageError(f"{name} is its own _BASE_, perhaps through other files: change the _BASE_ of one.") from None
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, UsageError):
             raise
         reason = error if isinstance(error, yaml.YAMLError) or not error.args else error.args[0]
+        unknown = re.search(r"Non-existent (?:config )?key: (\S+)", str(reason))
+        hint = did_you_mean(unknown[1], _keys_of(known)) if unknown else ""
         raise UsageError(
-            f"{reason} (in {name or 'the command line'} or its overrides). Keys are documented in "
+            f"{reason}{hint}, in {name or 'the command line'} or its overrides. Keys are documented in "
             "ovdet2/config/keys.py, in the __init__.py of each method, and in Detectron2's config/defaults.py."
         ) from None
+    if named is not None:
+        named.require(cfg.MODEL.WEIGHTS)
     if cfg.DATASETS.OWN:
         from ovdet2.data.datasets.own import register_own  # needs torch, which most errors above do not
 
         register_own(cfg)
     return cfg
+
+
+def _keys_of(cfg: CfgNode, prefix: str = "") -> list[str]:
+    """All keys of a configuration, such as "MODEL.WEIGHTS"."""
+    keys = []
+    for name, value in cfg.items():
+        keys += _keys_of(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
+    return keys
 
 
 def old_keys(methods: Iterable[Method]) -> dict[str, str]:

@@ -106,13 +106,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
         Raises:
             DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
         """
+        loaded = self._load(path, 'or to "" to start from scratch', *args, **kwargs)
+        if path and self._incompatible is not None:
+            _announce(self.loaded, self._incompatible)
+        return loaded
+
+    def _load(self, path, otherwise, *args, **kwargs):
         self.loaded = path
         if path and not os.path.isfile(path):
-            path = self._fetch(path)
-        loaded = super().load(path, *args, **kwargs)
-        if path and self._incompatible is not None:
-            _announce(self.loaded, self._incompatible.missing_keys)
-        return loaded
+            path = self._fetch(path, otherwise)
+        return super().load(path, *args, **kwargs)
 
     def load_all(self, path: str) -> dict[str, Any]:
         """Load the weights of a trained model, every one of them: for evaluation and prediction.
@@ -133,9 +136,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         if not path:
             raise UsageError("there are no trained weights to evaluate: set MODEL.WEIGHTS to a checkpoint.")
-        loaded = self.load(path, checkpointables=[])
+        loaded = self._load(path, "to evaluate or predict", checkpointables=[])
         unused, incompatible = self._training_only(), self._incompatible
         assert incompatible is not None  # set by the load of a file
+        if self._holds_only_the_backbone(incompatible):
+            raise DataError(
+                f"{path} holds only the backbone, from which training starts, and no trained detector: set MODEL.WEIGHTS "
+                "to a checkpoint of a training, such as OUTPUT_DIR/model_final.pth."
+            )
         misshaped = [
             f"{name} ({list(saved)} in the file, {list(wanted)} in the model)"
             for name, saved, wanted in incompatible.incorrect_shapes
@@ -154,6 +162,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 f"{path} does not hold {len(faults)} of the model's weights: {shown}. "
                 "Use the configuration the file was trained with, or a file of this configuration."
             )
+        _announce(path, incompatible)
         return loaded
 
     def resume_or_load(self, path: str, *, resume: bool = True, complete: bool = False) -> dict[str, Any]:
@@ -192,8 +201,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             f"none of the checkpoints of {self.save_dir} can be read: start without --resume, or elsewhere."
         )
 
-    def _fetch(self, path):
-        """The local copy of a URL."""
+    def _fetch(self, path, otherwise):
+        """The local copy of a URL; ``otherwise`` ends the remedy "set MODEL.WEIGHTS to a file"."""
         if str(path).startswith(_ASSET):
             local = str(_ASSETS / path.removeprefix(_ASSET))
             if not os.path.isfile(local):
@@ -205,10 +214,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         except Exception as error:  # each protocol of the path manager raises its own kind
             raise DataError(
                 f"the weights {path} cannot be fetched ({type(error).__name__}: {error}): download them elsewhere and "
-                'set MODEL.WEIGHTS to the file, or to "" to start from scratch.'
+                f"set MODEL.WEIGHTS to the file, {otherwise}."
             ) from error
         if not os.path.isfile(local):
-            raise DataError(f'the weights {path} do not exist: set MODEL.WEIGHTS to a file, or to "" for none.')
+            raise DataError(f"the weights {path} do not exist: set MODEL.WEIGHTS to a file, {otherwise}.")
         return local
 
     def _load_file(self, filename):
@@ -221,11 +230,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         What the checkpoint has of a training-only part that the model lacks is skipped without a warning. Entries of
         earlier versions get the names of today.
         """
-        adopting = [
-            (f"{name}.", adopt)
-            for name, module in self.model.named_modules()
-            if name and (adopt := getattr(module, "adopt_saved_vocabulary", None)) is not None
-        ]
+        adopting = [(f"{name}.", adopt) for name, adopt in self._adopting()]
         weights = checkpoint["model"] = with_present_names(checkpoint["model"], self.model)
         lacking = tuple(prefix for prefix in self._training_only() if getattr(self.model, prefix[:-1], None) is None)
         for name in [name for name in weights if name.startswith(lacking)]:
@@ -240,6 +245,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
         self._incompatible = incompatible
         return incompatible
+
+    def _holds_only_the_backbone(self, incompatible):
+        absent = {name for name, _, _ in incompatible.incorrect_shapes} | set(incompatible.missing_keys)
+        adopting = tuple(f"{name}." for name, _ in self._adopting())
+        found = [name for name in self.model.state_dict() if name not in absent and not name.startswith(adopting)]
+        return bool(incompatible.missing_keys and found) and all(name.startswith("backbone.") for name in found)
+
+    def _adopting(self):
+        """(name, method) of each sub-module that takes its entries itself."""
+        for name, module in self.model.named_modules():
+            if name and (adopt := getattr(module, "adopt_saved_vocabulary", None)) is not None:
+                yield name, adopt
 
     def _training_only(self):
         """Prefixes of the entries of parts that only training uses, of those that the model lacks, too."""
@@ -266,11 +283,26 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 path.unlink(missing_ok=True)
 
 
-def _announce(source: str, missing: Sequence[str]) -> None:
-    """Log what was loaded, and which modules it does not hold."""
-    modules = dict.fromkeys(".".join(name.split(".")[:2]) for name in missing)
-    listed = ", ".join(list(modules)[:_SHOWN]) + ", ..." * (len(modules) > _SHOWN)
-    logger.info("Weights: %s%s", source, f", which does not hold {listed}" if modules else "")
+def _announce(source: str, incompatible: _IncompatibleKeys) -> None:
+    """Log what was loaded, which modules of the model it does not hold, and what of it the model does not use."""
+    misshaped = [name for name, _, _ in incompatible.incorrect_shapes]
+    missing = [name for name in incompatible.missing_keys if name not in misshaped]
+    notes = [
+        f"{what} {_modules(names)}"
+        for what, names in (
+            ("not in the file, so at their initial values:", missing),
+            ("of another shape in the file, so at their initial values:", misshaped),
+            ("in the file, but not in the model:", incompatible.unexpected_keys),
+        )
+        if names
+    ]
+    logger.info("Weights: %s%s", source, "".join(f"; {note}" for note in notes))
+
+
+def _modules(names: Sequence[str]) -> str:
+    """The first modules of some entries, to two levels."""
+    modules = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in names))
+    return ", ".join(modules[:_SHOWN]) + f" and {len(modules) - _SHOWN} more" * (len(modules) > _SHOWN)
 
 
 def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

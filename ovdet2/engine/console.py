@@ -13,9 +13,10 @@ LOGGERS = ("fvcore", "detectron2", "ovdet2")
 
 # Warnings of other packages that need no attention, by logger and first words; log.txt has them.
 SILENCED = (
-    # Every training from a trunk's weights leaves the heads at their initial values; AtomicCheckpointer names them.
+    # AtomicCheckpointer states all three in one line; the heads are missing in every training from a trunk's weights.
     ("fvcore.common.checkpoint", "Some model parameters or buffers are not found"),
     ("fvcore.common.checkpoint", "The checkpoint state_dict contains keys that are not used"),
+    ("fvcore.common.checkpoint", "Skip loading parameter"),
 )
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from ovdet2.command_line import add_run_arguments, command_parser, launch_run
 from ovdet2.config import load_config, without_training_parts
-from ovdet2.errors import exit_on_error
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.zoo import DETECTORS
 
 
 def parse_args(argv: Sequence[str] | None = None, verb: str = "train") -> argparse.Namespace:
@@ -70,6 +71,12 @@ def evaluate(argv: Sequence[str] | None = None) -> None:
 def run(argv: Sequence[str] | None = None, verb: str = "train") -> None:
     """The program: check the configuration once, before any process is started, then run :func:`main` in each."""
     args = parse_args(argv, verb)
+    named = DETECTORS.get(args.config_file)
+    if named is not None and not args.eval_only:
+        raise UsageError(
+            f"{args.config_file} is a trained detector. To train one like it, give its configuration, "
+            f"--config-file {named.config}; to train it further, add MODEL.WEIGHTS {named.weights}."
+        )
     cfg = load_config(args.config_file, args.opts)
     launch_run(main, args, cfg.MODEL.DEVICE)
 
