@@ -7,6 +7,8 @@ import warnings
 
 # Detectron2 0.6 and fvcore script functions at import, which torch 2.15 calls deprecated.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+# Detectron2 0.6 gathers objects from processes by way of a storage class of earlier versions of torch.
+warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)
 
 __version__ = "0.1.0"
 __all__ = ["Detector", "Vocabulary", "register_captions", "register_image_labels", "register_ov_dataset"]

@@ -48,6 +48,11 @@ class NumericalError(OVDetError, FloatingPointError):
     exit_code = 5
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 image", "2 images", "1,000 images"; ``noun`` in the singular."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " (did you mean X?)" for the known word that is spelt most like ``word``, or "" if none is."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -82,7 +82,7 @@ def test_wrong_registrations_of_captions(root, forget):
     with pytest.raises(UsageError, match="none for tar"):
         register_captions("wrong", "*.tar", "images", "tar")
     register_captions(forget("lacking"), "a.json", "images", remedy="download it")
-    with pytest.raises(DataError, match="data set lacking: .*a.json does not exist. Remedy: download it"):
+    with pytest.raises(DataError, match="data set 'lacking': .*a.json does not exist. Remedy: download it"):
         DatasetCatalog.get("lacking")
     data = write_coco(root, 4)
     data["annotations"] = data["annotations"][1:4]
@@ -183,13 +183,20 @@ def test_own_data_from_a_yaml_file(root, forget, tmp_path):
         ({"kind": "masks", "name": "x"}, "of kind 'masks': choose one of boxes, captions, image_labels"),
         (
             {"kind": "captions", "name": "x", "file": "a"},
-            r"captions has the unknown keys \['file'\].*lacks \['captions'\]",
+            "entry 0 of DATASETS.OWN, 'x', has the unknown key 'file' and lacks 'captions'. A captions entry is {name, captions}",
         ),
-        ({"kind": "captions", "name": "x", "captions": "a", "base": []}, r"unknown keys \['base'\]"),
-        ({"kind": "image_labels", "name": "x"}, r"image_labels has the unknown keys \[\].*lacks \['base', 'images'\]"),
-        ({"name": "x", "captions": "a"}, r"kind boxes has the unknown keys \['captions'\].*captions: {name, captions}"),
-        ("x", r"unknown keys \['x'\].*boxes: {name, json, images, base}, optionally novel"),
-        (["x"], "unknown keys"),
+        ({"kind": "captions", "name": "x", "captions": "a", "base": []}, "has the unknown key 'base'. A captions"),
+        ({"name": "x", "json": "a", "imagse": "b", "base": []}, "unknown key 'imagse' .did you mean images?"),
+        ({"kind": "image_labels", "name": "x"}, "'x', lacks 'images' and lacks 'base'. An? image_labels entry is"),
+        (
+            {"name": "x", "captions": "a"},
+            "unknown key 'captions' and .*A boxes entry is {name, json, images, base}, .*kinds: boxes, captions, image_l",
+        ),
+        (
+            "x",
+            "entry 0 of DATASETS.OWN is 'x', not a dict. A boxes entry is {name, json, images, base}, optionally with nov",
+        ),
+        (["x"], "is .'x'., not a dict"),
     ],
 )
 def test_entries_of_own_data_that_are_none(entry, named):

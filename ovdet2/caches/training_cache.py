@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -41,6 +42,12 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
     if len(datasets) != 1:
         raise UsageError(
             f"{key} is the region cache of one data set, and the source has {list(datasets)}: merge their jsons."
+        )
+    if not Path(folder).exists():
+        raise CacheError(
+            f"{key}: there is no region cache in {folder}. Build it from the proposals of a trained detector: ovdet2 cache "
+            f"build --config-file FILE --dataset {datasets[0]} --output {folder} MODEL.WEIGHTS WEIGHTS, with the file and "
+            f"weights of a detector that needs none ({needed_by} 0)."
         )
     try:
         cache = RegionCache(folder)

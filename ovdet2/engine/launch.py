@@ -26,6 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, get_error_handler
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from ovdet2 import errors
 
@@ -169,7 +170,8 @@ def _agent_surroundings() -> Generator[None, None, None]:
     It logs every failure with its own traceback, before the error that :func:`launch` raises.
     """
     names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
-    loggers = [logging.getLogger(name) for name in ("torchelastic-events-null", *names)]
+    others = ("torchelastic-events-null", "torch.multiprocessing.spawn")
+    loggers = [logging.getLogger(name) for name in (*others, *names)]
     disabled = [logger.disabled for logger in loggers]
     in_main_thread = threading.current_thread() is threading.main_thread()
     handlers = {each: signal.getsignal(each) for each in _SIGNALS if in_main_thread}
@@ -186,6 +188,7 @@ def _agent_surroundings() -> Generator[None, None, None]:
 
 def _spawned(main: Callable[..., object], args: tuple, use_cuda: bool) -> None:
     """Body of a process that :func:`launch` started."""
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, of which Python warns when the process is ended
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
     _run_in_group(main, args, use_cuda, spawned=True)

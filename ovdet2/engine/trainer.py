@@ -124,6 +124,7 @@ class Trainer(DefaultTrainer):
         """
         try:
             TrainerBase.train(self, self.start_iter, self.max_iter)
+            logger.info("Trained weights: %s", self.checkpointer.get_checkpoint_file())
         finally:
             self._trainer.close()
             bad = getattr(self.data_loader, "bad_images", None)

@@ -45,7 +45,7 @@ def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
     if member is not None:
         return decode_image(member, path, format)
     if not Path(path).is_file():
-        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+        raise DataError(f"the image {path} does not exist: check the path.")
     return decode_image(path, path, format)
 
 
@@ -84,7 +84,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         DataError: as :func:`read_image`, except for faults that only decoding reveals, such as truncation.
     """
     if not Path(path).is_file():
-        raise DataError(f"the image {path} does not exist: check the image folder of the data set.")
+        raise DataError(f"the image {path} does not exist: check the path.")
     with _explained(path, path), Image.open(path) as image:
         if image.format == "TIFF":  # Pillow rotates TIFF itself, and some versions already the size of the header
             image.load()
@@ -117,9 +117,7 @@ def _explained(file, path):
     try:
         yield
     except UnidentifiedImageError:
-        raise DataError(
-            f"{path} is not an image ({_look(file)}): download it again or remove it from the data set."
-        ) from None
+        raise DataError(f"{path} is not an image ({_look(file)}): download it again or remove it.") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large to decode safely ({error}): scale it down.") from None
     except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
@@ -135,7 +133,7 @@ def _require_side(path, size):
     if min(size) < MIN_SIDE:
         raise DataError(
             f"{path} is {size[0]}x{size[1]} pixels, but the detectors need at least {MIN_SIDE} pixels per side: "
-            "enlarge it or remove it from the data set."
+            "enlarge it or remove it."
         )
 
 

@@ -21,10 +21,10 @@ from typing import Any, cast
 import open_clip
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ovdet2.errors import NumericalError, UsageError, exit_on_error
 from ovdet2.io.files import atomic_path, write_json
+from ovdet2.io.progress import progress_bar
 from ovdet2.ov_shapes.augment import INTERPOLATION, augment
 from ovdet2.ov_shapes.caption_batches import BatchPlan
 from ovdet2.ov_shapes.world.captions import CAPTION_COUNT, render_captions
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model not in open_clip.list_models():
         raise UsageError(f"there is no model configuration {args.model}: add it to ovdet2/assets/open_clip/.")
     print(f"Rendering {args.pairs} image-caption pairs", flush=True)
-    images, captions = render_captions(args.seed, args.pairs, workers=args.threads, progress=tqdm)
+    images, captions = render_captions(args.seed, args.pairs, workers=args.threads, progress=progress_bar)
     data_hash = hashlib.sha256(images.tobytes() + "\n".join(captions).encode()).hexdigest()
     start = time.monotonic()
     model = train(args, torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), captions)
@@ -101,7 +101,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
     std = torch.tensor(_visual(model).preprocess_cfg["std"]).view(3, 1, 1)
     loss_of = open_clip.loss.ClipLoss()
     batches = BatchPlan(captions, args.batch, args.seed)
-    progress = tqdm(range(first, args.steps), initial=first, total=args.steps)
+    progress = progress_bar(range(first, args.steps), initial=first, total=args.steps, desc="training")
     _fast_layout(model)
     for step in progress:
         if step == args.small_steps:

@@ -2,8 +2,8 @@
 
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from ovdet2.io.progress import progress_bar
 from ovdet2.ov_shapes.augment import INTERPOLATION
 from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
 from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS, class_index, detection_scene, single_object_scene
@@ -25,13 +25,13 @@ def measure(teacher: Teacher, seed: int) -> dict[str, dict[str, float]]:
     """
     texts = F.normalize(torch.stack([teacher.encode_text(render(n, "vild63")).mean(dim=0) for n in CLASS_NAMES]), dim=1)
     whole, labels = [], []
-    for index in tqdm(range(10 * len(CLASS_NAMES)), desc="whole images"):
+    for index in progress_bar(range(10 * len(CLASS_NAMES)), desc="whole images"):
         image = _to_tensor(single_object_scene(seed, index).image)
         whole.append(F.interpolate(image[None], size=(teacher.image_size,) * 2, mode=INTERPOLATION, antialias=True))
         labels.append(index % len(CLASS_NAMES))
     result = {"whole_images": accuracies(teacher.encode_image(torch.cat(whole)) @ texts.T, torch.tensor(labels))}
     tight, wide, labels = [], [], []
-    for index in tqdm(range(IMAGE_COUNTS["val2017"]), desc="box crops"):
+    for index in progress_bar(range(IMAGE_COUNTS["val2017"]), desc="box crops"):
         scene = detection_scene(seed, "val2017", index)
         image, height, width = torch.from_numpy(scene.image).permute(2, 0, 1), *scene.image.shape[:2]
         boxes = torch.tensor([placed.box_xyxy for placed in scene.objects])

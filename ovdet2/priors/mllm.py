@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ovdet2.errors import CacheError, DataError, UsageError
 from ovdet2.io.files import sha256_file
+from ovdet2.io.progress import progress_bar
 from ovdet2.priors.answers import Answer, AnswerBook
 from ovdet2.priors.chat_server import ChatServer
 from ovdet2.priors.concept_prior import ConceptPriors
@@ -134,7 +134,7 @@ class MllmBackend:
         self.known = total - to_ask
         failed = set()
         with (
-            tqdm(total=total, initial=self.known, desc="questions", disable=not to_ask) as progress,
+            progress_bar(total=total, initial=self.known, desc="questions", disable=not to_ask) as progress,
             ThreadPoolExecutor(self.model.workers) as pool,
         ):
             running = {}  # future -> (image id, number of questions)
@@ -192,7 +192,7 @@ class MllmBackend:
 
 def _digests(records, skip):
     digests = {}
-    for record in tqdm(records, desc="hashing images", leave=False):
+    for record in progress_bar(records, desc="hashing images", leave=False):
         try:
             digests[record["image_id"]] = sha256_file(Path(record["file_name"]))
         except OSError as error:

@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 from detectron2.data import MetadataCatalog
-from tqdm import tqdm
 
 from ovdet2.command_line import command_parser
 from ovdet2.config import get_cfg
@@ -41,6 +40,7 @@ from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.records import load_records
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file
+from ovdet2.io.progress import progress_bar
 from ovdet2.priors.chat_server import ChatServer
 from ovdet2.priors.clip import RESIZE, ClipBackend
 from ovdet2.priors.concept_prior import ConceptPriors, PriorWriter
@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     writer = PriorWriter(words, [record["image_id"] for record in records], args.keep)
     skipped = Skipped(args.max_bad_images)
     lists = backend.lists(records, skipped)
-    for image_id, index, score in tqdm(lists, total=len(records), desc="images", disable=backend.kind != "prediction"):
+    for image_id, index, score in progress_bar(
+        lists, total=len(records), desc="images", disable=backend.kind != "prediction"
+    ):
         writer.add(image_id, index, score)
     json_file = MetadataCatalog.get(args.dataset).ov_files()[0]
     writer.save(args.output, args.dataset, sha256_file(json_file), backend.source, backend.kind)

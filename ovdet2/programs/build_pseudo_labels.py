@@ -28,7 +28,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from torchvision.ops import box_iou, nms
-from tqdm import tqdm
 
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.config import load_config
@@ -37,6 +36,7 @@ from ovdet2.data.datasets.coco_json import Split, read_coco_json
 from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_json
+from ovdet2.io.progress import progress_bar
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def detections(cfg: CfgNode, dataset: str) -> Iterator[tuple[int, Instances]]:
     cfg = cfg.clone()
     cfg.DATASETS.TEST, cfg.TEST.DISTRACTORS = (dataset,), []
     model = Trainer.build_trained(cfg)
-    for batch in tqdm(build_test_loader(cfg, dataset), desc="images"):
+    for batch in progress_bar(build_test_loader(cfg, dataset), desc="images"):
         for record, output in zip(batch, model(batch)):
             yield record["image_id"], output["instances"].to("cpu")
 

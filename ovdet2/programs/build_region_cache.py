@@ -41,7 +41,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from tqdm import tqdm
 
 from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, BoxSource, FileBoxes
 from ovdet2.caches.region_cache import Regions
@@ -55,6 +54,7 @@ from ovdet2.engine import torchrun_rank
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file
 from ovdet2.io.images import read_image
+from ovdet2.io.progress import progress_bar
 from ovdet2.modeling import build_teacher
 from ovdet2.vlm.crops import POLICIES, crop_regions, pillow_crops
 from ovdet2.vlm.teacher import Teacher
@@ -230,7 +230,7 @@ def verify(args: argparse.Namespace, writer: CacheWriter, by_id: Mapping[int, Ma
     removed = writer.remove_damaged(
         share_of(writer, args.shard or torchrun_rank()),
         lambda header: any(map(is_mended, header.get("unreadable", {}))),
-        partial(tqdm, desc="shards verified", leave=False),
+        partial(progress_bar, desc="shards verified", leave=False),
     )
     print(f"{args.output}: {len(removed)} shards to build anew{' ' + str(removed) if removed else ''}")
 
@@ -249,7 +249,7 @@ def build(
     images = sum(len(ids) for index, ids in enumerate(writer.shards) if only is None or index in only)
     done = images - sum(len(writer.shards[i]) for i in writer.missing() if only is None or i in only)
     unreadable = {}
-    with tqdm(total=images, initial=done, desc="images") as progress:
+    with progress_bar(total=images, initial=done, desc="images") as progress:
         for index in writer.claimed(start, only):
             records = [by_id[image_id] for image_id in writer.shards[index]]
             regions, faults = embedder.embed(records, progress.update)
@@ -272,7 +272,7 @@ def _require_few(unreadable, cfg):
 
 def summary(args: argparse.Namespace, writer: CacheWriter, teacher: Teacher) -> dict[str, Any] | None:
     """Finish the manifest if every shard is there, and say what the cache holds; returns the manifest or None."""
-    manifest = writer.finish(partial(tqdm, desc="shards hashed", leave=False))
+    manifest = writer.finish(partial(progress_bar, desc="shards hashed", leave=False))
     if manifest is None:
         left = len(writer.missing())
         print(f"{args.output}: this part is done; {left} of {len(writer.shards)} shards are left to other processes.")

@@ -23,7 +23,6 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
-from tqdm import tqdm
 
 from ovdet2.command_line import command_parser
 from ovdet2.data.datasets import split_of
@@ -32,6 +31,7 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.io.files import write_json
 from ovdet2.io.images import read_image
+from ovdet2.io.progress import progress_bar
 from ovdet2.vlm.crops import embed_regions
 from ovdet2.vlm.dense import embed_regions_dense
 from ovdet2.vlm.teacher import Teacher
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:
         embed = partial(embed_regions, factors=args.factors)
     hits = []
-    for record in tqdm(DatasetCatalog.get(args.dataset), desc="classifying boxes", unit="image"):
+    for record in progress_bar(DatasetCatalog.get(args.dataset), desc="classifying boxes", unit="image"):
         boxes, classes = truth_of(record)
         probs = classify(teacher, vocabulary, record["file_name"], boxes, embed)
         hits.append(torch.stack([classes, probs.argmax(1).cpu() == classes], dim=1))

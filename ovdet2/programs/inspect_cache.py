@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from ovdet2.caches.region_cache import RegionCache
 from ovdet2.command_line import command_parser
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.images import read_image
+from ovdet2.io.progress import progress_bar
 from ovdet2.vlm.crops import boxes_to_cut, crop_regions
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, read_words
@@ -146,7 +146,7 @@ def zero_shot_accuracy(cache: RegionCache, records: Records, vocabulary: Vocabul
     column = {clean_name(name): position for position, name in enumerate(vocabulary.names)}
     columns = torch.tensor([column.get(clean_name(name), -1) for name in split.names])
     right = total = absent = 0
-    for image_id, record in tqdm(records.items(), desc="classifying annotated regions", unit="image"):
+    for image_id, record in progress_bar(records.items(), desc="classifying annotated regions", unit="image"):
         annotations = record["annotations"]
         embeddings, cached = cache.of_annotations(image_id, [annotation["id"] for annotation in annotations])
         truth = columns[[annotation["category_id"] for annotation in annotations]] if annotations else columns[:0]

@@ -1,10 +1,14 @@
 r"""Detect any words in your images and draw the detections.
 
-    ovdet2 predict --config-file ovshapes/vild_text_r18.yaml --input a.jpg photos/ "*.png" \
-        --vocabulary "striped moon, red star" --output out/ MODEL.WEIGHTS output/model_final.pth
+    ovdet2 predict --config-file ovshapes-vild-ensemble --input a.jpg photos/ "*.png" \
+        --vocabulary "striped moon, red star" --output out/
+    ovdet2 predict --config-file ovcoco/vild_text_r50.yaml --input a.jpg --vocabulary words.txt --output out/ \
+        --confidence-threshold 0.5 MODEL.WEIGHTS output/model_final.pth
     # a detector with semantic priors: give the words present in the images instead of predicting them
     ovdet2 predict --config-file ovshapes/cckt_full_r18.yaml --input a.jpg --present "red star, moon" \
         --output out/ MODEL.WEIGHTS output/model_final.pth
+
+Trained detectors by name: {detectors}.
 
 Writes a picture of each image and detections.json to the output folder. Unreadable images are skipped with a message. A
 detector with semantic priors requires the words present in each image: its teacher predicts them, or --present gives
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,12 +31,16 @@ from tqdm import tqdm
 
 from ovdet2.command_line import add_config_file, add_overrides, command_parser
 from ovdet2.engine.console import open_logs
-from ovdet2.errors import DataError, UsageError, exit_on_error
+from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
+from ovdet2.io.progress import progress_bar
 from ovdet2.predictor import Detector, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
+from ovdet2.report.labels import fonts_for
 from ovdet2.vocabulary import parse_words
+from ovdet2.zoo import DETECTORS
 
+_SHOWN = 20  # words printed
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
@@ -39,51 +48,58 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Command line; returns the paths of the pictures."""
     args = parse_args(argv)
     open_logs()
-    predictor = Detector(args.config_file, overrides=args.opts)
-    if args.present is not None and not predictor.has_priors:
+    output = Path(args.output)
+    pictures = picture_paths(find_images(args.input), output)
+    detector = Detector(args.config_file, overrides=args.opts)
+    if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
     if args.vocabulary is not None:
-        predictor.set_vocabulary(args.vocabulary)
-    print(
-        f"{len(predictor.names)} words: {', '.join(predictor.names[:20])}{' ...' if len(predictor.names) > 20 else ''}"
-    )
-    records = {}
-    output = Path(args.output)
+        detector.set_vocabulary(args.vocabulary)
+    names = detector.names
+    print(f"{counted(len(names), 'word')}: {', '.join(names[:_SHOWN])}{' ...' * (len(names) > _SHOWN)}")
+    records, numbered = {}, {}
     try:
-        for path in tqdm(find_images(args.input), desc="detecting", unit="image"):
+        for path, picture in progress_bar(pictures.items(), desc="detecting", unit="image"):
             try:
                 image = to_rgb_array(path)
             except DataError as error:
                 tqdm.write(f"skipped: {error}")
                 continue
             present = None
-            if predictor.has_priors:
-                present = predictor.predict_present_words(image) if args.present is None else parse_words(args.present)
-            [instances] = predictor.predict([image], present)
+            if detector.has_priors:
+                present = detector.predict_present_words(image) if args.present is None else parse_words(args.present)
+            [instances] = detector.predict([image], present)
             instances = nms_across_words(instances, args.confidence_threshold, args.overlap)
-            picture = output / f"{path.stem}.png"
-            if picture in records:  # a/1.jpg and b/1.png would overwrite each other
-                picture = output / f"{path.parent.name}_{path.stem}_{len(records)}.png"
-            save_picture(picture, draw(image, instances, predictor.names))
-            records[picture] = to_record(path, instances, predictor.names, present)
+            save_picture(picture, draw(image, instances, names))
+            records[picture] = to_record(path, instances, names, present)
+            numbered |= {
+                f"#{word}": names[word] for word in instances.pred_classes.tolist() if not fonts_for(names[word])
+            }
     finally:
         if records:  # also after an interruption
             write_json(output / "detections.json", list(records.values()), indent=1)
     if not records:
         raise DataError("no image could be read: see the messages above.")
-    count = sum(len(record["detections"]) for record in records.values())
-    print(f"{count} detections in {len(records)} images, drawn in {output}")
+    if numbered:
+        print(f"No installed font has the characters of: {', '.join(f'{n} {word}' for n, word in numbered.items())}")
+    total = sum(len(record["detections"]) for record in records.values())
+    print(f"{counted(total, 'detection')} in {counted(len(records), 'image')}, drawn in {output}")
     return list(records)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
-    parser = command_parser("predict", __doc__)
+    parser = command_parser("predict", (__doc__ or "").format(detectors=", ".join(DETECTORS)))
     add_config_file(parser)
-    parser.add_argument("--input", nargs="+", required=True, help="image files, folders or glob patterns")
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="image files, folders (with their subfolders) or glob patterns"
+    )
     parser.add_argument("--output", required=True, help="folder for the pictures and detections.json")
     parser.add_argument(
-        "--vocabulary", default=None, help='"cat, red mug" or a text file; default: the classes of the data set'
+        "--vocabulary",
+        default=None,
+        help='"cat, sofa; couch" (synonyms after semicolons), a .txt or .json word list, or a vocabulary file; default: '
+        "the words of the training",
     )
     parser.add_argument(
         "--present", help='words present in the images, "cat, red mug", for a detector with semantic priors'
@@ -99,22 +115,54 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Image paths of files, folders (sorted, without subfolders) and glob patterns, in the order given, each once.
+    """Image paths of files, folders (sorted, with subfolders) and glob patterns ("**" too), in the order given, each once.
+
+    What a folder or pattern holds besides images is counted and printed.
 
     Raises:
         UsageError: an input matches nothing.
     """
-    paths = []
+    paths, others = [], Counter()
     for item in inputs:
         path = Path(item)
-        if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            matches = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(item))
+        if path.is_file():
+            paths.append(path)
+            continue
+        found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(item, recursive=True))
+        files = sorted(each for each in found if each.is_file())
+        matches = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
+        others.update(each.suffix.lower() or "no suffix" for each in files if each not in matches)
         if not matches:
-            raise UsageError(f"--input {item}: no such file, no image in that folder, or nothing matches the pattern.")
+            held = f" (but {counted(len(files), 'file')} of other types)" if files else ""
+            raise UsageError(
+                f"--input {item}: no such file, no image in that folder, or nothing matches the pattern{held}. Images "
+                f"are {', '.join(sorted(IMAGE_SUFFIXES))}."
+            )
         paths.extend(matches)
+    if others:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common())
+        print(f"not read, since they are no images: {shown}")
     return list(dict.fromkeys(paths))
+
+
+def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
+    """{image: its picture in the folder ``output``}, no two the same.
+
+    Raises:
+        UsageError: a picture would replace an image.
+    """
+    inputs = {image.resolve() for image in images}
+    pictures: dict[Path, Path] = {}
+    taken = set()
+    for image in images:
+        picture = output / f"{image.stem}.png"
+        if picture in taken:  # a/1.jpg and b/1.png would overwrite each other
+            picture = output / f"{image.parent.name}_{image.stem}_{len(pictures)}.png"
+        if picture.resolve() in inputs:
+            raise UsageError(f"--output {output}: the picture {picture} would replace an input. Give another folder.")
+        taken.add(picture)
+        pictures[image] = picture
+    return pictures
 
 
 def nms_across_words(instances: Instances, threshold: float, overlap: float) -> Instances:

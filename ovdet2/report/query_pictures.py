@@ -14,6 +14,7 @@ from matplotlib import colormaps
 
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
 from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.report.labels import plain
 
 SIDE = 640  # longest side of one of the two pictures, pixels
 _LEVELS = "cool"  # colour maps of matplotlib, first to last
@@ -156,5 +157,5 @@ def _finish(drawn, names, colours, text=""):
     for number, (name, colour) in enumerate(zip(names, colours)):
         drawn.draw_text(name, (line / 4, line / 4 + number * line), color=colour, **options)
     if text:
-        drawn.draw_text(text.replace("$", r"\$"), (line / 4, drawn.output.height - 1.5 * line), color="w", **options)
+        drawn.draw_text(plain(text), (line / 4, drawn.output.height - 1.5 * line), color="w", **options)
     return drawn.get_output().get_image()

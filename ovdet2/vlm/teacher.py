@@ -3,8 +3,10 @@
 Shapes: N images or texts, D embedding dimension, S side of the teacher's input in pixels.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -15,11 +17,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.weight_files import check_resolution, check_stated_architecture, is_torchscript, needs_quick_gelu
 
 logger = logging.getLogger(__name__)
+_CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")  # of model hubs
 _EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "open_clip"
 
 
@@ -67,7 +70,8 @@ class Teacher(nn.Module):
 
         Raises:
             UsageError: unknown architecture or tag.
-            DataError: the weights cannot be read or fetched, or are of another architecture or resolution.
+            DataError: the weights cannot be read, or are of another architecture or resolution.
+            SetupError: the weights cannot be downloaded.
         """
         import open_clip
 
@@ -93,24 +97,26 @@ class Teacher(nn.Module):
                 f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
             )
         try:
-            clip = open_clip.create_model(
-                architecture,
-                pretrained=source,
-                precision="fp32",
-                require_pretrained=True,
-                force_quick_gelu=needs_quick_gelu(architecture, stated),
-                force_preprocess_cfg=preprocess,
-                weights_only=not (file and is_torchscript(file)),
-            )
+            with _one_message_of_the_hub():
+                clip = open_clip.create_model(
+                    architecture,
+                    pretrained=source,
+                    precision="fp32",
+                    require_pretrained=True,
+                    force_quick_gelu=needs_quick_gelu(architecture, stated),
+                    force_preprocess_cfg=preprocess,
+                    weights_only=not (file and is_torchscript(file)),
+                )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            raise DataError(
-                f"the weights {stated!r} of {architecture} could not be loaded ({reason}). "
-                + (
-                    "MODEL.TEACHER.ARCHITECTURE must be the architecture of the file, and the file must be complete."
-                    if file
-                    else "Without a network, give MODEL.TEACHER.PRETRAINED a local weight file."
-                )
+            if file or not _is_of_network(error):
+                raise DataError(
+                    f"the weights {stated!r} of {architecture} could not be loaded ({reason}). The architecture "
+                    "(MODEL.TEACHER.ARCHITECTURE, --architecture) must be that of the file, and the file complete."
+                ) from error
+            raise SetupError(
+                f"the weights {stated!r} of {architecture} could not be downloaded ({reason}). Without a network, give the "
+                "path of a weight file instead (MODEL.TEACHER.PRETRAINED, --pretrained)."
             ) from error
         if file:
             check_resolution(file, architecture, clip.state_dict())
@@ -225,6 +231,38 @@ def preprocessing_of(architecture: str) -> dict[str, Any] | None:
         )
         return None
     return known[0] if known and known[0] else None
+
+
+@contextlib.contextmanager
+def _one_message_of_the_hub():
+    """Let through the first message of the hub's client only: without a network it tells of a dozen attempts, twice each."""
+    client, root = logging.getLogger("huggingface_hub.utils._http"), logging.getLogger()
+    messages = itertools.count()
+
+    def first(record):
+        return next(messages) == 0
+
+    def not_of_download(record):  # the error that is raised says it
+        return not record.getMessage().startswith("Failed to download")
+
+    propagates, client.propagate = client.propagate, False
+    client.addFilter(first)
+    root.addFilter(not_of_download)
+    try:
+        yield
+    finally:
+        client.propagate = propagates
+        client.removeFilter(first)
+        root.removeFilter(not_of_download)
+
+
+def _is_of_network(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is one of a connection or of the client of a model hub."""
+    while error is not None:
+        if isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in _CLIENTS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _interpolation(architecture, preprocess):

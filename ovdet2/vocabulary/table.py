@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ovdet2.errors import DataError, OVDetError, UsageError
 from ovdet2.io.files import read_safetensors, write_safetensors
+from ovdet2.io.progress import progress_bar
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.templates import (
     clean_name,
@@ -336,7 +336,7 @@ def _embed_names(names, teacher, templates, progress):
     count = len(get_templates(templates))
     step = max(1, PROMPTS_AT_ONCE // count)  # names per chunk, which bounds the memory for any M
     rows = []
-    with tqdm(total=len(names), desc="embedding words", unit="word", disable=not progress) as bar:
+    with progress_bar(total=len(names), desc="embedding words", unit="word", disable=not progress) as bar:
         for start in range(0, len(names), step):
             chunk = names[start : start + step]
             encoded = teacher.encode_text([text for name in chunk for text in render(name, templates)])

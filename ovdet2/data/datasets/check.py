@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
-from tqdm import tqdm
 
 from ovdet2.data.datasets.findings import (
     KINDS,
@@ -37,6 +36,7 @@ from ovdet2.data.datasets.findings import (
 )
 from ovdet2.errors import DataError
 from ovdet2.io.images import image_size, read_image
+from ovdet2.io.progress import progress_bar
 
 _NUMBERS = {int, float}  # by type, since a bool is an int
 _ENOUGH = 10  # minimum number of boxes for a suspicion about the file
@@ -138,7 +138,7 @@ def check_images(
         if workers > 1:
             pool = stack.enter_context(ProcessPoolExecutor(workers, multiprocessing.get_context("fork")))
             run = functools.partial(pool.map, chunksize=32)
-        faults = tqdm(run(_file_fault, jobs), total=len(jobs), desc="reading images", unit="image", leave=False)
+        faults = progress_bar(run(_file_fault, jobs), total=len(jobs), desc="reading images", unit="image", leave=False)
         for (index, image), fault in zip(named, faults):
             if fault is not None:
                 found.append(_finding(fault[0], index, image, fault[1]))
@@ -170,7 +170,7 @@ def _file_fault(job):
 def _identified(records, of, found):
     """Yield (index, record, id or None) of the records that are objects; report other records and faulty ids."""
     first = {}
-    for index, record in enumerate(tqdm(records, desc=f"checking {LISTS[of]}", unit=of, leave=False, delay=1)):
+    for index, record in enumerate(progress_bar(records, desc=f"checking {LISTS[of]}", unit=of, leave=False, delay=1)):
         if not isinstance(record, dict):
             found.append(Finding(f"{of}-record", None, index, show(record)))
             continue

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from ovdet2.data.datasets.register import register_ov_dataset
 from ovdet2.data.datasets.register_readers import register_captions, register_image_labels
 from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, KINDS
-from ovdet2.errors import UsageError
+from ovdet2.errors import UsageError, did_you_mean
 
 # kind -> (required keys of an entry, optional keys), besides "kind"
 _KEYS = {
@@ -37,31 +37,29 @@ def register_own(cfg: CfgNode) -> None:
     Raises:
         UsageError: an entry of another form, or another data set has the name.
     """
-    for entry in cfg.DATASETS.OWN:
+    for number, entry in enumerate(cfg.DATASETS.OWN):
+        named = isinstance(entry, Mapping) and entry.get("name")
+        where = f"entry {number} of DATASETS.OWN" + (f", {named!r}," if named else "")
         kind = entry.get("kind", BOXES) if isinstance(entry, Mapping) else BOXES
         if kind not in KINDS:
-            raise UsageError(f"an entry of DATASETS.OWN is of kind {kind!r}: choose one of {', '.join(KINDS)}.")
-        _require_keys(entry, kind)
+            raise UsageError(f"{where} is of kind {kind!r}: choose one of {', '.join(KINDS)}.")
+        _require_keys(entry, kind, where)
         if _ENTRIES.get(entry["name"]) == entry:
             continue
         _REGISTER[kind](entry)
         _ENTRIES[entry["name"]] = entry
 
 
-def _require_keys(entry, kind):
+def _require_keys(entry, kind, where):
     required, optional = _KEYS[kind]
-    if isinstance(entry, Mapping):
-        unknown, lacking = set(entry) - {"kind", *required, *optional}, set(required) - set(entry)
-    else:
-        unknown, lacking = {str(entry)}, set()
-    if unknown or lacking:
-        forms = "; ".join(
-            f"{each}: {{{', '.join(needed)}}}, optionally {', '.join(more)}" for each, (needed, more) in _KEYS.items()
-        )
-        raise UsageError(
-            f"an entry of DATASETS.OWN of kind {kind} has the unknown keys {sorted(map(str, unknown))} and lacks "
-            f"{sorted(lacking)}. The keys of each kind: {forms}."
-        )
+    form = f"A {kind} entry is {{{', '.join(required)}}}, optionally with {', '.join(optional)}"
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{where} is {entry!r}, not a dict. {form}.")
+    known = ("kind", *required, *optional)
+    faults = [f"has the unknown key {key!r}{did_you_mean(str(key), known)}" for key in entry if key not in known]
+    faults += [f"lacks {key!r}" for key in required if key not in entry]
+    if faults:
+        raise UsageError(f"{where} {' and '.join(faults)}. {form}; kinds: {', '.join(KINDS)}.")
 
 
 def _options(entry, *keys):

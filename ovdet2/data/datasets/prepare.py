@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ovdet2.data.datasets.coco_json import Split, filter_coco_json
 from ovdet2.errors import DataError
 from ovdet2.io.files import atomic_path, read_json, sha256_file
+from ovdet2.io.progress import progress_bar
 
 _SCHEMA = "ovdet2/split-json/1"
 
@@ -98,7 +97,7 @@ def prepare_split(
 
 def read_annotations(path: str | Path, remedy: str) -> Any:
     """:func:`~ovdet2.io.files.read_json` with a progress line: parsing 1 GB takes half a minute."""
-    with tqdm(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
+    with progress_bar(desc=f"reading {Path(path).name}", total=1, bar_format="{desc} ...", leave=False):
         return read_json(path, remedy)
 
 
@@ -160,7 +159,7 @@ def _pieces(data, description):
         yield f"{before}{encode(key)}: "
         if isinstance(value, list):
             yield "["
-            for number, record in enumerate(tqdm(value, f"{description}, {key}", leave=False, delay=1)):
+            for number, record in enumerate(progress_bar(value, desc=f"{description}, {key}", leave=False, delay=1)):
                 yield f"{', ' if number else ''}{encode(record)}"
             yield "]"
         else:

@@ -17,6 +17,7 @@ from ovdet2.errors import DataError, UsageError
 METRICS = ("ov_coco", "ov_lvis", "ov_voc")
 Location = str | Path | Callable[[], str | Path]
 ReadSplit = Callable[[list[dict[str, Any]], Any], Split]
+CHECK_PATH = "check its path: relative paths are below the data folder, $DETECTRON2_DATASETS or ./datasets"
 # (data set, json path, time of its last change, size) -> Split, if the json defines it
 _SPLITS: dict[tuple[str, str, int, int], Split] = {}
 
@@ -62,7 +63,7 @@ def register_dataset(
     base_only: bool = False,
     masks: bool = False,
     pseudo_labels: bool = False,
-    remedy: str = "see datasets/README.md",
+    remedy: str = CHECK_PATH,
 ) -> None:
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
 
@@ -250,7 +251,7 @@ def existing(
         prepare()
     for path in files():
         if not path.exists():
-            raise DataError(f"data set {name}: {path} does not exist. Remedy: {remedy}.")
+            raise DataError(f"data set {name!r}: {path} does not exist. Remedy: {remedy}.")
     return files()
 
 

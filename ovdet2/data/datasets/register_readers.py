@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import (
+    CHECK_PATH,
     Location,
     ReadSplit,
     class_metadata,
@@ -41,7 +42,6 @@ from ovdet2.data.samples import CAPTIONS, IMAGE_LABELS
 from ovdet2.errors import UsageError
 
 FORMATS = ("coco", "tsv", "tar")
-_REMEDY = "see datasets/README.md"
 _MAX_BAD = 10  # the default of DATALOADER.MAX_BAD_IMAGES
 
 
@@ -54,7 +54,7 @@ def register_captions(
     max_bad: int = _MAX_BAD,
     index_file: Location | None = None,
     prepare: Callable[[], object] | None = None,
-    remedy: str = _REMEDY,
+    remedy: str = CHECK_PATH,
 ) -> None:
     """Register captioned images.
 
@@ -109,7 +109,7 @@ def register_image_labels(
     novel_labels: bool = False,
     max_bad: int = _MAX_BAD,
     prepare: Callable[[], object] | None = None,
-    remedy: str = _REMEDY,
+    remedy: str = CHECK_PATH,
 ) -> None:
     """Register images with image-level labels and without boxes.
 

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from tqdm import tqdm
-
 from ovdet2.errors import DataError
+from ovdet2.io.progress import progress_bar
 from ovdet2.vocabulary.word_lists import named_words
 
 
@@ -40,7 +39,9 @@ def voc_json(folder: str | Path, subset: str) -> dict[str, Any]:
     assert words.category_ids is not None
     ids = {name.replace(" ", ""): number for number, name in zip(words.category_ids, words.names)}
     images, annotations = [], []
-    for image_id, stem in enumerate(tqdm(stems, desc=f"reading VOC {subset}", unit="image", leave=False), start=1):
+    for image_id, stem in enumerate(
+        progress_bar(stems, desc=f"reading VOC {subset}", unit="image", leave=False), start=1
+    ):
         path = Path(folder) / "Annotations" / f"{stem}.xml"
         image, objects = _read(path, ids)
         images.append({"id": image_id, "file_name": f"{stem}.jpg", **image})

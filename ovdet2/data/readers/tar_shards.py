@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.utils import comm
-from tqdm import tqdm
 
 from ovdet2.data.readers.faults import require_few
 from ovdet2.data.readers.packed import as_int64, require_index
@@ -28,6 +27,7 @@ from ovdet2.data.readers.reader import CaptionReader
 from ovdet2.errors import DataError, SetupError
 from ovdet2.io.files import read_safetensors, write_safetensors
 from ovdet2.io.members import member_address, read_bytes
+from ovdet2.io.progress import progress_bar
 
 SCHEMA = "ovdet2/clim-shards/1"  # the schema name of earlier versions, so that their indices are still read
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -110,7 +110,7 @@ def _read_index(path, stated):
 
 def _make_index(path, shards, stated):
     rows, faults = array("q"), []
-    for number, shard in enumerate(tqdm(shards, desc="indexing shards", unit="shard")):
+    for number, shard in enumerate(progress_bar(shards, desc="indexing shards", unit="shard")):
         for key, members in _samples(shard):
             fault, row = _row_of(shard, members)
             if row is None:

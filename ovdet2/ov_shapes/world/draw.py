@@ -13,8 +13,8 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 from pycocotools.mask import encode
-from tqdm import tqdm
 
+from ovdet2.io.progress import progress_bar
 from ovdet2.ov_shapes.world.classes import CLASS_NAMES
 from ovdet2.ov_shapes.world.scenes import class_index, detection_scene
 
@@ -44,9 +44,11 @@ def draw_split(
     if workers > 1:
         # fork: the children only draw (no torch), and a script without a __main__ guard works too.
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            drawn = list(tqdm(pool.imap(draw, range(count), chunksize=16), total=count, desc=f"OV-Shapes {split}"))
+            drawn = list(
+                progress_bar(pool.imap(draw, range(count), chunksize=16), total=count, desc=f"OV-Shapes {split}")
+            )
     else:
-        drawn = [draw(index) for index in tqdm(range(count), desc=f"OV-Shapes {split}")]
+        drawn = [draw(index) for index in progress_bar(range(count), desc=f"OV-Shapes {split}")]
     pixels, images, annotations, masks = hashlib.sha256(), [], [], []
     for image, objects, codes, digest in drawn:
         pixels.update(digest)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from detectron2.data import DatasetCatalog
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.io.files import read_json, write_json
 from ovdet2.io.images import read_image
+from ovdet2.io.progress import progress_bar
 from ovdet2.ov_shapes.world.classes import CLASS_NAMES
 from ovdet2.ov_shapes.world.scenes import single_object_scene
 from ovdet2.vlm.crops import embed_regions
@@ -51,7 +51,7 @@ def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", lim
     words = Vocabulary.build(split.names, teacher, templates, split.base_mask, split.category_ids).embeddings
     classes, ranks = [], {name: [] for name in ways}
     records = DatasetCatalog.get(dataset)
-    for record in tqdm(records[:limit] if limit else records, desc="naming boxes", unit="image"):
+    for record in progress_bar(records[:limit] if limit else records, desc="naming boxes", unit="image"):
         boxes, truth = truth_of(record)
         image = torch.from_numpy(read_image(record["file_name"], "RGB").copy()).permute(2, 0, 1)
         classes.append(truth)
@@ -84,7 +84,7 @@ def whole_image_accuracy(teacher, words, split, seed=0):
         As one way of :func:`evaluate`.
     """
     rows, truth, side = [], [], (teacher.image_size, teacher.image_size)
-    for index in tqdm(range(WHOLE_IMAGES), desc="naming images", unit="image"):
+    for index in progress_bar(range(WHOLE_IMAGES), desc="naming images", unit="image"):
         image = torch.from_numpy(single_object_scene(seed, index).image).permute(2, 0, 1)[None].float() / 255
         pixels = F.interpolate(image, side, mode=teacher.interpolation, antialias=True).clamp(0, 1)
         rows.append(teacher.encode_image(pixels).cpu())

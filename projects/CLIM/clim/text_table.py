@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ovdet2.errors import DataError
 from ovdet2.io.files import atomic_path
+from ovdet2.io.progress import progress_bar
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 
 SCHEMA = "ovdet2/clim-text/1"
@@ -74,7 +74,7 @@ def build_text_table(path, source, teacher, batch_size=1024):
         teacher: :class:`~ovdet2.vlm.teacher.Teacher`.
         batch_size: captions embedded per forward pass.
     """
-    texts, progress = source.texts(), tqdm(total=source.num_texts, desc="embedding captions", unit="caption")
+    texts, progress = source.texts(), progress_bar(total=source.num_texts, desc="embedding captions", unit="caption")
     manifest = {"schema": SCHEMA, "source": source.identity(), "teacher": teacher.fingerprint.to_dict()}
     shape = [source.num_texts, teacher.embed_dim]
     layout = {"dtype": "F16", "shape": shape, "data_offsets": [0, 2 * shape[0] * shape[1]]}
