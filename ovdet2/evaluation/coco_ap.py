@@ -33,7 +33,7 @@ def evaluate_classes(
     """Figures of each class over all images.
 
     Args:
-        truth: :class:`~ovdet2.evaluation.columns.Truth`; a detection on a crowd region counts neither way. With
+        truth: :class:`~ovdet2.evaluation.columns.Truth`; a detection on a crowd region is ignored. With
             ``task`` "segm" it has segmentations.
         detections: :class:`~ovdet2.evaluation.columns.Detections`, cut to the best of each image already; equal scores
             keep their order, images go by ascending id. With ``task`` "segm" they have masks.
@@ -43,7 +43,7 @@ def evaluate_classes(
         limits: ascending numbers of detections of a class counted in one image; AP is that of the last one.
         federation: :class:`~ovdet2.evaluation.federation.Federation` for the rules of LVIS, None for those of COCO.
         crowds: the regions of ``truth.crowd`` hold many objects, so a detection is on one by the share of the detection
-            that lies in it (COCO). False: each is one object that counts neither way, and IoU decides (VOC).
+            that lies in it (COCO). False: each is one object whose detections are ignored, and IoU decides (VOC).
 
     Returns:
         {category id: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<limit>" of each limit, "ARs", "ARm", "ARl"}}, in

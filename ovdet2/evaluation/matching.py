@@ -1,7 +1,7 @@
 """Every detection explained against the ground truth at IoU 0.5: true, ignored, or an error of one of five kinds.
 
-The kinds and their order are those of TIDE (Bolya et al., ECCV 2020) as its authors' tidecv 1.0.1 has them, but for one
-thing: a detection that the metric ignores (on a crowd; by LVIS's federated rule) is no error here, while tidecv
+The kinds and their order are those of TIDE (Bolya et al., ECCV 2020) as in its authors' tidecv 1.0.1, with one
+difference: a detection that the metric ignores (on a crowd; by LVIS's federated rule) is no error here, while tidecv
 explains it as well.
 
 Shapes: R detections, G ground-truth boxes, of the data set or of one image. Boxes are XYXY in pixels.
@@ -23,17 +23,17 @@ TRUE, LEFT_OUT, CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = rang
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of each detection and each ground-truth box, in the order of the columns they came in.
+    """The outcome of each detection and each ground-truth box, in the order of the columns given.
 
     Attributes:
         outcome: [R] int8, index into :data:`OUTCOMES`.
-        gt_rows: [R] int64, row of the box that a true detection has found, or that a classification or localisation
-            error would have found; -1 for the others.
-        repairs: [R] bool, of the classification and localisation errors on one unfound box the best-scoring one: it
-            turns true when its kind of error is repaired, the others vanish.
-        missed: [G] bool, neither found nor to be found by repairing an error; False for crowds.
-        predicted: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and has
-            not found another box; -1 if there is none, and for crowds.
+        gt_rows: [R] int64, row of the box that a true detection is matched to, or that a classification or localisation
+            error would be matched to without its error; -1 for the others.
+        repairs: [R] bool, the best-scoring of the classification and localisation errors on one unmatched box: it
+            becomes true when its kind of error is repaired, the others are removed.
+        missed: [G] bool, not matched, and not matched by repairing an error either; False for crowds.
+        predicted: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and
+            is not matched to another box; -1 if there is none, and for crowds.
     """
 
     outcome: np.ndarray
@@ -121,7 +121,7 @@ def _assign(overlaps):
 
 
 def _not_counted(truth, image_id, gt_rows, boxes, classes, crowds):
-    """[R] bool: the metric leaves the detection out if it finds no box."""
+    """[R] bool: the metric ignores the detection if it is matched to no box."""
     regions = gt_rows[truth.crowd[gt_rows]]
     overlap = _covered if crowds else pairwise_iou
     on_region = overlap(boxes, truth.boxes_xyxy[regions]) >= FOREGROUND_IOU  # R x regions
@@ -142,7 +142,7 @@ def _covered(boxes, regions):
 
 
 def _explain(overlaps, same, found, left_out):
-    """The outcome of each detection of an image and the box it is about.
+    """The outcome of each detection of an image and the box that it concerns.
 
     Args:
         overlaps: [R, G] IoU.
@@ -151,7 +151,7 @@ def _explain(overlaps, same, found, left_out):
         left_out: [R] bool.
 
     Returns:
-        (outcome [R] int64, column [R] int64: of the box found or to be found, -1 for the other outcomes).
+        (outcome [R] int64, column [R] int64: of the box that it is or would be matched to; -1 for the other outcomes).
     """
     if not overlaps.shape[1]:
         return np.where(left_out, LEFT_OUT, BACKGROUND), found
@@ -177,7 +177,7 @@ def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
     Args:
         rows, gt_rows: of the image's detections by falling score and of its boxes, crowds apart.
         overlaps, found: as in :func:`_explain`.
-        outcome, target: what it has returned.
+        outcome, target: of :func:`_explain`.
     """
     matches.gt_rows[rows] = np.where(target >= 0, gt_rows[target], -1)
     used = np.isin(np.arange(len(gt_rows)), found)
