@@ -74,7 +74,7 @@ def novel_detections(pictures: Sequence[Path]) -> int:
 
 
 def with_novel_objects() -> Iterator[dict[str, Any]]:
-    """Validation records that show a novel object and at least three objects: pictures worth looking at."""
+    """Validation records with a novel object and at least three objects, so that the pictures are informative."""
     import ovdet2.data.datasets  # noqa: F401  registers OV-Shapes
 
     for record in DatasetCatalog.get(TEST_SET):
