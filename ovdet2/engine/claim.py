@@ -23,7 +23,7 @@ _NEUTRAL = re.compile(
 
 
 def changed_by(overrides: Sequence[Any]) -> list[str]:
-    """The keys of overrides [key, value, ...] that change what is trained or measured, so that no figures are expected."""
+    """The keys of overrides [key, value, ...] that change what is trained or measured: no figures are expected then."""
     return [key for key in overrides[::2] if not _NEUTRAL.fullmatch(str(key))]
 
 

@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
             self._restored_random_state = None
 
     def build_hooks(self) -> list[HookBase]:
-        """Timing, learning rate, checkpoints, evaluation, metrics: checkpoints are saved before an evaluation can fail."""
+        """Timing, learning rate, checkpoints, evaluation, metrics: an evaluation that fails loses no checkpoint."""
 
         def settle():
             average_batch_norm(self._trained)
