@@ -10,6 +10,7 @@ A cache is a folder::
 Shapes: I images of a shard, R regions, D embedding dimension. A shard holds ``embeddings`` [R, D] float16 unit rows,
 ``boxes_xyxy`` [R, 4] float32 in pixels of the original image, ``image_ids`` [I] int64, ``offsets`` [I + 1] int64 (the
 regions of image i are offsets[i] to offsets[i + 1]), ``ann_ids`` [R] int64 (-1 for proposals), ``scores`` [R] f32.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import bisect

@@ -1,6 +1,6 @@
 """Proposals of a detector trained on base boxes, as the boxes of a region cache.
 
-Shapes: R proposals of an image, in pixels of the original image.
+Shapes: R proposals of an image, in pixels of the original image. Names: ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ COCO and LVIS average over classes what is computed for each separately, so eval
 class's boxes or masks are Python objects at a time.
 
 Shapes: G ground-truth objects, R detections. Boxes are XYXY in pixels of the original image.
+Names: ``gt_`` ground truth, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import math

@@ -1,6 +1,7 @@
 """Ground truth and detections of a data set as columns: what the metrics and the report compute on.
 
 Shapes: G ground-truth boxes, R detections. Boxes are XYXY in pixels of the original image.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence

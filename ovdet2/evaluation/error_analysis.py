@@ -3,7 +3,7 @@
 Pure functions on the columns of :mod:`~ovdet2.evaluation.columns` and the :class:`~ovdet2.evaluation.matching.Matches`
 of them. Figures are percent, arithmetic is float64.
 
-Shapes: R detections, G ground-truth boxes, K classes of the split.
+Shapes: R detections, G ground-truth boxes, K classes of the split. Names: ``gt_`` ground truth.
 """
 
 import math

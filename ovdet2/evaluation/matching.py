@@ -5,6 +5,7 @@ difference: a detection that the metric ignores (on a crowd; by LVIS's federated
 explains it as well.
 
 Shapes: R detections, G ground-truth boxes, of the data set or of one image. Boxes are XYXY in pixels.
+Names: ``gt_`` ground truth, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from dataclasses import dataclass

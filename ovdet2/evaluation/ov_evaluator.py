@@ -1,6 +1,8 @@
 """Evaluation of an open-vocabulary detector on base, novel and all classes.
 
 Shapes: N images, R detections of an image, P proposals of an image, G ground-truth boxes, H x W pixels.
+Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid,
+``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import logging

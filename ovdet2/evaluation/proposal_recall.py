@@ -1,6 +1,7 @@
 """Recall of class-agnostic proposals.
 
 Shapes: G ground-truth boxes, P proposals. Boxes are XYXY in pixels of the original image, arithmetic is float64.
+Names: ``gt_`` ground truth.
 """
 
 import numpy as np

@@ -1,6 +1,7 @@
 """Pictures of a query of a DETR: the sampling points of its last decoder layer, and the box after each layer.
 
 Shapes: L decoder layers, H heads, M levels of attention, P points.
+Names: ``pred_`` predicted, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Norms of the features of a DETR's encoder: discriminative scores (CLIP-DETR, appendix A.1; Co-DETR draws the same).
 
-Shapes: L levels, h x w map, H x W image.
+Shapes: L levels, h x w map, H x W image. Names: ``pred_`` predicted.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """What a method may add to the R-CNN hosts (:class:`OpenVocabularyRCNN`, :class:`FrozenVLMRCNN`).
 
 Shapes: N images, R regions of a batch, C channels, S pooled side, F features of the box head, K words, D embedding
-dimension.
+dimension. Names: ``gt_`` ground truth, ``_logits`` before softmax or sigmoid, ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations

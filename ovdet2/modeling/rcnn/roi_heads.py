@@ -1,6 +1,7 @@
 """Detectron2's StandardROIHeads with the open-vocabulary box predictor and the parts of methods.
 
 Shapes: N images, R regions, C channels, S pooled side, F features of the box head, K words, D embedding dimension.
+Names: ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
