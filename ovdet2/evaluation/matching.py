@@ -47,14 +47,14 @@ class Matches:
 def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
     """Explain all detections of a data set.
 
-    By falling score each detection takes the free box of its class that it overlaps most, if the IoU reaches 0.5. One
-    that takes none is ignored if the metric ignores it: when half of it lies on a crowd of its class, and in a
-    federated data set (images with "neg_category_ids") when its class is neither annotated nor verified absent in the
-    image, or not annotated exhaustively. What remains is an error, of the first kind that fits:
+    By descending score, each detection is matched to the free box of its class that it overlaps most, if the IoU
+    is at least 0.5. An unmatched one is ignored if the metric ignores it: when half of it lies on a crowd of its class,
+    and in a federated data set (images with "neg_category_ids") when its class is neither annotated nor verified absent
+    in the image, or not annotated exhaustively. All others are errors, of the first kind that fits:
 
     - localisation: its largest IoU with a box of its class is within [0.1, 0.5];
     - classification: it overlaps a box of another class with IoU >= 0.5;
-    - duplicate: it overlaps a box of its class, found by a better one, with IoU >= 0.5;
+    - duplicate: it overlaps a box of its class, matched to a better detection, with IoU >= 0.5;
     - background: no box with IoU above 0.1;
     - both (class and place are wrong): the rest.
 
@@ -91,7 +91,7 @@ def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
 
 
 def _by_image(truth, detections):
-    """Yield (image id, rows of its detections by falling score, rows of its boxes) of each image with detections."""
+    """Yield (image id, rows of its detections by descending score, rows of its boxes) of each image with detections."""
     order = np.lexsort((-detections.scores, detections.image_ids))
     gt_order = np.argsort(truth.image_ids, kind="stable")
     gt_image_ids = truth.image_ids[gt_order]
@@ -109,7 +109,7 @@ def _assign(overlaps):
     """Column of the box that each detection finds, [R] int64, -1 for none.
 
     Args:
-        overlaps: [R, G] IoU with the boxes of the detection's class, 0 with others; detections by falling score.
+        overlaps: [R, G] IoU with the boxes of the detection's class, 0 with others; detections by descending score.
     """
     found = np.full(len(overlaps), -1, dtype=np.int64)
     free = overlaps.copy()
@@ -176,7 +176,7 @@ def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
     """Fill the entries of ``matches`` for the ground-truth boxes of an image: gt_rows, repairs, missed and predicted.
 
     Args:
-        rows, gt_rows: of the image's detections by falling score and of its boxes, crowds apart.
+        rows, gt_rows: of the image's detections by descending score and of its boxes, crowds apart.
         overlaps, found: as in :func:`_explain`.
         outcome, target: of :func:`_explain`.
     """
