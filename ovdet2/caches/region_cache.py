@@ -33,7 +33,7 @@ MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
 _TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
 _BUILD = "build it with ovdet2 cache build"
-_OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allows 65,530 of
+_OPEN_SHARDS = 1024  # per process: each open shard is a memory map, and Linux allows a process 65,530 of them
 
 
 @dataclass(frozen=True)

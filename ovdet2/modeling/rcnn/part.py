@@ -56,7 +56,7 @@ class RegionBatch:
 class WeakBatch:
     """Images without boxes, with RPN proposals without gradient.
 
-    They pass through the backbone in training mode: batch statistics, where the backbone has any, are theirs, too.
+    They pass through the backbone in training mode: if the backbone has batch statistics, these images contribute.
 
     Attributes:
         samples: samples of N images of the kinds in ``sees``, with ``captions`` or ``labels``.

@@ -34,8 +34,8 @@ from ovdet2.vocabulary.bank import WordBank
 class OpenVocabularyROIHeads(StandardROIHeads):
     """Box head, class-agnostic regression, masks, and a classifier over a given vocabulary.
 
-    The number of classes, which is also the background label, is read from the classifier. The boxes of parts take no
-    part in sampling, classification and box regression.
+    The number of classes, which is also the background label, is read from the classifier. The boxes of parts
+    are not used in sampling, classification and box regression.
     """
 
     box_pooler: ROIPooler
