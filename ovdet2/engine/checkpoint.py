@@ -278,7 +278,7 @@ def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[
 
     Args:
         weights: by the names of this or of an earlier version.
-        model: whose ``parts``, if it has any, say in ``old_weights`` which prefixes have changed.
+        model: with ``parts``, if it has any, whose ``old_weights`` map former prefixes to present ones.
     """
     present = dict(weights)
     for part in parts_of(model):

@@ -14,7 +14,7 @@ from ovdet2.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-# Keys that say where things are and how they are run, not what is trained and measured.
+# Keys of paths, devices and records of a run, which do not change what is trained and measured.
 _NEUTRAL = re.compile(
     r"OUTPUT_DIR|SEED|VIS_PERIOD|CUDNN_BENCHMARK|MODEL\.DEVICE|MODEL\.DETR\.ATTENTION_KERNEL|DATALOADER\.NUM_WORKERS|"
     r"SOLVER\.CHECKPOINT\w*|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS|HTML_REPORT|DECODER_LAYERS|PROPOSALS_PER_IMAGE)|"

@@ -231,8 +231,8 @@ def _report(error: Exception, spawned: bool) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes, and
-    on a busy machine gloo's threads were seen to abort a process that had done its work."""
+    """Exit without the interpreter's cleanup: the process group's destructors may wait for the other processes, and on
+    a busy machine gloo's threads were seen to abort a process that had finished its work."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

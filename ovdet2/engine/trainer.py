@@ -171,7 +171,7 @@ class Trainer(DefaultTrainer):
         return built
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the weights; a collective call, complete on rank 0."""
+        """All that a resumed run needs in addition to the weights; a collective call, complete on rank 0."""
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
@@ -188,7 +188,7 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; with another number of processes the random states start anew."""
+        """Restore :meth:`state_dict`; with another number of processes the random states are not restored."""
         state = state_dict
         TrainerBase.load_state_dict(self, state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -294,7 +294,7 @@ class Trainer(DefaultTrainer):
     ) -> dict[str, Any]:
         """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
 
-        With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
+        With TEST.HTML_REPORT, the first process draws report.html in the folder of each report.json.
 
         Args:
             weights: description of the model's weights in the reports; None: MODEL.WEIGHTS.

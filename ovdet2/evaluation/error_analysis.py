@@ -23,7 +23,7 @@ OTHER = "other"  # subset of a detected category that the split does not have, s
 
 
 def analyse(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
-    """Everything the report says about errors.
+    """All figures of the report about errors.
 
     Args:
         truth: :class:`~ovdet2.evaluation.columns.Truth`.

@@ -106,7 +106,7 @@ def _by_image(truth, detections):
 
 
 def _assign(overlaps):
-    """Column of the box that each detection finds, [R] int64, -1 for none.
+    """Column of the box that each detection is matched to, [R] int64, -1 for none.
 
     Args:
         overlaps: [R, G] IoU with the boxes of the detection's class, 0 with others; detections by descending score.

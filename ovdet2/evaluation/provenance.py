@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
     """{"command": str, "git_commit": 40 hex digits or None, "git_modified": bool or None, "versions": {name: str}}.
 
     The commit is that of the checkout the package is imported from; None for an installed package or without git.
-    "git_modified" says whether tracked files differ from it.
+    "git_modified" states whether tracked files differ from it.
     """
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")

@@ -102,7 +102,7 @@ class Experiment:
         marker: a markdown file that the table goes to has the lines "<!-- <marker> table..." and "<!-- end of <marker>
             table -->"; empty: the table goes to no file.
         shared_detector: all entries evaluate one detector and differ only in what is read at test, so that it is built
-            once, in this process. Nothing is trained: a row of other inputs is evaluated anew instead of refused.
+            once, in this process. Nothing is trained: a row of other inputs is evaluated again instead of refused.
         accept_unmarked: finished runs and artefacts that do not record their inputs are accepted.
         pictures: {file name: function of the rows of results.json and a path that draws it}.
     """
