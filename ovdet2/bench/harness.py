@@ -2,8 +2,8 @@
 
 Candidates take turns in one process (:mod:`ovdet2.bench.turns`). The first turn warms up. For every case and candidate
 one row of a markdown table is printed: the median of the seconds, its ratio to the reference's median with the range of
-the ratios within a turn, and the peak memory of two passes, above what is in use after the candidate is built, measured in
-a separate process. On a shared machine, --cpu-time with --threads 1 counts processor time and not waiting time.
+the ratios within a turn, and the peak memory of two passes, above what is in use after the candidate is built, measured
+in a separate process. On a shared machine, --cpu-time with --threads 1 counts processor time and not waiting time.
 """
 
 from __future__ import annotations
