@@ -67,7 +67,7 @@ def test_measured_again_from_the_files(make_evaluator, tmp_path):
     again = make_again(make_evaluator, data, tmp_path / "stopped")
     assert again.measure_again().report["decoder_layers"] == report["decoder_layers"]
     (tmp_path / "stopped" / "decoder_layer_01" / "predictions.jsonl").write_text('{"image_id": 1}\n')
-    with pytest.raises(DataError, match="decoder_layer_01.* is not of the images"):
+    with pytest.raises(DataError, match="decoder_layer_01.* does not have the images"):
         again.measure_again()
     # A new evaluation does not take them for its own, with fewer layers or none.
     again.reset()

@@ -240,7 +240,7 @@ def test_predictions_of_an_evaluation_that_stopped_are_measured_again(make_evalu
     again = make_evaluator(data, folder="stopped").measure_again()
     assert again.report["bbox"] == evaluator.evaluation.report["bbox"] and expected["bbox"]
     assert (tmp_path / "stopped" / "report.json").is_file()
-    with pytest.raises(DataError, match="not of the images"):
+    with pytest.raises(DataError, match="does not have the images"):
         make_evaluator(random_set(5)[0], folder="stopped").measure_again()
     with pytest.raises(DataError, match="does not exist: evaluate"):
         make_evaluator(data, folder="nothing").measure_again()

@@ -157,7 +157,7 @@ def test_what_was_made_with_other_inputs_is_refused_and_named(programs, tmp_path
 def test_a_folder_that_does_not_record_its_inputs(programs, tmp_path):
     folder = tmp_path / "first" / "seed0"
     write_json(folder / "inference" / TEST_SET / "report.json", {"bbox": {"AP": 3.0}})
-    with pytest.raises(DataError, match="does not record what it was made with: remove it"):
+    with pytest.raises(DataError, match="does not record its inputs: remove it"):
         Runner(make_experiment(), tmp_path).run("first")
     accepting = Runner(make_experiment(accept_unmarked=True), tmp_path)
     assert accepting.result("first") is None  # trained for how long?

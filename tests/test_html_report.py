@@ -237,14 +237,14 @@ def test_compare_refuses_reports_that_did_not_measure_the_same(two, capsys, entr
         compare_reports.main([str(folder) for folder in two])
     assert compare_reports.main([*(str(folder) for folder in two), "--anyway"])["unlike"].keys() == {key}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("NOT MEASURED ALIKE") and key in lines[3]
+    assert lines[2].startswith("NOT MEASURED IN THE SAME WAY") and key in lines[3]
 
 
 def test_a_comparison_that_is_none_says_so_on_its_page(two):
     a, b = (json.loads((folder / "report.json").read_text()) for folder in two)
     b["dataset"] = "other"
     comparison = compare(a, b)
-    assert "Not measured alike" in as_html(comparison, (a, b), ("a", "b"))
+    assert "Not measured in the same way" in as_html(comparison, (a, b), ("a", "b"))
     assert as_text(compare(a, a), ("a", "a")).endswith("AP50 of a class: none")
 
 

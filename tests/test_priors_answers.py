@@ -58,7 +58,7 @@ def test_budget_of_questions(serve, records, tmp_path):
     server = serve(lambda question, times: says("yes"))
     for put, left in ((4, 5), (4, 1)):
         with pytest.raises(
-            CacheError, match=f"{put} questions were put, the limit of --max-queries, and {left} remain"
+            CacheError, match=f"{put} questions were asked, the limit of --max-queries, and {left} remain"
         ):
             run(client(server, workers=2), tmp_path / "answers", records, max_queries=4)
     backend, found, _ = run(client(server), tmp_path / "answers", records, max_queries=4)

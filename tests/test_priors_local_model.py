@@ -155,7 +155,7 @@ def test_server_by_the_tool(data, serve, monkeypatch, capsys):
     with pytest.raises(UsageError, match="MY_KEY of --api-key-env is not set"):
         build(data, *options)
     monkeypatch.setenv("MY_KEY", "secret")
-    with pytest.raises(CacheError, match="10 questions were put, the limit of --max-queries, and 26 remain"):
+    with pytest.raises(CacheError, match="10 questions were asked, the limit of --max-queries, and 26 remain"):
         build(data, *options, "--max-queries", "10")
     assert not (data / "p.safetensors").exists()
     priors = build(data, *options)

@@ -7,9 +7,10 @@ Weights are random except for embedded models; boxes are drawn at random. For ea
 (decode, cut, resize, embed) of:
 - *encoder*: the teacher's forward passes over as many crops in the same batches. 1 would mean that cropping costs
   nothing.
-- *loop*: the plain way, PIL crop, open_clip's own transform, one forward pass per image.
-Then the ratio of copying the embeddings of random images straight out of memory maps of the shards to copying what
-:class:`RegionCache` gives. ``ovdet2 bench cache`` also compares training samples with and without cached regions.
+- *loop*: the simplest implementation: PIL crop, open_clip's transform, one forward pass per image.
+Then the time to copy the embeddings of random images from raw memory maps of the shards, divided by the time to copy
+them through :class:`RegionCache`. ``ovdet2 bench cache`` also compares training samples with and without cached
+regions.
 """
 
 import argparse
@@ -52,7 +53,7 @@ OPTIONS = {
     "--dim": {"type": positive, "default": 512, "help": "dimensions, for reading"},
     "--cached-images": {"type": int, "default": 2000, "help": "images of the cache that is read at random"},
     "--side": {"type": positive, "default": 800, "help": "shorter side of a training image"},
-    "--no-reading": {"action": "store_true", "help": "do not measure what reads a cache"},
+    "--no-reading": {"action": "store_true", "help": "do not measure reading"},
 }
 
 
@@ -93,7 +94,7 @@ def records_of(folder: Path, count: int) -> list[dict[str, Any]]:
 
 
 def random_boxes(record: dict[str, Any], count: int) -> Tensor:
-    """Boxes [count, 4], XYXY pixels, whose sides are drawn evenly in log scale from a twentieth to all of the image's."""
+    """Boxes [count, 4], XYXY pixels, with sides log-uniform between a twentieth of the image's side and all of it."""
     rng = np.random.default_rng(record["image_id"])
     limits = np.array([record["width"], record["height"]])
     sides = limits * 20 ** -rng.random((count, 2))
@@ -122,7 +123,7 @@ def embedding(args: argparse.Namespace, architecture: str, records: list[dict[st
 
 
 def builder_of(teacher: Teacher, args: argparse.Namespace) -> ShardEmbedder:
-    """What ovdet2 cache build embeds with."""
+    """The embedder of ovdet2 cache build."""
 
     def source(record):
         boxes = random_boxes(record, args.boxes)
@@ -134,7 +135,7 @@ def builder_of(teacher: Teacher, args: argparse.Namespace) -> ShardEmbedder:
 
 @torch.no_grad()
 def encode_noise(teacher: Teacher, images: int, args: argparse.Namespace) -> None:
-    """Forward passes without Teacher.encode_image's own conversions: what open_clip needs and no more."""
+    """Forward passes without Teacher.encode_image's own conversions: only what open_clip requires."""
     count, side = images * args.boxes * len(_FACTORS), teacher.image_size
     batch = torch.rand(min(count, args.batch_size), 3, side, side, device=args.device)
     for start in range(0, count, args.batch_size):

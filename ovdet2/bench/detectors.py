@@ -1,6 +1,6 @@
-"""Detectors on made-up inputs, for benchmarks: neither weights, nor words, nor pixels change the cost of a pass.
+"""Detectors on random inputs, for benchmarks: the values of weights, words and pixels do not change the cost of a pass.
 
-Shapes: H x W image, M objects, K words, D embedding dimension.
+Shapes: H x W image, M objects, K words, D embedding dimension. Names: ``gt_`` ground truth.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def their_model(variant: str) -> nn.Module:
         "two_stage": variant == "two_stage",
     }
     model = DeformableDetrForObjectDetection(DeformableDetrConfig(**options))
-    for name, parameter in model.model.backbone.named_parameters():  # of which it freezes none for a timm trunk
+    for name, parameter in model.model.backbone.named_parameters():  # transformers freezes none of a timm trunk
         parameter.requires_grad_(any(f"layer{stage}" in name for stage in (2, 3, 4)))
     return model
 

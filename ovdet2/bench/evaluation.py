@@ -12,8 +12,8 @@ What is timed, on the same boxes:
 The figures of both are compared as well. ``lvis`` is installed with "pip install --no-deps lvis==0.5.3". The ratio is to
 ovdet2.
 
-``--memory`` measures the peak of the resident memory of a process that does what is timed of ovdet2, above what it holds
-once the ground truth is loaded.
+``--memory`` measures ovdet2 only: the peak resident memory of a process during the timed work, above its memory after
+the ground truth is loaded.
 """
 
 import argparse
@@ -40,7 +40,11 @@ from ovdet2.io.files import read_json
 
 TOLERANCE = 1e-6  # of fractions
 OPTIONS = {
-    "--against": {"choices": ("pycocotools", "lvis"), "default": "pycocotools", "help": "also whose rules"},
+    "--against": {
+        "choices": ("pycocotools", "lvis"),
+        "default": "pycocotools",
+        "help": "reference, and its evaluation rules",
+    },
     "--images": {"type": positive, "default": 300},
     "--classes": {"type": positive, "default": 80},
     "--detections": {"type": positive, "default": 100, "help": "per image"},
@@ -130,7 +134,7 @@ def _pycocotools(folder, limit):
             engine.evaluate()
             engine.accumulate()
             if limit == 100:
-                engine.summarize()  # knows no other limit
+                engine.summarize()  # supports no other limit
         precision = engine.eval["precision"][..., -1]
         values = {"AP": precision[..., 0], "AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
         values |= {f"AP{size}": precision[..., area] for area, size in ((1, "s"), (2, "m"), (3, "l"))}

@@ -1,4 +1,4 @@
-"""A synthetic evaluation set: ground truth and predictions, as many as wanted, for benchmarks."""
+"""A synthetic evaluation set: ground truth and predictions in any number, for benchmarks."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ def write_set(folder: Path, metric: str, args: argparse.Namespace) -> None:
 
     Args:
         folder: where.
-        metric: "ov_coco" or "ov_lvis", whose rules the set is for.
+        metric: "ov_coco" or "ov_lvis", the rules that the set is made for.
         args: ``images``, ``classes``, ``detections`` per image, ``seed``, and ``skew``: class k is as frequent as 1 / k to
             this power.
     """

@@ -1,9 +1,9 @@
-"""What all benchmarks share: a benchmark is data, candidates and cases, and this module runs it.
+"""Runs all benchmarks: a benchmark is described by data (its candidates and cases), and this module runs it.
 
 Candidates take turns in one process (:mod:`ovdet2.bench.turns`). The first turn warms up. For every case and candidate
 one row of a markdown table is printed: the median of the seconds, its ratio to the reference's median with the range of
-the ratios within a turn, and the peak memory of two passes above what is held when the candidate is built, measured in
-a separate process. On a machine that others use, --cpu-time with --threads 1 counts the work instead of the wait.
+the ratios within a turn, and the peak memory of two passes, above what is in use after the candidate is built, measured
+in a separate process. On a shared machine, --cpu-time with --threads 1 counts processor time and not waiting time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Results = dict[tuple[str, ...], Row]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of the things compared.
+    """One of the implementations that are compared.
 
     Attributes:
         name: in the table.
@@ -70,7 +70,7 @@ class Comparison:
         reference: name of the candidate whose time divides those of the others; "": the first.
         title: printed above the table.
         report: {candidate: :class:`~ovdet2.bench.turns.Elapsed` of each turn} -> None; called after the rows of a case,
-            for what else there is to print or to check.
+            for further printing or checks.
     """
 
     candidates: Sequence[Candidate]
@@ -87,10 +87,10 @@ class Benchmark:
     Attributes:
         module: that ``python -m`` runs; the processes that measure memory are started with it.
         description: of --help.
-        options: beside those that all have, {flag or name: arguments of add_argument}.
-        plan: arguments -> comparisons, an iterator; the states of one are gone before the next is requested. The
-            arguments have ``folder``, a temporary one that the processes that measure memory see, too.
-        turns, warm_up: by default, timed and before them.
+        options: further ones, in addition to those of all benchmarks, {flag or name: arguments of add_argument}.
+        plan: arguments -> comparisons, an iterator; the states of one are freed before the next is requested. The
+            arguments have ``folder``, a temporary one that is shared with the processes that measure memory.
+        turns, warm_up: default numbers of timed turns and of warm-up turns before them.
         memory: whether peak memory is measured.
         device: whether it may run on a GPU.
         turn_options: further names of --turns.
@@ -139,7 +139,7 @@ class Benchmark:
         """Run, and print the tables.
 
         Args:
-            argv: command line; None: of the process, whose exit code an error then becomes.
+            argv: command line; None: that of the process; an error then sets its exit code.
 
         Returns:
             {(value of each column of the case ..., candidate): :class:`~ovdet2.bench.turns.Row`}.
@@ -246,7 +246,7 @@ def _print_head(comparison: Comparison, reference: str, args: argparse.Namespace
 
 
 def _peak_here(plan: Iterator[Comparison], args: argparse.Namespace) -> float:
-    """MiB of two passes, of which the second has what the first leaves behind, such as an optimizer's state."""
+    """MiB of two passes, the second has the state that the first creates, such as an optimizer's state."""
     number, place, name = args.peak
     comparison = next(itertools.islice(plan, int(number), None))
     (candidate,) = (candidate for candidate in comparison.candidates if candidate.name == name)
@@ -258,7 +258,7 @@ def _peak_elsewhere(module: str, argv: Sequence[str], number: int, place: int, n
     """:func:`_peak_here` in a process that holds only this candidate.
 
     Raises:
-        SetupError: the process failed; the end of what it wrote is quoted.
+        SetupError: the process failed; the message quotes the end of its stderr.
     """
     package = str(Path(ovdet2.__file__).resolve().parents[1])
     paths = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
@@ -267,6 +267,6 @@ def _peak_elsewhere(module: str, argv: Sequence[str], number: int, place: int, n
     if done.returncode:
         raise SetupError(
             f"the process that measures the memory of the candidate {name!r} ended with code {done.returncode} (give "
-            f"--no-memory to do without). It wrote:\n{done.stderr[-2000:]}"
+            f"--no-memory to skip this). It wrote:\n{done.stderr[-2000:]}"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -13,10 +13,10 @@ MIB = 2**20
 
 
 def peak_above(work: Callable[[], object], device: str = "cpu") -> float:
-    """MiB that ``work`` needs at most beyond what is held before it.
+    """Peak MiB of ``work``, above what is in use before it.
 
     On CUDA that is what torch allocates. On a CPU it is resident memory; call it in a process that has done little else,
-    since freed memory that the allocator keeps is used again unseen.
+    since memory that was freed but kept by the allocator would be used again without being counted.
 
     Raises:
         SetupError: a CPU whose system is not Linux with glibc.
@@ -31,7 +31,7 @@ def peak_above(work: Callable[[], object], device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     try:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back to the system
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present value
     except (OSError, AttributeError) as error:
         raise SetupError(f"peak memory is measured on Linux with glibc only ({error}): give --no-memory.") from None
     before = high_water()

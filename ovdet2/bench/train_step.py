@@ -1,4 +1,4 @@
-r"""A training step of this checkout of ovdet2 against that of another: is it slower than before?
+r"""A training step of this checkout of ovdet2 against that of another checkout: is it slower than before?
 
     ovdet2 bench train-step --before ../ovdet2-before --config-file ovshapes/vild_text_r18.yaml
 
@@ -62,7 +62,7 @@ def compare_losses(times: Mapping[str, Sequence[Elapsed]]) -> None:
 
 
 class Worker:
-    """A process that trains, step by step, with the ovdet2 of a checkout. A context manager: leaving it ends it."""
+    """A process that trains, step by step, with the ovdet2 of a checkout; the exit of the context ends it."""
 
     def __init__(self, folder: Path, args: argparse.Namespace) -> None:
         self.folder, self.clock = folder, "process_time" if args.cpu_time else "perf_counter"
@@ -92,7 +92,7 @@ class Worker:
         self._output.cleanup()
 
     def step(self, _inputs: Any) -> Elapsed:
-        """Let it do one step."""
+        """Run one step."""
         answer = self._ask("step")
         return Elapsed(answer["seconds"], answer["loss"])
 

@@ -1,4 +1,4 @@
-"""Paired turns: candidates run one after the other, again and again, so that a busy machine slows all of them alike."""
+"""Paired turns: candidates run in turn, many times, so that other load on the machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Row:
         seconds: median over the turns; None where no turn was timed.
         ratio: this median divided by that of the reference.
         low, high: least and greatest ratio within a turn.
-        peak: MiB of memory that a pass needs beyond what is held before it; None where it was not measured.
+        peak: peak MiB of memory of a pass, above what is in use before it; None where it was not measured.
     """
 
     seconds: float | None = None
@@ -91,7 +91,7 @@ def rows_of(times: Mapping[str, Sequence[Elapsed]], reference: str) -> dict[str,
 
 @contextlib.contextmanager
 def naming(candidate: str) -> Generator[None, None, None]:
-    """Name the candidate in whatever is raised inside."""
+    """Add the candidate's name to any exception raised inside."""
     try:
         yield
     except OVDetError as error:

@@ -1,8 +1,9 @@
-"""What more words cost at test: latency of one image for synthetic vocabularies of different sizes.
+"""Latency at test for more words: one image with synthetic vocabularies of different sizes.
 
     ovdet2 bench vocabulary --config-file ovcoco/deformable_detr_r50.yaml --words 65 1203 21000
 
-The detector has random weights, which cost what trained ones do; the image is noise. Exchanging the words is not timed.
+The detector has random weights, which take the same time as trained ones; the image is noise. Exchanging the words is
+not timed.
 Ratios are to the fewest words.
 """
 

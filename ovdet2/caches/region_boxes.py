@@ -1,6 +1,7 @@
 """The boxes of an image that a region cache holds: annotations, proposals, or boxes of a file; and their filters.
 
 Shapes: R boxes of an image. Boxes are XYXY in pixels of the original image.
+Names: ``_logits`` before softmax or sigmoid, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import bisect

@@ -10,6 +10,7 @@ A cache is a folder::
 Shapes: I images of a shard, R regions, D embedding dimension. A shard holds ``embeddings`` [R, D] float16 unit rows,
 ``boxes_xyxy`` [R, 4] float32 in pixels of the original image, ``image_ids`` [I] int64, ``offsets`` [I + 1] int64 (the
 regions of image i are offsets[i] to offsets[i + 1]), ``ann_ids`` [R] int64 (-1 for proposals), ``scores`` [R] f32.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import bisect
@@ -32,7 +33,7 @@ MANIFEST = "manifest.json"
 _MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
 _TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
 _BUILD = "build it with ovdet2 cache build"
-_OPEN_SHARDS = 1024  # per process: a shard is a memory map, which a system allows 65,530 of
+_OPEN_SHARDS = 1024  # per process: each open shard is a memory map, and Linux allows a process 65,530 of them
 
 
 @dataclass(frozen=True)

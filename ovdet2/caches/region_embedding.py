@@ -1,6 +1,7 @@
 """Embed the regions of the images of a shard: decode each image once, crop the regions, encode full batches of crops.
 
 Shapes: R regions, F crops of each, S side of the teacher's input, D embedding dimension.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,6 +1,6 @@
 """Region caches in training: opened and checked against data set and teacher, then checked image by image.
 
-Shapes: R regions.
+Shapes: R regions. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sample: one image with its annotations, passed from reader to steps to model.
 
-Shapes: H x W augmented image, M objects. Names: ``gt_`` ground truth, as in Detectron2.
+Shapes: H x W augmented image, M objects. Names: ``gt_`` ground truth.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill, a full disk and a file from a stranger."""
+"""Checkpoints: atomic writing, safe reading of untrusted files, and fallback from a damaged file to an older one."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _SHOWN = 5  # keys named in an error message
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic writing, safe reading, and a way back from a damaged file.
+    """Detectron2's checkpointer with atomic writing, safe reading, and fallback from a damaged file to an older one.
 
-    A checkpoint is written beside its final name, fsynced and renamed; then the pointer ``last_checkpoint`` is
+    A checkpoint is written to a temporary file, fsynced and renamed; then the pointer ``last_checkpoint`` is
     replaced in the same way; only then are older files removed. The pointer names a complete file at all times.
     """
 
@@ -98,7 +98,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         write_text(Path(self.save_dir) / _POINTER, last_filename_basename)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load weights, and checkpointables if asked, as Detectron2 does.
+        """Load weights, and checkpointables if requested, as Detectron2 does.
 
         Args:
             path: file, or URL (http, https, detectron2://, ovdet2:// for a file of ovdet2/assets); "" loads nothing.
@@ -118,10 +118,10 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def load_all(self, path: str) -> dict[str, Any]:
-        """Load the weights of a trained model, every one of them: for evaluation and prediction.
+        """Load all weights of a trained model, for evaluation and prediction; a missing one is an error.
 
-        Not required are the entries of modules that take the vocabulary of this run (see :meth:`_load_model`), and
-        what only training uses: parts that are ``training_only``, and the step counts of batch normalisation,
+        Entries may be missing for modules that take the vocabulary of this run (see :meth:`_load_model`), and for what
+        only training uses: parts that are ``training_only``, and the step counts of batch normalisation,
         which converted files lack.
 
         Args:
@@ -174,7 +174,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             complete: load only the weights, all of them, by :meth:`load_all`: for an evaluation.
 
         Returns:
-            What the checkpoint resumed from holds beside the weights, such as "iteration"; empty when ``path``
+            What the checkpoint resumed from holds in addition to the weights, such as "iteration"; empty when ``path``
             was loaded, whose iterations are not those of this run.
 
         Raises:
@@ -198,7 +198,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 raise DataError(f"the processes resumed from different files ({chosen}): share {self.save_dir}.")
             return loaded
         raise DataError(
-            f"none of the checkpoints of {self.save_dir} can be read: start without --resume, or elsewhere."
+            f"none of the checkpoints of {self.save_dir} can be read: start without --resume, or in another OUTPUT_DIR."
         )
 
     def _fetch(self, path, otherwise):
@@ -226,7 +226,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint):
         """Load the weights except those of modules that take the vocabulary of this run.
 
-        A sub-module with ``adopt_saved_vocabulary(saved)`` is handed its own entries, prefix removed, and decides.
+        A sub-module with ``adopt_saved_vocabulary(saved)`` receives its own entries, prefix removed, and decides.
         What the checkpoint has of a training-only part that the model lacks is skipped without a warning. Entries of
         earlier versions get the names of today.
         """
@@ -259,7 +259,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 yield name, adopt
 
     def _training_only(self):
-        """Prefixes of the entries of parts that only training uses, of those that the model lacks, too."""
+        """Entry prefixes of training-only parts, including parts that the model does not have."""
         parts = [part.name for part in parts_of(self.model) if part.training_only]
         absent = [method.name for method in find_methods() if method.training_only]
         return tuple(f"{name}." for name in dict.fromkeys(parts + absent))
@@ -306,11 +306,11 @@ def _modules(names: Sequence[str]) -> str:
 
 
 def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Entries of a checkpoint by the names that the parts of the model have today.
+    """The entries of a checkpoint under the present names of the model's parts.
 
     Args:
         weights: by the names of this or of an earlier version.
-        model: whose ``parts``, if it has any, say in ``old_weights`` which prefixes have changed.
+        model: with ``parts``, if it has any, whose ``old_weights`` map former prefixes to present ones.
     """
     present = dict(weights)
     for part in parts_of(model):
@@ -322,7 +322,7 @@ def with_present_names(weights: Mapping[str, Tensor], model: nn.Module) -> dict[
 
 @contextlib.contextmanager
 def _connect_timeout():
-    """A limit for sockets: without one, an unreachable host keeps the run waiting for minutes in silence."""
+    """A limit for sockets: without one, an unreachable host keeps the run waiting for minutes without a message."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_CONNECT_SECONDS)
     try:

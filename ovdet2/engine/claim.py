@@ -1,4 +1,4 @@
-"""TEST.EXPECTED_RESULTS: what a configuration claims, and whether a run is one that the claim is about."""
+"""TEST.EXPECTED_RESULTS: the expected figures of a configuration, and whether they apply to a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ovdet2.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-# Keys that say where things are and how they are run, not what is trained and measured.
+# Keys of paths, devices and records of a run, which do not change what is trained and measured.
 _NEUTRAL = re.compile(
     r"OUTPUT_DIR|SEED|VIS_PERIOD|CUDNN_BENCHMARK|MODEL\.DEVICE|MODEL\.DETR\.ATTENTION_KERNEL|DATALOADER\.NUM_WORKERS|"
     r"SOLVER\.CHECKPOINT\w*|TEST\.(EVAL_PERIOD|EXPECTED_RESULTS|HTML_REPORT|DECODER_LAYERS|PROPOSALS_PER_IMAGE)|"
@@ -23,7 +23,7 @@ _NEUTRAL = re.compile(
 
 
 def changed_by(overrides: Sequence[Any]) -> list[str]:
-    """The keys of overrides [key, value, ...] that make a run another than its configuration describes."""
+    """The keys of overrides [key, value, ...] that change what is trained or measured: no figures are expected then."""
     return [key for key in overrides[::2] if not _NEUTRAL.fullmatch(str(key))]
 
 
@@ -43,7 +43,7 @@ def check_claim(cfg: CfgNode, results: Mapping[str, Mapping[str, float]]) -> Non
         if metric not in results.get(task, {}):
             raise UsageError(f"TEST.EXPECTED_RESULTS names {task}/{metric}, which this run did not measure: change it.")
         value = results[task][metric]
-        if abs(value - expected) <= tolerance:  # not so for NaN
+        if abs(value - expected) <= tolerance:  # False for NaN
             logger.info("%s %s: %.2f, as expected (%g +- %g).", task, metric, value, expected, tolerance)
         else:
             missed += 1

@@ -21,7 +21,7 @@ SILENCED = (
 
 
 def open_logs(folder: str = "", rank: int = 0) -> None:
-    """Log everything to ``folder``/log.txt, and on rank 0 to the terminal what concerns a user.
+    """Log everything to ``folder``/log.txt, and on rank 0 show on the terminal what a user needs.
 
     Args:
         folder: of the run; empty: only the terminal.
@@ -36,7 +36,7 @@ def open_logs(folder: str = "", rank: int = 0) -> None:
         ]
         for handler in to_terminal:
             logger.removeHandler(handler)
-        if to_terminal:  # not so where the process is not the first
+        if to_terminal:  # empty except in the first process
             logger.addHandler(Console())
 
 

@@ -14,8 +14,8 @@ class WeightAverage:
     """Exponential moving average of a trained model: torch's, with what a run must save and restore.
 
     Gradients are averaged over the processes, so each of them keeps the same average. Buffers are not averaged: they
-    are the trained model's. A checkpoint's "model" is the average, and the trained weights travel beside it
-    (:meth:`state_dict`): the file holds the weights that were evaluated.
+    are the trained model's. A checkpoint's "model" is the average, so the file holds the weights that were
+    evaluated; the trained weights are stored separately (:meth:`state_dict`).
     """
 
     def __init__(self, trained: torch.nn.Module, decay: float) -> None:
@@ -34,7 +34,7 @@ class WeightAverage:
         self.model = self._average.module.requires_grad_(False)
 
     def update(self) -> None:
-        """Take in the weights of a finished step; the first ones are taken as they are."""
+        """Average the weights of a finished step into the average; the first update copies them."""
         self._average.update_parameters(self._trained)
 
     @torch.no_grad()
@@ -54,7 +54,7 @@ class WeightAverage:
             target.copy_(source)
 
     def state_dict(self) -> dict[str, Any]:
-        """Beside the average itself: the trained parameters, and the number of updates."""
+        """The trained parameters and the number of updates; the average itself is saved as the model."""
         parameters = {name: parameter.detach() for name, parameter in self._trained.named_parameters()}
         return {"parameters": parameters, "updates": int(self._average.n_averaged)}
 
@@ -67,7 +67,7 @@ class WeightAverage:
 
 @torch.no_grad()
 def restore_trained(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Give a model the trained parameters of :meth:`WeightAverage.state_dict`, for one that was given the average.
+    """Load the trained parameters of :meth:`WeightAverage.state_dict` into a model that holds the average.
 
     Raises:
         DataError: they are another model's.

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ovdet2 import errors
 
 _TIMEOUT = timedelta(minutes=30)
-_MONITOR_INTERVAL = 0.05  # seconds between two looks at the processes
+_MONITOR_INTERVAL = 0.05  # seconds between two checks of the processes
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -148,7 +148,7 @@ def _launch_config(processes: int, machines: int, machine_rank: int, dist_url: s
         meeting = {"rdzv_backend": "static", "rdzv_endpoint": dist_url.removeprefix("tcp://")}
         meeting["rdzv_configs"] = {"rank": machine_rank, "timeout": int(_TIMEOUT.total_seconds())}
     if "signals_to_handle" in {field.name for field in fields(LaunchConfig)}:  # torch from 2.8 on
-        # An ignored signal stays ignored: nohup sets SIGHUP so, and a shell SIGINT of background commands.
+        # An ignored signal stays ignored: nohup ignores SIGHUP, and a shell ignores SIGINT for background commands.
         handled = [each.name for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
         meeting["signals_to_handle"] = ",".join(handled)
     return LaunchConfig(
@@ -215,10 +215,10 @@ def _run_in_group(main: Callable[..., object], args: tuple, use_cuda: bool, spaw
 
 
 def _report(error: Exception, spawned: bool) -> int:
-    """Record the error in torch's file, print what the parent will not, and return the exit code."""
+    """Record the error in torch's file, print what the parent process will not print, and return the exit code."""
     readable = isinstance(error, errors.OVDetError)
     if readable:
-        # The parent knows the kinds of errors.py; a subclass elsewhere is reported as its nearest kind.
+        # The parent raises the classes of errors.py only; a subclass from elsewhere is reported as its nearest one.
         kind = next(base for base in type(error).__mro__ if base.__module__ == errors.__name__)
         get_error_handler().record_exception(kind(str(error)))
     else:
@@ -228,14 +228,14 @@ def _report(error: Exception, spawned: bool) -> int:
     elif not spawned:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     if spawned and not readable:
-        # Often the echo of another process's end, whose closed connection was seen: the parent must see that end first.
+        # Often caused by another process that failed and closed its connection: the parent must see that one first.
         time.sleep(4 * _MONITOR_INTERVAL)
     return error.exit_code if readable else 1
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit without tearing the interpreter down: the process group's destructors may wait for the other processes, and
-    on a busy machine gloo's threads were seen to abort a process that had done its work."""
+    """Exit without the interpreter's cleanup: the process group's destructors may wait for the other processes, and on
+    a busy machine gloo's threads were seen to abort a process that had finished its work."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""From SOLVER.*: the optimizer and its parameter groups, clipping, mixed precision."""
+"""What SOLVER.* configures: the optimizer and its parameter groups, gradient clipping, mixed precision."""
 
 import re
 from collections.abc import Sequence
@@ -48,8 +48,8 @@ def scale_learning_rates(
     Args:
         groups: list of dicts with "params" and "lr", of parameters of ``model``.
         model: module.
-        factors: list of [pattern, factor]; a pattern is a regular expression looked for anywhere in a parameter's name,
-            and of several that are found the first counts.
+        factors: list of [pattern, factor]; a pattern is a regular expression that may match anywhere in a
+            parameter's name; the first matching pattern applies.
 
     Returns:
         list of groups, merged by their settings.
@@ -75,7 +75,7 @@ def scale_learning_rates(
         modules = ", ".join(dict.fromkeys(name.split(".")[0] for name, _ in model.named_parameters()))
         raise UsageError(
             f"SOLVER.LR_FACTORS names {', '.join(unused)}, which is in no parameter's name: print the model for the "
-            f"names (its modules are {modules}), or leave the entry out."
+            f"names (its modules are {modules}), or remove the entry."
         )
     return reduce_param_groups(
         [
@@ -87,8 +87,8 @@ def scale_learning_rates(
 
 
 def full_model_norm(cfg: CfgNode) -> float | None:
-    """The L2 norm over all gradients to clip to, which DETR-like recipes need beside Detectron2's CLIP_TYPE "value" and
-    "norm"; None: no clipping of that kind.
+    """The largest L2 norm over all gradients, for CLIP_TYPE "full_model" of DETR-like recipes; None for Detectron2's
+    "value" and "norm", which clip each parameter, and without clipping.
 
     Raises:
         UsageError: another CLIP_TYPE.

@@ -1,6 +1,6 @@
 """Proposals of a detector trained on base boxes, as the boxes of a region cache.
 
-Shapes: R proposals of an image, in pixels of the original image.
+Shapes: R proposals of an image, in pixels of the original image. Names: ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ProposalBoxes:
 
         Raises:
             DataError: its weights cannot be read, or it was trained with boxes of a class that is novel in ``dataset``:
-                its proposals would know what must not be known.
+                its proposals would depend on novel classes.
         """
         built = Trainer.build_model(cfg).eval()
         if not hasattr(built, "propose"):
@@ -75,7 +75,7 @@ class ProposalBoxes:
         AtomicCheckpointer(model).load_all(cfg.MODEL.WEIGHTS)
         if not model.vocabulary.from_checkpoint:
             raise DataError(
-                f"{cfg.MODEL.WEIGHTS} does not say whose boxes it was trained with: propose with a detector that "
+                f"{cfg.MODEL.WEIGHTS} does not record the classes it was trained on: use a detector that "
                 "ovdet2 trained."
             )
         split = split_of(dataset)
@@ -90,7 +90,7 @@ class ProposalBoxes:
         return cls(cfg, model)
 
     def recipe(self) -> dict[str, Any]:
-        """What the manifest says of the source."""
+        """The manifest's description of the source of the boxes."""
         cfg = self.cfg
         rpn, anchors, min_size = cfg.MODEL.RPN, cfg.MODEL.ANCHOR_GENERATOR, cfg.MODEL.PROPOSAL_GENERATOR.MIN_SIZE
         # Without the word embeddings: they do not affect proposals, and differ in their last digits between machines.
@@ -107,7 +107,7 @@ class ProposalBoxes:
         }
 
     def prepare(self, rgb: np.ndarray) -> torch.Tensor:
-        """The network input of an image, where the image is decoded: array [H, W, 3] RGB -> Tensor [3, h, w] uint8."""
+        """The network input of an image, made where it is decoded: array [H, W, 3] RGB -> Tensor [3, h, w] uint8."""
         resized = self._resize.get_transform(rgb).apply_image(rgb)
         image = torch.from_numpy(resized.copy()).permute(2, 0, 1)
         return image.flip(0) if self._bgr else image

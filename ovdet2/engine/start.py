@@ -45,8 +45,8 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
         extend: of :func:`~ovdet2.config.load_config`.
 
     Returns:
-        Frozen, the same as config.yaml: what is run. A negative SEED is replaced by the random one that was
-        drawn.
+        The frozen configuration of this run, the same as config.yaml. A negative SEED is replaced by the random one
+        that was drawn.
 
     Raises:
         UsageError: unknown file or key, wrong value, a batch that cannot be scaled, or a switch that ovdet2 does not
@@ -65,7 +65,7 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
         cfg.SEED = comm.shared_random_seed()
     changed = changed_by(args.opts or []) if cfg.TEST.EXPECTED_RESULTS else []
     if not cfg.DATASETS.TEST or (changed and "TEST.EXPECTED_RESULTS" not in args.opts):
-        cfg.TEST.EXPECTED_RESULTS = []  # the claim is about the configuration as it is, with its tests
+        cfg.TEST.EXPECTED_RESULTS = []  # expected figures apply only to the unchanged configuration
     evaluates = getattr(args, "eval_only", False)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not evaluates:

@@ -16,8 +16,8 @@ from ovdet2.errors import NumericalError, SetupError, UsageError
 class CheckedStep:
     """Forward, backward, optimizer step, metrics.
 
-    Detectron2's trainers look for NaN when they write metrics, hence some iterations late, and on rank 0 only, hence
-    leave the other processes waiting. Here the processes agree after every forward pass.
+    Detectron2's trainers check for NaN when they write metrics, so some iterations late, and on rank 0 only, so the
+    other processes keep waiting. Here the processes agree after every forward pass.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class CheckedStep:
         return losses
 
     def close(self) -> None:
-        """Let go of the batches and of the processes that load them."""
+        """Release the batches and the workers that load them."""
         self._batches = None
 
     def _forward(self, batch):
-        """(losses, None), or (None, reason) where Detectron2 itself met a number that is not finite."""
+        """(losses, None), or (None, reason) if Detectron2 itself found a number that is not finite."""
         try:
             with torch.autocast(self._device().type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
                 losses = self.model(batch)
@@ -126,7 +126,7 @@ class CheckedStep:
             ) from error
 
     def _clip(self):
-        """Clip if asked; returns the norm over all gradients before it."""
+        """Clip gradients if configured; returns the norm over all gradients before clipping."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if self.max_norm is not None:

@@ -51,8 +51,8 @@ _WRITE_PERIOD = 20
 class Trainer(DefaultTrainer):
     """Detectron2's default trainer on CPU or CUDA, in one or several processes.
 
-    Its constructor is replaced, not extended: Detectron2's wraps the model for CUDA only. The model, its classes and
-    its vocabulary are known only to MODEL.META_ARCHITECTURE.
+    Its constructor is replaced, not extended: Detectron2's wraps the model for CUDA only. The model with
+    its classes and its vocabulary is built by MODEL.META_ARCHITECTURE only.
     """
 
     _trainer: CheckedStep  # pyrefly: ignore[bad-override]  it takes the place of Detectron2's trainers
@@ -143,7 +143,7 @@ class Trainer(DefaultTrainer):
             self._restored_random_state = None
 
     def build_hooks(self) -> list[HookBase]:
-        """Timing, learning rate, checkpoints, evaluation, metrics, so that a failing evaluation loses nothing."""
+        """Timing, learning rate, checkpoints, evaluation, metrics: an evaluation that fails loses no checkpoint."""
 
         def settle():
             average_batch_norm(self._trained)
@@ -172,12 +172,12 @@ class Trainer(DefaultTrainer):
         return built
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the weights; a collective call, complete on rank 0."""
+        """All that a resumed run needs in addition to the weights; a collective call, complete on rank 0."""
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
-        # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would start anew
-        # without a word.
+        # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would restart
+        # without a warning.
         state["scheduler"] = self.scheduler.state_dict()
         state["random"] = comm.gather(random_state())
         if self._trainer.scaler is not None:
@@ -189,7 +189,7 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; with another number of processes the random states start anew."""
+        """Restore :meth:`state_dict`; with another number of processes the random states are not restored."""
         state = state_dict
         TrainerBase.load_state_dict(self, state)
         self.optimizer.load_state_dict(state["optimizer"])
@@ -295,10 +295,10 @@ class Trainer(DefaultTrainer):
     ) -> dict[str, Any]:
         """Evaluate on every DATASETS.TEST, as Detectron2's trainer does, without touching the random states.
 
-        With TEST.HTML_REPORT, the first process draws report.html beside each report.json.
+        With TEST.HTML_REPORT, the first process draws report.html in the folder of each report.json.
 
         Args:
-            weights: what the reports say of the model's weights; None: MODEL.WEIGHTS.
+            weights: description of the model's weights in the reports; None: MODEL.WEIGHTS.
 
         Raises:
             UsageError: a data set has other words than the model.
@@ -346,7 +346,7 @@ def _vocabulary_of(model: nn.Module) -> WordBank | None:
 
 
 def _require_words(cfg: CfgNode, model: nn.Module) -> None:
-    """A detection's class is a column of the vocabulary: another data set's words would be scored as this one's."""
+    """Require that all test sets have the model's words: a detection's class is only a column of the vocabulary."""
     vocabulary = _vocabulary_of(model)
     if vocabulary is None:
         return
@@ -358,7 +358,7 @@ def _require_words(cfg: CfgNode, model: nn.Module) -> None:
         if vocabulary.names != wanted:
             raise UsageError(
                 f"the model has the {len(vocabulary)} words of {cfg.DATASETS.TEST[0]}, {name} has "
-                f"{len(wanted)}, or others: evaluate one data set at a time, named in DATASETS.TEST."
+                f"{len(wanted)} other words: evaluate one data set at a time, named in DATASETS.TEST."
             )
 
 
@@ -380,7 +380,7 @@ def _facts_of(model: nn.Module, weights: str) -> dict[str, Any]:
 
 
 def _draw_report(dataset_name: str, evaluation: Evaluation | None, folder: str) -> None:
-    """Write report.html; a page that cannot be drawn must not cost the run its figures."""
+    """Write report.html; if drawing fails, the figures of the run are still kept."""
     if evaluation is None:  # not the first process, or another kind of evaluator
         return
     from ovdet2.report.html_report import write_html
@@ -425,14 +425,14 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
 
     Args:
         model: to train.
-        alternates: whether sources alternate: a step then trains only what its source reaches.
+        alternates: whether sources alternate: a step then gives gradients only to parameters that its source uses.
     """
     if comm.get_world_size() == 1:
         return model
     on_cuda = next(model.parameters()).is_cuda
     device_ids = [comm.get_local_rank()] if on_cuda else None
     # Buffers are not sent at every step: the vocabulary and frozen statistics are the same everywhere, and running
-    # statistics are averaged when they matter (average_batch_norm). torch 2.15 renamed the switch.
+    # statistics are averaged before they are used (average_batch_norm). torch 2.15 renamed the switch.
     names = inspect.signature(DistributedDataParallel).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {switch: False}
@@ -440,7 +440,7 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
 
 
 def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:
-    """What steps attach to samples and the vocabulary are of one embedding space, by the hash of the weights.
+    """Require one teacher for the vocabulary and for what steps attach to samples, by the hash of its weights.
 
     Raises:
         CacheError: names both teachers.

@@ -4,6 +4,7 @@ COCO and LVIS average over classes what is computed for each separately, so eval
 class's boxes or masks are Python objects at a time.
 
 Shapes: G ground-truth objects, R detections. Boxes are XYXY in pixels of the original image.
+Names: ``gt_`` ground truth, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import math
@@ -33,17 +34,17 @@ def evaluate_classes(
     """Figures of each class over all images.
 
     Args:
-        truth: :class:`~ovdet2.evaluation.columns.Truth`; a detection on a crowd region counts neither way. With
+        truth: :class:`~ovdet2.evaluation.columns.Truth`; a detection on a crowd region is ignored. With
             ``task`` "segm" it has segmentations.
         detections: :class:`~ovdet2.evaluation.columns.Detections`, cut to the best of each image already; equal scores
             keep their order, images go by ascending id. With ``task`` "segm" they have masks.
         category_ids: the classes to evaluate, dataset category ids.
-        task: "bbox" or "segm": what overlaps, and whose area puts a detection among the small, medium or large ones
-            (ground truth always goes by its annotated area).
+        task: "bbox" or "segm": the shapes whose overlap counts, and whose area makes a detection small, medium or
+            large (ground truth is always classed by its annotated area).
         limits: ascending numbers of detections of a class counted in one image; AP is that of the last one.
         federation: :class:`~ovdet2.evaluation.federation.Federation` for the rules of LVIS, None for those of COCO.
         crowds: the regions of ``truth.crowd`` hold many objects, so a detection is on one by the share of the detection
-            that lies in it (COCO). False: each is one object that counts neither way, and IoU decides (VOC).
+            that lies in it (COCO). False: each is one object whose detections are ignored, and IoU decides (VOC).
 
     Returns:
         {category id: {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR@<limit>" of each limit, "ARs", "ARm", "ARl"}}, in
@@ -54,7 +55,7 @@ def evaluate_classes(
     figures = {}
     for category_id in tqdm(category_ids, desc=f"evaluating {task}", unit="class", disable=None, leave=False):
         rows, found = truth_rows.of(category_id), found_rows.of(category_id)
-        if truth.crowd[rows].all():  # also when there is none
+        if truth.crowd[rows].all():  # True for no rows, too
             figures[category_id] = dict.fromkeys(_names(limits), math.nan)
             continue
         exempt = ()
@@ -76,7 +77,7 @@ def mean_of(values: Iterable[float]) -> float:
 
 
 class _RowsByClass:
-    """The rows of a column of category ids that hold a given one, ascending."""
+    """The row numbers of each category id in a column, ascending."""
 
     def __init__(self, category_ids):
         self._order = np.argsort(category_ids, kind="stable")
@@ -89,12 +90,12 @@ class _RowsByClass:
 class _OneClass(COCOeval_faster):
     """The library's matching and accumulation, fed with columns instead of two COCO data sets of one dict per box.
 
-    Two steps of it are replaced: what hands the annotations to the C++ part, which reads nothing of them but id, score,
-    area and three flags, and what computes the overlaps of one image.
+    Two methods are replaced: :meth:`_prepare` passes the annotations to the C++ part, which reads only id, score, area
+    and three flags; :meth:`computeIoU` computes the overlaps of one image.
 
     Args:
-        truth, found: dicts of columns sorted by image, those of an image by falling score: image_ids, shapes (XYWH
-            boxes or run-length codes) and what :meth:`_prepare` hands on.
+        truth, found: dicts of columns sorted by image, those of an image by descending score: image_ids, shapes (XYWH
+            boxes or run-length codes) and what :meth:`_prepare` passes on.
         task, limits, crowds: as of :func:`evaluate_classes`.
     """
 

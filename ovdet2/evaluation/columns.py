@@ -1,6 +1,7 @@
-"""Ground truth and detections of a data set as columns: what the metrics and the report compute on.
+"""Ground truth and detections of a data set as columns, the input of the metrics and the report.
 
 Shapes: G ground-truth boxes, R detections. Boxes are XYXY in pixels of the original image.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class Truth:
         image_ids: [G] int64.
         category_ids: [G] int64, the data set's own.
         boxes_xyxy: [G, 4] float64.
-        areas: [G] float64, square pixels, of the mask where the json says so.
+        areas: [G] float64, square pixels, "area" of the annotation (of its mask in COCO).
         crowd: [G] bool.
         segmentations: list of G in COCO's form, or None for a data set without masks.
     """
@@ -70,7 +71,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Detections:
-    """The detections of a data set, those of an image together and by falling score.
+    """The detections of a data set, those of an image together and by descending score.
 
     Attributes:
         image_ids: [R] int64.

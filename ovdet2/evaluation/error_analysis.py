@@ -1,9 +1,9 @@
-"""Where an open-vocabulary detector loses AP50: kinds of errors, confusions among words, curves, telling images.
+"""Where an open-vocabulary detector loses AP50: kinds of errors, confusions among words, curves, worst and best images.
 
 Pure functions on the columns of :mod:`~ovdet2.evaluation.columns` and the :class:`~ovdet2.evaluation.matching.Matches`
 of them. Figures are percent, arithmetic is float64.
 
-Shapes: R detections, G ground-truth boxes, K classes of the split.
+Shapes: R detections, G ground-truth boxes, K classes of the split. Names: ``gt_`` ground truth.
 """
 
 import math
@@ -23,7 +23,7 @@ OTHER = "other"  # subset of a detected category that the split does not have, s
 
 
 def analyse(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
-    """Everything the report says about errors.
+    """All figures of the report about errors.
 
     Args:
         truth: :class:`~ovdet2.evaluation.columns.Truth`.
@@ -47,15 +47,15 @@ def analyse(truth: Truth, detections: Detections, split: Split, matches: Matches
 def error_split(truth: Truth, detections: Detections, split: Split, matches: Matches) -> dict[str, Any]:
     """How many errors there are of each kind, and how much AP50 rises if only errors of one kind are repaired.
 
-    Repairing (the oracles of TIDE): of the classification errors on one box that nothing has found, and of the
-    localisation errors likewise, the best-scoring one turns true, in its box's class, and the others vanish; both,
-    duplicate and background vanish; missed boxes are taken out of the ground truth, so that a class of which
-    every box is missed stays at 0.
+    How each kind is repaired (the oracles of TIDE). Classification and localisation: of the errors on one box that
+    no true detection matches, the best-scoring one becomes true, in the class of the box, and the others are removed.
+    Both, duplicate and background: the detections are removed. Missed: the boxes are removed from the ground truth, so
+    a class of which every box is missed stays at 0.
 
     Returns:
         dict with "AP50" {subset: percent}, "dAP50" {kind: {subset: points of AP50, at least 0}} and "errors"
         {kind: {subset: count}}, over :data:`ERROR_KINDS` and :data:`SUBSETS`, and "left_out", the number of
-        detections that count neither way. AP50 is the mean over the subset's classes with ground truth, None without
+        detections that are ignored. AP50 is the mean over the subset's classes with ground truth, None without
         one. An error counts for the subset of the class detected, a missed box for its own; only "all" holds the
         errors of categories that are not in the split.
     """
@@ -91,9 +91,9 @@ def precision_recall(
 
 
 def confusion(truth: Truth, detections: Detections, split: Split, matches: Matches, pairs: int = 20) -> dict[str, Any]:
-    """What the detector calls each ground-truth box: the word of the best-scoring detection on it, whatever its class.
+    """What the detector calls each ground-truth box: the word of the best-scoring detection on it, of any class.
 
-    A detection is on a box when their IoU is at least 0.5 and it has not found another box of the same class. In a
+    A detection is on a box when their IoU is at least 0.5 and it is not matched to another box of the same class. In a
     federated data set another word may be right as well.
 
     Returns:
@@ -137,8 +137,8 @@ def image_quality(truth: Truth, detections: Detections, matches: Matches) -> dic
     """How good the detections of each image are, without a score threshold.
 
     Of an image with n boxes (crowds apart) the n best-scoring detections that count are taken: the share of them that
-    are true, which is both their precision and their recall, hence their F1. Fewer than n detections are made up with
-    false ones.
+    are true, which is both their precision and their recall, hence their F1. If there are fewer than
+    n detections, the missing ones count as false.
 
     Returns:
         {image id: (share in [0, 1], n)} of the images with a box, by ascending id.
@@ -160,7 +160,7 @@ def telling_images(quality: dict[int, tuple[float, int]], count: int) -> tuple[l
         count: of each at most; no image is both.
 
     Returns:
-        (worst, best), each from the most to the least telling: by share, then by the number of boxes, more first, then
+        (worst, best), each with the most extreme image first: by share, then by the number of boxes, more first, then
         by id.
     """
     count = min(count, len(quality) // 2)

@@ -1,4 +1,4 @@
-"""A finished evaluation: what was true, what was found, and the figures; and how it is read from its folder."""
+"""A finished evaluation: ground truth, detections and figures; and how it is read from its folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def load_evaluation(folder: str | Path, dataset_name: str) -> Evaluation:
-    """Read what :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate` left in a folder.
+    """Read the files that :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate` wrote into a folder.
 
     Args:
         folder: holds report.json and predictions.jsonl.

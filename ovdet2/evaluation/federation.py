@@ -1,6 +1,6 @@
 """The federated rules of LVIS: on which images a class is evaluated.
 
-LVIS does not say of every image which classes it holds. A class is evaluated on an image only where it is annotated or
+LVIS does not annotate every class on every image. A class is evaluated on an image only where it is annotated or
 verified to be absent, and where its annotation is not exhaustive a detection that matches nothing is ignored.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Federation:
-    """What the images of a data set say about classes without annotating them.
+    """The classes verified absent, or not annotated exhaustively, on each image of a data set.
 
     Args:
         images: {image id: record}, as of :class:`~ovdet2.evaluation.columns.Truth`, with "neg_category_ids" and
@@ -27,7 +27,7 @@ class Federation:
                 self._not_exhaustive[category_id].append(image_id)
 
     def images_of(self, category_id: int, annotated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The images that matter to a class.
+        """The images that a class is evaluated on.
 
         Args:
             category_id: the class.

@@ -1,10 +1,11 @@
 """Every detection explained against the ground truth at IoU 0.5: true, ignored, or an error of one of five kinds.
 
-The kinds and their order are those of TIDE (Bolya et al., ECCV 2020) as its authors' tidecv 1.0.1 has them, but for one
-thing: a detection that the metric ignores (on a crowd; by LVIS's federated rule) is no error here, while tidecv
+The kinds and their order are those of TIDE (Bolya et al., ECCV 2020) as in its authors' tidecv 1.0.1, with one
+difference: a detection that the metric ignores (on a crowd; by LVIS's federated rule) is no error here, while tidecv
 explains it as well.
 
 Shapes: R detections, G ground-truth boxes, of the data set or of one image. Boxes are XYXY in pixels.
+Names: ``gt_`` ground truth, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from dataclasses import dataclass
@@ -23,17 +24,17 @@ TRUE, LEFT_OUT, CLASSIFICATION, LOCALISATION, BOTH, DUPLICATE, BACKGROUND = rang
 
 @dataclass(frozen=True)
 class Matches:
-    """What became of each detection and each ground-truth box, in the order of the columns they came in.
+    """The outcome of each detection and each ground-truth box, in the order of the columns given.
 
     Attributes:
         outcome: [R] int8, index into :data:`OUTCOMES`.
-        gt_rows: [R] int64, row of the box that a true detection has found, or that a classification or localisation
-            error would have found; -1 for the others.
-        repairs: [R] bool, of the classification and localisation errors on one unfound box the best-scoring one: it
-            turns true when its kind of error is repaired, the others vanish.
-        missed: [G] bool, neither found nor to be found by repairing an error; False for crowds.
-        predicted: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and has
-            not found another box; -1 if there is none, and for crowds.
+        gt_rows: [R] int64, row of the box that a true detection is matched to, or that a classification or localisation
+            error would be matched to without its error; -1 for the others.
+        repairs: [R] bool, the best-scoring of the classification and localisation errors on one unmatched box: it
+            becomes true when its kind of error is repaired, the others are removed.
+        missed: [G] bool, not matched, and not matched by repairing an error either; False for crowds.
+        predicted: [G] int64, row of the best-scoring detection of any class that overlaps the box with IoU >= 0.5 and
+            is not matched to another box; -1 if there is none, and for crowds.
     """
 
     outcome: np.ndarray
@@ -46,14 +47,14 @@ class Matches:
 def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
     """Explain all detections of a data set.
 
-    By falling score each detection takes the free box of its class that it overlaps most, if the IoU reaches 0.5. One
-    that takes none is ignored if the metric ignores it: when half of it lies on a crowd of its class, and in a
-    federated data set (images with "neg_category_ids") when its class is neither annotated nor verified absent in the
-    image, or not annotated exhaustively. What remains is an error, of the first kind that fits:
+    By descending score, each detection is matched to the free box of its class that it overlaps most, if the IoU
+    is at least 0.5. An unmatched one is ignored if the metric ignores it: when half of it lies on a crowd of its class,
+    and in a federated data set (images with "neg_category_ids") when its class is neither annotated nor verified absent
+    in the image, or not annotated exhaustively. All others are errors, of the first kind that fits:
 
     - localisation: its largest IoU with a box of its class is within [0.1, 0.5];
     - classification: it overlaps a box of another class with IoU >= 0.5;
-    - duplicate: it overlaps a box of its class, found by a better one, with IoU >= 0.5;
+    - duplicate: it overlaps a box of its class, matched to a better detection, with IoU >= 0.5;
     - background: no box with IoU above 0.1;
     - both (class and place are wrong): the rest.
 
@@ -90,7 +91,7 @@ def match(truth: Truth, detections: Detections, crowds: bool = True) -> Matches:
 
 
 def _by_image(truth, detections):
-    """Yield (image id, rows of its detections by falling score, rows of its boxes) of each image with detections."""
+    """Yield (image id, rows of its detections by descending score, rows of its boxes) of each image with detections."""
     order = np.lexsort((-detections.scores, detections.image_ids))
     gt_order = np.argsort(truth.image_ids, kind="stable")
     gt_image_ids = truth.image_ids[gt_order]
@@ -105,10 +106,10 @@ def _by_image(truth, detections):
 
 
 def _assign(overlaps):
-    """Column of the box that each detection finds, [R] int64, -1 for none.
+    """Column of the box that each detection is matched to, [R] int64, -1 for none.
 
     Args:
-        overlaps: [R, G] IoU with the boxes of the detection's class, 0 with others; detections by falling score.
+        overlaps: [R, G] IoU with the boxes of the detection's class, 0 with others; detections by descending score.
     """
     found = np.full(len(overlaps), -1, dtype=np.int64)
     free = overlaps.copy()
@@ -121,7 +122,7 @@ def _assign(overlaps):
 
 
 def _not_counted(truth, image_id, gt_rows, boxes, classes, crowds):
-    """[R] bool: the metric leaves the detection out if it finds no box."""
+    """[R] bool: the metric ignores the detection if it is matched to no box."""
     regions = gt_rows[truth.crowd[gt_rows]]
     overlap = _covered if crowds else pairwise_iou
     on_region = overlap(boxes, truth.boxes_xyxy[regions]) >= FOREGROUND_IOU  # R x regions
@@ -142,7 +143,7 @@ def _covered(boxes, regions):
 
 
 def _explain(overlaps, same, found, left_out):
-    """The outcome of each detection of an image and the box it is about.
+    """The outcome of each detection of an image and the box that it concerns.
 
     Args:
         overlaps: [R, G] IoU.
@@ -151,7 +152,7 @@ def _explain(overlaps, same, found, left_out):
         left_out: [R] bool.
 
     Returns:
-        (outcome [R] int64, column [R] int64: of the box found or to be found, -1 for the other outcomes).
+        (outcome [R] int64, column [R] int64: of the box that it is or would be matched to; -1 for the other outcomes).
     """
     if not overlaps.shape[1]:
         return np.where(left_out, LEFT_OUT, BACKGROUND), found
@@ -175,9 +176,9 @@ def _record_boxes(matches, rows, gt_rows, overlaps, found, outcome, target):
     """Fill the entries of ``matches`` for the ground-truth boxes of an image: gt_rows, repairs, missed and predicted.
 
     Args:
-        rows, gt_rows: of the image's detections by falling score and of its boxes, crowds apart.
+        rows, gt_rows: of the image's detections by descending score and of its boxes, crowds apart.
         overlaps, found: as in :func:`_explain`.
-        outcome, target: what it has returned.
+        outcome, target: of :func:`_explain`.
     """
     matches.gt_rows[rows] = np.where(target >= 0, gt_rows[target], -1)
     used = np.isin(np.arange(len(gt_rows)), found)

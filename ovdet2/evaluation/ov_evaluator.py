@@ -1,6 +1,8 @@
 """Evaluation of an open-vocabulary detector on base, novel and all classes.
 
 Shapes: N images, R detections of an image, P proposals of an image, G ground-truth boxes, H x W pixels.
+Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid,
+``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import logging
@@ -44,12 +46,12 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         output_dir: receives predictions.jsonl and report.json; with several machines, on a file system they share.
         max_detections: detections kept per image, by score, before anything else; None for the metric's own number
             (:data:`DETECTION_LIMITS`).
-        proposals_per_image: how many proposals of an image the model gives at most; recall is reported at those of
-            :data:`PROPOSAL_LIMITS` that are not above it.
-        distractors: names the vocabulary has after the data set's K; no annotation is of their classes K, K + 1, ...
-            They take part in the choice of an image's best detections, and are then counted and ignored in AP.
+        proposals_per_image: the largest number of proposals of an image that the model gives; recall is reported at the
+            numbers of :data:`PROPOSAL_LIMITS` up to it.
+        distractors: names in the vocabulary after the data set's K; their classes K, K + 1, ... have no annotations.
+            Their detections compete for the places among an image's best, and are then counted and ignored in AP.
         facts: further entries of report.json, such as the vocabulary's fingerprint; JSON-serialisable.
-        decoder_layers: their number, for a detector that gives the detections of every layer; 0: none apart. The
+        decoder_layers: number of decoder layers, for a detector that gives the detections of every layer; else 0. The
             predictions of those before the last go to separate folders, ``decoder_layer_01`` and so on, the figures
             of all into "decoder_layers" of the report.
 
@@ -84,14 +86,14 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         self._layer_writers: list[PredictionWriter] = []
 
     def reset(self) -> None:
-        """Start a new evaluation, dropping what an unfinished one has written."""
+        """Start a new evaluation; remove the files of an unfinished one."""
         self._close()
         rank = comm.get_rank()
         self._writer, self.evaluation = PredictionWriter(self._output_dir, rank), None
         self._layer_writers = [PredictionWriter(folder, rank, self._writer.token) for folder in self._layer_folders]
         if comm.is_main_process():
             stale = [self._output_dir / name for name in (REPORT, "report.html")]
-            for path in (*stale, *self._layer_files()):  # they would be taken for those of the new predictions
+            for path in (*stale, *self._layer_files()):  # they would be read as files of the new predictions
                 path.unlink(missing_ok=True)
         self._started = time.perf_counter()
 
@@ -149,21 +151,24 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         return to_results(self.evaluation.report)
 
     def measure_again(self) -> Evaluation:
-        """Measure the predictions.jsonl that lies in the folder, of an evaluation that stopped after its inference, and
-        write report.json; for one process.
+        """Measure the predictions.jsonl of an evaluation that stopped after its inference, and write report.json.
+
+        Call it in one process.
 
         Returns:
             :class:`~ovdet2.evaluation.evaluation.Evaluation`.
 
         Raises:
-            DataError: there is none, or it is not of the images of this data set.
+            DataError: the file does not exist, or its images are not those of this data set.
         """
         merged = self._output_dir / MERGED
         if not merged.is_file():
             raise DataError(f"{merged} does not exist: evaluate {self._dataset_name} first.")
         for path in (merged, *self._layer_files()):
             if {record["image_id"] for record in read_merged(path)} != set(self._truth.images):
-                raise DataError(f"{path} is not of the images of {self._dataset_name}: name the data set it is of.")
+                raise DataError(
+                    f"{path} does not have the images of {self._dataset_name}: give the data set of the predictions."
+                )
         self._started = time.perf_counter()
         return self._measure()
 

@@ -1,6 +1,6 @@
 """Predictions of an evaluation on disk: one JSON-lines file per process, merged into one by the first process.
 
-The folder must be seen by all machines of the run. Each file starts with a line holding a token that its writer
+All machines of the run must share the folder. Each file starts with a line holding a token that its writer
 also sends to the merging process, so a file left by an earlier run is never taken for one of this run.
 """
 
@@ -26,7 +26,7 @@ class PredictionWriter:
     Args:
         folder: output folder, made when absent.
         rank: number of this process.
-        token: of another writer of this process, whose run this file is of, too; None: a new one.
+        token: of another writer of this process, for a second file of the same run; None: a new one.
     """
 
     def __init__(self, folder: str | Path, rank: int, token: str | None = None) -> None:
@@ -41,7 +41,7 @@ class PredictionWriter:
         self._file.write(json.dumps(record) + "\n")
 
     def close(self) -> None:
-        """Put everything on the disk; further calls do nothing."""
+        """Flush the file to disk and close it; further calls do nothing."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())

@@ -1,6 +1,6 @@
 """The merged predictions of a data set as columns.
 
-Shapes: R detections of all images.
+Shapes: R detections of all images. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import mmap

@@ -1,6 +1,7 @@
 """Recall of class-agnostic proposals.
 
 Shapes: G ground-truth boxes, P proposals. Boxes are XYXY in pixels of the original image, arithmetic is float64.
+Names: ``gt_`` ground truth.
 """
 
 import numpy as np
@@ -29,7 +30,7 @@ def pairwise_iou(boxes_a: np.ndarray, boxes_b: np.ndarray) -> np.ndarray:
 def covered_iou(gt_boxes: np.ndarray, proposal_boxes: np.ndarray) -> np.ndarray:
     """How well one image's proposals cover each ground-truth box when a proposal may cover only one.
 
-    Greedy: the pair of largest IoU is taken, both are set aside, and so on (as in Detectron2's proposal evaluation).
+    Greedy: the pair of largest IoU is matched, both are removed, and so on (as in Detectron2's proposal evaluation).
 
     Args:
         gt_boxes: [G, 4].

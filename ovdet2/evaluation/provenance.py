@@ -1,4 +1,4 @@
-"""What made a report: command, commit, versions."""
+"""How a report was made: command, commit, versions."""
 
 import importlib.metadata
 import platform
@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
     """{"command": str, "git_commit": 40 hex digits or None, "git_modified": bool or None, "versions": {name: str}}.
 
     The commit is that of the checkout the package is imported from; None for an installed package or without git.
-    "git_modified" says whether tracked files differ from it.
+    "git_modified" states whether tracked files differ from it.
     """
     commit = _git("rev-parse", "HEAD")
     changes = None if commit is None else _git("status", "--porcelain", "--untracked-files=no")
@@ -39,7 +39,7 @@ def provenance() -> dict[str, Any]:
 def _git(*arguments):
     """Output of a git command on the checkout of this package, without its last newline; None where it fails."""
     root = Path(__file__).resolve().parents[2]
-    # A package installed into a folder of somebody else's checkout is not of that checkout.
+    # A package installed into a folder of another repository's checkout does not belong to it.
     if not (root / ".git").exists():
         return None
     command = ["git", "-C", str(root), *arguments]

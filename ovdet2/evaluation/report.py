@@ -1,4 +1,4 @@
-"""What an evaluation says: ``report.json`` (schema "ovdet2/report/2"), Detectron2's results dict, and a printed table.
+"""Output of an evaluation: ``report.json`` (schema "ovdet2/report/2"), Detectron2's results dict, and a printed table.
 
 All figures are percent. A figure that does not exist (no ground truth) is null in the json and nan in the results. A
 set without classes, such as the base classes of a transfer target, has no figures.
@@ -20,7 +20,7 @@ _METRICS = {
     "ov_coco": f"COCO: {_RULES}, all areas; {_SIZES}",
     "ov_lvis": f"LVIS, federated: {_RULES}, all areas; {_SIZES}; r, c, f are rare, common, frequent classes",
     "ov_voc": "VOC objects by COCO's AP: AP50 and AP75 at IoU 0.50 and 0.75, 101 recall points, all areas; difficult "
-    "objects count neither way; AR over IoU 0.50:0.05:0.95",
+    "objects are ignored; AR over IoU 0.50:0.05:0.95",
 }
 
 
@@ -147,15 +147,15 @@ def format_table(report: dict[str, Any]) -> str:
     ]
     if report["distractors"]:
         lines.append(
-            f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them left "
-            "out after the choice of the best of each image"
+            f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them "
+            "ignored after the best of each image were selected"
         )
     for task, title in (("bbox", "boxes"), ("segm", "masks"), ("proposals", "proposals")):
         if report[task]:
             lines += ["", *_task_table(report, task, title)]
     if report.get("decoder_layers"):  # older reports have none
         lines += ["", *_layer_table(report["decoder_layers"])]
-    lines.append("classes: with ground truth / in the split; those without are in no mean")
+    lines.append("classes: with ground truth / in the split; those without are not averaged")
     return "\n".join(lines)
 
 
@@ -166,7 +166,7 @@ def _task_table(report, task, title):
     for subset, counts in report["classes"].items():
         values = [report[task].get(f"{name}-{subset}") for name in names]
         if f"{names[0]}-{subset}" not in report[task]:
-            continue  # proposals know of no groups
+            continue  # proposals are not evaluated by group
         classes = f"{counts['with_ground_truth']}/{counts['classes']}"
         lines.append(
             f"{subset:<20}" + "".join(f"{_shown(value):>9}" for value in values) + f"{classes:>12}{counts['boxes']:>9}"

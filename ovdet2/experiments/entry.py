@@ -1,4 +1,4 @@
-"""What an experiment is: entries, the artefacts they read, and the columns of their table. Nothing here runs anything."""
+"""The description of an experiment: entries, the artefacts they read, the columns of the table. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Artefact:
     """A file, or a folder with a manifest.json, that entries read; it is made once for all entries and seeds.
 
     Attributes:
-        title: what messages call it, "region cache".
+        title: its name in messages, such as "region cache".
         key: configuration key that names it.
         path: below the folder of the experiment; an absolute path stays as it is.
         command: a program and its arguments that make it: an importable module, or a script of a checkout
             ("projects/CLIM/train.py"). "{path}" stands for the path, "{folder}" for the folder that it lies in,
-            "{weights}" for those of ``weights_of``. Empty: the user gives the artefact.
+            "{weights}" for those of ``weights_of``. Empty: the user provides the artefact.
         inputs: what the result depends on, {name: a file, or a function that returns a hash}.
         weights_of: entry whose weights, trained with seed 0, are another input, named "detector".
     """
@@ -39,7 +39,7 @@ class Entry:
     """One row of a table.
 
     Attributes:
-        title: what the table calls it.
+        title: of its row in the table.
         config: yaml of the detector, below configs/ or any path; empty for an entry with a ``command``.
         overrides: (KEY, VALUE, ...) of the configuration.
         needs: names of the artefacts that it reads.
@@ -97,12 +97,12 @@ class Experiment:
         columns: {title: column}.
         artefacts: {name: artefact} that entries need.
         inputs: function of an entry's configuration (None for one with a command) that gives hashes of what its result
-            depends on beside the configuration, its weights and its artefacts.
+            depends on in addition to the configuration, its weights and its artefacts.
         heading: of the column of titles.
         marker: a markdown file that the table goes to has the lines "<!-- <marker> table..." and "<!-- end of <marker>
             table -->"; empty: the table goes to no file.
         shared_detector: all entries evaluate one detector and differ only in what is read at test, so that it is built
-            once, in this process. Nothing is trained: a row of other inputs is evaluated anew instead of refused.
+            once, in this process. Nothing is trained: a row of other inputs is evaluated again instead of refused.
         accept_unmarked: finished runs and artefacts that do not record their inputs are accepted.
         pictures: {file name: function of the rows of results.json and a path that draws it}.
     """
@@ -120,7 +120,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment as the command line knows it.
+    """An experiment for the command line.
 
     Attributes:
         description: of its --help.

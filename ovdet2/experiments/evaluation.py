@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 
 
 class SharedDetector:
-    """A detector that is built for its first evaluation and serves the later ones."""
+    """A detector that is built for the first evaluation and used again for the later ones."""
 
     def __init__(self) -> None:
         self._model: Any = None
@@ -17,7 +17,7 @@ class SharedDetector:
         Raises:
             UsageError, DataError: see :meth:`ovdet2.engine.Trainer.build_trained` and :meth:`~ovdet2.engine.Trainer.test`.
         """
-        from ovdet2.engine import Trainer  # slow to import, so after the errors a user makes most
+        from ovdet2.engine import Trainer  # slow to import, so after the checks of the most frequent errors
         from ovdet2.engine.console import open_logs
 
         if self._model is None:

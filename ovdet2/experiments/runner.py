@@ -1,4 +1,4 @@
-"""The runner: makes what entries need, runs entries for seeds, goes on where it stopped, and gives their results."""
+"""The runner: makes the artefacts of entries, runs entries for seeds, resumes, and collects the results."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,7 +36,7 @@ class Runner:
         self._detector = SharedDetector()
 
     def run(self, name: str, seed: int = 0) -> Path:
-        """Make what an entry needs, train and evaluate it with one seed unless that is done; returns its folder.
+        """Make the artefacts of an entry, train and evaluate it with one seed unless that is done; returns its folder.
 
         Raises:
             DataError: its folder, or an artefact, was made with other inputs, which are named, or does not record them.
@@ -62,7 +62,7 @@ class Runner:
         """The path of an artefact, made if it is not there.
 
         Raises:
-            DataError: it was made with other inputs, or the user's does not exist.
+            DataError: it was made with other inputs, or one that the user provides does not exist.
         """
         if name not in self._artefacts:
             artefact = self.experiment.artefacts[name]
@@ -186,18 +186,17 @@ class Runner:
         return inputs | {titles[need]: content_hash(path) for need, path in artefacts.items()}
 
     def _state(self, name: str, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
-        """What the folder of an entry records; empty for one that is not there.
+        """The state recorded in the folder of an entry; empty if there is no folder.
 
         Raises:
-            DataError: it records other inputs, or none.
+            DataError: the recorded inputs are others, or not recorded.
         """
         folder = self.folder(name, seed)
         state = read_state(folder / "row.json")
         if state is None:
             if folder.is_dir() and not (self.experiment.shared_detector or self.experiment.accept_unmarked):
                 raise DataError(
-                    f"{folder} holds a run that does not record what it was made with: remove it, or choose another "
-                    "--output."
+                    f"{folder} holds a run that does not record its inputs: remove it, or choose another --output."
                 )
             return {}
         different = differing(state, inputs)

@@ -1,4 +1,4 @@
-"""What a run or an artefact records beside itself: hashes of its inputs, minutes, whether it is done."""
+"""The recorded state of a run or an artefact: hashes of its inputs, minutes, whether it is done."""
 
 import contextlib
 import hashlib
@@ -54,7 +54,7 @@ def is_complete(path: Path) -> bool:
 
 
 def content_hash(source: Path | Callable[[], str]) -> str:
-    """Hash of the contents of a file or of a region cache, whatever command line made it; or what a function returns.
+    """Hash of the contents of a file or of a region cache, whatever command made it; or the result of a function.
 
     Raises:
         DataError: a file that does not exist.

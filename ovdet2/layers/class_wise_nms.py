@@ -1,6 +1,6 @@
 """Class-wise NMS that is fast at score threshold 0 and with thousands of classes.
 
-Shapes: R regions, K classes, M detections.
+Shapes: R regions, K classes, M detections. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import torch

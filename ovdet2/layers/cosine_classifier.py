@@ -1,6 +1,7 @@
 """The classifier of every open-vocabulary detector: cosines of region embeddings to text embeddings.
 
 Shapes: R regions, C channels, K words, B base words, D embedding dimension; "..." any leading dimensions.
+Names: ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ class _Levels:
     """Indices and weights of the sampling points of all levels in a table of zero-bordered maps.
 
     In the table a map of height h and width w has h + 3 rows of w + 1 pixels, and 2 more pixels. The zero at the left
-    of a row is also the zero at the right of the row above. The pixels below the map are read by corners of weight
-    zero, of points on the far border. Since coordinates are clamped, no corner needs a bounds check.
+    of a row is also the zero at the right of the row above. Points on the far border
+    read the pixels below the map with weight zero. Since coordinates are clamped, no corner needs a bounds check.
     """
 
     def __init__(self, shapes, locations, weights):

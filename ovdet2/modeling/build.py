@@ -51,8 +51,8 @@ def require_teacher_pixels(cfg: CfgNode, teacher: Teacher) -> None:
     """Refuse a pixel normalisation other than the teacher's: the features would be wrong without an error.
 
     Raises:
-        UsageError: INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD differ from the teacher's; it names the right
-            ones.
+        UsageError: INPUT.FORMAT, MODEL.PIXEL_MEAN or MODEL.PIXEL_STD differ from the teacher's; the message gives
+            the teacher's values.
     """
     expected = [(255 * values.flatten()).tolist() for values in (teacher.mean, teacher.std)]
     given = [cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Host:
-    """Modules of a detector that a method may use when it builds a part; they remain the detector's.
+    """Modules of a detector that a method may use when it builds a part; they stay modules of the detector.
 
     Attributes:
         bank: :class:`WordBank` of the detector's words.

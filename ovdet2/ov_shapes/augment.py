@@ -5,18 +5,18 @@ import math
 import torch
 from torch.nn import functional as F
 
-# How training images are resized, which crops must then be, too.
+# Resizing of training images; crops must be resized in the same way.
 INTERPOLATION = "bilinear"
 
 
 def augment(pixels: torch.Tensor, side: int, random: torch.Generator, coarsen: bool) -> torch.Tensor:
-    """Random crop with change of scale and aspect, flip, exposure and, if wanted, loss of resolution.
+    """Random crop with change of scale and aspect, flip, exposure and, if requested, loss of resolution.
 
     Args:
         pixels: float Tensor [N, 3, H, W] in [0, 1].
         side: S of the output.
         random: torch Generator.
-        coarsen: let three quarters of the batch lose resolution, as small images on the web have been enlarged.
+        coarsen: let three quarters of the batch lose resolution, like enlarged small images on the web.
 
     Returns:
         Tensor [N, 3, S, S] in [0, 1].

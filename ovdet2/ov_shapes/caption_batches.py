@@ -10,8 +10,8 @@ from ovdet2.errors import UsageError
 class BatchPlan:
     """Which pairs make up the batch of each step, as a pure function of the step.
 
-    No batch holds one caption text twice: ClipLoss takes every other text of the batch as a negative of an image, and
-    an equal text would be a wrong one. A repeated text waits for a later batch of its epoch.
+    No batch holds one caption text twice: ClipLoss uses every other text of the batch as a negative of an image, and
+    an equal text would be a false negative. A repeated text waits for a later batch of its epoch.
     """
 
     def __init__(self, captions: Sequence[str], batch_size: int, seed: int) -> None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = command_parser("demo", __doc__)
     parser.add_argument(
-        "--output", default=OUTPUT, type=Path, help="folder of the runs; pictures go to demo/ beside it"
+        "--output", default=OUTPUT, type=Path, help="folder of the runs; pictures go to demo/ next to it"
     )
     run_demo(parser.parse_args(argv).output)
 
@@ -55,7 +55,9 @@ def run_demo(output: Path) -> None:
         f"training box), below by ViLD-ensemble ({novel_detections(after)}): {sheet}"
     )
     print(f"The same images with other words ({FREE_WORDS}): {free_words[0].parent}")
-    print(f"What ViLD-ensemble gets right and wrong: {output}/vild_ensemble/seed0/inference/{TEST_SET}/report.html")
+    print(
+        f"Correct and wrong detections of ViLD-ensemble: {output}/vild_ensemble/seed0/inference/{TEST_SET}/report.html"
+    )
 
 
 def draw(runner: Runner, row: str, images: Sequence[str], folder: Path, *options: str) -> list[Path]:
@@ -74,7 +76,7 @@ def novel_detections(pictures: Sequence[Path]) -> int:
 
 
 def with_novel_objects() -> Iterator[dict[str, Any]]:
-    """Validation records that show a novel object and at least three objects: pictures worth looking at."""
+    """Validation records with a novel object and at least three objects, so that the pictures are informative."""
     import ovdet2.data.datasets  # noqa: F401  registers OV-Shapes
 
     for record in DatasetCatalog.get(TEST_SET):

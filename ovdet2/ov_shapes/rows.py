@@ -36,7 +36,7 @@ _REGION_CACHE = ("ovdet2.programs.build_region_cache", "--dataset", TRAINING_SET
 _CLIP = ("--architecture", TEACHER, "--pretrained", "embedded")
 
 ARTEFACTS = {
-    # Of the proposals of ViLD-text. The paper proposes 300 regions per image; here the 10 best after a stricter NMS,
+    # From the proposals of ViLD-text. The paper uses 300 regions per image; here the 10 best after a stricter NMS,
     # which are embedded in minutes.
     "region_cache": Artefact(
         "region cache", "MODEL.VILD.REGION_CACHE", "region_cache",

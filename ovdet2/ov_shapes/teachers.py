@@ -88,7 +88,8 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
     torch.manual_seed(args.seed)
     model = open_clip.create_model(args.model, force_image_size=args.small_side).train()
     for name, parameter in _visual(model).named_parameters():
-        if name.endswith("bn3.weight"):  # open_clip starts residual branches at zero; a short run cannot wait for them
+        # open_clip initialises residual branches at zero, too slow to train from in a short run.
+        if name.endswith("bn3.weight"):
             torch.nn.init.constant_(parameter, 0.5)
     if first > args.small_steps:
         model = grow(model, args.model)
@@ -144,7 +145,7 @@ def grow(model: torch.nn.Module, name: str) -> torch.nn.Module:
 
 
 def _visual(model: torch.nn.Module) -> Any:
-    """The image tower; what open_clip adds to it is in no type."""
+    """The image tower; its attributes from open_clip are not in a type, hence Any."""
     return model.visual
 
 
@@ -162,7 +163,7 @@ def _optimizer(model, args):
 
 
 def _schedule(step, args, warm_up=40):
-    """Cosine decay with a linear warm-up at the start of either phase (the optimizer of the second one starts anew)."""
+    """Cosine decay with a linear warm-up at the start of either phase (the second one has a new optimizer)."""
     since = step - args.small_steps if step >= args.small_steps else step
     return min(1.0, (since + 1) / warm_up) * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
 

@@ -3,9 +3,9 @@
     python -m ovdet2.ov_shapes.trunk --output ovdet2/assets/backbones/ovshapes_r18.safetensors
 
 Images of one object each, with separate seeds, of base classes only; the two labels are the words of the class, its
-texture and its shape. No box, no word embedding and no novel class is seen. The output holds the trunk in float16 with
-the names of Detectron2's ResNet, for ``MODEL.WEIGHTS: ovdet2://backbones/ovshapes_r18.safetensors``; a manifest beside
-it says how it was made and how well it names held-out images.
+texture and its shape. No box, no word embedding and no novel class is used. The output holds the trunk in float16 with
+the names of Detectron2's ResNet, for ``MODEL.WEIGHTS: ovdet2://backbones/ovshapes_r18.safetensors``; a manifest in the
+same folder states how it was made and its accuracy on held-out images.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, labels: torch.Tensor) 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, side: int) -> dict[str, float]:
-    """Percent of images whose texture, shape, and both are named right, as a dict."""
+    """Percent of images whose texture, shape, and both are classified correctly, as a dict."""
     right = []
     for pixels, label in zip(images.split(64), labels.split(64), strict=True):
         pixels = F.interpolate(pixels.float() / 255.0, size=(side, side), mode="bilinear", antialias=True)
@@ -146,7 +146,7 @@ def accuracy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, side:
 
 
 def save(trunk: nn.Module, path: Path) -> None:
-    """Write the trunk as float16; by the metadata Detectron2 matches names by their ends, wherever the trunk sits."""
+    """Write the trunk as float16; by its metadata, Detectron2 matches names by suffix, with any prefix."""
     state = {name: t.half().contiguous() for name, t in trunk.state_dict().items() if t.is_floating_point()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:

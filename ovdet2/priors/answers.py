@@ -2,7 +2,7 @@
 
 Answers are stored in a folder of JSON-lines files. The first line of a file states model and prompt. Each process
 appends to a separate file, and reads the complete lines of all files with its model and prompt. A killed process loses
-no answer; only its last line may be incomplete, and that question is put again.
+no answer; only its last line may be incomplete, and that question is asked again.
 """
 
 import io
@@ -94,7 +94,7 @@ class AnswerBook:
         for path in sorted(self.folder.glob("*.jsonl")):
             self._read(path)
         if self.damaged > 0:
-            logger.warning("%s: %d lines are damaged; their questions are put again", folder, self.damaged)
+            logger.warning("%s: %d lines are damaged; their questions are asked again", folder, self.damaged)
 
     def get(self, image_sha256: str, word: str) -> Answer | None:
         """The stored :class:`Answer`, or None."""

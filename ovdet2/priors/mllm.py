@@ -32,7 +32,7 @@ class MllmBackend:
     question fails after all tries, its image has no list, like an image that cannot be read.
 
     Attributes (valid once :meth:`lists` has begun):
-        asked: number of questions put in this run.
+        asked: number of questions asked in this run.
         known: number of questions answered by earlier runs.
         unparsable: number of answers that are neither yes nor no.
     """
@@ -84,7 +84,7 @@ class MllmBackend:
         """P(yes) of the words per image, see :mod:`ovdet2.priors`.
 
         Raises:
-            CacheError: ``max_queries`` questions were put and others remain; the message states how many.
+            CacheError: ``max_queries`` questions were asked and others remain; the message states how many.
             SetupError: the model cannot be reached.
         """
         if self.candidates is not None:
@@ -157,7 +157,7 @@ class MllmBackend:
             left = sum(self._count_unanswered(record, digests) for record in records if record["image_id"] in digests)
             if left:
                 raise CacheError(
-                    f"{self.asked} questions were put, the limit of --max-queries, and {left} remain: no prior is "
+                    f"{self.asked} questions were asked, the limit of --max-queries, and {left} remain: no prior is "
                     f"written. The answers are stored in {self.book.folder}; run the same command to continue."
                 )
 

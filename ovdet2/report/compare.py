@@ -26,7 +26,7 @@ def require_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
         raise DataError(
             "the two reports did not measure the same: "
             + "; ".join(f"{key} {one!r} against {other!r}" for key, (one, other) in unlike.items())
-            + ". Evaluate both alike, or add --anyway to see the figures all the same."
+            + ". Evaluate both in the same way, or add --anyway to compare the figures regardless."
         )
 
 
@@ -78,7 +78,7 @@ def as_text(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     """
     lines = [f"A: {names[0]}", f"B: {names[1]}"]
     if comparison["unlike"]:
-        lines.append("NOT MEASURED ALIKE, the differences mean little:")
+        lines.append("NOT MEASURED IN THE SAME WAY, the differences mean little:")
         lines += [f"  {key}: A {one!r}, B {other!r}" for key, (one, other) in comparison["unlike"].items()]
     for task, rows in comparison["figures"].items():
         lines += ["", f"{TASKS[task]:<28}{'A':>9}{'B':>9}{'B - A':>9}"]
@@ -98,7 +98,9 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
     parts = [f"<h1>{text(title)}</h1>"]
     if comparison["unlike"]:
         rows = [(key, f"A: {text(one)}<br>B: {text(other)}") for key, (one, other) in comparison["unlike"].items()]
-        parts.append(f'<div class="warning"><b>Not measured alike: the differences mean little.</b>{facts(rows)}</div>')
+        parts.append(
+            f'<div class="warning"><b>Not measured in the same way: the differences mean little.</b>{facts(rows)}</div>'
+        )
     runs = [(letter, _run(name, report)) for letter, name, report in zip("AB", names, reports)]
     parts.append(facts(runs))
     for task, rows in comparison["figures"].items():
@@ -121,7 +123,7 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
 
 
 def _run(name, report):
-    """Where a report lies and how it came about, as HTML."""
+    """The path of a report and how it was made, as HTML."""
     stated = [f"{key} {report[key]}" for key in ("finished", "git_commit", "command") if report.get(key)]
     return "<br>".join(map(text, (name, *stated)))
 

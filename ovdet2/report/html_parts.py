@@ -1,8 +1,8 @@
 """Building blocks of the HTML reports: escaping, tables, bars and line charts as inline SVG.
 
 Charts are written as plain markup rather than drawn by matplotlib so that a style sheet can colour them for light and
-dark ground, and text stays text. Every function returns a string of HTML; arguments called ``*_html`` are HTML already,
-all others are plain text or numbers and are escaped here.
+dark backgrounds, and labels stay text. Every function returns a string of HTML; arguments called ``*_html`` are HTML
+already, all others are plain text or numbers and are escaped here.
 """
 
 import html
@@ -29,7 +29,7 @@ def text(value: object) -> str:
 
 
 def word(name: str) -> str:
-    """A class name, kept from changing the writing direction of what stands around it."""
+    """A class name, isolated so that right-to-left text does not change the writing direction around it."""
     return f"<bdi>{text(name)}</bdi>"
 
 
@@ -81,7 +81,7 @@ def table(
 
 
 def facts(pairs_html: Iterable[tuple[str, str]]) -> str:
-    """A list of terms and what they are: pairs (plain text, HTML)."""
+    """A list of terms with their values: pairs (plain text, HTML)."""
     return f"<dl>{''.join(f'<dt>{text(term)}</dt><dd>{value}</dd>' for term, value in pairs_html)}</dl>"
 
 

@@ -1,4 +1,4 @@
-"""report.html: what an evaluation measured, and where the detector fails, in one file that needs no other.
+"""report.html: what an evaluation measured, and where the detector fails, in one self-contained file.
 
 The sections are functions of the report and of :func:`~ovdet2.evaluation.error_analysis.analyse`; they return HTML.
 """
@@ -39,7 +39,7 @@ _KINDS = {
     "both": "wrong word and inexact place",
     "duplicate": "right, but a better detection has found that box",
     "background": "no box with IoU above 0.1",
-    "missed": "boxes that no detection finds, or would find if its word or place were right",
+    "missed": "boxes with no matching detection, even if words and places were repaired",
 }
 _CALLED = {
     "right": "the right word",
@@ -114,7 +114,7 @@ def summary(report: dict[str, Any]) -> str:
         for task, title in TASKS.items()
         if report.get(task)
     )
-    note = "Classes: with ground truth / in the split; those without are in no mean."
+    note = "Classes: with ground truth / in the split; those without are not averaged."
     stated = [(key.replace("_", " "), _fact(value)) for key, value in report.items() if key not in _SHOWN_APART]
     return (
         f'{measured}<div class="cards">{cards}</div>{figures}<p class="quiet">{note}</p>'
@@ -215,7 +215,7 @@ def error_section(analysis: dict[str, Any], report: dict[str, Any]) -> str:
         if differs
         else ""
     )
-    left_out = f" {analysis['left_out']:,} detections count neither way." if analysis["left_out"] else ""
+    left_out = f" {analysis['left_out']:,} detections are ignored." if analysis["left_out"] else ""
     return (
         "<h2>Errors</h2><p>How much AP50 of boxes would rise if only errors of one kind were repaired (TIDE, Bolya et "
         "al., ECCV 2020). The gains do not add up. A false positive is counted for the subset of its word, a "
@@ -226,7 +226,7 @@ def error_section(analysis: dict[str, Any], report: dict[str, Any]) -> str:
 
 
 def confusion_section(confusion: dict[str, Any]) -> str:
-    """What boxes are called."""
+    """The words that detections give to ground-truth boxes."""
     parts = []
     for subset, counts in confusion["boxes"].items():
         total = sum(counts.values())
@@ -245,8 +245,8 @@ def confusion_section(confusion: dict[str, Any]) -> str:
     ]
     listed = table(["true word", "predicted word", "boxes", ""], rows, (3,), "wide") if rows else "<p>No confusion.</p>"
     return (
-        "<h2>Confusion among the words</h2><p>What the best-scoring detection on a box calls it: of all words, with "
-        "IoU ≥ 0.5, not having found another box of the same class. A novel object called by a base word is the "
+        "<h2>Confusion among the words</h2><p>The word of the best-scoring detection on each box: of any word, with "
+        "IoU ≥ 0.5, and not matched to another box of the same class. A novel object called by a base word is the "
         "failure peculiar to open-vocabulary detectors.</p>"
         + legend({key: name for key, name in _CALLED.items() if any(c[key] for c in confusion["boxes"].values())})
         + "".join(parts)
@@ -274,7 +274,7 @@ def proposal_section(recall: Mapping[str, float | None]) -> str:
         ("proposals an image", "average recall, %"),
         markers=True,
     )
-    note = "Recall of class-agnostic proposals, averaged over IoU 0.50:0.05:0.95. A class not proposed is never named."
+    note = "Recall of class-agnostic proposals, averaged over IoU 0.50:0.05:0.95. Detections need a proposal."
     return (
         f"<h2>Proposals</h2>{legend({name: _LINES[name] for name in SUBSETS if name in lines})}"
         f'<figure class="chart">{chart}<figcaption>{note}</figcaption></figure>'
@@ -282,7 +282,7 @@ def proposal_section(recall: Mapping[str, float | None]) -> str:
 
 
 def decoder_layer_section(layers: Sequence[Mapping[str, float | None]]) -> str:
-    """AP of every decoder layer; nothing for a detector without.
+    """AP of every decoder layer; nothing for a detector without decoder layers.
 
     Args:
         layers: a dict {"AP50-novel": percent or None, ...} for each, the first layer's first.
@@ -315,7 +315,7 @@ def image_section(pictures: Pictures, quality: dict[int, tuple[float, int]], cou
 
 
 def _image_figure(pictures, image_id, share, count):
-    """One image with ``count`` boxes, of which the share is right."""
+    """One image; ``share`` of its ``count`` best detections is true."""
     try:
         pair = {"ground truth": pictures.truth(image_id), "detections": pictures.detections(image_id, count)}
     except DataError as error:

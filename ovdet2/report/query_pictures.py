@@ -1,6 +1,7 @@
-"""Pictures of a query of a DETR: where its last decoder layer looks, and how its box comes about.
+"""Pictures of a query of a DETR: the sampling points of its last decoder layer, and the box after each layer.
 
 Shapes: L decoder layers, H heads, M levels of attention, P points.
+Names: ``pred_`` predicted, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ class QueryView:
     Attributes:
         boxes_xyxy: Tensor [L, 4], the box that each decoder layer gives, within the image.
         reference: Tensor [2], the point that the last layer started from, or [4], the box, XYXY.
-        points: Tensor [H, M, P, 2], where the last layer looked; outside of the image there was nothing to see.
-        weights: Tensor [H, M, P], how strongly; their sum over levels and points is 1 for each head.
+        points: Tensor [H, M, P, 2], sampling points of the last layer; outside of the image it reads zeros.
+        weights: Tensor [H, M, P], attention weights of the points; their sum over levels and points is 1 for each head.
     """
 
     boxes_xyxy: torch.Tensor
@@ -66,7 +67,7 @@ def query_view(
     input_size: Sequence[int],
     size: Sequence[int],
 ) -> QueryView:
-    """What is drawn of a query.
+    """Collect what is drawn of a query.
 
     Args:
         outputs: decoded with ``keep_sampling``.
@@ -121,7 +122,7 @@ def _draw_points(view, image):
     colours = _colours(_LEVELS, view.points.shape[1])
     share = (view.weights / view.weights.max()).flatten()
     levels = torch.arange(len(colours))[:, None].expand_as(view.weights).flatten()
-    for place in share.argsort().tolist():  # the strongest on top
+    for place in share.argsort().tolist():  # the largest weight on top
         part, colour = share[place].item(), colours[levels[place]]
         drawn.draw_circle(view.points.view(-1, 2)[place].tolist(), color=(*colour, part), radius=largest * part**0.5)
     if len(view.reference) == 4:
@@ -151,7 +152,7 @@ def _colours(name, count):
 
 
 def _finish(drawn, names, colours, text=""):
-    """The picture with what the colours mean at its left, and a text at its lower end."""
+    """The picture with a legend of the colours at its left, and a text at its lower end."""
     line = 16 / drawn.output.scale
     options = {"font_size": 10 / drawn.output.scale, "horizontal_alignment": "left"}
     for number, (name, colour) in enumerate(zip(names, colours)):

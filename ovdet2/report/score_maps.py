@@ -1,6 +1,6 @@
-"""Where the encoder of a DETR finds something: discriminative scores (CLIP-DETR, appendix A.1; Co-DETR draws the same).
+"""Norms of the features of a DETR's encoder: discriminative scores (CLIP-DETR, appendix A.1; Co-DETR draws the same).
 
-Shapes: L levels, h x w map, H x W image.
+Shapes: L levels, h x w map, H x W image. Names: ``pred_`` predicted.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def joint_scores(maps: Sequence[torch.Tensor], size: tuple[int, int]) -> tuple[t
 
 
 def draw_scores(image: np.ndarray, scores: torch.Tensor, threshold: float = 0.5, text: str = "") -> np.ndarray:
-    """An image in grey with its scores in colours above it.
+    """An image in grey with its scores in colour on top.
 
     Args:
         image: array [H, W, 3] uint8 RGB.

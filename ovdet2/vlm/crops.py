@@ -1,7 +1,7 @@
 """Crop regions of an image and embed them: ViLD's offline targets, and references for dense region embeddings.
 
 Shapes: R regions, F enlargements of each box, H x W image, S side of the teacher's input, D embedding dimension. Boxes
-are XYXY in pixels of the image given, with pixel edges at integers.
+are XYXY in pixels of the image given, with pixel edges at integers. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence

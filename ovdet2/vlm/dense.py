@@ -7,6 +7,7 @@ are differentiable except :func:`embed_regions_dense`.
 Shapes: N images, R regions, H x W input in pixels, h x w map, C channels, D embedding dimension, W_t width of a ViT.
 ``visual`` is an open_clip image tower; ``pixels`` are normalised by the tower's mean and standard deviation. Boxes are
 XYXY in pixels of the image that is passed with them, with pixel edges at integers.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Convert annotations to Detectron2 ``Instances``, the targets of a detector.
 
-Shapes: M objects. Names: ``gt_`` ground truth, as in Detectron2.
+Shapes: M objects. Names: ``gt_`` ground truth.
 """
 
 from __future__ import annotations

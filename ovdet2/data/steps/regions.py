@@ -1,6 +1,6 @@
 """Cached region embeddings in a training sample.
 
-Shapes: R regions, D embedding dimension.
+Shapes: R regions, D embedding dimension. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations

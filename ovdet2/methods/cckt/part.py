@@ -2,7 +2,7 @@
 crops supervise the embeddings of the decoder outputs.
 
 Shapes: L decoder layers, B images, N queries, K words, X the most objects of one image, C channels, D embedding
-dimension.
+dimension. Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

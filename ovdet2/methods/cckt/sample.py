@@ -1,6 +1,6 @@
 """Sample steps of CCKT-Det: attach the present words of an image, and teacher embeddings of its object crops.
 
-Shapes: P present words, M objects, D embedding dimension.
+Shapes: P present words, M objects, D embedding dimension. Names: ``gt_`` ground truth.
 """
 
 from __future__ import annotations

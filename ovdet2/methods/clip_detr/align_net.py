@@ -1,6 +1,7 @@
 """AlignNet: contrastive loss between encoder features and attributes of objects (CLIP-DETR, Eq. 1, 4, 5).
 
 Shapes: B images, M objects of the batch, L levels, C channels.
+Names: ``_xyxy`` boxes (left, top, right, bottom), ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import math

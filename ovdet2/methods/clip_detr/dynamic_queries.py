@@ -2,6 +2,7 @@
 
 Shapes: B images, M objects of the batch, X the most of one image, S sets, N conventional queries, C channels. The
 G = S X dynamic queries of an image follow its conventional ones, set after set; some members are padding.
+Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import logging

@@ -1,6 +1,7 @@
 """Attribute vectors of ground-truth objects: word embedding and box geometry (CLIP-DETR, Eq. 2 and 3).
 
 Shapes: M objects of a batch, D text embedding, C channels.
+Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import torch

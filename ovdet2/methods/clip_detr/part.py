@@ -4,6 +4,7 @@ Names of losses: ``loss_align``; ``loss_class_dynamic``, ``loss_l1_dynamic`` and
 decoder layer, the same followed by ``_<l>`` for the layers l = 0, 1, ... before it.
 
 Shapes: L decoder layers, B images, N conventional queries, S sets of X members, P members that are no padding.
+Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

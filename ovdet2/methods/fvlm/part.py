@@ -1,6 +1,6 @@
 """F-VLM on a frozen CLIP trunk: the secondary scores "map".
 
-Shapes: R proposals, K words, D embedding dimension.
+Shapes: R proposals, K words, D embedding dimension. Names: ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """CLIP scores of cropped regions as secondary scores: the "CLIP on cropped regions" reference of the ViLD paper.
 
-Shapes: R proposals, K words, H x W network input.
+Shapes: R proposals, K words, H x W network input. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations

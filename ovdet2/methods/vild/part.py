@@ -1,7 +1,7 @@
 """ViLD on an R-CNN host: distillation of CLIP crop embeddings, and the secondary scores "image" and "crops".
 
 Shapes: R regions, R' cached regions, C channels, S pooled side, F features of the box head, K words, D embedding
-dimension.
+dimension. Names: ``_probs`` probabilities in [0, 1], ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations

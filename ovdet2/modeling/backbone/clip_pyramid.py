@@ -1,6 +1,6 @@
 """A feature pyramid (FPN) on a CLIP trunk. It also returns the trunk's last map, on which CLIP scores regions.
 
-Shapes: N images, R regions, D embedding dimension.
+Shapes: N images, R regions, D embedding dimension. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from collections.abc import Mapping, Sequence

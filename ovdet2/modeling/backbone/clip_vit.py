@@ -1,6 +1,7 @@
 """CLIP's Vision Transformer as a backbone: tokens of four blocks, resampled to strides 4, 8, 16 and 32.
 
 Shapes: N images, H x W input, p patch in pixels, h x w patches, W_t width of the transformer, D embedding dimension.
+Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import copy

@@ -1,9 +1,11 @@
 """The losses of a query-based detector: one unweighted scalar per kind and decoder layer.
 
-Names: ``loss_<kind>`` for the last decoder layer, ``loss_<kind>_<l>`` for the layers l = 0, 1, ... before it, and
+Losses: ``loss_<kind>`` for the last decoder layer, ``loss_<kind>_<l>`` for the layers l = 0, 1, ... before it, and
 ``loss_<kind>_encoder`` for the proposals of a two-stage encoder. Kinds: class, l1, giou.
 
 Shapes: L decoder layers, B images, N queries, K words, S tokens of the encoder, P pairs.
+Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid,
+``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import re

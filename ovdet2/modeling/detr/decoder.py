@@ -1,6 +1,8 @@
 """The decoder: in each layer, queries attend to each other and to image points around their reference.
 
 Shapes: B images, N queries, C channels, S tokens, H heads, L levels, P points.
+Names: ``_deltas`` box regression relative to proposals or references,
+``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import torch

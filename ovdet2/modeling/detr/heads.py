@@ -1,6 +1,7 @@
 """Prediction heads on the decoder's hidden states: boxes and class logits.
 
 Shapes: B images, N queries, C channels, D embedding, K words.
+Names: ``_deltas`` box regression relative to proposals or references.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 Deformable DETR.
 
 Shapes: L decoder layers, B images, N queries, K words, X the most objects of one image.
+Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid,
+``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,7 @@
 """Data passed between encoder, query selection and decoder.
 
 Shapes: B images, S tokens of L levels, N queries, C channels.
+Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Deformable DETR from an image batch to logits and boxes of every decoder layer.
 
 Shapes: B images, N queries, C channels, K classes, Ld decoder layers.
+Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 from collections.abc import Sequence

@@ -16,8 +16,8 @@ class MultiScaleNeck(nn.Module):
         Args:
             in_channels: number of channels of each backbone map, finest first.
             dim: C.
-            levels: number of maps to return; extra levels are computed from the backbone's last map, one from the
-                other.
+            levels: number of maps to return; extra levels are computed from the backbone's last map, each from
+                the level before.
             groups: number of groups of the group norm.
         """
         super().__init__()

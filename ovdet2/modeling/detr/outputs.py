@@ -1,6 +1,8 @@
 """Outputs of the decoder, per layer and query.
 
 Shapes: L decoder layers, B images, N queries, C channels, K words, H heads, M levels of attention, P points.
+Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid,
+``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What a method may add to the DETR host (:class:`OpenVocabularyDeformableDETR`).
 
 Shapes: L decoder layers, B images, N queries, G extra queries of a part, K words, X the most objects of one image.
+Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

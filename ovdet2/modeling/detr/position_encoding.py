@@ -1,6 +1,6 @@
 """Sine encodings of positions in maps and of boxes, and the padding masks of maps.
 
-Shapes: B images, h x w map, N boxes, C channels.
+Shapes: B images, h x w map, N boxes, C channels. Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import math

@@ -1,6 +1,6 @@
 """Post-processing: outputs of a decoder layer -> detections, without NMS.
 
-Shapes: B images, N queries, K words, T detections.
+Shapes: B images, N queries, K words, T detections. Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
 """
 
 from collections.abc import Sequence

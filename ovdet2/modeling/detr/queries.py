@@ -1,6 +1,6 @@
 """Input queries of the decoder: learned ones, or the encoder's best proposals.
 
-Shapes: B images, S tokens, N queries, C channels.
+Shapes: B images, S tokens, N queries, C channels. Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import math

@@ -1,6 +1,7 @@
 """Ground truth of a batch, and the pairs of matched queries and objects.
 
 Shapes: B images, M objects over all images, X the most objects of one image, P pairs.
+Names: ``gt_`` ground truth, ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Open-vocabulary Deformable DETR, whose classes are an input, with the parts of methods: wiring only.
 
 Shapes: B images, L decoder layers, N queries, G extra queries of a part, H heads, K words.
+Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

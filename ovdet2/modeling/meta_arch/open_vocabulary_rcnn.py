@@ -1,6 +1,6 @@
 """Open-vocabulary Faster R-CNN, whose classes are an input: wiring only.
 
-Shapes: N images, R proposals, K words.
+Shapes: N images, R proposals, K words. Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Box predictor of the open-vocabulary R-CNN: Detectron2's FastRCNNOutputLayers with an exchangeable classifier.
 
 Shapes: R regions, C channels, K words.
+Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid,
+``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a method may add to the R-CNN hosts (:class:`OpenVocabularyRCNN`, :class:`FrozenVLMRCNN`).
 
 Shapes: N images, R regions of a batch, C channels, S pooled side, F features of the box head, K words, D embedding
-dimension.
+dimension. Names: ``gt_`` ground truth, ``_logits`` before softmax or sigmoid, ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RegionBatch:
 class WeakBatch:
     """Images without boxes, with RPN proposals without gradient.
 
-    They pass through the backbone in training mode: batch statistics, where the backbone has any, are theirs, too.
+    They pass through the backbone in training mode: if the backbone has batch statistics, these images contribute.
 
     Attributes:
         samples: samples of N images of the kinds in ``sees``, with ``captions`` or ``labels``.

@@ -1,6 +1,7 @@
 """Detectron2's StandardROIHeads with the open-vocabulary box predictor and the parts of methods.
 
 Shapes: N images, R regions, C channels, S pooled side, F features of the box head, K words, D embedding dimension.
+Names: ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from ovdet2.vocabulary.bank import WordBank
 class OpenVocabularyROIHeads(StandardROIHeads):
     """Box head, class-agnostic regression, masks, and a classifier over a given vocabulary.
 
-    The number of classes, which is also the background label, is read from the classifier. The boxes of parts take no
-    part in sampling, classification and box regression.
+    The number of classes, which is also the background label, is read from the classifier. The boxes of parts
+    are not used in sampling, classification and box regression.
     """
 
     box_pooler: ROIPooler

@@ -1,4 +1,4 @@
-"""Image-caption pairs that stand in for web data: they name base and novel words and are never detection images.
+"""Image-caption pairs in place of web data: they name base and novel words, and no pair uses a detection image.
 
 An image is mostly one object that fills much of the frame. A caption is a loose phrase about what is seen; it may name
 the colour, and sometimes omits the texture, as captions of the web do. There are no boxes.

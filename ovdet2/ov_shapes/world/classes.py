@@ -1,7 +1,7 @@
-"""The 65 classes of OV-Shapes, a texture and a shape each, and which of them are novel. Plain facts, no imports.
+"""The 65 classes of OV-Shapes, a texture and a shape each, and which of them are novel. Constants only, no imports.
 
 Novel classes are of two kinds: *unseen nouns*, every texture of a shape that no base class has, and *unseen
-combinations* of a texture and a shape that base classes have, each with other partners. Reports keep the two apart.
+combinations* of a texture and a shape that base classes have, each with other partners. Reports separate the two.
 """
 
 TEXTURES = ("plain", "striped", "dotted", "checkered", "split")

@@ -1,4 +1,4 @@
-"""Drawing a split of OV-Shapes: images, the COCO json of all objects, masks. Nothing here knows a data set."""
+"""Drawing a split of OV-Shapes: images, the COCO json of all objects, masks. Independent of registered data sets."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _draw_one(seed, split, category_ids, folder, index):
     scene = detection_scene(seed, split, index)
     name = f"{index + 1:012d}.jpg"
     if folder is not None:
-        # A file cut short is no harm: without the manifest it is written again.
+        # A truncated file is harmless: without the manifest it is written again.
         Image.fromarray(scene.image).save(Path(folder) / name, quality=95)
     objects = []
     for placed in scene.objects:

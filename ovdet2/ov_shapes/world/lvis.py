@@ -1,4 +1,4 @@
-"""OV-Shapes as LVIS v1 would state it, so that the federated evaluation runs on it."""
+"""OV-Shapes in the format of LVIS v1, for the federated evaluation."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ovdet2.ov_shapes.world.geometry import outline, pattern
 
-# Colour is a nuisance of the benchmark and an attribute in captions: name -> RGB around which objects are painted.
+# Colour does not decide the class, and captions may name it: name -> RGB around which objects are painted.
 COLORS = {
     "red": (214, 39, 40),
     "orange": (245, 133, 24),
@@ -197,7 +197,7 @@ def _object_patch(rng, shape, texture, diameter, under):
 def _contour(alpha, diameter):
     """(P, P) strength in [0, 1] of the dark contour along the inner edge of ``alpha``, 4.5% of the diameter wide.
 
-    As the shading of real objects does, it tells an outline from the edges of the texture inside.
+    As the shading of real objects does, it separates an outline from the edges of the texture inside.
     """
     width = max(1, round(0.045 * diameter))
     inner = Image.fromarray((alpha * 255.0).astype(np.uint8)).filter(ImageFilter.MinFilter(2 * width + 1))

@@ -1,4 +1,4 @@
-"""What is on the images of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
+"""The scene of each image of OV-Shapes: a pure function of (seed, split, index), so any order gives the same images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ovdet2.ov_shapes.world.render import PlacedObject, Scene, render_scene
 # The number of a split is part of its images' seeds: captions never share one with the detection images.
 _STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4, "further captions": 5}
 IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
-# (width, height) of the detection images with their shares; not all are square, so that nothing downstream assumes it.
+# (width, height) of the detection images with their shares; not all are square, so code that assumes it fails.
 _SIZES = ((224, 224), (256, 192), (192, 256))
 _SIZE_SHARES = (0.5, 0.25, 0.25)
 _DIAMETERS = (36.0, 130.0)
