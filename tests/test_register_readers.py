@@ -183,7 +183,7 @@ def test_own_data_from_a_yaml_file(root, forget, tmp_path):
         ({"kind": "masks", "name": "x"}, "of kind 'masks': choose one of boxes, captions, image_labels"),
         (
             {"kind": "captions", "name": "x", "file": "a"},
-            "entry 0 of DATASETS.OWN, 'x', has the unknown key 'file' and lacks 'captions'. A captions entry is {name, captions}",
+            "entry 0 of DATASETS.OWN, 'x', has the unknown key 'file' .*and lacks 'captions'. A captions entry is {name, captions}",
         ),
         ({"kind": "captions", "name": "x", "captions": "a", "base": []}, "has the unknown key 'base'. A captions"),
         ({"name": "x", "json": "a", "imagse": "b", "base": []}, "unknown key 'imagse' .did you mean images?"),

@@ -23,21 +23,22 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def find_config(name: str | Path) -> Path:
-    """The path of a yaml file: as given, or below the package's ``configs/`` ("ovshapes/vild_text.yaml").
+    """The path of a yaml file: as given, below the package's ``configs/`` ("ovshapes/vild_text.yaml"), or of a detector.
 
     Raises:
-        UsageError: there is no such file; the message lists the configurations that come with the package.
+        UsageError: there is no such file; the message has the most similar name, or else all of them.
     """
+    if str(name) in DETECTORS:
+        name = DETECTORS[str(name)].config
     shipped = _configs_folder()
     relative = Path(*Path(name).parts[1:]) if Path(name).parts[:1] == ("configs",) else Path(name)
     for candidate in (Path(name), shipped / relative):
         if candidate.is_file():
             return candidate
     known = sorted(str(path.relative_to(shipped)) for path in shipped.rglob("*.yaml"))
-    raise UsageError(
-        f"there is no configuration file {name}{did_you_mean(str(relative), [*DETECTORS, *known])}. "
-        f"Trained detectors: {', '.join(DETECTORS)}. Configurations of ovdet2: {', '.join(known)}."
-    )
+    meant = did_you_mean(str(relative), [*DETECTORS, *known])
+    listed = f" Trained detectors: {', '.join(DETECTORS)}. Configurations of ovdet2: {', '.join(known)}."
+    raise UsageError(f"there is no configuration file {name}{meant}.{'' if meant else listed}")
 
 
 class _Yaml(CfgNode):

@@ -1,5 +1,7 @@
 r"""Build a vocabulary file: embed words with a CLIP text encoder, or import embeddings made elsewhere.
 
+    # with the small CLIP that comes with ovdet2, which knows the words of OV-Shapes and needs no network
+    ovdet2 vocab --words "moon; crescent, red star" --architecture ovshapes-resnet --pretrained embedded --output v.safetensors
     # your own words: a list; or a text file with a word per line and synonyms after semicolons ("sofa; couch; settee");
     # or a json {word: [synonyms]}
     ovdet2 vocab --words "cat, red mug" --architecture ViT-B-32 --pretrained openai --output v.safetensors

@@ -1,14 +1,12 @@
-"""Train a detector and evaluate it, or evaluate a trained one.
+"""Train a detector and evaluate it.
 
     ovdet2 train --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 SOLVER.BASE_LR 0.01
     # continue after an interruption
     ovdet2 train --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 --resume
-    # evaluate without training
-    ovdet2 eval --config-file ovcoco/vild_text_r50.yaml MODEL.WEIGHTS model_final.pth
 
 On several machines, run the same command on each with --num-machines M --machine-rank R --dist-url
 tcp://<machine 0>:<port>, or start it with torchrun, which needs none of these options. Without CUDA, --num-gpus N starts
-N processes on the CPU.
+N processes on the CPU. A configuration of your own may begin with `_BASE_: "ovcoco/vild_text_r50.yaml"`, a name or a path.
 
 Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a loss that is not finite.
 """
@@ -23,10 +21,26 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.zoo import DETECTORS
 
 
+_EVALUATE = """Evaluate a trained detector.
+
+    ovdet2 eval --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 MODEL.WEIGHTS model_final.pth
+    # a trained detector by name: {detectors}
+    ovdet2 eval --config-file ovshapes-vild
+    # the newest checkpoint of a run
+    ovdet2 eval --config-file ovshapes/vild_text_r18.yaml --resume OUTPUT_DIR output/my_run
+
+The predictions, report.json and report.html are written to OUTPUT_DIR/inference/<data set>. Several processes or machines
+share the work, with the options of ovdet2 train.
+
+Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a score that is not finite.
+"""
+
+
 def parse_args(argv: Sequence[str] | None = None, verb: str = "train") -> argparse.Namespace:
     """The command line of ``ovdet2 train`` or ``ovdet2 eval``."""
-    parser = command_parser(verb, __doc__)
-    if verb == "train":
+    train = verb == "train"
+    parser = command_parser(verb, __doc__ if train else _EVALUATE.format(detectors=", ".join(DETECTORS)))
+    if train:
         parser.add_argument("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS and stop, as ovdet2 eval")
     else:
         parser.set_defaults(eval_only=True)

@@ -1,0 +1,94 @@
+"""Labels in pictures: any text as it is, in any script, none over another."""
+
+import numpy as np
+import pytest
+import torch
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
+
+from ovdet2.report import labels
+from ovdet2.report.detections import draw
+from ovdet2.report.labels import as_drawn, draw_labels, fonts_for, plain, word_colour
+
+
+def texts_of(boxes, words, size=(300, 400)):
+    """The matplotlib texts of some labels in an image."""
+    visualizer = Visualizer(np.zeros((*size, 3), np.uint8), scale=2.0)
+    draw_labels(visualizer, np.array(boxes, dtype=float), words, [(1.0, 0.0, 0.0)] * len(words))
+    visualizer.output.canvas.draw()
+    return visualizer, visualizer.output.ax.texts
+
+
+@pytest.mark.parametrize("word", ("$$ sign", "$5$ bill", r"\$5", "$x^$", "a $ b", "100%", "<b>", "{}", "a_b^c"))
+def test_any_text_is_drawn_as_it_is(word):
+    """In matplotlib "$5$ bill" is a formula, and "$x^$" an error."""
+    from matplotlib import cbook
+
+    text = plain(word)
+    assert not cbook.is_math_text(text)
+    _, [drawn] = texts_of([[10, 10, 100, 100]], [word])
+    assert drawn._preprocess_math(drawn.get_text())[0] == word
+
+
+def test_long_and_broken_lines_are_bounded():
+    assert plain("a\nb\t c") == "a b c"
+    assert len(plain("x" * 500)) == 80 and len(as_drawn("x" * 500, 0)) == 32 and as_drawn("x" * 32, 0) == "x" * 32
+
+
+def test_scripts(monkeypatch):
+    fonts = [("Latin", frozenset("abc")), ("Greek", frozenset("αβγa"))]
+    monkeypatch.setattr(labels, "_fonts", lambda: fonts)
+    assert fonts_for("a b") == ["Latin"] and fonts_for("aβ") == ["Latin", "Greek"] and fonts_for("") == ["Latin"]
+    assert fonts_for("a猫") is None
+    assert as_drawn("aβ", 4) == "aβ" and as_drawn("a猫", 4) == "#4"
+
+
+def test_the_fonts_of_this_machine():
+    assert fonts_for("cat ёлка κύκλος")[0] == labels._fonts()[0][0]
+    assert not any(name.startswith("Last Resort") for name, _ in labels._fonts())
+
+
+@pytest.mark.parametrize("count", (1, 2, 5, 8))
+def test_no_label_covers_another_or_leaves_the_image(count):
+    boxes = [[50, 50, 250, 250]] * count
+    visualizer, texts = texts_of(boxes, [f"word {number} 90%" for number in range(count)])
+    extents = [text.get_window_extent() for text in texts]
+    for number, extent in enumerate(extents):
+        assert extent.x0 >= 0 and extent.y0 >= 0
+        assert extent.x1 <= 2 * 400 and extent.y1 <= 2 * 300
+        assert not any(extent.overlaps(other) for other in extents[:number])
+
+
+def test_a_crowded_image_still_has_every_label():
+    _, texts = texts_of([[0, 0, 40, 40]] * 60, ["crowded"] * 60, size=(40, 40))
+    assert len(texts) == 60
+
+
+def test_colours_of_words_are_fixed_and_differ():
+    assert word_colour(3) == word_colour(3)
+    shades = np.array([word_colour(number) for number in range(10)])
+    distances = np.abs(shades[:, None] - shades[None]).sum(-1) + 9 * np.eye(10)
+    assert distances.min() > 0.1 and shades.max(axis=1).min() == 1.0  # light enough for the dark ground of a label
+
+
+def detections(priors=None):
+    instances = Instances((60, 80))
+    instances.pred_boxes = Boxes(torch.tensor([[5.0, 5, 40, 40], [30, 10, 70, 50]]))
+    instances.scores, instances.pred_classes = torch.tensor([0.9, 0.4]), torch.tensor([1, 0])
+    if priors is not None:
+        instances.prior_words = torch.tensor(priors)
+    return instances
+
+
+def test_pictures(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "ovdet2.report.detections.draw_labels", lambda picture, boxes, texts, rgb: seen.append((boxes, texts, rgb))
+    )
+    image = np.full((60, 80, 3), 90, np.uint8)
+    picture = draw(image, detections(), ["cat", "$ bill"])
+    assert picture.shape == (480, 640, 3) and picture.dtype == np.uint8 and len(np.unique(picture)) > 2
+    assert seen[0][1] == ["$ bill 90%", "cat 40%"] and seen[0][2] == [word_colour(1), word_colour(0)]
+    draw(image, detections([0, -1]), ["cat", "dog"])
+    assert seen[1][1] == ["dog 90% <- cat", "cat 40% <- no prior"]
+    assert (draw(image, detections()[:0], ["cat"]) == 90).all()

@@ -1,0 +1,60 @@
+"""``ovdet2 predict`` apart from the detector: which images are read, and where their pictures are written."""
+
+from pathlib import Path
+
+import pytest
+
+from ovdet2.errors import UsageError
+from ovdet2.programs.predict import find_images, picture_paths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.png", "a.JPG", "notes.txt", "clip.gif", "sub/c.jpeg", "sub/deep/d.webp", "sub/readme"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_folder_with_its_subfolders(folder, capsys):
+    found = find_images([str(folder)])
+    assert [path.relative_to(folder).as_posix() for path in found] == [
+        "a.JPG",
+        "b.png",
+        "sub/c.jpeg",
+        "sub/deep/d.webp",
+    ]
+    assert capsys.readouterr().out == "not read, since they are no images: 1 .gif, 1 .txt, 1 no suffix\n"
+
+
+def test_patterns_and_files(folder, capsys):
+    assert [path.name for path in find_images([str(folder / "**" / "*.jpeg")])] == ["c.jpeg"]
+    assert {path.name for path in find_images([str(folder / "**")])} == {"a.JPG", "b.png", "c.jpeg", "d.webp"}
+    inputs = [str(folder / "b.png"), str(folder / "notes.txt"), str(folder / "*.png")]
+    assert [path.name for path in find_images(inputs)] == ["b.png", "notes.txt"]  # a file that is named is tried
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("item, held", [("nowhere.png", ""), ("*.txt", "but 1 file of other types"), ("x*", "")])
+def test_inputs_without_an_image(item, held, folder):
+    with pytest.raises(UsageError, match=f"no such file, no image in that folder.*{held}.*Images are .bmp, .jpeg"):
+        find_images([str(folder / item)])
+
+
+def test_every_image_has_its_own_picture(tmp_path):
+    images = [Path("a/1.jpg"), Path("b/1.png"), Path("b/2.png")]
+    pictures = picture_paths(images, tmp_path)
+    assert list(pictures) == images and len(set(pictures.values())) == 3
+    assert pictures[images[0]] == tmp_path / "1.png" and pictures[images[2]] == tmp_path / "2.png"
+
+
+@pytest.mark.parametrize("output", (".", "../here", "link"))
+def test_no_input_is_replaced(output, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "mine.png").write_bytes(b"a photograph")
+    (here / "link").symlink_to(here)
+    monkeypatch.chdir(here)
+    with pytest.raises(UsageError, match="mine.png would replace an input. Give another folder"):
+        picture_paths(find_images(["mine.png"]), Path(output))
+    assert picture_paths([Path("mine.jpg")], Path(output))  # its picture has another name
