@@ -97,10 +97,11 @@ def test_resume_of_a_run_with_boxes_and_captions(root, mix, processes):
 
 
 def test_run_leaves_metrics_configuration_and_report(root):
-    trainer, _ = train(root / "out", "SOLVER.MAX_ITER", "20")
+    trainer, _ = train(root / "out", "SOLVER.MAX_ITER", "20", "TEST.HTML_REPORT", "True")
     lines = [json.loads(line) for line in (root / "out" / "metrics.json").read_text().splitlines()]
     assert len(lines) >= 10 and {"total_loss", "loss_box", "loss_cls", "lr"} <= set(lines[0])
     assert json.loads((root / "out/inference/ov_micro_val/report.json").read_text())["schema"] == "ovdet2/report/2"
+    assert "data:image" in (root / "out/inference/ov_micro_val/report.html").read_text()
     assert "AP50-novel" in trainer._last_eval_results["bbox"]
     assert (root / "out" / "last_checkpoint").read_text() == "model_final.pth"
 
