@@ -35,7 +35,7 @@ MICRO_CLIP = {
 
 @pytest.fixture(autouse=True)
 def quick_launch(monkeypatch):
-    """`launch` starts its processes from the fork server of tests/processes.py; test_launch.py replaces this fixture."""
+    """`launch` starts its processes from the fork server of tests/processes.py."""
     launching = sys.modules[launch.__module__]  # ovdet2.engine.launch is the function
     monkeypatch.setattr(launching, "elastic_launch", quick_elastic_launch)
 

@@ -1,6 +1,6 @@
 """What the tests of the launcher run in several processes; as a program, the parent of one machine.
 
-python -m tests.launch_cases <function> <processes> <machines> <machine rank> <address> <arguments of the function>
+python tests/launch_cases.py <function> <processes> <machines> <machine rank> <address> <arguments of the function>
 """
 
 import os

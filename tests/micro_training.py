@@ -80,6 +80,7 @@ def micro_opts(output):
         "DATASETS.TRAIN", "('ov_micro_train',)", "DATASETS.TEST", "('ov_micro_val',)", "DATALOADER.NUM_WORKERS", "0",
         "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "6", "SOLVER.BASE_LR", "0.01", "SOLVER.WARMUP_ITERS", "3",
         "SOLVER.CHECKPOINT_PERIOD", "0", "INPUT.MIN_SIZE_TRAIN", "(32, 40, 48)", "INPUT.MIN_SIZE_TEST", "48",
+        "TEST.HTML_REPORT", "False",  # drawing takes longer than such a run
     ]  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 A fork server of `multiprocessing`, one per test worker and started when it is first needed, imports them once. Every
 process of a test is forked from it: it shares nothing with the test's own process, and it may fail or be killed.
 
-`run_program` runs a program of the project as a user would. The fixture `quick_launch` (conftest.py, used by every test
-but the launcher's own) makes `ovdet2.engine.launch` start its processes here.
+`run_program` runs a program of the project as a user would. The fixture `quick_launch` (conftest.py, used by every test)
+makes `ovdet2.engine.launch` start its processes here. Those of test_launch.py's programs are spawned, as a user's are.
 """
 
 import multiprocessing

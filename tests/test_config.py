@@ -1,7 +1,8 @@
 """The configuration: no orphan key, safe loading, errors of usage."""
 
 import ast
-import re
+import io
+import tokenize
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -50,11 +51,25 @@ def read_keys():
     return {tail for path in files if "tests" not in path.parts for tail in accesses(path.read_text())}
 
 
+def declarations(source):
+    """{key: whether only a comment stands on the line above} of the first ``cfg.<key> = ...`` of each key."""
+    comments = {
+        token.start[0]
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#")
+    }
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            found.setdefault(ast.unparse(target), node.lineno - 1 in comments)
+    return {name.removeprefix("cfg."): above for name, above in found.items() if name.startswith("cfg.")}
+
+
 @pytest.fixture(scope="module")
-def declarations():
-    """The lines of the files that declare keys: the core's, and those of each method."""
+def documented():
+    """:func:`declarations` of the files that declare keys: the core's, and those of each method."""
     files = [ROOT / "ovdet2" / "config" / "keys.py", *(ROOT / "ovdet2" / "methods").glob("*/__init__.py")]
-    return [line for path in files for line in path.read_text().splitlines()]
+    return {key: above for path in files for key, above in declarations(path.read_text()).items()}
 
 
 @pytest.mark.parametrize("key", ADDED)
@@ -65,9 +80,13 @@ def test_every_added_key_is_read(key, read_keys):
 
 
 @pytest.mark.parametrize("key", ADDED)
-def test_every_added_key_is_documented(key, declarations):
-    at, *_ = [i for i, line in enumerate(declarations) if re.match(rf"\s+cfg\.{re.escape(key)} = ", line)]
-    assert declarations[at - 1].strip().startswith("#")
+def test_every_added_key_is_documented(key, documented):
+    assert documented[key], f"no comment stands above cfg.{key} = ..."
+
+
+def test_what_counts_as_documented():
+    source = "# Why.\ncfg.A = 1\ncfg.B.C = 2\nd = 3  # of d\ncfg.E = 4\n# Again.\ncfg.B.C = 5\n"
+    assert declarations(source) == {"A": True, "B.C": False, "E": False}
 
 
 @pytest.mark.parametrize("code, words", [

@@ -40,7 +40,8 @@ def run(tmp_path_factory):
     """(folder of data sets, output folder) of a training of three steps."""
     root, output = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("output")
     ensure_generated(root, counts={"train2017": 16, "val2017": 6}, workers=1)
-    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *SMALL, "OUTPUT_DIR", output, root=root)
+    options = [*SMALL, *WITHOUT_PICTURES, "OUTPUT_DIR", output]
+    done = program("train_net.py", "--config-file", f"configs/{CONFIG}", *options, root=root)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "48/17" in done.stdout and "novel" in done.stdout  # the table is printed
     return root, output

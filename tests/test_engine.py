@@ -3,10 +3,7 @@
 import contextlib
 import json
 import logging
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +20,7 @@ from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exi
 from ovdet2.io.files import read_safetensors
 from tests import micro_training
 from tests.micro_training import micro_cfg, micro_opts, parallel_check, write_data
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.processes import run_program
 
 
 @pytest.fixture
@@ -101,10 +97,11 @@ def test_resume_of_a_run_with_boxes_and_captions(root, mix, processes):
 
 
 def test_run_leaves_metrics_configuration_and_report(root):
-    trainer, _ = train(root / "out", "SOLVER.MAX_ITER", "20")
+    trainer, _ = train(root / "out", "SOLVER.MAX_ITER", "20", "TEST.HTML_REPORT", "True")
     lines = [json.loads(line) for line in (root / "out" / "metrics.json").read_text().splitlines()]
     assert len(lines) >= 10 and {"total_loss", "loss_box", "loss_cls", "lr"} <= set(lines[0])
     assert json.loads((root / "out/inference/ov_micro_val/report.json").read_text())["schema"] == "ovdet2/report/2"
+    assert "data:image" in (root / "out/inference/ov_micro_val/report.html").read_text()
     assert "AP50-novel" in trainer._last_eval_results["bbox"]
     assert (root / "out" / "last_checkpoint").read_text() == "model_final.pth"
 
@@ -273,8 +270,7 @@ def test_exit_codes(root, capsys, arguments, code, words):
 
 
 def test_program_reports_a_wrong_key_without_traceback():
-    command = [sys.executable, "-W", "ignore", "train_net.py", "SOLVER.NO_SUCH_KEY", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_program("train_net.py", "SOLVER.NO_SUCH_KEY", "1")
     assert done.returncode == 2 and "NO_SUCH_KEY" in done.stderr and "Traceback" not in done.stderr
 
 

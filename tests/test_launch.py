@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from ovdet2.engine import launch
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.weights import DamagedFile
 from tests import launch_cases
+from tests.processes import run_program
 
 launching = sys.modules[launch.__module__]  # ovdet2.engine.launch is the function
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,12 +39,17 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def machine_command(function, *arguments, processes=1, machines=1, rank=0, address="auto"):
+    """A program that starts the processes of one machine, and its arguments."""
+    return ["tests/launch_cases.py", function, *map(str, (processes, machines, rank, address, *arguments))]
+
+
 @contextmanager
-def machine(tmp_path, function, *arguments, processes=1, machines=1, rank=0, address="auto"):
-    """A program that starts the processes of one machine."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.launch_cases", function]
-    command += [str(argument) for argument in (processes, machines, rank, address, *arguments)]
-    output = tmp_path / f"machine{rank}.txt"
+def machine(tmp_path, function, *arguments, **options):
+    """That program in an interpreter of its own, to which signals can be sent."""
+    _, *rest = machine_command(function, *arguments, **options)
+    command = [sys.executable, "-W", "ignore", "-m", "tests.launch_cases", *rest]
+    output = tmp_path / "machine.txt"
     with open(output, "w") as stream:
         parent = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
     try:
@@ -110,8 +117,11 @@ class TestUnderTorchrun:
     def test_error_leaves_without_the_interpreter(self, failing, code, words):
         """The destructors of a live process group may wait for the others, so nothing registered at exit is run."""
         program = f"""
-import atexit, sys
-from ovdet2.engine import launch
+import atexit, sys, types
+engine = types.ModuleType("ovdet2.engine")  # the package's own __init__ imports the trainer, which is not needed here
+engine.__path__ = [{str(ROOT / "ovdet2" / "engine")!r}]
+sys.modules["ovdet2.engine"] = engine
+from ovdet2.engine.launch import launch
 from ovdet2.errors import DataError
 def main():
     {failing}
@@ -145,9 +155,9 @@ class TestSeveralProcesses:
         pytest.param("a bug", 1, r"(?s)Traceback.*KeyError: 'seven'", marks=pytest.mark.slow),
     ])  # fmt: skip
     def test_ends(self, tmp_path, how, code, words):
-        with machine(tmp_path, "end", how, processes=2) as parent:
-            assert parent.process.wait(PATIENCE) == code, parent.output.read_text()
-        assert re.search(words, parent.output.read_text())
+        done = run_program(*machine_command("end", how, processes=2))
+        assert done.returncode == code, done.stderr
+        assert re.search(words, done.stdout + done.stderr)
 
     @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, -signal.SIGINT)])
     def test_signal_to_the_parent_ends_all(self, tmp_path, number, code):
@@ -164,14 +174,11 @@ class TestSeveralMachines:
     def test_two_on_loopback(self, tmp_path, failing):
         """Ranks follow the machines' numbers, though the second starts first; the failing one says why."""
         options = {"machines": 2, "address": f"tcp://127.0.0.1:{free_port()}"}
-        with (
-            machine(tmp_path, "meet", tmp_path, *failing, rank=1, **options) as second,
-            machine(tmp_path, "meet", tmp_path, *failing, rank=0, **options) as first,
-        ):
-            codes = first.process.wait(PATIENCE), second.process.wait(PATIENCE)
-        texts = first.output.read_text(), second.output.read_text()
-        assert codes == ((1, 3) if failing else (0, 0)), texts
-        assert ("DataError: image 7 is damaged:\nits json ends early" in texts[1]) == bool(failing)
+        commands = [machine_command("meet", tmp_path, *failing, rank=rank, **options) for rank in (1, 0)]
+        with ThreadPoolExecutor(2) as pool:
+            second, first = pool.map(lambda command: run_program(*command), commands)
+        assert (first.returncode, second.returncode) == ((1, 3) if failing else (0, 0)), (first.stderr, second.stderr)
+        assert ("DataError: image 7 is damaged:\nits json ends early" in second.stderr) == bool(failing)
         for rank in (0, 1):  # rank, rank on the machine, processes, processes on the machine
             assert (tmp_path / f"rank{rank}").read_text().split()[1:] == [str(rank), "0", "2", "1"]
 

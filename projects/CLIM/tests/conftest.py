@@ -5,6 +5,7 @@ import pytest
 from safetensors.torch import save_file
 
 from tests.caption_cases import write_coco
+from tests.conftest import quick_launch  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,3 +1,3 @@
-"""The settings of hypothesis that tests/ has."""
+"""The settings of hypothesis that tests/ has, and quick processes."""
 
-import tests.conftest  # noqa: F401
+from tests.conftest import quick_launch  # noqa: F401
