@@ -37,6 +37,7 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
 
     _add_words(cfg)
     _add_ovd(cfg)
+    _add_rpn(cfg)
     _add_detr(cfg)
     _add_swin(cfg)
     _add_input(cfg)
@@ -115,6 +116,16 @@ def _add_ovd(cfg):
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
     # Divide the fused scores of a region by their sum, the detector's background included.
     cfg.MODEL.OVD.FUSION_RENORMALIZE = False
+
+
+def _add_rpn(cfg):
+    """The RPN of the two-stage detectors."""
+    # "NormalizedRPNHead" reads the two keys below; without a norm it is Detectron2's "StandardRPNHead".
+    cfg.MODEL.RPN.HEAD_NAME = "NormalizedRPNHead"
+    # Norm after each of MODEL.RPN.CONV_DIMS, before the ReLU: "" for none, "BN", "SyncBN", "GN", ...
+    cfg.MODEL.RPN.NORM = ""
+    # Separate norms for each level of the pyramid; False shares one norm.
+    cfg.MODEL.RPN.NORM_PER_LEVEL = True
 
 
 def _add_detr(cfg):

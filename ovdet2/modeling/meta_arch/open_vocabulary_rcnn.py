@@ -28,6 +28,7 @@ from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
+from ovdet2.modeling.rcnn.rpn_head import require_norm_is_read
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -78,6 +79,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             UsageError: settings of the heads or of a method contradict each other.
         """
         check_methods(cfg)
+        require_norm_is_read(cfg)
         backbone = build_backbone(cfg)
         bank = build_word_bank(cfg, vocabulary)
         shapes = cast(dict[str, ShapeSpec], backbone.output_shape())
