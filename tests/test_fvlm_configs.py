@@ -43,6 +43,25 @@ def test_settings_of_the_releases(name):
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 5 and cfg.MODEL.MASK_ON == name.startswith("ovlvis")
 
 
+# F-ViT by CLIM's code: epochs, epochs of the drops, NMS, weight decay, norm of clipped gradients; images of an epoch.
+FVIT = {
+    "ovcoco/fvit_b16.yaml": (3, (), 0.4, 0.1, 1.0, 107_761),
+    "ovlvis/fvit_b16.yaml": (48, (32, 44), 0.5, 0.05, 35.0, 100_170),
+}
+
+
+@pytest.mark.parametrize("name", FVIT)
+def test_schedule_of_clim(name):
+    cfg = load_config(name)
+    epochs, drops, nms, decay, clip, images = FVIT[name]
+    solver, epoch = cfg.SOLVER, cfg.SOLVER.MAX_ITER / epochs
+    assert epoch == pytest.approx(images / solver.IMS_PER_BATCH, rel=1e-3)
+    assert [step / epoch for step in solver.STEPS] == pytest.approx(list(drops), abs=1e-6) and solver.GAMMA == 0.1
+    assert (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, solver.WEIGHT_DECAY) == (nms, decay)
+    assert solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_VALUE == clip
+    assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (250, 0.001)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_longest_edge_is_that_of_the_jitter(name):
     """An image is tested at the size that a scale of 1 gives it in training."""
