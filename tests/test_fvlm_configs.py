@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ovdet2.config import load_config
 
@@ -74,3 +75,26 @@ def test_the_longest_edge_is_that_of_the_jitter(name):
 def test_the_second_command_of_a_header_keeps_the_results_of_the_first(name):
     cfg = load_config(name)
     assert f"OUTPUT_DIR {cfg.OUTPUT_DIR}_clim" in (CONFIGS / name).read_text()
+
+
+@pytest.mark.parametrize("name", ["fvlm_resnet", "fvlm_vit", "fvlm_vit_clim"])
+def test_rows_of_ov_shapes_fuse_the_scores_of_clip(name):
+    """An empty group "OVD:" in a file replaced all of that group of its base by the defaults, without fusion."""
+    ovd = load_config(f"ovshapes/{name}.yaml").MODEL.OVD
+    assert (ovd.CLASSIFIER, ovd.SECONDARY_SCORES, ovd.SECONDARY_USE) == ("text_background", "map", "fuse")
+    assert (ovd.FUSION_BASE, ovd.FUSION_NOVEL, ovd.FUSION_RENORMALIZE) == (0.35, 0.65, True)
+    assert (ovd.TEMPERATURE, ovd.BACKGROUND_WEIGHT) == (0.05, 0.9)
+
+
+def empty_groups(node, path=""):
+    """Keys of a yaml file whose value is empty."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from empty_groups(value, f"{path}.{key}")
+    elif node is None:
+        yield path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_no_configuration_has_an_empty_group(path):
+    assert not list(empty_groups(yaml.safe_load(path.read_text())))
