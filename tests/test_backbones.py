@@ -219,6 +219,30 @@ class TestCLIPViT:
         assert torch.allclose(coarse.diff()[1:-1], torch.tensor(32.0), atol=1e-3)
 
     @torch.no_grad()
+    @pytest.mark.parametrize("halve", [False, True])
+    def test_resampled_maps_equal_float64_reference(self, halve):
+        """Width 32 is kept, as in CLIM's and CLIPSelf's code, or halved by each transposed convolution."""
+        trunk, pixels = CLIPViT(tiny_vit(16), norm="BN", halve_channels=halve).eval(), torch.randn(1, 3, 64, 96)
+        widths = (8, 16, 32, 32) if halve else (32, 32, 32, 32)
+        assert tuple(trunk.output_shape()[name].channels for name in ALL) == widths
+        tokens = [of_block.double() for of_block in trunk.token_maps(pixels)]
+
+        def doubled(maps, conv):
+            """Each cell becomes 2 x 2."""
+            weight, bias = conv.weight.double(), conv.bias.double()
+            return torch.einsum("nihw,ioyx->nohywx", maps, weight).flatten(4).flatten(2, 3) + bias[:, None, None]
+
+        first, norm, _, second = trunk.resample["res2"]
+        hidden = doubled(tokens[0], first) / (1 + 1e-5) ** 0.5  # a norm at its start
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
+        expected = [doubled(hidden, second), doubled(tokens[1], trunk.resample["res3"]), tokens[2]]
+        expected.append(tokens[3].unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5)))
+        assert norm.num_features == widths[1]
+        found = trunk(pixels)
+        for name, values in zip(ALL, expected, strict=True):
+            assert torch.allclose(found[name].double(), values, atol=1e-5), name
+
+    @torch.no_grad()
     @pytest.mark.parametrize("size", [(224, 224), (70, 101)])
     def test_regions_are_pooled_from_clips_dense_map(self, size):
         visual = tiny_vit(14)

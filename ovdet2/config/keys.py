@@ -37,6 +37,7 @@ def get_cfg(parts: Iterable[str] = ()) -> CN:
 
     _add_words(cfg)
     _add_ovd(cfg)
+    _add_rpn(cfg)
     _add_detr(cfg)
     _add_swin(cfg)
     _add_input(cfg)
@@ -115,6 +116,23 @@ def _add_ovd(cfg):
     cfg.MODEL.OVD.FUSION_NOVEL = 2.0 / 3.0
     # Divide the fused scores of a region by their sum, the detector's background included.
     cfg.MODEL.OVD.FUSION_RENORMALIZE = False
+
+
+def _add_rpn(cfg):
+    """Pyramid and RPN of the two-stage detectors."""
+    # Norms and level p6 of the FPN of "build_clip_fpn_backbone". "detectron2": a norm after every convolution, p6 is p5
+    # subsampled. "output_norm": norms on the outputs only, p6 is a 3x3 convolution of stride 2 on p5 before its norm (the
+    # releases of ViLD and F-VLM).
+    cfg.MODEL.FPN.FORM = "detectron2"
+    cfg.MODEL.CLIP_VIT = CN()
+    # The convolutions that upsample the tokens of a CLIP ViT halve the channels. False keeps them (CLIM, CLIPSelf).
+    cfg.MODEL.CLIP_VIT.HALVE_CHANNELS = False
+    # "NormalizedRPNHead" reads the two keys below; without a norm it is Detectron2's "StandardRPNHead".
+    cfg.MODEL.RPN.HEAD_NAME = "NormalizedRPNHead"
+    # Norm after each of MODEL.RPN.CONV_DIMS, before the ReLU: "" for none, "BN", "SyncBN", "GN", ...
+    cfg.MODEL.RPN.NORM = ""
+    # Separate norms for each level of the pyramid; False shares one norm.
+    cfg.MODEL.RPN.NORM_PER_LEVEL = True
 
 
 def _add_detr(cfg):
@@ -210,6 +228,11 @@ def _add_input(cfg):
     cfg.INPUT.LSJ.SCALES = (0.1, 2.0)
     # Side of the crop in pixels.
     cfg.INPUT.LSJ.SIDE = 1024
+
+    # Side in pixels of the square that images are padded to, at the right and bottom, in training and at test; 0 pads a
+    # batch to its largest image. It must be at least MAX_SIZE_TEST and LSJ.SIDE. A CLIP ViT has other positional
+    # embeddings on a square than on the image. For two-stage detectors.
+    cfg.INPUT.SQUARE = 0
 
 
 def _add_solver(cfg):

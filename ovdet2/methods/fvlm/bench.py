@@ -34,7 +34,20 @@ from ovdet2.modeling.build import build_teacher
 CONFIG, CLIP = "ovcoco/fvlm_rn50.yaml", "clip.safetensors"
 FREEZE_AT = {"frozen": ALL_FROZEN, "trained": 0}
 STAGES = {"trunk": "backbone.trunk", "pyramid": "backbone.pyramid", "RPN": "proposal_generator", "heads": "roi_heads"}
-SETTINGS = ["MODEL.FPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.OVD.SECONDARY_SCORES", "none"]
+# Images of any size, batch norms that run on the CPU too.
+SETTINGS = [
+    *(
+        "MODEL.FPN.NORM",
+        "BN",
+        "MODEL.RPN.NORM",
+        "BN",
+        "MODEL.ROI_BOX_HEAD.NORM",
+        "BN",
+        "MODEL.ROI_MASK_HEAD.NORM",
+        "BN",
+    ),
+    *("MODEL.OVD.SECONDARY_SCORES", "none", "INPUT.SQUARE", 0),
+]
 OPTIONS = {
     "--architecture": {"default": "RN50", "help": "open_clip ResNet or ViT"},
     "--size": SIZE | {"default": "800x1066"},

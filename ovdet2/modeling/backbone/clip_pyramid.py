@@ -15,6 +15,7 @@ from torch import nn
 from ovdet2.errors import UsageError
 from ovdet2.modeling.backbone.clip_resnet import CLIPResNet
 from ovdet2.modeling.backbone.clip_vit import CLIPViT
+from ovdet2.modeling.backbone.output_norm_fpn import OutputNormFPN
 from ovdet2.modeling.backbone.trunk import Trunk
 from ovdet2.modeling.build import build_teacher, require_teacher_pixels
 from ovdet2.vlm.dense import is_vit
@@ -95,26 +96,34 @@ def clip_pyramid(cfg: CfgNode, visual: nn.Module) -> CLIPPyramid:
     """The pyramid of MODEL.FPN on an open_clip image tower, frozen up to MODEL.BACKBONE.FREEZE_AT.
 
     Raises:
-        UsageError: the tower has no dense features, the ViT is partly frozen, or a map is unknown.
+        UsageError: the tower has no dense features, the ViT is partly frozen, or a map is unknown; see
+            :func:`build_fpn`.
     """
     freeze_at, names = cfg.MODEL.BACKBONE.FREEZE_AT, cfg.MODEL.RESNETS.OUT_FEATURES
     if not is_vit(visual):
         trunk = CLIPResNet(visual, names, freeze_at, keep_pool=True)
     elif freeze_at in (0, ALL_FROZEN):
-        trunk = CLIPViT(visual, names, frozen=freeze_at == ALL_FROZEN, norm=cfg.MODEL.FPN.NORM)
+        trunk = CLIPViT(visual, names, freeze_at == ALL_FROZEN, cfg.MODEL.FPN.NORM, cfg.MODEL.CLIP_VIT.HALVE_CHANNELS)
     else:
         raise UsageError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: set {ALL_FROZEN} to freeze all of a CLIP ViT, or 0 to train it."
         )
-    fpn = FPN(
-        GivenMaps(trunk.output_shape()),
-        cfg.MODEL.FPN.IN_FEATURES,
-        cfg.MODEL.FPN.OUT_CHANNELS,
-        norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
-        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
-    )
-    return CLIPPyramid(trunk, fpn)
+    return CLIPPyramid(trunk, build_fpn(cfg, GivenMaps(trunk.output_shape())))
+
+
+def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
+    """The FPN of MODEL.FPN on a network.
+
+    Raises:
+        UsageError: MODEL.FPN.FORM is unknown.
+    """
+    fpn = cfg.MODEL.FPN
+    if fpn.FORM == "detectron2":
+        top = LastLevelMaxPool()
+        return FPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, top_block=top, fuse_type=fpn.FUSE_TYPE)
+    if fpn.FORM == "output_norm":
+        return OutputNormFPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, fuse_type=fpn.FUSE_TYPE)
+    raise UsageError(f'MODEL.FPN.FORM is {fpn.FORM!r}: choose "detectron2" or "output_norm".')
 
 
 @BACKBONE_REGISTRY.register()

@@ -32,15 +32,21 @@ class CLIPViT(Trunk):
     """F-ViT's backbone (CLIM and CLIPSelf): a frozen CLIP ViT and trained resampling layers.
 
     The last block runs without attention, so that each token describes its own patch. Positional embeddings are
-    interpolated. Transposed convolutions upsample the tokens 2 and 4 times, each halving the channels as in ViTDet; a
-    max pool downsamples them 2 times. With patches of 16 pixels the strides are 4 to 32; other patch sizes are
-    resampled bilinearly to these strides. The image is padded with zeros to a multiple of the patch size.
+    interpolated. Transposed convolutions upsample the tokens 2 and 4 times and keep the channels; with
+    ``halve_channels`` each halves them, as in ViTDet. A max pool downsamples the tokens 2 times. With patches of 16
+    pixels the strides are 4 to 32; other patch sizes are resampled bilinearly to these strides. The image is padded with
+    zeros to a multiple of the patch size.
     """
 
     last_map = "tokens"  # [N, W_t, h, w] at the stride of the patches; input of embed_regions
 
     def __init__(
-        self, visual: nn.Module, out_features: Sequence[str] = _LEVELS, frozen: bool = True, norm: str = ""
+        self,
+        visual: nn.Module,
+        out_features: Sequence[str] = _LEVELS,
+        frozen: bool = True,
+        norm: str = "",
+        halve_channels: bool = False,
     ) -> None:
         """
         Args:
@@ -48,6 +54,7 @@ class CLIPViT(Trunk):
             out_features: names among "res2" to "res5", finest first.
             frozen: CLIP is not trained, and none of its activations is kept for a backward pass.
             norm: Detectron2 name of the norm between two transposed convolutions; "" for none.
+            halve_channels: each transposed convolution halves the channels.
 
         Raises:
             UsageError: an image tower without dense features (see :func:`~ovdet2.vlm.dense.is_vit`), a ResNet, or an
@@ -66,9 +73,11 @@ class CLIPViT(Trunk):
         self.blocks = read_blocks(len(visual.transformer.resblocks))
         width, self._patch = visual.conv1.out_channels, stride_of(visual)
         self._out_features = list(out_features)
-        self.resample = nn.ModuleDict({name: _resampler(_LEVELS.index(name), width, norm) for name in out_features})
+        # Channels after no, one and two transposed convolutions.
+        widths = (width, width // 2, width // 4) if halve_channels else (width, width, width)
+        self.resample = nn.ModuleDict({name: _resampler(_LEVELS.index(name), widths, norm) for name in out_features})
         self._out_feature_strides = dict(zip(_LEVELS, _STRIDES))
-        self._out_feature_channels = dict(zip(_LEVELS, (width // 4, width // 2, width, width)))
+        self._out_feature_channels = dict(zip(_LEVELS, (widths[2], widths[1], width, width)))
 
     @property
     def size_divisibility(self) -> int:
@@ -121,16 +130,16 @@ class CLIPViT(Trunk):
         return pool_regions(self.visual, embeddings, boxes_xyxy)
 
 
-def _resampler(level, width, norm):
+def _resampler(level, widths, norm):
     """Module from the resolution of the patches to that of a level: 4, 2, 1 or 1/2 times."""
+    width, after_one, after_two = widths
     if level == 0:
-        half = width // 2
         return nn.Sequential(
-            nn.ConvTranspose2d(width, half, 2, 2),
-            get_norm(norm, half) or nn.Identity(),
+            nn.ConvTranspose2d(width, after_one, 2, 2),
+            get_norm(norm, after_one) or nn.Identity(),
             nn.GELU(),
-            nn.ConvTranspose2d(half, width // 4, 2, 2),
+            nn.ConvTranspose2d(after_one, after_two, 2, 2),
         )
     if level == 1:
-        return nn.ConvTranspose2d(width, width // 2, 2, 2)
+        return nn.ConvTranspose2d(width, after_one, 2, 2)
     return nn.Identity() if level == 2 else nn.MaxPool2d(2, 2, ceil_mode=True)

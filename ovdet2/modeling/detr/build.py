@@ -111,6 +111,7 @@ def refuse_unused(cfg: CfgNode) -> None:
         "MODEL.OVD.CLS_LOSS": ovd.CLS_LOSS != "softmax",
         "MODEL.OVD.CLS_LOSS_WEIGHT": ovd.CLS_LOSS_WEIGHT != 1,
         "MODEL.OVD.FEDERATED_WORDS": ovd.FEDERATED_WORDS > 0,
+        "INPUT.SQUARE": cfg.INPUT.SQUARE != 0,
     }
     names = [name for name, changed in unused.items() if changed]
     if names:

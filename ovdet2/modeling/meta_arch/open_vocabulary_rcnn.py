@@ -28,6 +28,8 @@ from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
+from ovdet2.modeling.rcnn.rpn_head import require_norm_is_read
+from ovdet2.modeling.square import checked_side, pad_to_square
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 
@@ -52,11 +54,12 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     parts: tuple[RCNNPart, ...]
 
     @configurable
-    def __init__(self, *, parts: Sequence[RCNNPart] = (), proposals_kept: int = 0, **kwargs):
+    def __init__(self, *, parts: Sequence[RCNNPart] = (), proposals_kept: int = 0, square: int = 0, **kwargs):
         """
         Args:
             parts: parts of methods, with their names.
             proposals_kept: proposals returned per image; 0 returns none.
+            square: side in pixels of the square that images are padded to; 0 pads a batch to its largest image.
             kwargs: backbone, proposal_generator, roi_heads, pixel_mean, pixel_std, input_format, vis_period.
 
         Raises:
@@ -64,6 +67,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         """
         super().__init__(**kwargs)
         self.proposals_kept = proposals_kept
+        self.square = square
         self.parts = register_parts(self, parts, RCNNPart)
 
     @classmethod
@@ -78,6 +82,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             UsageError: settings of the heads or of a method contradict each other.
         """
         check_methods(cfg)
+        require_norm_is_read(cfg)
+        _require_form_is_read(cfg)
         backbone = build_backbone(cfg)
         bank = build_word_bank(cfg, vocabulary)
         shapes = cast(dict[str, ShapeSpec], backbone.output_shape())
@@ -91,6 +97,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             "roi_heads": roi_heads,
             "parts": build_parts(cfg, methods_of(cfg), host),
             "proposals_kept": cfg.TEST.PROPOSALS_PER_IMAGE,
+            "square": checked_side(cfg, backbone.size_divisibility),
             "input_format": cfg.INPUT.FORMAT,
             "vis_period": cfg.VIS_PERIOD,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -165,7 +172,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
 
     def _images(self, samples: list[Sample]) -> ImageList:
         # Detectron2 annotates dicts; a Sample has the same item "image".
-        return self.preprocess_image(samples)  # pyrefly: ignore[bad-argument-type]
+        images = self.preprocess_image(samples)  # pyrefly: ignore[bad-argument-type]
+        return pad_to_square(images, self.square) if self.square else images
 
     @overload
     def inference(
@@ -208,6 +216,17 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             for output, sample, of_image in zip(outputs, samples, proposals):
                 output["proposals"] = _to_original_pixels(of_image[: self.proposals_kept], sample)
         return outputs
+
+
+def _require_form_is_read(cfg):
+    """Refuse a form of the FPN that Detectron2's backbones do not read.
+
+    Raises:
+        UsageError: MODEL.FPN.FORM with such a backbone.
+    """
+    name, form = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.FORM
+    if form != "detectron2" and name == "build_resnet_fpn_backbone":
+        raise UsageError(f'MODEL.FPN.FORM is {form!r}, which {name} does not read: set it to "detectron2".')
 
 
 @contextlib.contextmanager

@@ -41,6 +41,10 @@ def add_clim_config(cfg):
     # Last blocks of the image tower that are trained (of a ResNet: stages, with the attention pool); -1: all of the
     # tower, the embedding of patches and the projection included.
     cfg.CLIM.TRAINABLE_BLOCKS = 6
+    # Of the trained part of a ResNet, freeze what maps into the joint space (value and output projections of the attention
+    # pool) and the batch norms, as the authors do: convolutions, query and key projections and the positional embedding
+    # are trained. False trains all of that part; the statistics of batch norms are always frozen.
+    cfg.CLIM.FREEZE_OUTPUT_AND_NORMS = True
     cfg.CLIM.BETAS = [0.9, 0.98]
     cfg.CLIM.EPS = 1e-6
     # a of the published weights, a * trained + (1 - a) * original: 0.7 in the authors' code, 1 in the paper.

@@ -41,11 +41,13 @@ def clim_loss(regions, texts, logit_scale, same_text=0.9999):
 class CLIMPretraining(nn.Module):
     """A CLIP in training on mosaics. Batch normalisation keeps its statistics, and the text tower stays as it is."""
 
-    def __init__(self, teacher, blocks, grids=(2, 3, 4), singles=3, canvas=1024, same_text=0.9999):
+    def __init__(
+        self, teacher, blocks, grids=(2, 3, 4), singles=3, canvas=1024, same_text=0.9999, freeze_output_and_norms=True
+    ):
         """
         Args:
             teacher: :class:`~ovdet2.vlm.teacher.Teacher`, whose model is taken over and changed.
-            blocks: see :func:`set_trainable`.
+            blocks, freeze_output_and_norms: see :func:`set_trainable`.
             grids, singles: of :func:`~ovdet2.data.mosaic.draw_mosaics`.
             canvas: C, pixels.
             same_text: of :func:`clim_loss`.
@@ -61,7 +63,7 @@ class CLIMPretraining(nn.Module):
         self.register_buffer("mean", teacher.mean.clone(), persistent=False)
         self.register_buffer("std", teacher.std.clone(), persistent=False)
         _check_canvas(self.clip.visual, canvas, self.grids, teacher.fingerprint.architecture)
-        set_trainable(self.clip, blocks)
+        set_trainable(self.clip, blocks, freeze_output_and_norms)
 
     def train(self, mode=True):
         """Stay in evaluation mode: CLIP has no dropout, and the statistics of mosaics are not those of images."""
@@ -114,13 +116,15 @@ def stacked(batch, key):
     return torch.from_numpy(np.stack([np.asarray(record[key]) for record in batch]))
 
 
-def set_trainable(clip, blocks):
+def set_trainable(clip, blocks, freeze_output_and_norms=True):
     """Freeze a CLIP but for the logit scale and the end of its image tower.
 
     Args:
         clip: open_clip model.
         blocks: last transformer blocks of a ViT, or stages of a ModifiedResNet with its attention pool, that are
             trained; -1 for all of the tower.
+        freeze_output_and_norms: of a ModifiedResNet, freeze the batch norms and the value and output projections of the
+            attention pool in any case, as the authors do. These projections map into the joint space.
 
     Raises:
         UsageError: none, or more than there are.
@@ -137,6 +141,10 @@ def set_trainable(clip, blocks):
     trained = [visual] if blocks == -1 else list(stages[-blocks:]) + ([] if is_vit(visual) else [visual.attnpool])
     for module in trained:
         module.requires_grad_(True)
+    if freeze_output_and_norms and not is_vit(visual):
+        norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
+        for module in (visual.attnpool.v_proj, visual.attnpool.c_proj, *norms):
+            module.requires_grad_(False)
 
 
 def _check_canvas(visual, canvas, grids, architecture):

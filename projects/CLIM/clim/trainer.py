@@ -21,6 +21,7 @@ from ovdet2.data.mosaic import draw_mosaics
 from ovdet2.engine import Trainer
 from ovdet2.engine.optimizer import full_model_norm, mixed_precision
 from ovdet2.errors import DataError, UsageError
+from ovdet2.vlm.dense import is_vit
 from ovdet2.vlm.teacher import Teacher
 
 logger = logging.getLogger("ovdet2.clim")
@@ -101,6 +102,11 @@ class CLIMTrainer(Trainer):
                 f"{self._teacher.fingerprint}: set MODEL.TEACHER to those weights, or OUTPUT_DIR to another folder."
             )
         saved, now = state.get("settings", {}), settings_of(self.cfg)
+        if saved and not is_vit(self._teacher.clip.visual):
+            saved = {
+                "FREEZE_OUTPUT_AND_NORMS": False,
+                **saved,
+            }  # a run older than this key trained all of a ResNet's part
         different = [f"CLIM.{key} {saved[key]}, now {now.get(key)}" for key in saved if saved[key] != now.get(key)]
         if different:
             raise DataError(
@@ -206,7 +212,8 @@ def _check_augmentation(clim):
 def build_pretraining(cfg, teacher):
     """:class:`~clim.model.CLIMPretraining` of a configuration; the teacher's model is taken over."""
     clim = cfg.CLIM
-    return CLIMPretraining(teacher, clim.TRAINABLE_BLOCKS, clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT)
+    mosaics = clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT
+    return CLIMPretraining(teacher, clim.TRAINABLE_BLOCKS, *mosaics, clim.FREEZE_OUTPUT_AND_NORMS)
 
 
 def settings_of(cfg):

@@ -8,15 +8,17 @@ import clim_cases as cases
 import pytest
 import torch
 from clim.checkpoint import averaged, export, file_architecture
+from clim.config import add_clim_config
 from clim.model import MAX_LOG_SCALE, CLIMPretraining, clim_loss
 from clim.sources import build_source
 from clim.text_table import build_text_table
-from clim.trainer import ClampLogitScale, CLIMTrainer, check, prepare
+from clim.trainer import ClampLogitScale, CLIMTrainer, build_pretraining, check, prepare
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from ovdet2.config import load_config
 from ovdet2.data.mosaic import draw_mosaics, grid_boxes
 from ovdet2.engine import launch
 from ovdet2.errors import DataError, UsageError
@@ -40,8 +42,8 @@ def batch_of(count, size=32):
     ]
 
 
-def model_of(name="clim-vit", blocks=2, grids=(2,), singles=1, canvas=48, dtype=torch.float32):
-    return CLIMPretraining(cases.teacher_of(name, dtype), blocks, grids, singles, canvas)
+def model_of(name="clim-vit", blocks=2, grids=(2,), singles=1, canvas=48, dtype=torch.float32, **options):
+    return CLIMPretraining(cases.teacher_of(name, dtype), blocks, grids, singles, canvas, **options)
 
 
 @pytest.mark.parametrize("same_text", [0.9999, 1.1])
@@ -120,7 +122,7 @@ def test_two_processes_equal_one(tmp_path):
 def test_what_is_trained(name, blocks, trained):
     """Gradients reach exactly the end of the image tower and the logit scale; statistics stay."""
     size, canvas = (32, 48) if "vit" in name else (64, 128)
-    model = model_of(name, blocks, canvas=canvas).train()
+    model = model_of(name, blocks, canvas=canvas, freeze_output_and_norms=False).train()
     before = {key: tensor.clone() for key, tensor in model.clip.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     model(batch_of(5, size))["loss_clim"].backward()
@@ -136,6 +138,43 @@ def test_what_is_trained(name, blocks, trained):
     changed = [key for key, tensor in model.clip.state_dict().items() if not torch.equal(tensor, before[key])]
     assert "logit_scale" in changed and any(key.startswith(prefixes[0]) for key in changed)
     assert not model.training
+
+
+ATTENTION = [
+    "attnpool.positional_embedding",
+    *(f"attnpool.{kind}_proj.{part}" for kind in "qk" for part in ("weight", "bias")),
+]
+BLOCK = ["conv1.weight", "conv2.weight", "conv3.weight", "downsample.0.weight"]
+
+
+@pytest.mark.parametrize("blocks, first", [(1, 4), (2, 3), (-1, 1)])
+def test_what_the_authors_train_of_a_resnet(blocks, first):
+    """Convolutions of the last stages, query, key and positional embedding of the pool; no norm, no other projection."""
+    model = model_of("clim-resnet", blocks, canvas=128).train()
+    before = {key: tensor.clone() for key, tensor in model.clip.state_dict().items()}
+    expected = [f"layer{stage}.0.{name}" for stage in range(first, 5) for name in BLOCK] + ATTENTION
+    expected += [f"conv{number}.weight" for number in (1, 2, 3)] if blocks == -1 else []
+    trained = {name for name, p in model.clip.named_parameters() if p.requires_grad}
+    assert trained == {f"visual.{name}" for name in expected} | {"logit_scale"}
+    model(batch_of(5, 64))["loss_clim"].backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
+    changed = {key for key, tensor in model.clip.state_dict().items() if not torch.equal(tensor, before[key])}
+    # The softmax over keys does not depend on the bias of the keys: its gradient is rounding.
+    assert trained - {"visual.attnpool.k_proj.bias"} <= changed <= trained
+
+
+def test_the_switch_is_of_resnets_only():
+    """A ViT has neither; the configuration passes the switch on."""
+    names = []
+    for name in ("clim-vit", "clim-resnet"):
+        models = [model_of(name, 1, canvas=128, freeze_output_and_norms=freeze) for freeze in (True, False)]
+        names += [{name for name, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert names[0] == names[1] and names[2] < names[3]
+    cfg = load_config("", [], add_clim_config)
+    for freeze in (True, False):
+        cfg.CLIM.FREEZE_OUTPUT_AND_NORMS, cfg.CLIM.TRAINABLE_BLOCKS, cfg.CLIM.CANVAS = freeze, 1, 128
+        model = build_pretraining(cfg, cases.teacher_of("clim-resnet"))
+        assert model.clip.visual.attnpool.v_proj.weight.requires_grad != freeze
 
 
 def test_mixed_precision_gives_a_float32_loss():
@@ -175,7 +214,7 @@ def test_logit_scale_is_clamped():
 def golden_tensors(name):
     """A batch of 32 as in the paper: the loss, embeddings, gradients, and the weights after a step of AdamW."""
     side, canvas, weight = GOLDEN_CASES[name]
-    model = model_of(name, blocks=1, grids=(2, 3, 4), singles=3, canvas=canvas)
+    model = model_of(name, blocks=1, grids=(2, 3, 4), singles=3, canvas=canvas, freeze_output_and_norms=False)
     batch = batch_of(32, side)
     rows, _ = model.embed(torch.stack([record["image"] for record in batch]))
     loss = model(batch)["loss_clim"]
@@ -257,6 +296,26 @@ def test_resume_with_other_settings(tmp_path, weights, captioned):
         cfg = cases.config(captioned, weights, tmp_path / "run", "SOLVER.MAX_ITER", 1, f"CLIM.{key}", value)
         with pytest.raises(DataError, match=f"run with other settings .CLIM.{key} .*, now .*resume it with its own"):
             run(cfg, resume=True)
+
+
+def test_resume_of_a_resnet_from_before_the_switch(tmp_path, captioned):
+    """Such a run trained all of the last stage and the pool: the settings of today are other ones."""
+    state = {name: tensor.contiguous() for name, tensor in cases.clip_of("clim-resnet").state_dict().items()}
+    save_file(state, str(tmp_path / "resnet.safetensors"))
+    options = ["MODEL.TEACHER.ARCHITECTURE", "clim-resnet", "CLIM.CANVAS", 64, "CLIM.FREEZE_OUTPUT_AND_NORMS"]
+    cfgs = [
+        cases.config(
+            captioned, tmp_path / "resnet.safetensors", tmp_path / "run", "SOLVER.MAX_ITER", 1, *options, freeze
+        )
+        for freeze in (False, True)
+    ]
+    trainer, _ = run(cfgs[0])
+    saved = trainer.state_dict()
+    del saved["settings"]["FREEZE_OUTPUT_AND_NORMS"]
+    trainer.load_state_dict(saved)
+    trainer.cfg = cfgs[1]
+    with pytest.raises(DataError, match="other settings .CLIM.FREEZE_OUTPUT_AND_NORMS False, now True"):
+        trainer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5])
