@@ -13,6 +13,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
@@ -24,8 +25,10 @@ from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # 
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
+from ovdet2.vocabulary.templates import clean_name
 from ovdet2.vocabulary.word_lists import Words
 
+FEW_WORDS = 8  # from so many words on, they compete with each other only
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -38,10 +41,18 @@ class Detector:
     >>> detector = Detector("ovshapes/vild_text_r18.yaml", "output/model_final.pth")
     >>> detector.set_vocabulary("striped moon, red star")
     >>> instances = detector.predict("photo.jpg")
+
+    A softmax over words compares the words of the vocabulary: of a single word it makes nearly everything that word.
+    If fewer than :data:`FEW_WORDS` words are set, the base words of the training therefore take part as competitors,
+    which are never detected themselves. Evaluations never use competitors.
     """
 
     def __init__(
-        self, config: str | Path | CfgNode, weights: str | Path | None = None, overrides: Sequence[Any] = ()
+        self,
+        config: str | Path | CfgNode,
+        weights: str | Path | None = None,
+        overrides: Sequence[Any] = (),
+        competitors: str = "auto",
     ) -> None:
         """
         Args:
@@ -49,9 +60,11 @@ class Detector:
                 CfgNode.
             weights: checkpoint; None or empty: the weights of the named detector, else MODEL.WEIGHTS.
             overrides: list [key, value, ...]; ignored if ``config`` is a CfgNode.
+            competitors: "auto", as the class describes, or "off". It changes nothing where each word has a probability of
+                its own (a sigmoid), as in the detectors of the DETR family.
 
         Raises:
-            UsageError: no weights are given.
+            UsageError: no weights are given, or ``competitors`` is something else.
             DataError: the weights cannot be read, are of another model, or of another embedding space.
         """
         if not isinstance(config, CfgNode):
@@ -65,16 +78,20 @@ class Detector:
         self.cfg = cfg
         self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
         AtomicCheckpointer(self.model).load_all(weights)
+        self.competitors = _checked(competitors)
+        self._known_words = self.model.vocabulary.words  # with their embeddings
         if cfg.MODEL.VOCABULARY.FILE:  # set() computes the base mask from the checkpoint: the file's may differ
-            self.model.vocabulary.set(self.model.vocabulary.words)
+            self._set(self._known_words, None, self.competitors)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The words of the vocabulary; ``pred_classes`` are indices into them."""
-        return self.model.vocabulary.names
+        """The words of the vocabulary, without competitors; ``pred_classes`` are indices into them."""
+        return self.model.vocabulary.names[: self.model.vocabulary.num_asked]
 
-    def set_vocabulary(self, words: Words | Vocabulary, templates: str | None = None) -> None:
+    def set_vocabulary(
+        self, words: Words | Vocabulary, templates: str | None = None, competitors: str | None = None
+    ) -> None:
         """Replace the vocabulary; the words need not be in any data set.
 
         A word that had training boxes counts as base, every other word as novel; the base mask of a vocabulary is
@@ -85,13 +102,32 @@ class Detector:
                 :func:`~ovdet2.vocabulary.read_words`), a vocabulary file (``.safetensors``), or a vocabulary. The
                 embeddings of a word and its synonyms ("sofa; couch") are averaged.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
+            competitors: "auto" or "off"; None: as given to the constructor.
 
         Raises:
             UsageError: no word, a duplicate word, an unknown template set.
             DataError: a file that cannot be read, or a vocabulary of another teacher.
         """
+        competitors = self.competitors if competitors is None else _checked(competitors)
         words = words_to_vocabulary(self.cfg, words, templates)
-        self.model.vocabulary.set(words, background_of(self.cfg, words, templates))
+        self._set(words, background_of(self.cfg, words, templates), competitors)
+
+    def _set(self, words: Vocabulary, background: Tensor | None, competitors: str) -> None:
+        wanted = competitors == "auto" and len(words) < FEW_WORDS and self.model.words_compete
+        self.model.vocabulary.set(words, background, self._base_words(words) if wanted else None)
+
+    def _base_words(self, asked: Vocabulary) -> Vocabulary | None:
+        """The base words of the training that are not among ``asked``; None if there are none."""
+        taken = set(map(clean_name, asked.names))
+        wanted = {name for name in self.model.vocabulary.trained_base_names if name not in taken}
+        known = self._known_words
+        rows = [row for row, name in enumerate(known.names) if clean_name(name) in wanted]
+        lacking = sorted(wanted - {clean_name(known.names[row]) for row in rows})
+        found = known.selected(rows) if rows else None
+        if not lacking:
+            return found
+        embedded = words_to_vocabulary(self.cfg, lacking)
+        return embedded if found is None else found.joined(embedded)
 
     @property
     def has_priors(self) -> bool:
@@ -168,6 +204,12 @@ class Detector:
             for part in self._priors:
                 part.give_present_words(sample, words)
         return sample
+
+
+def _checked(competitors: str) -> str:
+    if competitors not in ("auto", "off"):
+        raise UsageError(f'competitors is {competitors!r}: choose "auto" or "off".')
+    return competitors
 
 
 Predictor = Detector  # the name of earlier versions

@@ -12,6 +12,7 @@ from ovdet2.errors import UsageError
 OLD_KEYS = {
     "MODEL.OVD.SECOND_BRANCH": "MODEL.OVD.SECONDARY_SCORES",
     "MODEL.OVD.SECOND_BRANCH_USE": "MODEL.OVD.SECONDARY_USE",
+    "MODEL.OVD.SECOND_BRANCH_BACKGROUND": "MODEL.OVD.SECONDARY_BACKGROUND",
 }
 
 
@@ -110,6 +111,9 @@ def _add_ovd(cfg):
     # Use of the secondary scores: "fuse" (with the detector's scores by FUSION_*), "only" (they replace the detector's
     # scores), "only_objectness" (square root of secondary score times objectness).
     cfg.MODEL.OVD.SECONDARY_USE = "fuse"
+    # Background of secondary scores that have none ("image", "crops"): "none" (as ViLD published); "text" (times 1 minus
+    # the text branch's probability of background); "objectness" (times the RPN's objectness).
+    cfg.MODEL.OVD.SECONDARY_BACKGROUND = "none"
     # Exponent e of the secondary scores on base classes; the exponent of the detector's scores is 1 - e.
     cfg.MODEL.OVD.FUSION_BASE = 1.0 / 3.0
     # Exponent of the secondary scores on novel classes.
@@ -119,8 +123,8 @@ def _add_ovd(cfg):
 
 
 def _add_rpn(cfg):
-    """Pyramid and RPN of the two-stage detectors."""
-    # Norms and level p6 of the FPN of "build_clip_fpn_backbone". "detectron2": a norm after every convolution, p6 is p5
+    """Pyramid, RPN and box head of the two-stage detectors."""
+    # Norms and level p6 of the FPN of "build_clip_fpn_backbone" and "build_resnet_pyramid_backbone". "detectron2": a norm after every convolution, p6 is p5
     # subsampled. "output_norm": norms on the outputs only, p6 is a 3x3 convolution of stride 2 on p5 before its norm (the
     # releases of ViLD and F-VLM).
     cfg.MODEL.FPN.FORM = "detectron2"
@@ -133,6 +137,11 @@ def _add_rpn(cfg):
     cfg.MODEL.RPN.NORM = ""
     # Separate norms for each level of the pyramid; False shares one norm.
     cfg.MODEL.RPN.NORM_PER_LEVEL = True
+    # Norm after each FC of "NormalizedBoxHead": "" for none. MODEL.ROI_BOX_HEAD.NORM is that of the convolutions.
+    cfg.MODEL.ROI_BOX_HEAD.FC_NORM = ""
+    # The box loss of regions is divided by the number of "sampled" regions (Detectron2), or by that of the coordinates of
+    # "positives", four for each (the release of ViLD). They are equal if a quarter of the sampled regions is positive.
+    cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_AVERAGE = "sampled"
 
 
 def _add_detr(cfg):

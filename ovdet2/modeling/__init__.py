@@ -5,6 +5,7 @@ from ovdet2.modeling.build import build_classifier, build_teacher, build_vocabul
 from ovdet2.modeling.meta_arch.frozen_vlm_rcnn import FrozenVLMRCNN
 from ovdet2.modeling.meta_arch.open_vocabulary_deformable_detr import OpenVocabularyDeformableDETR
 from ovdet2.modeling.meta_arch.open_vocabulary_rcnn import OpenVocabularyRCNN
+from ovdet2.modeling.rcnn.box_head import NormalizedBoxHead
 from ovdet2.modeling.rcnn.mask_head import NormalizedMaskHead
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
 from ovdet2.modeling.rcnn.rpn_head import NormalizedRPNHead
@@ -14,6 +15,7 @@ __all__ = [
     "CLIPResNet",
     "CLIPViT",
     "FrozenVLMRCNN",
+    "NormalizedBoxHead",
     "NormalizedMaskHead",
     "NormalizedRPNHead",
     "OpenVocabularyDeformableDETR",

@@ -88,8 +88,8 @@ def _detr_rows() -> dict[str, Entry]:
     return rows
 
 
-def _on_vild_text(title: str, config: str) -> Entry:
-    return Entry(title, config, weights_of="vild_text")
+def _on(row: str, title: str, config: str) -> Entry:
+    return Entry(title, config, weights_of=row)
 
 
 ENTRIES = {
@@ -101,13 +101,22 @@ ENTRIES = {
     "closed_set": Entry("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Entry("ViLD-text", "ovshapes/vild_text_r18.yaml"),
     "vild_image": Entry("ViLD-image", "ovshapes/vild_image_r18.yaml", needs=("region_cache",)),
+    "vild_image_objectness": _on(
+        "vild_image", "ViLD-image, with objectness", "ovshapes/vild_image_objectness_r18.yaml"
+    ),
     "vild": Entry("ViLD", "ovshapes/vild_r18.yaml", needs=("region_cache",)),
     "vild_ensemble": Entry("ViLD-ensemble", "ovshapes/vild_ensemble_r18.yaml", needs=("region_cache",)),
-    "clip_on_crops": _on_vild_text("CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml"),
-    "clip_on_crops_objectness": _on_vild_text(
-        "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml"
+    **{
+        f"vild_ensemble_{kind}_background": _on(
+            "vild_ensemble", f"ViLD-ensemble, {title}", f"ovshapes/vild_ensemble_{kind}_background_r18.yaml"
+        )
+        for kind, title in (("text", "second head x (1 - background)"), ("objectness", "second head x objectness"))
+    },
+    "clip_on_crops": _on("vild_text", "CLIP on cropped proposals", "ovshapes/clip_on_crops_r18.yaml"),
+    "clip_on_crops_objectness": _on(
+        "vild_text", "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml"
     ),
-    "vild_text_clip": _on_vild_text("ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml"),
+    "vild_text_clip": _on("vild_text", "ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml"),
     **_detr_rows(),
     "fvlm": Entry("F-VLM", "ovshapes/fvlm_resnet.yaml"),
     "fvlm_detector": Entry("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", weights_of="fvlm"),

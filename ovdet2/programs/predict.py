@@ -34,7 +34,7 @@ from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
 from ovdet2.io.progress import progress_bar
-from ovdet2.predictor import Detector, to_rgb_array
+from ovdet2.predictor import FEW_WORDS, Detector, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
 from ovdet2.report.labels import fonts_for
 from ovdet2.vocabulary import parse_words
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     open_logs()
     output = Path(args.output)
     pictures = picture_paths(find_images(args.input), output)
-    detector = Detector(args.config_file, overrides=args.opts)
+    detector = Detector(args.config_file, overrides=args.opts, competitors=args.competitors)
     if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
     if args.vocabulary is not None:
@@ -109,6 +109,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--overlap", type=float, default=0.6, help="IoU threshold of the class-agnostic NMS across words (0.6)"
+    )
+    parser.add_argument(
+        "--competitors",
+        choices=("auto", "off"),
+        default="auto",
+        help=f"with fewer than {FEW_WORDS} words, base words of the training compete with them (auto)",
     )
     add_overrides(parser)
     return parser.parse_args(argv)

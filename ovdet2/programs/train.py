@@ -20,7 +20,6 @@ from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.zoo import DETECTORS
 
-
 _EVALUATE = """Evaluate a trained detector.
 
     ovdet2 eval --config-file ovcoco/vild_text_r50.yaml --num-gpus 8 MODEL.WEIGHTS model_final.pth

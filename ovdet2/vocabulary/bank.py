@@ -31,6 +31,8 @@ class WordBank(nn.Module):
 
     Attributes:
         words: the :class:`Vocabulary`.
+        num_asked: the first words, whose detections are wanted; the others compete with them for the probability of a
+            region, and are never detected. K, but with competitors given to :meth:`set`.
         embeddings: Tensor [K, D] float32, unit rows.
         base_mask: Tensor [K] bool.
         background: Tensor [D], unit embedding of the word "background"; None for a detector that does not need it.
@@ -40,6 +42,7 @@ class WordBank(nn.Module):
     """
 
     words: Vocabulary
+    num_asked: int
     embeddings: Tensor
     base_mask: Tensor
     manifest: Tensor
@@ -95,13 +98,16 @@ class WordBank(nn.Module):
             raise UsageError(f"training needs base words first, but the base mask is {self.words.base_mask.tolist()}.")
         return self.embeddings[:count]
 
-    def set(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
+    def set(
+        self, vocabulary: Vocabulary, background: Tensor | None = None, competitors: Vocabulary | None = None
+    ) -> None:
         """Replace the words. Words that had training boxes become base; the vocabulary's base mask is ignored.
 
         Args:
             vocabulary: :class:`Vocabulary`.
             background: Tensor [D] as in the constructor; None keeps the current one, which is correct if the prompts
                 are the same.
+            competitors: further words, which are never detected: see :attr:`num_asked`.
 
         Raises:
             UsageError: ``vocabulary`` is no :class:`Vocabulary`.
@@ -115,7 +121,12 @@ class WordBank(nn.Module):
                 f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model "
                 f"{self.embeddings.shape[1]}: embed the words with the model's teacher."
             )
+        asked = len(vocabulary)
+        if competitors is not None and len(competitors):
+            require_same_teacher(self.teacher, "the model", competitors.teacher, "the competitors")
+            vocabulary = vocabulary.joined(competitors)
         self._store(self._with_trained_mask(vocabulary), background)
+        self.num_asked = asked
 
     def adopt_saved_vocabulary(self, saved: Mapping[str, Tensor]) -> None:
         """Check the vocabulary of a checkpoint, and store which words had training boxes (see the class).
@@ -155,7 +166,7 @@ class WordBank(nn.Module):
 
     def _store(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
         device = self.embeddings.device if self.embeddings is not None else None
-        self.words = vocabulary
+        self.words, self.num_asked = vocabulary, len(vocabulary)
         self.embeddings = vocabulary.embeddings.float().to(device)
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)

@@ -136,6 +136,17 @@ class Vocabulary:
             synonyms=synonyms,
         )
 
+    def selected(self, rows: Sequence[int]) -> Vocabulary:
+        """The words at some positions, in that order."""
+        return replace(
+            self,
+            names=tuple(self.names[row] for row in rows),
+            base_mask=self.base_mask[list(rows)],
+            embeddings=self.embeddings[list(rows)],
+            category_ids=self.category_ids and tuple(self.category_ids[row] for row in rows),
+            synonyms=self.synonyms and tuple(self.synonyms[row] for row in rows),
+        )
+
     def joined(self, others: Vocabulary) -> Vocabulary:
         """This vocabulary followed by the words of ``others``, of the same teacher; their category ids become -1, -2,
         ..."""

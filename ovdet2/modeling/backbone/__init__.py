@@ -1,6 +1,6 @@
 """Backbones in addition to Detectron2's; importing this package registers them."""
 
-from ovdet2.modeling.backbone.clip_pyramid import CLIPPyramid, build_clip_fpn_backbone
+from ovdet2.modeling.backbone.clip_pyramid import CLIPPyramid, build_clip_fpn_backbone, build_resnet_pyramid_backbone
 from ovdet2.modeling.backbone.clip_resnet import CLIPResNet, build_clip_resnet_backbone
 from ovdet2.modeling.backbone.clip_vit import CLIPViT
 from ovdet2.modeling.backbone.timm_swin import TimmSwin, build_timm_swin_backbone
@@ -12,5 +12,6 @@ __all__ = [
     "TimmSwin",
     "build_clip_fpn_backbone",
     "build_clip_resnet_backbone",
+    "build_resnet_pyramid_backbone",
     "build_timm_swin_backbone",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
 from torch import nn
 
@@ -124,6 +124,12 @@ def build_fpn(cfg: CfgNode, bottom_up: Backbone) -> FPN:
     if fpn.FORM == "output_norm":
         return OutputNormFPN(bottom_up, fpn.IN_FEATURES, fpn.OUT_CHANNELS, fpn.NORM, fuse_type=fpn.FUSE_TYPE)
     raise UsageError(f'MODEL.FPN.FORM is {fpn.FORM!r}: choose "detectron2" or "output_norm".')
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_pyramid_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's ResNet with the FPN of MODEL.FPN.FORM; with "detectron2" it is its "build_resnet_fpn_backbone"."""
+    return build_fpn(cfg, build_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()

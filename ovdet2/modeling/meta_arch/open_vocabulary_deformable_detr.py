@@ -116,6 +116,11 @@ class OpenVocabularyDeformableDETR(nn.Module):
         }
 
     @property
+    def words_compete(self) -> bool:
+        """False: each word has a sigmoid of its own."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """Device of the model."""
         return self.pixel_mean.device

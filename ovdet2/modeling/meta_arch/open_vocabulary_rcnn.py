@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from ovdet2.config import check_methods, methods_of
 from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
 from ovdet2.errors import UsageError
+from ovdet2.layers import CosineClassifier
 from ovdet2.modeling.build import build_word_bank
 from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
-from ovdet2.modeling.rcnn.rpn_head import require_norm_is_read
+from ovdet2.modeling.rcnn.rpn_head import require_norms_are_read
 from ovdet2.modeling.square import checked_side, pad_to_square
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
@@ -82,7 +83,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
             UsageError: settings of the heads or of a method contradict each other.
         """
         check_methods(cfg)
-        require_norm_is_read(cfg)
+        require_norms_are_read(cfg)
         _require_form_is_read(cfg)
         backbone = build_backbone(cfg)
         bank = build_word_bank(cfg, vocabulary)
@@ -108,6 +109,12 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def vocabulary(self) -> WordBank:
         """The detector's words; ``model.vocabulary.set(v)`` changes them."""
         return self.roi_heads.classifier.vocabulary
+
+    @property
+    def words_compete(self) -> bool:
+        """Whether the score of a word depends on the other words of the vocabulary, which may be exchanged."""
+        classifier = self.roi_heads.classifier
+        return isinstance(classifier, CosineClassifier) and not classifier.per_word
 
     def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """

@@ -7,6 +7,7 @@ Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from ovdet2.modeling.losses import background_weighted_cross_entropy, federated_
 Classifier = CosineClassifier | ClosedSetClassifier
 
 SECONDARY_USES = ("fuse", "only", "only_objectness")
+SECONDARY_BACKGROUNDS = ("none", "text", "objectness")
+BOX_AVERAGES = ("sampled", "positives")
 
 
 class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
@@ -50,6 +53,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         *,
         classifier: Classifier,
         secondary_use: str = "fuse",
+        secondary_background: str = "none",
+        box_average: str = "sampled",
         fusion_base: float = 1 / 3,
         fusion_novel: float = 2 / 3,
         renormalize: bool = False,
@@ -63,6 +68,9 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             input_shape: :class:`ShapeSpec` of the box head's output.
             classifier: module, [R, C] -> logits with background last.
             secondary_use: what to do with ``secondary_probs``, one of SECONDARY_USES.
+            secondary_background: what the secondary scores are multiplied by, one of SECONDARY_BACKGROUNDS: nothing, 1
+                minus the classifier's probability of background, or the objectness of the proposal.
+            box_average: the box loss is averaged over all sampled regions, or over the coordinates of positive ones.
             fusion_base, fusion_novel: exponents of the secondary scores in "fuse".
             renormalize: in "fuse", normalise the fused scores and the background score of a region to sum 1.
             background_weight: weight of the cross-entropy of background regions; the mean is over all regions.
@@ -71,10 +79,20 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             kwargs: as of :class:`FastRCNNOutputLayers`.
         """
         super().__init__(input_shape, num_classes=classifier.num_training_classes, cls_agnostic_bbox_reg=True, **kwargs)
-        if secondary_use not in SECONDARY_USES:
+        _require_choice("MODEL.OVD.SECONDARY_USE", secondary_use, SECONDARY_USES)
+        _require_choice("MODEL.OVD.SECONDARY_BACKGROUND", secondary_background, SECONDARY_BACKGROUNDS)
+        _require_choice("MODEL.ROI_BOX_HEAD.BBOX_REG_AVERAGE", box_average, BOX_AVERAGES)
+        if secondary_background != "none" and secondary_use == "only_objectness":
             raise UsageError(
-                f"MODEL.OVD.SECONDARY_USE is {secondary_use!r}: choose one of {', '.join(SECONDARY_USES)}."
+                'MODEL.OVD.SECONDARY_USE "only_objectness" keeps background low already: set SECONDARY_BACKGROUND to none.'
             )
+        if secondary_background == "text" and classifier.per_word:
+            raise UsageError(
+                'MODEL.OVD.SECONDARY_BACKGROUND "text" needs a background class, which CLS_LOSS "sigmoid" has not: choose '
+                '"objectness".'
+            )
+        self.secondary_background = secondary_background
+        self.box_average = box_average
         self.cls_score = classifier
         self.secondary_use = secondary_use
         self.fusion_base = fusion_base
@@ -95,6 +113,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         return arguments | {
             "classifier": classifier,
             "secondary_use": cfg.MODEL.OVD.SECONDARY_USE,
+            "secondary_background": cfg.MODEL.OVD.SECONDARY_BACKGROUND,
+            "box_average": cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_AVERAGE,
             "fusion_base": cfg.MODEL.OVD.FUSION_BASE,
             "fusion_novel": cfg.MODEL.OVD.FUSION_NOVEL,
             "renormalize": cfg.MODEL.OVD.FUSION_RENORMALIZE,
@@ -135,7 +155,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
     def _with_secondary_probs(self, probs: Tensor, proposals: Instances) -> Tensor:
         if not proposals.has("secondary_probs"):
             return probs
-        secondary = proposals.secondary_probs
+        secondary = self._with_background(proposals.secondary_probs, probs, proposals)
         if self.secondary_use == "fuse":
             mask = self.cls_score.vocabulary.base_mask
             exponents = fusion_exponents(mask, self.fusion_base, self.fusion_novel)
@@ -143,6 +163,31 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         if self.secondary_use == "only_objectness":  # the geometric mean of objectness and class probability
             secondary = (secondary * proposals.objectness_logits.float().sigmoid()[:, None]).sqrt()
         return fuse_scores(probs, secondary, 1.0)
+
+    def _with_background(self, secondary: Tensor, probs: Tensor, proposals: Instances) -> Tensor:
+        """Secondary scores [R, K] times what SECONDARY_BACKGROUND says.
+
+        Raises:
+            UsageError: a factor is asked for, and the secondary scores [R, K + 1] have a background.
+        """
+        if self.secondary_background == "none":
+            return secondary
+        if secondary.shape[1] == probs.shape[1]:
+            raise UsageError(
+                f'MODEL.OVD.SECONDARY_BACKGROUND is "{self.secondary_background}", but these secondary scores have a '
+                'background: set it to "none".'
+            )
+        if self.secondary_background == "text":
+            return secondary * (1 - probs[:, -1:])
+        return secondary * proposals.objectness_logits.float().sigmoid()[:, None]
+
+    def box_reg_loss(self, proposal_boxes: Tensor, gt_boxes: Tensor, pred_deltas: Tensor, gt_classes: Tensor) -> Tensor:
+        """See :class:`FastRCNNOutputLayers`; averaged as the constructor's ``box_average`` says."""
+        loss = super().box_reg_loss(proposal_boxes, gt_boxes, pred_deltas, gt_classes)
+        if self.box_average == "sampled":
+            return loss
+        positive = ((gt_classes >= 0) & (gt_classes < self.num_classes)).sum()
+        return loss * gt_classes.numel() / (4 * positive).clamp(min=1)
 
     def inference(
         self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]
@@ -160,8 +205,8 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         for boxes, probs, image in zip(boxes_of_images, self.predict_probs(predictions, proposals), proposals):
             clipped = Boxes(boxes.float())
             clipped.clip(image.image_size)
-            scores = probs[:, :-1]
-            if not (torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+            scores = probs[:, : self.cls_score.vocabulary.num_asked]  # without competitors and background
+            if not (torch.isfinite(probs).all() and torch.isfinite(boxes).all()):
                 raise NumericalError(
                     "a detection has a score or box that is not finite: the training has diverged; "
                     "use an earlier checkpoint."
@@ -176,6 +221,11 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             )
             kept.append(regions)
         return results, kept
+
+
+def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{key} is {value!r}: choose one of {', '.join(choices)}.")
 
 
 def federated_weights(cfg: CfgNode, classifier: Classifier) -> Tensor | None:

@@ -81,13 +81,18 @@ class NormalizedRPNHead(StandardRPNHead):
         return logits, deltas
 
 
-def require_norm_is_read(cfg: CfgNode) -> None:
-    """Refuse a norm that the RPN head does not read.
+def require_norms_are_read(cfg: CfgNode) -> None:
+    """Refuse a norm that the head of the RPN or of the boxes does not read.
 
     Raises:
-        UsageError: MODEL.RPN.NORM with another head.
+        UsageError: MODEL.RPN.NORM or MODEL.ROI_BOX_HEAD.FC_NORM with another head.
     """
-    rpn = cfg.MODEL.RPN
+    rpn, box_head = cfg.MODEL.RPN, cfg.MODEL.ROI_BOX_HEAD
+    if box_head.FC_NORM and box_head.NAME != "NormalizedBoxHead":
+        raise UsageError(
+            f"MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME}, which does not read MODEL.ROI_BOX_HEAD.FC_NORM "
+            f'({box_head.FC_NORM}): set it to NormalizedBoxHead, or the norm to "".'
+        )
     if rpn.NORM and rpn.HEAD_NAME != NormalizedRPNHead.__name__:
         raise UsageError(
             f"MODEL.RPN.HEAD_NAME is {rpn.HEAD_NAME}, which does not read MODEL.RPN.NORM ({rpn.NORM}): set it to "
