@@ -21,8 +21,16 @@ TABLE_4 = {  # priors, contrast, score, focal loss
 }
 
 
+PUBLISHED = {  # the same rows with the class branch of the published code: priors, contrast, score
+    "cckt_priors_published_r18": (True, "none", "class"),
+    "cckt_full_class_published_r18": (True, "instance", "class"),
+    "cckt_contrast_published_r18": (False, "instance", "similarity"),
+    "cckt_full_published_r18": (True, "instance", "similarity"),
+}
+
+
 def test_all_of_them_were_found():
-    assert len(NAMES) == 10 and "ovlvis/cckt_r50.yaml" in NAMES
+    assert len(NAMES) == 14 and "ovlvis/cckt_r50.yaml" in NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,3 +60,37 @@ def test_rows_of_table_4_differ_in_nothing_else(name):
     cfg.MODEL.CCKT, cfg.OUTPUT_DIR = plain.MODEL.CCKT, plain.OUTPUT_DIR
     cfg.TEST.EXPECTED_RESULTS = plain.TEST.EXPECTED_RESULTS
     assert cfg.dump() == plain.dump()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows_differ_from_ours_in_class_branch_and_its_loss(name):
+    cfg, ours = load_config(f"ovshapes/{name}.yaml"), load_config("ovshapes/cckt_full_r18.yaml")
+    cckt = cfg.MODEL.CCKT
+    assert (cckt.PRIORS, cckt.CONTRAST, cckt.SCORE) == PUBLISHED[name]
+    assert (cfg.MODEL.OVD.CLASSIFIER, cckt.CLASS_LOSS_ON, cckt.SIMILARITY_BIAS) == ("closed_set", "class", 0.0)
+    assert bool(cckt.PRIOR_FILE) == cckt.PRIORS and bool(cckt.REGION_CACHE) == (cckt.CONTRAST != "none")
+    for key in ("PRIORS", "CONTRAST", "SCORE", "PRIOR_FILE", "REGION_CACHE", "CLASS_LOSS_ON", "SIMILARITY_BIAS"):
+        cckt[key] = ours.MODEL.CCKT[key]
+    cfg.MODEL.OVD.CLASSIFIER, cfg.OUTPUT_DIR = ours.MODEL.OVD.CLASSIFIER, ours.OUTPUT_DIR
+    cfg.TEST.EXPECTED_RESULTS = ours.TEST.EXPECTED_RESULTS
+    assert cfg.dump() == ours.dump()
+
+
+@torch.no_grad()
+def test_the_published_class_branch_does_not_read_words_and_the_similarity_does():
+    """Rows 3 and 5 can therefore differ: the text branch of our rows reads the words, as the similarity does."""
+
+    def change(name):
+        """Largest change of a detection score if the embeddings of the words change their places."""
+        model = built(name, *NARROW, "MODEL.CCKT.PRIORS", "False")[1].eval()  # priors read words, too
+        for head in (*model.cckt.heads, *model.network.class_branches):
+            torch.nn.init.normal_(head.projection.weight if hasattr(head, "projection") else head.weight)
+        scores = []
+        for _ in range(2):
+            scores.append(model(samples(1))[0]["instances"].scores)
+            model.cckt.bank.embeddings.copy_(model.cckt.bank.embeddings.roll(1, dims=1))
+        return (scores[0] - scores[1]).abs().max().item()
+
+    assert change("ovshapes/cckt_full_class_published_r18.yaml") == 0
+    for name in ("cckt_full_published_r18", "cckt_full_class_r18", "cckt_full_r18"):
+        assert change(f"ovshapes/{name}.yaml") > 1e-3, name
