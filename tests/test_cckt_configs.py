@@ -1,5 +1,6 @@
 """The configurations of CCKT-Det: each builds, detects, and has the parts that its row of the table says."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_published_rows_differ_from_ours_in_class_branch_and_its_loss(name):
     cfg.MODEL.OVD.CLASSIFIER, cfg.OUTPUT_DIR = ours.MODEL.OVD.CLASSIFIER, ours.OUTPUT_DIR
     cfg.TEST.EXPECTED_RESULTS = ours.TEST.EXPECTED_RESULTS
     assert cfg.dump() == ours.dump()
+
+
+def test_the_published_form_in_the_header_of_ov_coco_is_a_configuration():
+    """Closed class branch, raw features, one crop of each class, and neck and words at a tenth of the rate."""
+    header = (CONFIGS / "ovcoco" / "cckt_r50.yaml").read_text(encoding="utf-8").split("_BASE_")[0]
+    lines = [line.removeprefix("#").strip() for line in header.splitlines()]
+    words = shlex.split(" ".join(line for line in lines if line.startswith(("MODEL.OVD.CLASSIFIER", "SOLVER."))))
+    cfg, model = built("ovcoco/cckt_r50.yaml", *NARROW, *words)
+    assert (cfg.MODEL.CCKT.CONTRAST, model.cckt.contrast_temperature) == ("class", pytest.approx(0.07 / 20))
+    assert {type(branch).__name__ for branch in model.network.class_branches} == {"ClosedSetBranch"}
+    found = rates(cfg, model)
+    slow = {name for name, (rate, _) in found.items() if rate == pytest.approx(cfg.SOLVER.BASE_LR / 10)}
+    assert {name for name in found if ".neck." in name or ".priors." in name} < slow
+    assert not any(".heads." in name or ".class_branches." in name for name in slow)
 
 
 @torch.no_grad()
