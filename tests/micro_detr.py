@@ -49,9 +49,9 @@ def imported(model):
     return ours
 
 
-def detector(variant, weights):
+def detector(variant, weights, **changes):
     """Detectron2's R50 and the small transformer of a variant, with closed-set branches."""
-    transformer = small_transformer(variant)
+    transformer = small_transformer(variant, **changes)
     branches = [ClosedSetBranch(SIZES["dim"], CLASSES) for _ in range(transformer.num_branches)]
     neck = MultiScaleNeck([512, 1024, 2048], SIZES["dim"])
     return DeformableDETR(trunk_of(weights), neck, transformer, branches, ["res3", "res4", "res5"])

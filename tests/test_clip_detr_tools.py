@@ -88,8 +88,10 @@ def test_every_row_of_the_paper_is_a_configuration():
         for name, keys in rows.items():
             overrides = [part for key, value in keys.items() for part in (f"MODEL.CLIP_DETR.{key}", str(value))]
             found[table, name] = load_config(CONFIG, overrides).MODEL.CLIP_DETR
-    assert len(found) == 28 and found[4, "baseline"].ALIGN_WEIGHT == found[4, "baseline"].DYNAMIC_WEIGHT == 0
+    assert len(found) == 29 and found[4, "baseline"].ALIGN_WEIGHT == found[4, "baseline"].DYNAMIC_WEIGHT == 0
     assert {clip.RHO for (table, _), clip in found.items() if table == 8} == {0.1, 0.4, 0.8, 1.0, 1.5}
+    assert {clip.SHIFT for (table, _), clip in found.items() if table} == {"literal"}  # as the paper's
+    assert {clip.SHIFT for (table, _), clip in found.items() if table == 0} == {"literal", "signed", "corners"}
 
 
 @pytest.mark.parametrize("options, words", [

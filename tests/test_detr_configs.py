@@ -94,3 +94,17 @@ def test_the_closed_set_needs_no_weights_of_clip(tmp_path, monkeypatch):
     write(tmp_path / "coco" / "annotations" / "instances_val2017.json", whole)
     vocabulary = build_vocabulary(load_config("coco/deformable_detr_r50.yaml"))
     assert (len(vocabulary), vocabulary.num_base) == (80, 80)
+
+
+def test_plus_plus_has_the_width_of_the_public_codes():
+    """2,048 in all configurations of Deformable DETR++ at full scale, the rows of CLIP-DETR included; 1,024 elsewhere."""
+    widths = {}
+    for path in CONFIGS.rglob("*.yaml"):
+        cfg = load_config(str(path))
+        if (
+            path.parent.name not in ("base", "ovshapes")
+            and cfg.MODEL.META_ARCHITECTURE == "OpenVocabularyDeformableDETR"
+        ):
+            widths.setdefault(cfg.MODEL.DETR.VARIANT, {})[path] = cfg.MODEL.DETR.FFN_DIM
+    assert set(widths["plus_plus"].values()) == {2048} and len(widths["plus_plus"]) == 10
+    assert {width for variant in ("one_stage", "refine", "two_stage") for width in widths[variant].values()} == {1024}

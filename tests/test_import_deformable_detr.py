@@ -2,18 +2,23 @@
 
 import argparse
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ovdet2.engine.checkpoint import AtomicCheckpointer
-from ovdet2.errors import DataError
+from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_safetensors
 from ovdet2.modeling.detr.import_weights import import_weights
 from ovdet2.programs import import_deformable_detr as tool
-from tests.micro_detr import CLASSES, SIZES, detector, published
+from tests import micro
+from tests.micro_detr import CLASSES, QUERIES, SIZES, detector, published
+from tests.test_detr_build import model_of
 
+CONTENT = "transformer.query_maker.content"
 VARIANTS = ["one_stage", "refine", "two_stage"]
 _OFFICIAL_NAMES = [
     (r"model\.backbone\.model\.", "backbone.0.body."),
@@ -175,3 +180,82 @@ def test_the_tool_writes_what_the_checkpointer_loads(tmp_path, capsys, kind):
 def test_sizes_are_read_off_the_weights():
     imported, _ = import_weights(published("one_stage").state_dict())
     assert imported["transformer.level_embed"].shape == (SIZES["levels"], SIZES["dim"])
+
+
+def h_deformable_detr(rows):
+    """Weights of a small H-Deformable-DETR by a formula, under its names: the official ones of two stages, a learned
+    content of ``rows`` queries, and an encoding of boxes of 2 C channels."""
+    weights = as_official(published("two_stage").state_dict())
+    weights["query_embed.weight"] = torch.zeros(rows, SIZES["dim"], dtype=torch.float64)
+    filled = {}
+    for number, (name, value) in enumerate(sorted(weights.items())):
+        if "backbone" in name or not value.is_floating_point():
+            filled[name] = value
+            continue
+        wave = micro.wave(value.shape, 0.3 + 0.01 * number).double()
+        filled[name] = wave * (1.5 / value[0].numel() ** 0.5) if value.ndim > 1 else value + 0.1 * wave
+    for name in list(filled):  # the repository saves both names of one layer
+        copy = name.removeprefix("transformer.decoder.")
+        if copy != name and copy in filled:
+            filled[name] = filled[copy]
+    return filled
+
+
+@torch.no_grad()
+def test_weights_of_h_deformable_detr():
+    """Content of the first queries, positions from the first half of a layer norm over 2 C; all else as two stages."""
+    weights = h_deformable_detr(rows=QUERIES + 8)
+    imported, variant = import_weights(weights, num_queries=QUERIES)
+    assert variant == "plus_plus" and len(import_weights(weights)[0][CONTENT]) == QUERIES + 8
+    assert torch.equal(imported[CONTENT], weights["query_embed.weight"][:QUERIES])
+    ours = detector("plus_plus", imported, wide_position=True).double().eval()
+    ours.load_state_dict(imported)
+    with pytest.raises(RuntimeError, match="box_norm"):  # without the setting the sizes do not fit
+        detector("plus_plus", imported).load_state_dict(imported)
+    # The positions, stated with numpy; the wavelengths of the model are float32.
+    maker, boxes = ours.transformer.query_maker, torch.tensor([[[0.4, 0.3, 0.2, 0.5]]], dtype=torch.float64)
+    half = SIZES["dim"] // 2
+    angles = 2 * np.pi * boxes[0, 0].numpy()[:, None] / 10_000 ** (2 * (np.arange(half) // 2) / half)
+    encoded = np.where(np.arange(half) % 2, np.cos(angles), np.sin(angles)).reshape(-1)
+    linear, norm = ("transformer.pos_trans", "transformer.pos_trans_norm")
+    hidden = weights[f"{linear}.weight"].numpy() @ encoded + weights[f"{linear}.bias"].numpy()
+    hidden = (hidden - hidden.mean()) / np.sqrt(hidden.var() + 1e-5)
+    wanted = (hidden * weights[f"{norm}.weight"].numpy() + weights[f"{norm}.bias"].numpy())[: SIZES["dim"]]
+    np.testing.assert_allclose(maker.encode_position(boxes)[0, 0].numpy(), wanted, atol=1e-6)
+    # Everything else: the two-stage detector, which is compared with transformers elsewhere, with the learned content.
+    two_stage, found = import_weights({name: w for name, w in weights.items() if name != "query_embed.weight"})
+    other = detector(found, two_stage).double().eval()
+    other.load_state_dict(two_stage)
+    torch.manual_seed(0)
+    features = [
+        torch.randn(1, SIZES["dim"], *shape, dtype=torch.float64) for shape in ((8, 12), (4, 6), (2, 3), (1, 2))
+    ]
+    memory = ours.transformer.encode(features, [torch.zeros(1, *f.shape[-2:], dtype=torch.bool) for f in features])
+    queries = other.transformer.queries(memory)
+    queries = replace(queries, content=weights["query_embed.weight"][None, :QUERIES])
+    expected = other.transformer.decode(memory, queries)
+    got = ours.transformer.decode(memory, ours.transformer.queries(memory))
+    torch.testing.assert_close(got.boxes_cxcywh, expected.boxes_cxcywh, atol=1e-12, rtol=0)
+    torch.testing.assert_close(got.hidden, expected.hidden, atol=1e-12, rtol=0)
+    logits = ours.class_branches[-1](got.hidden[-1])
+    torch.testing.assert_close(logits, other.class_branches[-1](expected.hidden[-1]), atol=1e-12, rtol=0)
+
+
+def test_more_learned_queries_than_the_file_has():
+    with pytest.raises(DataError, match="the first 300 learned queries are requested, but the file has 12"):
+        import_weights(h_deformable_detr(rows=12), num_queries=300)
+    with pytest.raises(DataError, match="the file has 0"):
+        import_weights(published("two_stage").state_dict(), num_queries=300)
+
+
+def test_the_tool_imports_h_deformable_detr_for_its_configuration(tmp_path, capsys):
+    source, output = tmp_path / "source.pth", tmp_path / "out.safetensors"
+    torch.save({"model": h_deformable_detr(rows=QUERIES + 8)}, source)
+    manifest = tool.main([str(source), "--output", str(output), "--queries", str(QUERIES)])
+    assert manifest["variant"] == "plus_plus" and manifest["num_queries"] == QUERIES
+    assert "Set MODEL.DETR.WIDE_POSITION True" in capsys.readouterr().out
+    wide = ["MODEL.DETR.VARIANT", "plus_plus", "MODEL.DETR.WIDE_POSITION", "True"]
+    maker = model_of(*wide).network.transformer.query_maker
+    assert maker.box_norm.normalized_shape == (2 * maker.dim,)
+    with pytest.raises(UsageError, match="WIDE_POSITION is a setting of plus_plus"):
+        model_of("MODEL.DETR.VARIANT", "refine", "MODEL.DETR.WIDE_POSITION", "True")

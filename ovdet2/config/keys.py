@@ -167,6 +167,9 @@ def _add_detr(cfg):
     cfg.MODEL.DETR.POINTS = 4
     # Kernel of deformable attention: "auto" (by device; the log names it), "bag", "grid_sample" or "triton".
     cfg.MODEL.DETR.ATTENTION_KERNEL = "auto"
+    # plus_plus: positions are the first half of a layer norm over 2 DIM channels, as in H-Deformable-DETR, whose
+    # weights need it; False: a layer norm over DIM channels.
+    cfg.MODEL.DETR.WIDE_POSITION = False
     # Hidden width of the feed-forward blocks.
     cfg.MODEL.DETR.FFN_DIM = 1024
     # Dropout in attention and in the feed-forward blocks.

@@ -79,6 +79,7 @@ def _detr_rows() -> dict[str, Entry]:
             needs=(priors,),
             weights_of="cckt_full",
         ),
+        **_cckt_published_rows(cache, priors),
     }
     heads = {"closed": ("closed head", ()), "text": ("text head", ()), "cckt": ("on CCKT-Det", (cache, priors))}
     for head, (of, needs) in heads.items():
@@ -86,6 +87,26 @@ def _detr_rows() -> dict[str, Entry]:
             config = f"ovshapes/clip_detr_{part}_{head}_r18.yaml"
             rows[f"clip_detr_{part}_{head}"] = Entry(f"CLIP-DETR: {title}, {of}", config, needs=needs)
     return rows
+
+
+def _cckt_published_rows(cache: str, priors: str) -> dict[str, Entry]:
+    """Rows 2 to 5 of CCKT-Det's Table 4 with the class branch of the published code, a closed one."""
+    of = "CCKT-Det, published class branch:"
+    return {
+        "cckt_priors_published": Entry(f"{of} priors", "ovshapes/cckt_priors_published_r18.yaml", needs=(priors,)),
+        "cckt_contrast_published": Entry(
+            f"{of} contrast, similarity", "ovshapes/cckt_contrast_published_r18.yaml", needs=(cache,)
+        ),
+        "cckt_full_published": Entry(
+            f"{of} priors, contrast, similarity", "ovshapes/cckt_full_published_r18.yaml", needs=(cache, priors)
+        ),
+        "cckt_full_class_published": Entry(
+            f"{of} priors, contrast, class branch",
+            "ovshapes/cckt_full_class_published_r18.yaml",
+            needs=(priors,),
+            weights_of="cckt_full_published",
+        ),
+    }
 
 
 def _on(row: str, title: str, config: str) -> Entry:

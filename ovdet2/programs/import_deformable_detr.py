@@ -1,16 +1,21 @@
-r"""Import the weights of a published Deformable DETR: official checkpoints and those of ``transformers``.
+r"""Import the weights of a published Deformable DETR: official ones, H-Deformable-DETR's and those of ``transformers``.
 
     # keep the classes of a registered data set, in its order; then measure the published figure on COCO
     ovdet2 import-weights r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \
         --dataset closed_coco_2017_val --output r50.safetensors
     ovdet2 eval --config-file coco/deformable_detr_r50_refine.yaml MODEL.WEIGHTS r50.safetensors
+    # H-Deformable-DETR: its queries after the first 300 take part in training only
+    ovdet2 import-weights r50_hybrid_branch_lambda1_group6_t1500_..._12eps.pth --queries 300 \
+        --dataset closed_coco_2017_val --output h_detr.safetensors
+    ovdet2 eval --config-file coco/deformable_detr_r50_plus_plus_12ep.yaml MODEL.DETR.WIDE_POSITION True \
+        MODEL.WEIGHTS h_detr.safetensors
     # keep all 91 rows of the class layers, one per COCO id
     ovdet2 import-weights model.safetensors --output r50_91.safetensors
     # keep everything but the class layers, for a detector with a text branch
     ovdet2 import-weights model.safetensors --without-classes --output r50_text.safetensors
 
-The output is a file for MODEL.WEIGHTS. The variant (one_stage, refine, two_stage) is inferred from the weights and
-printed: set MODEL.DETR.VARIANT to it. A file with unknown or missing weights is refused.
+The output is a file for MODEL.WEIGHTS. The variant (one_stage, refine, two_stage, plus_plus) is inferred from the weights
+and printed: set MODEL.DETR.VARIANT to it, with plus_plus also MODEL.DETR.WIDE_POSITION to True. A file with unknown or missing weights is refused.
 
 Exit codes: 2 usage, 3 data.
 """
@@ -36,12 +41,13 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     classes = parser.add_mutually_exclusive_group()
     classes.add_argument("--dataset", help="registered data set whose category ids select rows of the class layers")
     classes.add_argument("--without-classes", action="store_true", help="drop the class layers")
+    parser.add_argument("--queries", type=int, help="keep only the first learned queries")
     parser.add_argument("--prefix", default="network.", help="prefix of every name that is written (network.)")
     args = parser.parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
     rows = [] if args.without_classes else class_rows(args.dataset)
-    weights, variant = import_weights(read_weights(args.weights)["model"], rows)
+    weights, variant = import_weights(read_weights(args.weights)["model"], rows, args.queries)
     manifest = {
         "schema": SCHEMA,
         "source_sha256": sha256_file(args.weights),
@@ -53,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     write_safetensors(args.output, {f"{args.prefix}{name}": value for name, value in weights.items()}, manifest)
     count = "all rows" if rows is None else f"{len(rows)} rows"
     print(f"{args.output}: {len(weights)} tensors, variant {variant}, {count} of the class layers")
+    if variant == "plus_plus":
+        print("Set MODEL.DETR.WIDE_POSITION True for these weights.")
     return manifest
 
 

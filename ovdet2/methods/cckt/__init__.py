@@ -53,8 +53,13 @@ class CCKTDet(Method):
         # Factor of the initial weights of the words' projection, beside Xavier's. With 1, the published code's, a word
         # starts at some hundredths of the norm of the learned content, and a short training hardly reads it.
         cfg.MODEL.CCKT.PRIOR_GAIN = 1.0
-        # tau of similarities and of the contrast.
+        # tau of similarities.
         cfg.MODEL.CCKT.TEMPERATURE = 0.07
+        # tau of the contrast; 0: TEMPERATURE, as in paper and code.
+        cfg.MODEL.CCKT.CONTRAST_TEMPERATURE = 0.0
+        # Norm of the crops' features in the contrast. 1: unit features. The published code takes CLIP's raw features,
+        # whose norm is about 20 with ViT-L/14@336; the cache has unit rows, to which this gives one norm.
+        cfg.MODEL.CCKT.CONTRAST_NORM = 1.0
         # Added to cos / tau in the similarity probability. The paper has none: a similarity above 0 is then a
         # probability above 1/2, and a focal loss drives an embedding away from all words but its own. With
         # CLASS_LOSS_ON "similarity" or "both" try -4.6, at which the class branch starts.
@@ -82,11 +87,12 @@ class CCKTDet(Method):
         return cfg.MODEL.CCKT.ENABLED
 
     def check(self, cfg: CfgNode) -> None:
-        """See :func:`~ovdet2.methods.cckt.check.check_choices`; nothing is checked where it is off."""
-        from ovdet2.methods.cckt.check import check_choices
+        """See :mod:`ovdet2.methods.cckt.check`; nothing is checked where it is off."""
+        from ovdet2.methods.cckt.check import check_choices, check_contrast
 
         if self.is_on(cfg):
             check_choices(cfg.MODEL.CCKT.CONTRAST, cfg.MODEL.CCKT.CLASS_LOSS_ON, cfg.MODEL.CCKT.SCORE)
+            check_contrast(cfg.MODEL.CCKT.CONTRAST_TEMPERATURE, cfg.MODEL.CCKT.CONTRAST_NORM)
 
     def build(self, cfg: CfgNode, host: Host) -> CCKT | None:
         """See :func:`~ovdet2.methods.cckt.build.build_cckt`."""

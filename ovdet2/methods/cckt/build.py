@@ -33,6 +33,8 @@ def build_cckt(cfg: CfgNode, host: Host) -> CCKT:
         detr.DIM,
         network.transformer.num_branches,
         temperature=settings.TEMPERATURE,
+        # Features of norm n are the unit ones at a temperature divided by n.
+        contrast_temperature=(settings.CONTRAST_TEMPERATURE or settings.TEMPERATURE) / settings.CONTRAST_NORM,
         bias=settings.SIMILARITY_BIAS,
         similarity_cost=settings.SIMILARITY_COST,
         class_loss=settings.CLASS_LOSS_ON,

@@ -33,6 +33,22 @@ def check_choices(contrast: str, class_loss: str, score: str) -> None:
         )
 
 
+def check_contrast(temperature: float, norm: float) -> None:
+    """Refuse numbers out of range.
+
+    Args:
+        temperature, norm: MODEL.CCKT.CONTRAST_TEMPERATURE and CONTRAST_NORM.
+
+    Raises:
+        UsageError: the temperature is negative, or the norm is not positive.
+    """
+    if temperature < 0 or norm <= 0:
+        raise UsageError(
+            f"MODEL.CCKT.CONTRAST_TEMPERATURE is {temperature} and CONTRAST_NORM {norm}: choose a temperature above 0, or "
+            "0 for MODEL.CCKT.TEMPERATURE, and a norm above 0."
+        )
+
+
 def trains_embeddings(contrast: str, class_loss: str) -> bool:
     """Whether a loss trains region embeddings."""
     return contrast != "none" or class_loss != "class"

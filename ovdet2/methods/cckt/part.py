@@ -89,6 +89,7 @@ class CCKT(DetrPart):
         num_heads: int = 0,
         *,
         temperature: float = 0.07,
+        contrast_temperature: float | None = None,
         bias: float = 0.0,
         similarity_cost: float = 1.0,
         class_loss: str = "class",
@@ -107,7 +108,8 @@ class CCKT(DetrPart):
             dim: C.
             num_heads: number of region embedding heads: one per decoder layer, or 1 for all; built only if a loss
                 trains them.
-            temperature: tau of similarities and of the contrast.
+            temperature: tau of similarities.
+            contrast_temperature: tau of the contrast; None: that of similarities.
             bias: b of similarities.
             similarity_cost: weight of the similarity in the matching cost.
             class_loss: the focal loss is on the logits of the "class" branch (published code), on those of "similarity"
@@ -135,6 +137,7 @@ class CCKT(DetrPart):
         self.heads = nn.ModuleList(EmbeddingProjection(dim, embed_dim) for _ in range(heads))
         self.class_crops = ClassCrops() if contrast == "class" else None
         self.temperature, self.bias, self.alpha, self.gamma = temperature, bias, alpha, gamma
+        self.contrast_temperature = temperature if contrast_temperature is None else contrast_temperature
         self.class_loss, self.contrast, self.contrast_start, self.score_by = class_loss, contrast, contrast_start, score
         self.similarity_weight = similarity_cost
         self._look = look
@@ -288,7 +291,7 @@ class CCKT(DetrPart):
         if self.class_crops is not None:
             rows, labels = matches.image * per_image + matches.query, targets.labels[matches.target]
             drawn, active = self.class_crops.draw()
-            return class_contrast(embeddings.flatten(0, 1), rows, labels, drawn, active, self.temperature)
+            return class_contrast(embeddings.flatten(0, 1), rows, labels, drawn, active, self.contrast_temperature)
         # Contrast "batch": all images of the process are treated as one.
         first = matches.image * per_image if self.contrast == "batch" else 0
         query = matches.query.new_full((count,), -1)
@@ -300,7 +303,7 @@ class CCKT(DetrPart):
             with torch.autocast(embeddings.device.type, enabled=False):
                 objects = [targets.padded(part) for part in objects]
         teacher, query, valid = objects
-        return pair_contrast(embeddings, teacher, query, valid, self.temperature)
+        return pair_contrast(embeddings, teacher, query, valid, self.contrast_temperature)
 
     def _contrast_counts(self):
         """Whether the contrast is active; True outside of a training loop."""

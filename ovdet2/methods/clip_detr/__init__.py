@@ -44,10 +44,11 @@ class CLIPDETRMethod(Method):
         cfg.MODEL.CLIP_DETR.GATHER = False
         # Share of noise in the content of dynamic queries, one number for each set.
         cfg.MODEL.CLIP_DETR.BETAS = [0.1, 0.3, 0.5, 0.7, 0.9]
-        # Most that dynamic queries are shifted, in half sides of their object, and stretched, in sides.
+        # Bound of the noise of the boxes of dynamic queries.
         cfg.MODEL.CLIP_DETR.RHO = 1.0
-        # "signed": either way; "literal": only to the right, down and larger, as the paper writes it.
-        cfg.MODEL.CLIP_DETR.SHIFT = "signed"
+        # How boxes are noised: "literal", the paper's Eq. 7: right, down and larger; "signed": the same in both
+        # directions; "corners": DINO's rule, each corner coordinate by up to RHO half sides in both directions.
+        cfg.MODEL.CLIP_DETR.SHIFT = "literal"
         # Objects of an image that have dynamic queries, drawn at random if there are more.
         cfg.MODEL.CLIP_DETR.MAX_OBJECTS = 100
 
@@ -63,8 +64,8 @@ class CLIPDETRMethod(Method):
                 f"MODEL.CLIP_DETR has ALIGN_WEIGHT {clip.ALIGN_WEIGHT} and DYNAMIC_WEIGHT {clip.DYNAMIC_WEIGHT}: "
                 "weights must not be negative."
             )
-        if clip.SHIFT not in ("signed", "literal"):
-            raise UsageError(f'MODEL.CLIP_DETR.SHIFT is {clip.SHIFT!r}: choose "signed" or "literal".')
+        if clip.SHIFT not in ("literal", "signed", "corners"):
+            raise UsageError(f'MODEL.CLIP_DETR.SHIFT is {clip.SHIFT!r}: choose "literal", "signed" or "corners".')
 
     def build(self, cfg: CfgNode, host: Host) -> CLIPDETR | None:
         """See :func:`~ovdet2.methods.clip_detr.build.build_clip_detr`."""

@@ -49,7 +49,7 @@ def build_clip_detr(cfg: CfgNode, host: Host) -> CLIPDETR | None:
         dynamic_queries = DynamicQueries(
             clip.BETAS,
             clip.RHO,
-            clip.SHIFT == "signed",
+            clip.SHIFT,
             clip.MAX_OBJECTS,
             BoxEncoder(dim) if learned_positions else None,
         )

@@ -16,15 +16,13 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from ovdet2.errors import UsageError
+from ovdet2.methods.clip_detr.box_noise import SHIFTS, moved_boxes
 from ovdet2.modeling.detr.memory import Queries
 from ovdet2.modeling.detr.part import ExtraQueries
 from ovdet2.modeling.detr.position_encoding import box_position
 from ovdet2.modeling.detr.targets import Matches, Targets
 
 _LOGGED = 20  # images with too many objects
-
-# The decoder refines boxes before a sigmoid. Where it is saturated, as at a side of 1, the gradient would be 0.
-_CENTRES, _SIDES = (0.01, 0.99), (0.001, 0.99)
 
 
 class BoxEncoder(nn.Module):
@@ -70,23 +68,22 @@ class DynamicQueries(nn.Module):
         self,
         betas: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
         rho: float = 1.0,
-        signed: bool = True,
+        shift: str = "literal",
         max_objects: int = 100,
         box_encoder: BoxEncoder | None = None,
     ) -> None:
         """
         Args:
             betas: fraction of noise in the content of each of the S sets, 0 to 1.
-            rho: maximum shift of a centre, relative to half the side, and maximum change of a side, relative to the
-                side.
-            signed: shifts and changes have both signs, as in DINO; False: only positive, as the paper writes: centres
-                move right and down, and boxes grow.
+            rho: bound of the noise, see :mod:`~ovdet2.methods.clip_detr.box_noise`.
+            shift: "literal", the paper's equation; "signed"; or "corners", DINO's rule.
             max_objects: maximum number of objects of an image; if there are more, this number is drawn.
             box_encoder: for a detector with learned positions, whose references are points; None: the detector encodes
                 boxes.
 
         Raises:
-            UsageError: there is no set, a fraction is outside of [0, 1], rho is negative, or ``max_objects`` is below 1.
+            UsageError: there is no set, a fraction is outside of [0, 1], rho is negative, ``shift`` is unknown, or
+                ``max_objects`` is below 1.
         """
         super().__init__()
         if not betas or min(betas) < 0 or max(betas) > 1 or rho < 0 or max_objects < 1:
@@ -94,8 +91,10 @@ class DynamicQueries(nn.Module):
                 f"MODEL.CLIP_DETR has BETAS {list(betas)}, RHO {rho} and MAX_OBJECTS {max_objects}: give one fraction of "
                 "noise from 0 to 1 for each set, RHO of at least 0 and MAX_OBJECTS of at least 1."
             )
+        if shift not in SHIFTS:
+            raise UsageError(f"shift is {shift!r}: choose one of {', '.join(SHIFTS)}.")
         self.register_buffer("betas", torch.tensor(betas), persistent=False)
-        self.rho, self.signed, self.max_objects = rho, signed, max_objects
+        self.rho, self.shift, self.max_objects = rho, shift, max_objects
         self.box_encoder = box_encoder
 
     def forward(
@@ -123,7 +122,7 @@ class DynamicQueries(nn.Module):
         noise = torch.randn(len(rows), sets, attributes.shape[1], dtype=attributes.dtype, device=rows.device)
         content = padded_sets(noisy_content(attributes, noise, self.betas.to(attributes)), counts)
         shares = torch.rand(len(rows), sets, 4, dtype=boxes.dtype, device=rows.device)
-        references = padded_sets(moved_boxes(boxes, shares, self.rho, self.signed), counts)
+        references = padded_sets(moved_boxes(boxes, shares, self.rho, self.shift), counts)
         position = (self.box_encoder or encode_position)(references)
         if self.box_encoder is not None:
             references = references[..., :2]
@@ -162,24 +161,6 @@ def noisy_content(attributes: Tensor, noise: Tensor, betas: Tensor) -> Tensor:
     """
     known = F.layer_norm(attributes, attributes.shape[1:])[:, None]
     return betas[:, None].sqrt() * noise + (1 - betas[:, None]).sqrt() * known
-
-
-def moved_boxes(boxes_cxcywh: Tensor, shares: Tensor, rho: float, signed: bool = True) -> Tensor:
-    """Noised boxes: centre + lambda sides / 2, sides + lambda' sides (Eq. 7), with a separate lambda per coordinate.
-
-    Args:
-        boxes_cxcywh: Tensor [M, 4] in [0, 1].
-        shares: Tensor [M, S, 4] in [0, 1), uniform random numbers.
-        rho: bound of lambda.
-        signed: lambda is uniform in (-rho, rho); False: in (0, rho).
-
-    Returns:
-        Tensor [M, S, 4], centres clamped to [0.01, 0.99], sides to [0.001, 0.99].
-    """
-    degree = rho * (2 * shares - 1) if signed else rho * shares
-    centre, sides = boxes_cxcywh[:, None].split(2, dim=-1)
-    centre = (centre + degree[..., :2] * sides / 2).clamp(*_CENTRES)
-    return torch.cat([centre, (sides + degree[..., 2:] * sides).clamp(*_SIDES)], dim=-1)
 
 
 def padded_sets(rows: Tensor, counts: Sequence[int]) -> Tensor:

@@ -72,6 +72,7 @@ def build_detr(cfg: CfgNode, backbone: Backbone, vocabulary: WordBank) -> Deform
         encoder_layers=detr.ENCODER_LAYERS,
         decoder_layers=detr.DECODER_LAYERS,
         num_queries=detr.NUM_QUERIES,
+        wide_position=detr.WIDE_POSITION,
     )
     for module in transformer.modules():
         if isinstance(module, MultiScaleDeformableAttention):

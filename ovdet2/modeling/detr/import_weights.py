@@ -1,8 +1,9 @@
 """Convert published Deformable DETR weights to the names of :class:`~ovdet2.modeling.detr.model.DeformableDETR`.
 
 Two naming schemes are read: the official repository's, and that of ``transformers``, before and after its version 5.
-Both have a ResNet trunk with torchvision's names. Duplicated weights become one module here. Query, key and
-value projections become one matrix.
+H-Deformable-DETR has the official names; its queries have a learned content, and its encoding of boxes has 2 C channels,
+of which it uses the first half. All have a ResNet trunk with torchvision's names. Duplicated weights become one module
+here. Query, key and value projections become one matrix.
 """
 
 import re
@@ -71,7 +72,7 @@ _TRANSFORMERS = {
 
 
 def import_weights(
-    weights: Mapping[str, Any], class_rows: Sequence[int] | None = None
+    weights: Mapping[str, Any], class_rows: Sequence[int] | None = None, num_queries: int | None = None
 ) -> tuple[dict[str, Tensor], str]:
     """Rename the weights of a published Deformable DETR.
 
@@ -79,20 +80,27 @@ def import_weights(
         weights: dict of name to Tensor, official or of ``transformers``.
         class_rows: rows of the class layers to keep, in this order: the category ids of the classes, since the
             published models have a row per COCO id. None: all. An empty list: no class layer, for a text classifier.
+        num_queries: keep only the first learned queries: those of H-Deformable-DETR after the first 300 are matched
+            one-to-many and take part in training only. None: all.
 
     Returns:
         (weights, variant): dict of name to Tensor, and one of :data:`~ovdet2.modeling.detr.transformer.VARIANTS`.
+        Weights of "plus_plus" need MODEL.DETR.WIDE_POSITION.
 
     Raises:
-        DataError: names are unknown or missing, duplicates differ, or shapes do not fit together.
+        DataError: names are unknown or missing, duplicates differ, shapes do not fit together, or there are fewer than
+            ``num_queries`` learned queries.
     """
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     renamed, unknown = _rename(weights)
     if unknown:
         raise DataError(f"{_listed('unknown weights', unknown)}: this is not a Deformable DETR of a known kind.")
     refined = any("decoder.bbox_embed" in name for name in weights) or _heads_differ(renamed)
-    variant = "two_stage" if f"{_QUERIES}project.weight" in renamed else "refine" if refined else "one_stage"
-    _split_queries(renamed)
+    if f"{_QUERIES}project.weight" in renamed:
+        variant = "plus_plus" if "query_embed" in renamed else "two_stage"
+    else:
+        variant = "refine" if refined else "one_stage"
+    _place_queries(renamed, variant, num_queries)
     _join_projections(renamed)
     _place_heads(renamed, variant, class_rows)
     renamed = {re.sub(r"^backbone\.layer(\d)", _stage, name): value for name, value in renamed.items()}
@@ -156,10 +164,22 @@ def _heads_differ(weights):
     return any(not torch.equal(head[name], heads[0][name]) for head in heads[1:] for name in head)
 
 
-def _split_queries(weights):
-    if "query_embed" in weights:  # [positions, content]
-        position, content = weights.pop("query_embed").chunk(2, dim=1)
-        weights[f"{_QUERIES}position"], weights[f"{_QUERIES}content"] = position.contiguous(), content.contiguous()
+def _place_queries(weights, variant, number):
+    """Move ``query_embed`` to the query module, its first ``number`` rows; None: all."""
+    queries = weights.pop("query_embed", None)
+    if number is not None and (queries is None or len(queries) < number):
+        raise DataError(
+            f"the first {number} learned queries are requested, but the file has {0 if queries is None else len(queries)}."
+        )
+    if queries is None:
+        return
+    queries = queries[:number]
+    if variant == "plus_plus":  # the positions come from the proposals
+        weights[f"{_QUERIES}content"] = queries.clone()
+    else:  # [positions, content]
+        weights[f"{_QUERIES}position"], weights[f"{_QUERIES}content"] = (
+            part.clone() for part in queries.chunk(2, dim=1)
+        )
 
 
 def _join_projections(weights):
@@ -173,12 +193,13 @@ def _join_projections(weights):
 def _place_heads(weights, variant, class_rows):
     """Move ``class_embed`` and ``bbox_embed`` to the class branches, the decoder and the query module."""
     last = _decoder_layers(weights)
-    _restore_tied_heads(weights, last + (variant == "two_stage"))
+    two_stage = variant in ("two_stage", "plus_plus")
+    _restore_tied_heads(weights, last + two_stage)
     rows = None if class_rows is None else torch.tensor(list(class_rows), dtype=torch.long)
     for name in [name for name in weights if re.match(r"(class|bbox)_embed\.", name)]:
         value = weights.pop(name)
         kind, layer, inner = name.split(".", 2)
-        if int(layer) == last and variant == "two_stage":
+        if int(layer) == last and two_stage:
             if kind == "bbox_embed":
                 weights[f"{_QUERIES}box_head.{inner}"] = value
             else:  # the published first stage trains only the first column
@@ -251,6 +272,7 @@ def _skeleton(weights, variant):
             encoder_layers=len(encoder_layers),
             decoder_layers=_decoder_layers(weights),
             num_queries=1 if queries is None else len(queries),
+            wide_position=variant == "plus_plus",
         )
         branches = [ClosedSetBranch(dim, classes[0]) for _ in range(transformer.num_branches)]
         neck = MultiScaleNeck(channels, dim, levels)

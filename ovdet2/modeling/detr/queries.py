@@ -58,13 +58,15 @@ class ProposalQueries(nn.Module):
     tokens, the remaining references are the full image.
     """
 
-    def __init__(self, dim: int, num_queries: int, mixed: bool = False) -> None:
+    def __init__(self, dim: int, num_queries: int, mixed: bool = False, wide_position: bool = False) -> None:
         """
         Args:
             dim: C.
             num_queries: N.
             mixed: the content is learned and only the position comes from the proposals ("mixed query selection" of
                 DINO); otherwise both do.
+            wide_position: with ``mixed``, encode boxes with 2 C channels as without it, and use only the first C. The
+                other half then takes part in the layer norm only.
         """
         super().__init__()
         self.dim, self.num_queries = dim, num_queries
@@ -72,7 +74,7 @@ class ProposalQueries(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.objectness = nn.Linear(dim, 1)
         self.box_head = BoxHead(dim)
-        parts = 1 if mixed else 2
+        parts = 1 if mixed and not wide_position else 2
         self.box_embed = nn.Linear(2 * dim, parts * dim)
         self.box_norm = nn.LayerNorm(parts * dim)
         self.content = nn.Parameter(torch.randn(num_queries, dim)) if mixed else None

@@ -38,6 +38,7 @@ class DeformableTransformer(nn.Module):
         encoder_layers: int = 6,
         decoder_layers: int = 6,
         num_queries: int = 300,
+        wide_position: bool = False,
     ) -> None:
         """
         Args:
@@ -47,21 +48,25 @@ class DeformableTransformer(nn.Module):
             dim, heads, levels, points, ffn_dim: C, H, L, P and the width of the feed-forward blocks.
             dropout: in the attention of queries, after attention, and in the feed-forward blocks.
             encoder_layers, decoder_layers, num_queries: numbers of layers and queries; the latter two are Ld and N.
+            wide_position: of "plus_plus", see :class:`~ovdet2.modeling.detr.queries.ProposalQueries`.
 
         Raises:
-            UsageError: the variant is unknown, or C is not a multiple of 4.
+            UsageError: the variant is unknown, C is not a multiple of 4, or ``wide_position`` is set for a variant other
+                than "plus_plus".
         """
         super().__init__()
         if variant not in VARIANTS:
             raise UsageError(f"unknown variant {variant!r} of Deformable DETR: choose one of {', '.join(VARIANTS)}.")
         if dim % 4:
             raise UsageError(f"positions need a multiple of 4 channels, not {dim}.")
+        if wide_position and variant != "plus_plus":
+            raise UsageError(f"MODEL.DETR.WIDE_POSITION is a setting of plus_plus: set it to False for {variant}.")
         two_stage = variant in ("two_stage", "plus_plus")
         self.heads = heads
         self.level_embed = nn.Parameter(torch.randn(levels, dim))
         self.encoder = Encoder(dim, heads, levels, points, ffn_dim, dropout, encoder_layers)
         if two_stage:
-            self.query_maker = ProposalQueries(dim, num_queries, mixed=variant == "plus_plus")
+            self.query_maker = ProposalQueries(dim, num_queries, variant == "plus_plus", wide_position)
         else:
             self.query_maker = LearnedQueries(dim, num_queries)
         self.decoder = Decoder(

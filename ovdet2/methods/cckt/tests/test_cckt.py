@@ -169,6 +169,33 @@ class TestLosses:
             expected = class_reference(found.added[EMBEDDINGS][-1].flatten(0, 1).tolist(), queries, labels, crops)
             assert module.losses(wanted, found, matches, 2.0)["loss_contrast"].item() == pytest.approx(expected / 2)
 
+    def test_raw_features_equal_the_reference(self):
+        """Crops of norm 20, as the published code takes them: the unit rows at a twentieth of the temperature."""
+        found, wanted, norm = outputs(), step((3, 2)), 20.0
+        module = part(contrast_temperature=TAU / norm)
+        matches, crops = matched(found, wanted, module), crops_of(wanted)
+        raw = (norm * crops.embeddings.double()).tolist()
+        expected = sum(
+            pair_reference(
+                found.added[EMBEDDINGS][-1, image].tolist(),
+                raw,
+                [(q, t) for i, q, t in triples(matches[-1]) if i == image and crops.embedded[t]],
+            )
+            for image in range(2)
+        )
+        assert module.losses(wanted, found, matches, 1.0)["loss_contrast"].item() == pytest.approx(expected, rel=1e-9)
+        cost = module.similarity_cost(found, padded_labels(wanted))
+        assert torch.equal(cost, part().similarity_cost(found, padded_labels(wanted)))
+        by_class = part(contrast="class", contrast_temperature=TAU / norm)
+        rows = F.normalize(torch.randn(WORDS, 1, DIM), dim=2)
+        by_class.class_crops.fill(rows, torch.ones(WORDS, dtype=torch.int64))
+        matches = matched(found, wanted, by_class)
+        queries = [i * QUERIES + q for i, q, _ in triples(matches[-1])]
+        labels = [int(wanted.targets.labels[t]) for _, _, t in triples(matches[-1])]
+        raw_rows = {label: (norm * rows[label, 0].double()).tolist() for label in range(WORDS)}
+        expected = class_reference(found.added[EMBEDDINGS][-1].flatten(0, 1).tolist(), queries, labels, raw_rows)
+        assert by_class.losses(wanted, found, matches, 1.0)["loss_contrast"].item() == pytest.approx(expected)
+
     @pytest.mark.parametrize("bias", [0.0, -4.6])
     def test_focal_loss_of_the_similarity(self, bias):
         module, found, wanted = part(class_loss="both", bias=bias), outputs(), step((2, 1))

@@ -179,6 +179,35 @@ def test_words_of_another_vocabulary():
         model()(micro.images())
 
 
+@torch.no_grad()
+def test_the_temperature_of_the_contrast_changes_nothing_else():
+    """Nor does stating the defaults; a norm divides the temperature."""
+
+    def losses(*overrides):
+        detector = model(*overrides)
+        assert detector.cckt.temperature == 0.07
+        return detector.cckt.contrast_temperature, detector(samples(words=((2, 1), (0,))))
+
+    default, plain = losses()
+    assert default == 0.07
+    for overrides, temperature in (
+        (("MODEL.CCKT.CONTRAST_TEMPERATURE", "0.07", "MODEL.CCKT.CONTRAST_NORM", "1.0"), 0.07),
+        (("MODEL.CCKT.CONTRAST_TEMPERATURE", "0.38"), 0.38),
+        (("MODEL.CCKT.CONTRAST_NORM", "20.0"), 0.0035),
+    ):
+        found, other = losses(*overrides)
+        assert found == pytest.approx(temperature, rel=1e-12)
+        equal = {name for name, value in other.items() if torch.equal(value, plain[name])}
+        changed = set() if temperature == 0.07 else {"loss_contrast", "loss_contrast_0"}
+        assert set(other) - equal == changed
+
+
+@pytest.mark.parametrize("overrides", [("CONTRAST_TEMPERATURE", "-0.1"), ("CONTRAST_NORM", "0.0")])
+def test_a_contrast_out_of_range(overrides):
+    with pytest.raises(UsageError, match="MODEL.CCKT.CONTRAST_TEMPERATURE is .* and CONTRAST_NORM"):
+        model(f"MODEL.CCKT.{overrides[0]}", overrides[1])
+
+
 def golden():
     """Losses, some gradients, and outputs at test of a model whose weights no random generator made."""
     detector = model("MODEL.DETR.VARIANT", "plus_plus")

@@ -15,7 +15,6 @@ from ovdet2.methods.clip_detr.dynamic_queries import (
     DynamicQueries,
     DynamicSets,
     hidden_from,
-    moved_boxes,
     noisy_content,
     padded_sets,
     set_members,
@@ -23,7 +22,6 @@ from ovdet2.methods.clip_detr.dynamic_queries import (
 from ovdet2.methods.clip_detr.part import dynamic_losses
 from ovdet2.modeling.detr.criterion import SetCriterion
 from ovdet2.modeling.detr.extra_queries import attention_mask, joined_queries
-from ovdet2.modeling.detr.heads import inverse_sigmoid
 from ovdet2.modeling.detr.matcher import HungarianMatcher
 from ovdet2.modeling.detr.outputs import DetrOutputs
 from ovdet2.modeling.detr.position_encoding import level_masks
@@ -44,34 +42,6 @@ def test_content_equals_the_reference():
         for s, beta in enumerate(BETAS):
             wanted = np.sqrt(beta) * noise[i, s].numpy() + np.sqrt(1 - beta) * known
             np.testing.assert_allclose(found[i, s].numpy(), wanted, atol=1e-12)
-
-
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("rho", [0.0, 0.4, 1.5])
-def test_places_equal_the_reference(signed, rho):
-    generator = torch.Generator().manual_seed(1)
-    boxes = detr_cases.targets((5,)).boxes_cxcywh.double()
-    edges = torch.tensor([[0.5, 0.5, 1.0, 1.0], [0.995, 0.004, 0.01, 0.008]], dtype=torch.float64)
-    boxes = torch.cat([boxes, edges])
-    shares = torch.rand(7, 2, 4, generator=generator, dtype=torch.float64)
-    found = moved_boxes(boxes, shares, rho, signed)
-    for i, s in np.ndindex(7, 2):
-        x, y, w, h = boxes[i].tolist()
-        degree = [rho * (2 * u - 1 if signed else u) for u in shares[i, s].tolist()]
-        wanted = [x + degree[0] * w / 2, y + degree[1] * h / 2, w + degree[2] * w, h + degree[3] * h]
-        wanted = np.clip(wanted, [0.01, 0.01, 0.001, 0.001], 0.99)
-        np.testing.assert_allclose(found[i, s].numpy(), wanted, atol=1e-12)
-    if rho == 0:
-        torch.testing.assert_close(found[:5], boxes[:5, None].expand(-1, 2, -1))
-    elif not signed:
-        assert (found[:5, :, 2:] >= boxes[:5, None, 2:]).all() and (found[:5, :, :2] >= boxes[:5, None, :2]).all()
-
-
-def test_a_box_of_the_whole_image_can_still_be_moved():
-    [[place]] = moved_boxes(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.full((1, 1, 4), 0.5), rho=1.0)
-    correction = torch.zeros(4, requires_grad=True)
-    (inverse_sigmoid(place) + correction).sigmoid().sum().backward()
-    assert correction.grad.min() > 0.005
 
 
 @settings(max_examples=30, deadline=None)
