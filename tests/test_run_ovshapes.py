@@ -126,7 +126,7 @@ def test_needs_of_a_row_are_what_its_configuration_reads():
         model = load_config(row.config).MODEL
         trained = not row.weights_of
         needed = {
-            "region_cache": model.VILD.WEIGHT > 0,
+            "region_cache": model.VILD.WEIGHT > 0 and trained,
             "annotation_cache": model.CCKT.ENABLED and model.CCKT.CONTRAST != "none" and trained,
             "clip_priors": model.CCKT.ENABLED and model.CCKT.PRIORS,
             "clim": model.TEACHER.PRETRAINED.endswith(".safetensors"),

@@ -10,7 +10,7 @@ Beyond rho 1 the last two can give negative sides, which are clamped. Mean IoU o
 objects of OV-Shapes, rho 1: literal 0.361, signed 0.264, corners 0.401 (0.385 far from the image's border, which limits
 the corners). The paper's larger setting, literal with rho 1.5, has 0.249.
 
-Shapes: M objects, S sets.
+Shapes: M objects, S sets. Names: ``_cxcywh`` boxes (centre x, centre y, width, height).
 """
 
 import torch

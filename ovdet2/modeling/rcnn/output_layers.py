@@ -2,7 +2,7 @@
 
 Shapes: R regions, C channels, K words.
 Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or sigmoid,
-``_probs`` probabilities in [0, 1].
+``_probs`` probabilities in [0, 1], ``_deltas`` box regression relative to proposals or references.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Detectron2's StandardRPNHead with a norm after each convolution.
 
 Shapes: N images, L levels, A anchors per cell, C channels, H_l x W_l cells of level l.
+Names: ``_logits`` before softmax or sigmoid, ``_deltas`` box regression relative to proposals or references.
 """
 
 from __future__ import annotations
