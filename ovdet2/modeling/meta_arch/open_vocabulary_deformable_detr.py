@@ -117,7 +117,7 @@ class OpenVocabularyDeformableDETR(nn.Module):
 
     @property
     def words_compete(self) -> bool:
-        """False: each word has a sigmoid of its own."""
+        """False: each word has a separate sigmoid."""
         return False
 
     @property

@@ -168,7 +168,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         """Secondary scores [R, K] times what SECONDARY_BACKGROUND says.
 
         Raises:
-            UsageError: a factor is asked for, and the secondary scores [R, K + 1] have a background.
+            UsageError: there is a factor, and the secondary scores [R, K + 1] have a background.
         """
         if self.secondary_background == "none":
             return secondary
