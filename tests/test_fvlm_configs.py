@@ -62,6 +62,8 @@ def test_schedule_of_clim(name):
     assert (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, solver.WEIGHT_DECAY) == (nms, decay)
     assert solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_VALUE == clip
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (250, 0.001)
+    rpn = cfg.MODEL.RPN
+    assert (rpn.PRE_NMS_TOPK_TEST, rpn.POST_NMS_TOPK_TEST) == (2000 if "lvis" in name else 1000, 1000)
 
 
 @pytest.mark.parametrize("name", NAMES)
