@@ -176,6 +176,17 @@ def test_wrong_file(tmp_path, content, words):
         load_config(str(path))
 
 
+@pytest.mark.parametrize("group", ["MODEL.OVD", "MODEL", "MODEL.FPN", "INPUT.LSJ"])
+def test_a_group_without_keys(tmp_path, group):
+    """It would replace the group of the base by the defaults: a comment-like line would change the detector."""
+    *outer, last = group.split(".")
+    lines = [f"{'  ' * depth}{name}:" for depth, name in enumerate([*outer, last])]
+    (tmp_path / "base.yaml").write_text("MODEL:\n  OVD:\n    SECONDARY_SCORES: map\n")
+    (tmp_path / "own.yaml").write_text("_BASE_: base.yaml\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UsageError, match=f"own.yaml has the group {group} without any key: remove it"):
+        load_config(tmp_path / "own.yaml")
+
+
 def test_unknown_file_lists_the_shipped_ones():
     with pytest.raises(UsageError, match="no configuration file nowhere.yaml.*ovshapes/vild_text_r18.yaml"):
         load_config("nowhere.yaml")

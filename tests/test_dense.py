@@ -17,6 +17,7 @@ from ovdet2.vlm.dense import (
     block_tokens,
     dense_map,
     embed_regions_dense,
+    is_vit,
     pool_regions,
     positional_embedding,
     resized_shape,
@@ -282,6 +283,33 @@ def test_boxes_scale_with_the_image(teacher):
     pixels = ((doubled / 255 - teacher.mean) / teacher.std)[None]
     expected = pool_regions(visual, dense_map(visual, pixels), [stretched])
     close(embed_regions_dense(teacher, doubled, stretched, side=192, edge="shortest"), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("height, width", [(50, 75), (90, 44), (96, 96)])
+def test_square_is_padded_with_black(teacher, height, width):
+    """Longest edge to the side by one factor, as CLIM's evaluation; black is not the mean colour, and sizes are not
+    rounded to the stride."""
+    visual, side = teacher.clip.visual, 96
+    image = ((micro.wave((3, height, width), 0.2) + 1) * 127.5).to(torch.uint8)
+    boxes, scale = torch.tensor([[3.0, 5.0, 40.0, 41.0], [0.0, 0.0, 44.0, 50.0]]), side / max(height, width)
+    shape = round(height * scale), round(width * scale)
+    resized = F.interpolate(image[None] / 255, shape, mode=teacher.interpolation, antialias=True).clamp(0, 1)
+    canvas = torch.zeros(1, 3, side, side)
+    canvas[:, :, : shape[0], : shape[1]] = resized
+    expected = pool_regions(visual, dense_map(visual, (canvas - teacher.mean) / teacher.std), [boxes * scale])
+    close(embed_regions_dense(teacher, image, boxes, side=side, square=True), expected)
+    tight = embed_regions_dense(teacher, image, boxes, side=side)
+    assert torch.allclose(tight, expected, atol=1e-4) or height != width
+    if is_vit(visual):  # its positional embeddings depend on the square
+        assert ((tight * expected).sum(1) < 0.9999).all() == (height != width)
+
+
+def test_squares_that_are_refused(teacher):
+    image, boxes = torch.zeros(3, 40, 60, dtype=torch.uint8), torch.tensor([[3.0, 5.0, 40.0, 31.0]])
+    for options in ({"side": 96, "edge": "shortest"}, {"side": 95}):
+        with pytest.raises(UsageError, match="give the longest edge, and a multiple of"):
+            embed_regions_dense(teacher, image, boxes, square=True, **options)
 
 
 @given(

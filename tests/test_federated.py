@@ -7,6 +7,7 @@ import torch
 from detectron2.data import MetadataCatalog
 from torch.nn import functional as F
 
+from ovdet2.config import load_config
 from ovdet2.errors import UsageError
 from ovdet2.layers import CosineClassifier
 from ovdet2.layers.cosine_classifier import RARE_BIAS
@@ -169,3 +170,9 @@ def test_training_without_counts_says_so():
 def test_switches_that_do_not_go_together(changes, named):
     with pytest.raises(UsageError, match=named):
         federated_model(**changes)
+
+
+def test_words_of_detic():
+    """Detic's 50 indices per batch include that of the background, which has no loss."""
+    ovd = load_config("ovlvis/federated_text_r50.yaml").MODEL.OVD
+    assert (ovd.CLS_LOSS, ovd.FEDERATED_WORDS, ovd.FEDERATED_POWER, ovd.TEMPERATURE) == ("sigmoid", 50 - 1, 0.5, 1 / 50)

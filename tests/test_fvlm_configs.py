@@ -62,6 +62,8 @@ def test_schedule_of_clim(name):
     assert (cfg.MODEL.ROI_HEADS.NMS_THRESH_TEST, solver.WEIGHT_DECAY) == (nms, decay)
     assert solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_VALUE == clip
     assert (solver.WARMUP_ITERS, solver.WARMUP_FACTOR) == (250, 0.001)
+    rpn = cfg.MODEL.RPN
+    assert (rpn.PRE_NMS_TOPK_TEST, rpn.POST_NMS_TOPK_TEST) == (2000 if "lvis" in name else 1000, 1000)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,6 +117,10 @@ def test_form_of_the_network(name):
         "BN" if name in ROWS else "SyncBN"
     )
     assert model.CLIP_VIT.HALVE_CHANNELS == (kind == "ovshapes")
+    box, released = model.ROI_BOX_HEAD, kind == "fvlm"
+    assert (box.NAME, box.FC_NORM) == (("NormalizedBoxHead", "SyncBN") if released else ("FastRCNNConvFCHead", ""))
+    assert box.BBOX_REG_AVERAGE == ("positives" if released else "sampled")
+    assert model.RPN.BBOX_REG_LOSS_WEIGHT == (0.1111 if released else 1.0)
     beta = 0.0 if kind == "fvit" else 1.0
     assert (model.ROI_BOX_HEAD.SMOOTH_L1_BETA, model.RPN.SMOOTH_L1_BETA) == (beta, pytest.approx(beta / 9, abs=1e-4))
 

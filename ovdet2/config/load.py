@@ -98,6 +98,7 @@ def load_config(
             extend(cfg)
         if given.get("VERSION", cfg.VERSION) != cfg.VERSION:
             raise UsageError(f"{name} has VERSION {given.VERSION}, ovdet2 reads {cfg.VERSION}: update the file.")
+        _refuse_empty(given, cfg, name)
         moved = old_keys(find_methods(cfg.MODEL.PARTS))
         _rename(given, moved, name)
         cfg.merge_from_other_cfg(given)
@@ -129,6 +130,20 @@ def _keys_of(cfg: CfgNode, prefix: str = "") -> list[str]:
     for name, value in cfg.items():
         keys += _keys_of(value, f"{prefix}{name}.") if isinstance(value, CfgNode) else [f"{prefix}{name}"]
     return keys
+
+
+def _refuse_empty(given, cfg, name, path=""):
+    """Refuse a group without keys, such as "OVD:" with nothing below it. It replaces the group of the file's _BASE_.
+
+    Raises:
+        UsageError: such a group.
+    """
+    for key, value in given.items():
+        default = cfg.get(key)
+        if value is None and isinstance(default, CfgNode):
+            raise UsageError(f"{name} has the group {path}{key} without any key: remove it.")
+        if isinstance(value, dict) and isinstance(default, CfgNode):
+            _refuse_empty(value, default, name, f"{path}{key}.")
 
 
 def old_keys(methods: Iterable[Method]) -> dict[str, str]:

@@ -44,12 +44,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     split = split_of(args.dataset)
     if split is None:
         raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
+    if args.square and args.regions != "dense":
+        raise UsageError("--square is for the dense map: add --regions dense.")
     teacher = Teacher.load(args.architecture, args.pretrained, args.device)
     vocabulary = Vocabulary.build(split.names, teacher, args.templates, split.base_mask, split.category_ids)
     evaluator = OpenVocabularyEvaluator(args.dataset, args.output)
     evaluator.reset()
     if args.regions == "dense":
-        embed = partial(embed_regions_dense, side=args.side)
+        embed = partial(embed_regions_dense, side=args.side, square=args.square)
     else:
         embed = partial(embed_regions, factors=args.factors)
     hits = []
@@ -86,6 +88,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
     parser.add_argument("--side", type=int, default=1024, help="dense: longest edge of the resized image, in pixels")
+    parser.add_argument("--square", action="store_true", help="dense: pad the image to a square, as CLIM evaluates")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", required=True, help="folder of the results")
     return parser.parse_args(argv)

@@ -222,6 +222,7 @@ def embed_regions_dense(
     side: int = 1024,
     edge: str = "longest",
     batch_size: int = 128,
+    square: bool = False,
 ) -> torch.Tensor:
     """Region embeddings pooled from one forward pass over the image, unlike :func:`~ovdet2.vlm.crops.embed_regions`.
 
@@ -236,23 +237,37 @@ def embed_regions_dense(
         side: length of the edge after resizing, in pixels; CLIM's and F-VLM's is 1024.
         edge: "longest" or "shortest".
         batch_size: regions per call of the attention pool; bounds the memory for any R.
+        square: scale the longest edge to ``side`` without rounding to the stride, and pad with black pixels at the right
+            and bottom to a square, as CLIM and CLIPSelf evaluate. A ViT's positional embeddings then are those of a
+            square, so that the embeddings differ.
 
     Returns:
         Tensor [R, D], unit-norm float32.
 
     Raises:
-        UsageError: the teacher's tower has no dense features, see :func:`is_vit`.
+        UsageError: the teacher's tower has no dense features, see :func:`is_vit`; or a square of the shortest edge, or
+            of a side that is no multiple of the stride.
     """
-    visual = teacher.clip.visual
+    visual, stride = teacher.clip.visual, stride_of(teacher.clip.visual)
     height, width = image.shape[-2:]
-    shape = resized_shape(height, width, side, edge, stride_of(visual))
+    if square:
+        if edge != "longest" or side % stride:
+            raise UsageError(
+                f"a square of {side} px by the {edge} edge: give the longest edge, and a multiple of {stride} px."
+            )
+        scale = side / max(height, width)
+        shape, factors = (max(1, round(height * scale)), max(1, round(width * scale))), (scale, scale)
+    else:
+        shape = resized_shape(height, width, side, edge, stride)
+        factors = (shape[1] / width, shape[0] / height)
     if len(boxes_xyxy) == 0:
         return teacher.mean.new_zeros((0, teacher.embed_dim), dtype=torch.float32)
     pixels = image[None].to(teacher.mean) / 255
     resized = F.interpolate(pixels, shape, mode=teacher.interpolation, antialias=True).clamp(0, 1)
+    if square:
+        resized = F.pad(resized, (0, side - shape[1], 0, side - shape[0]))
     pixels = ((resized - teacher.mean) / teacher.std).contiguous(memory_format=torch.channels_last)
-    factors = torch.tensor([shape[1] / width, shape[0] / height], device=pixels.device).repeat(2)
-    boxes = boxes_xyxy.to(pixels.device, torch.float32) * factors
+    boxes = boxes_xyxy.to(pixels.device, torch.float32) * torch.tensor(factors, device=pixels.device).repeat(2)
     return pool_regions(visual, dense_map(visual, pixels), [boxes], batch_size)
 
 

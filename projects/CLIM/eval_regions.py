@@ -28,12 +28,14 @@ def main(argv=None):
     args = parse_args(argv)
     if not args.dataset and not args.words:
         raise UsageError("there is nothing to do: give --dataset to name boxes, or --words and --images to draw.")
+    if args.square and not args.dataset:
+        raise UsageError("--square is of the naming of boxes: give --dataset.")
     if bool(args.words) != bool(args.images) or (args.mosaic and len(args.images) < args.mosaic**2):
         raise UsageError("a picture needs --words and --images, and --mosaic G at least G * G images.")
     teachers = [Teacher.load(args.architecture, weights, args.device) for weights in args.pretrained]
     output, results = Path(args.output), []
     if args.dataset:
-        settings = args.dataset, args.side, args.factors, args.templates, args.limit
+        settings = args.dataset, args.side, args.factors, args.templates, args.limit, args.square
         results = [evaluate(teacher, *settings) for teacher in teachers]
         write_json(output / "regions.json", results, indent=1)
         print(table(results, [teacher.fingerprint.pretrained for teacher in teachers]))
@@ -62,6 +64,9 @@ def parse_args(argv):
     parser.add_argument("--pretrained", required=True, nargs="+", help="tags, 'embedded' or weight files")
     parser.add_argument("--dataset", default="", help="whose ground-truth boxes are named")
     parser.add_argument("--side", type=int, required=True, help="longest edge of the image for the map, in pixels")
+    parser.add_argument(
+        "--square", action="store_true", help="with --dataset: pad images to a square, as the authors do"
+    )
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 1.5], help="crops, as multiples of the box")
     parser.add_argument("--templates", default="vild63", help="prompt template set")
     parser.add_argument("--limit", type=int, default=0, help="only the first images of the data set; 0: all")

@@ -80,7 +80,8 @@ def publish(cfg, clip, captions):
     )
     evaluation = cfg.CLIM.EVALUATION
     if evaluation.DATASET:
-        compare(original, after, evaluation.DATASET, evaluation.SIDE, cfg.OUTPUT_DIR, f"a{cfg.CLIM.AVERAGE:g}")
+        settings = evaluation.DATASET, evaluation.SIDE, cfg.OUTPUT_DIR, f"a{cfg.CLIM.AVERAGE:g}", evaluation.SQUARE
+        compare(original, after, *settings)
 
 
 def run(argv=None):

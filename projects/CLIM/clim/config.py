@@ -55,6 +55,8 @@ def add_clim_config(cfg):
     cfg.CLIM.EVALUATION.DATASET = ""
     # Longest edge of the image for the dense map, in pixels.
     cfg.CLIM.EVALUATION.SIDE = 1024
+    # Pad the image for the dense map to a square of that side, as the authors do.
+    cfg.CLIM.EVALUATION.SQUARE = True
 
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     cfg.SOLVER.OPTIMIZER = "AdamW"

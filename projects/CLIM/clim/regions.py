@@ -25,7 +25,7 @@ WHOLE_IMAGES = 650  # ten of each class of OV-Shapes
 _KEPT = (1, 5)
 
 
-def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", limit=0):
+def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", limit=0, square=False):
     """Name the ground-truth boxes of a data set, and on OV-Shapes whole images.
 
     Args:
@@ -35,6 +35,8 @@ def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", lim
         factors: crops, as multiples of the box.
         templates: prompt template set.
         limit: first images that are looked at; 0: all.
+        square: pad the image to a square for the map, as the authors do; see
+            :func:`~ovdet2.vlm.dense.embed_regions_dense`.
 
     Returns:
         dict "teacher", "dataset", "settings", and per way ("crops"; "dense map" of a ViT or "attention pool" of a
@@ -47,7 +49,8 @@ def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", lim
     if split is None:
         raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
     one_pass = "dense map" if is_vit(teacher.clip.visual) else "attention pool"
-    ways = {"crops": partial(embed_regions, factors=factors), one_pass: partial(embed_regions_dense, side=side)}
+    dense = partial(embed_regions_dense, side=side, square=square)
+    ways = {"crops": partial(embed_regions, factors=factors), one_pass: dense}
     words = Vocabulary.build(split.names, teacher, templates, split.base_mask, split.category_ids).embeddings
     classes, ranks = [], {name: [] for name in ways}
     records = DatasetCatalog.get(dataset)
@@ -60,7 +63,13 @@ def evaluate(teacher, dataset, side, factors=(1.0, 1.5), templates="vild63", lim
     result = {
         "teacher": str(teacher.fingerprint),
         "dataset": dataset,
-        "settings": {"side": side, "factors": list(factors), "templates": templates, "limit": limit},
+        "settings": {
+            "side": side,
+            "square": square,
+            "factors": list(factors),
+            "templates": templates,
+            "limit": limit,
+        },
     }
     for name, found in ranks.items():
         result[name] = accuracies(torch.cat(found), torch.cat(classes), split)
@@ -93,12 +102,12 @@ def whole_image_accuracy(teacher, words, split, seed=0):
     return accuracies(ranks_of(torch.cat(rows) @ words.T, truth), truth, split)
 
 
-def compare(before, after, dataset, side, output, name):
+def compare(before, after, dataset, side, output, name, square=False):
     """Measure two teachers alike, write regions_before.json and regions_<name>.json, and print the difference.
 
     Args:
         before, after: :class:`~ovdet2.vlm.teacher.Teacher`.
-        dataset, side: of :func:`evaluate`.
+        dataset, side, square: of :func:`evaluate`.
         output: folder. A regions_before.json of the same teacher and settings is taken as it is.
         name: what to call ``after``.
 
@@ -111,8 +120,9 @@ def compare(before, after, dataset, side, output, name):
         path = Path(output) / f"regions_{title}.json"
         result = read_json(path) if path.is_file() else {}
         same = result.get("teacher") == str(teacher.fingerprint) and result.get("dataset") == dataset
-        if not same or result["settings"]["side"] != side:
-            result = evaluate(teacher, dataset, side)
+        # Files of before have no "square": images were not padded.
+        if not same or (result["settings"]["side"], result["settings"].get("square", False)) != (side, square):
+            result = evaluate(teacher, dataset, side, square=square)
             write_json(path, result, indent=1)
         results.append(result)
     print(table(results, names))

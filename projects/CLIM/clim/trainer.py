@@ -21,7 +21,7 @@ from ovdet2.data.mosaic import draw_mosaics
 from ovdet2.engine import Trainer
 from ovdet2.engine.optimizer import full_model_norm, mixed_precision
 from ovdet2.errors import DataError, UsageError
-from ovdet2.vlm.dense import is_vit
+from ovdet2.vlm.dense import is_vit, stride_of
 from ovdet2.vlm.teacher import Teacher
 
 logger = logging.getLogger("ovdet2.clim")
@@ -210,8 +210,18 @@ def _check_augmentation(clim):
 
 
 def build_pretraining(cfg, teacher):
-    """:class:`~clim.model.CLIMPretraining` of a configuration; the teacher's model is taken over."""
-    clim = cfg.CLIM
+    """:class:`~clim.model.CLIMPretraining` of a configuration; the teacher's model is taken over.
+
+    Raises:
+        UsageError: settings do not fit the model, those of the evaluation included, which comes after the training.
+    """
+    clim, stride = cfg.CLIM, stride_of(teacher.clip.visual)
+    evaluation = clim.EVALUATION
+    if evaluation.DATASET and evaluation.SQUARE and evaluation.SIDE % stride:
+        raise UsageError(
+            f"CLIM.EVALUATION.SIDE is {evaluation.SIDE}: with SQUARE it must be a multiple of {stride} px, the cells of "
+            f"{teacher.fingerprint.architecture}."
+        )
     mosaics = clim.GRIDS, clim.SINGLES, clim.CANVAS, clim.SAME_TEXT
     return CLIMPretraining(teacher, clim.TRAINABLE_BLOCKS, *mosaics, clim.FREEZE_OUTPUT_AND_NORMS)
 

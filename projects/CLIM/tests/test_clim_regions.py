@@ -51,14 +51,16 @@ def dataset(tmp_path):
     MetadataCatalog.pop("clim_test", None)
 
 
+@pytest.mark.parametrize("square", [False, True])
 @pytest.mark.parametrize("name, way", [("clim-vit", "dense map"), ("clim-resnet", "attention pool")])
-def test_accuracies_against_a_loop(dataset, name, way):
+def test_accuracies_against_a_loop(dataset, name, way, square):
     teacher = cases.teacher_of(name)
-    found = regions.evaluate(teacher, dataset, side=64, factors=(1.0,), templates="single")
+    found = regions.evaluate(teacher, dataset, side=64, factors=(1.0,), templates="single", square=square)
+    assert found["settings"]["square"] == square
     words = Vocabulary.build(NAMES, teacher, "single").embeddings
     embed = {
         "crops": lambda image, box: embed_regions(teacher, image, box, (1.0,)),
-        way: lambda image, box: embed_regions_dense(teacher, image, box, side=64),
+        way: lambda image, box: embed_regions_dense(teacher, image, box, side=64, square=square),
     }
     assert set(found) == {"teacher", "dataset", "settings", *embed}
     for key, region in embed.items():
@@ -114,16 +116,18 @@ def test_whole_images_of_ov_shapes(tmp_path, monkeypatch):
 
 
 def test_comparison(dataset, tmp_path, monkeypatch, capsys):
-    def result(top1):
+    def result(top1, square):
         accuracy = {"top1": {"all": top1, "base": top1, "novel": top1}, "top5": {"all": 90, "base": 90, "novel": 90}}
-        return {"dataset": dataset, "settings": {"side": 64}, "crops": accuracy, "dense map": accuracy}
+        # A file of before the square has no "square" among its settings.
+        return {"dataset": dataset, "settings": {"side": 64} | square, "crops": accuracy, "dense map": accuracy}
 
     found = {"first": 20.0, "second": 60.0}
     asked = []
 
-    def evaluate(teacher, name, side):
+    def evaluate(teacher, name, side, square):
         asked.append(teacher.fingerprint)
-        return result(found[teacher.fingerprint]) | {"teacher": teacher.fingerprint}
+        given = {"square": True} if square else {}
+        return result(found[teacher.fingerprint], given) | {"teacher": teacher.fingerprint}
 
     class Named:
         def __init__(self, fingerprint):
@@ -137,6 +141,9 @@ def test_comparison(dataset, tmp_path, monkeypatch, capsys):
     regions.compare(before, after, dataset, 64, tmp_path, "a0.7")
     regions.compare(before, after, dataset, 32, tmp_path, "a0.7")
     assert asked == ["first", "second", "first", "second"]  # once per teacher and settings
+    for _ in range(2):
+        regions.compare(before, after, dataset, 64, tmp_path, "a0.7", square=True)
+    assert asked[4:] == ["first", "second"]
 
 
 @pytest.mark.parametrize("name, cells", [("clim-vit", (6, 8)), ("clim-resnet", (2, 2))])

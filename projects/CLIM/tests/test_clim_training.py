@@ -177,6 +177,18 @@ def test_the_switch_is_of_resnets_only():
         assert model.clip.visual.attnpool.v_proj.weight.requires_grad != freeze
 
 
+def test_a_square_of_the_evaluation_that_does_not_fit():
+    """Refused before the training, not after it."""
+    evaluation = ["CLIM.EVALUATION.DATASET", "ov_shapes_val_all", "CLIM.EVALUATION.SIDE", 60, "CLIM.CANVAS", 48]
+    cfg = load_config("", [*evaluation, "CLIM.GRIDS", [2], "CLIM.TRAINABLE_BLOCKS", 1], add_clim_config)
+    with pytest.raises(
+        UsageError, match="EVALUATION.SIDE is 60: with SQUARE it must be a multiple of 8 px, .*clim-vit"
+    ):
+        build_pretraining(cfg, cases.teacher_of("clim-vit"))
+    cfg.CLIM.EVALUATION.SQUARE = False
+    build_pretraining(cfg, cases.teacher_of("clim-vit"))
+
+
 def test_mixed_precision_gives_a_float32_loss():
     model, batch = model_of(), batch_of(5)
     expected = model(batch)["loss_clim"]

@@ -13,6 +13,12 @@ from ovdet2.vocabulary.bank import WordBank
 from tests import micro
 
 KINDS = ("resnet", "vit")
+# The form of F-VLM's release, with batch norms that run on the CPU.
+RELEASE = (
+    *("MODEL.FPN.FORM", "output_norm", "MODEL.FPN.NORM", "BN", "MODEL.RPN.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN"),
+    *("MODEL.ROI_MASK_HEAD.NAME", "NormalizedMaskHead", "MODEL.ROI_MASK_HEAD.NORM", "BN", "MODEL.MASK_ON", True),
+    *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"], "MODEL.ANCHOR_GENERATOR.OFFSET", 0.5),
+)
 FREE = ("MODEL.BACKBONE.FREEZE_AT", 0, "MODEL.OVD.SECONDARY_SCORES", "none")  # a trained trunk
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from safetensors.torch import load_file, save_file
 
@@ -225,6 +225,50 @@ class TestScores:
             results, _ = network.roi_heads(images, features, empty, None, record, network.parts)
             assert [found.secondary_probs.shape for found in empty] == [(len(found), 6) for found in empty]
             assert len(results[0]) == 0 and (len(results[1]) > 0) == (len(empty[1]) > 0)
+
+
+class TestFormOfTheRelease:
+    """Norms per level in the RPN, of the outputs of the FPN and in the mask head; p6 by a convolution; square input."""
+
+    @pytest.mark.parametrize("kind", fvlm_cases.KINDS)
+    def test_a_step_trains_all_but_clip(self, kind):
+        network, records = fvlm_cases.model(kind, fvlm_cases.RELEASE), micro.images(2)
+        network.square = 128
+        for record in records:
+            height, width = record["image"].shape[1:]
+            bits = torch.zeros(2, height, width, dtype=torch.bool)
+            bits[:, 8:40, 8:40] = True
+            record["instances"].gt_masks = BitMasks(bits)
+        found = losses(network, records)
+        assert "loss_mask" in found and all(torch.isfinite(value) for value in found.values())
+        sum(found.values()).backward()
+        assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+        norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        trained = [norm for norm in norms if norm.weight.requires_grad]
+        # 5 of the FPN, 2 x 5 of the RPN, 4 + 4 + 1 of the heads, and on a ViT that of the resampling.
+        assert len(trained) == 24 + (kind == "vit") and all(norm.num_batches_tracked >= 1 for norm in trained)
+        assert network.backbone.pyramid.norms["p6"].num_batches_tracked == 1
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("kind", fvlm_cases.KINDS)
+    def test_detections(self, kind):
+        """With masks, in pixels of the image, whatever the batch."""
+        network, records = fvlm_cases.model(kind, fvlm_cases.RELEASE), micro.images(2)
+        network.square = 128
+        for record, output in zip(records, network(records), strict=True):
+            found, alone = output["instances"], network([record])[0]["instances"]
+            assert len(found) > 0 and found.pred_masks.shape[1:] == found.image_size == (
+                record["height"],
+                record["width"],
+            )
+            assert torch.allclose(found.scores, alone.scores, atol=1e-4)
+
+    def test_anchors_are_centred_at_half_a_stride(self):
+        generator = fvlm_cases.model("resnet", fvlm_cases.RELEASE).proposal_generator.anchor_generator
+        maps = [torch.zeros(1, 1, 4, 6)] * 5
+        for stride, anchors in zip((4, 8, 16, 32, 64), generator(maps), strict=True):
+            centres = anchors.get_centers().view(4, 6, 3, 2)
+            assert torch.allclose(centres[2, 1, 0], torch.tensor([1.5 * stride, 2.5 * stride]))
 
 
 @pytest.fixture(scope="module")
