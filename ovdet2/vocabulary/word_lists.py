@@ -168,7 +168,7 @@ def _entries_of(values: Any, source: str, kind: type[DataError | UsageError] = U
     form = "give a list of words or {word: [synonyms]}"
     if not isinstance(values, Iterable) or isinstance(values, (str, bytes)):
         raise kind(f"{source} holds {values!r}: {form}.")
-    entries = []
+    entries: list[tuple[str, ...]] = []
     for word in values:
         names = values[word] if isinstance(values, Mapping) else ()
         for name in (word, names) if isinstance(names, str) or not isinstance(names, Iterable) else (word, *names):

@@ -391,7 +391,9 @@ def test_blocks_that_are_not_there(name, blocks):
 
 
 def test_weights_of_another_architecture_or_resolution(tmp_path, weights):
-    with pytest.raises(DataError, match="of clim-vit-wide could not be loaded .*size mismatch.*ARCHITECTURE must be"):
+    with pytest.raises(
+        DataError, match="of clim-vit-wide could not be loaded .*size mismatch.*ARCHITECTURE, --architecture. must be"
+    ):
         Teacher.load("clim-vit-wide", weights)
     with pytest.raises(DataError, match=r"another resolution than clim-vit-64px.*\[17, 32\], not \[65, 32\]"):
         Teacher.load("clim-vit-64px", weights)
