@@ -66,6 +66,23 @@ def test_without_norm_it_is_detectron2s_head():
     assert torch.equal(plain(pooled), network(pooled))
 
 
+@pytest.mark.parametrize("norm, regions", [("BN", 0), ("BN", 1), ("SyncBN", 1)])  # Detectron2 refuses SyncBN without any
+def test_few_regions_in_training(norm, regions):
+    """As a second head may get: no region, or a single one, which has no batch statistics."""
+    network = head(norm, norm).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items() if "fc1_norm" in name}
+    out = network(micro.wave((regions, 4, 3, 3), 0.7))
+    out.sum().backward()
+    assert out.shape == (regions, 6) and out.isfinite().all()
+    state = network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items() if "running" in name)
+    if regions:
+        conv = network.conv1(micro.wave((1, 4, 3, 3), 0.7)).flatten(1)
+        first = network.fc1(conv).double()
+        stated = normed(first, network.state_dict(), "fc1_norm.norm", training=False)
+        assert torch.allclose(network.fc1_norm(first.float()).double(), stated, atol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "GN"])
 def test_other_norms(norm):
     config = micro.cfg()

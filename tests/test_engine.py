@@ -16,6 +16,7 @@ import train_net
 from ovdet2.data.samples import Sample
 from ovdet2.engine import Trainer, launch, setup
 from ovdet2.engine.step import CheckedStep
+from ovdet2.engine.trainer import require_norms_of_device
 from ovdet2.errors import DataError, NumericalError, SetupError, UsageError, exit_on_error
 from ovdet2.io.files import read_safetensors
 from tests import micro_training
@@ -390,3 +391,13 @@ def test_a_step_without_a_loss_names_the_kind_of_its_images():
     step = CheckedStep(model, [[Sample(kind="captions")]], torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(UsageError, match="a step on images of kind captions gives no loss"):
         step.run_step()
+
+
+@pytest.mark.parametrize("norm, on_cuda, refused", [(torch.nn.SyncBatchNorm, False, True), (torch.nn.SyncBatchNorm, True, False), (torch.nn.BatchNorm2d, False, False)])  # fmt: skip
+def test_norms_over_processes_need_cuda(norm, on_cuda, refused):
+    model = torch.nn.ModuleDict({"head": torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), norm(2))})
+    if not refused:
+        require_norms_of_device(model, on_cuda)
+        return
+    with pytest.raises(UsageError, match="head.1 is a SyncBN, which needs CUDA in a run of several processes"):
+        require_norms_of_device(model, on_cuda)

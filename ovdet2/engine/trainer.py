@@ -430,6 +430,7 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
     if comm.get_world_size() == 1:
         return model
     on_cuda = next(model.parameters()).is_cuda
+    require_norms_of_device(model, on_cuda)
     device_ids = [comm.get_local_rank()] if on_cuda else None
     # Buffers are not sent at every step: the vocabulary and frozen statistics are the same everywhere, and running
     # statistics are averaged before they are used (average_batch_norm). torch 2.15 renamed the switch.
@@ -437,6 +438,22 @@ def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
     switch = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     options: dict[str, Any] = {switch: False}
     return DistributedDataParallel(model, device_ids=device_ids, find_unused_parameters=alternates, **options)
+
+
+def require_norms_of_device(model: nn.Module, on_cuda: bool) -> None:
+    """Refuse batch norms over several processes on a CPU, where torch has none: they would fail in the first step.
+
+    Raises:
+        UsageError: names a module.
+    """
+    if on_cuda:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            raise UsageError(
+                f'{name} is a SyncBN, which needs CUDA in a run of several processes: set the norms that are "SyncBN" '
+                '(MODEL.*.NORM) to "BN" or "GN", or train in one process.'
+            )
 
 
 def _require_teacher(sources: Sequence[TrainSource], model: nn.Module) -> None:

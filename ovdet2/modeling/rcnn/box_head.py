@@ -11,7 +11,10 @@ from typing import Any, cast
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec, get_norm
 from detectron2.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY, FastRCNNConvFCHead
+from detectron2.utils.comm import get_world_size
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @ROI_BOX_HEAD_REGISTRY.register()
@@ -66,5 +69,8 @@ class VectorNorm(nn.Module):
         self.norm = cast(nn.Module, get_norm(name, features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Tensor [R, F] -> [R, F]."""
-        return self.norm(x[:, :, None, None]).flatten(1)
+        """Tensor [R, F] -> [R, F]. A batch norm takes its running statistics for a single vector, which has none."""
+        norm = self.norm
+        if len(x) == 1 and norm.training and isinstance(norm, _BatchNorm) and get_world_size() == 1:
+            return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+        return norm(x[:, :, None, None]).flatten(1)
