@@ -60,8 +60,8 @@ class Detector:
                 CfgNode.
             weights: checkpoint; None or empty: the weights of the named detector, else MODEL.WEIGHTS.
             overrides: list [key, value, ...]; ignored if ``config`` is a CfgNode.
-            competitors: "auto", as the class describes, or "off". It changes nothing where each word has a probability of
-                its own (a sigmoid), as in the detectors of the DETR family.
+            competitors: "auto", as the class describes, or "off". It changes nothing where each word has a separate sigmoid
+                and no other score, as in the detectors of the DETR family.
 
         Raises:
             UsageError: no weights are given, or ``competitors`` is something else.
@@ -76,18 +76,21 @@ class Detector:
         cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg
-        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
+        saved = _saved_vocabulary(weights)
+        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, saved).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         self.competitors = _checked(competitors)
-        self._known_words = self.model.vocabulary.words  # with their embeddings
+        words = self.model.vocabulary.words
+        self._known_words = words if saved is None else saved  # with their embeddings
+        self._trained: Vocabulary | None = None  # the base words of the training, once they are needed
         if cfg.MODEL.VOCABULARY.FILE:  # set() computes the base mask from the checkpoint: the file's may differ
-            self._set(self._known_words, None, self.competitors)
+            self._set(words, None, self.competitors)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The words of the vocabulary, without competitors; ``pred_classes`` are indices into them."""
-        return self.model.vocabulary.names[: self.model.vocabulary.num_asked]
+        return self.model.vocabulary.names[: self.model.vocabulary.num_detectable]
 
     def set_vocabulary(
         self, words: Words | Vocabulary, templates: str | None = None, competitors: str | None = None
@@ -116,18 +119,22 @@ class Detector:
         wanted = competitors == "auto" and len(words) < FEW_WORDS and self.model.words_compete
         self.model.vocabulary.set(words, background, self._base_words(words) if wanted else None)
 
-    def _base_words(self, asked: Vocabulary) -> Vocabulary | None:
-        """The base words of the training that are not among ``asked``; None if there are none."""
-        taken = set(map(clean_name, asked.names))
-        wanted = {name for name in self.model.vocabulary.trained_base_names if name not in taken}
-        known = self._known_words
-        rows = [row for row, name in enumerate(known.names) if clean_name(name) in wanted]
-        lacking = sorted(wanted - {clean_name(known.names[row]) for row in rows})
-        found = known.selected(rows) if rows else None
-        if not lacking:
-            return found
-        embedded = words_to_vocabulary(self.cfg, lacking)
-        return embedded if found is None else found.joined(embedded)
+    def _base_words(self, vocabulary: Vocabulary) -> Vocabulary | None:
+        """The base words of the training that are no name of ``vocabulary``, synonyms included; None without any."""
+        names = {clean_name(name) for group in vocabulary.synonyms or () for name in group}
+        names |= set(map(clean_name, vocabulary.names))
+        if self._trained is None:
+            self._trained = self._embedded_base_words()
+        rows = [row for row, name in enumerate(self._trained.names) if clean_name(name) not in names]
+        return self._trained.selected(rows) if rows else None
+
+    def _embedded_base_words(self) -> Vocabulary:
+        """All base words of the training: with the embeddings of the checkpoint, or else by MODEL.TEACHER."""
+        trained, known = self.model.vocabulary.trained_base_names, self._known_words
+        rows = [row for row, name in enumerate(known.names) if clean_name(name) in trained]
+        lacking = sorted(trained - {clean_name(known.names[row]) for row in rows})
+        base_words = known.selected(rows)
+        return base_words.joined(words_to_vocabulary(self.cfg, lacking)) if lacking else base_words
 
     @property
     def has_priors(self) -> bool:
@@ -239,15 +246,19 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return array
 
 
-def _build(cfg: CfgNode, weights: str) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
+def _saved_vocabulary(weights: str) -> Vocabulary | None:
+    """The vocabulary that a checkpoint of ovdet2 holds; None for another file, or a URL."""
+    if not Path(weights).is_file():
+        return None
+    tensors = read_weights(weights)["model"]
+    prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
+    if prefix is None:
+        return None
+    return from_buffers(*(tensors[f"{prefix}{part}"] for part in ("embeddings", "base_mask", "manifest")))
+
+
+def _build(cfg: CfgNode, saved: Vocabulary | None) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
     """Build the model with the vocabulary of MODEL.VOCABULARY.FILE, or, if that is empty, of the checkpoint."""
-    model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
-    if cfg.MODEL.VOCABULARY.FILE:
-        words = {"vocabulary": load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)}
-    elif Path(weights).is_file():
-        tensors = read_weights(weights)["model"]
-        prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
-        if prefix is not None:
-            saved = (tensors[f"{prefix}{part}"] for part in ("embeddings", "base_mask", "manifest"))
-            words = {"vocabulary": from_buffers(*saved)}
-    return model_class(cfg, **words).to(cfg.MODEL.DEVICE)
+    words = load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE) if cfg.MODEL.VOCABULARY.FILE else saved
+    model_class = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    return model_class(cfg, **({} if words is None else {"vocabulary": words})).to(cfg.MODEL.DEVICE)

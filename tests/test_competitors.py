@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ovdet2.config import check_methods
 from ovdet2.errors import DataError, UsageError
 from ovdet2.layers import fuse_scores
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -94,14 +95,25 @@ def test_the_order_of_competitors_does_not_matter():
 
 def test_what_the_bank_knows_of_them():
     bank = model("text").vocabulary
-    assert bank.num_asked == len(bank) == 5
+    assert bank.num_detectable == len(bank) == 5
     bank.set(micro.vocabulary(("moon",), num_base=0), competitors=others(("red star", "kite")))
-    assert bank.num_asked == 1 and bank.names == ("moon", "red star", "kite")
+    assert bank.num_detectable == 1 and bank.names == ("moon", "red star", "kite")
     assert bank.base_mask.tolist() == [False, True, False]  # "red star" had training boxes
     bank.set(micro.vocabulary(("moon",), num_base=0))
-    assert bank.num_asked == len(bank) == 1
+    assert bank.num_detectable == len(bank) == 1
     with pytest.raises(DataError, match="the competitors"):
         bank.set(micro.vocabulary(("moon",)), competitors=others(teacher=Fingerprint("other", "test", "1" * 64)))
+
+
+@torch.no_grad()
+def test_who_competes():
+    """A softmax, of the classifier or of secondary scores; not a sigmoid, and not a closed set."""
+    config = micro.cfg()
+    assert micro.model(config=config).words_compete
+    config.MODEL.OVD.CLS_LOSS = "sigmoid"
+    assert not micro.model(config=config).words_compete
+    config.MODEL.OVD.SECONDARY_SCORES = "image"
+    assert micro.model(config=config).words_compete
 
 
 def test_selected_words():
@@ -117,6 +129,7 @@ def test_selected_words():
 def fused(background, use="fuse", words=5, **keys):
     config = micro.cfg()
     config.MODEL.OVD.SECONDARY_BACKGROUND, config.MODEL.OVD.SECONDARY_USE = background, use
+    config.MODEL.OVD.SECONDARY_SCORES = "image"
     predictor = micro.model(config=config).roi_heads.box_predictor
     from detectron2.structures import Boxes, Instances
 
@@ -150,11 +163,17 @@ def test_background_of_secondary_scores_equals_float64_reference(background, use
 def test_settings_of_the_background_that_contradict():
     with pytest.raises(UsageError, match="SECONDARY_BACKGROUND is 'rpn': choose one of none, text, objectness"):
         fused("rpn")
+    for scores in ("none", "map"):
+        config = micro.cfg()
+        config.MODEL.OVD.SECONDARY_BACKGROUND, config.MODEL.OVD.SECONDARY_SCORES = "objectness", scores
+        with pytest.raises(UsageError, match="SECONDARY_BACKGROUND is 'objectness', but .*: set it to \"none\""):
+            check_methods(config)
     with pytest.raises(UsageError, match='"only_objectness" keeps background low already'):
         fused("text", "only_objectness")
     with pytest.raises(UsageError, match="these secondary scores have a background"):
         fused("objectness", words=6)
     config = micro.cfg()
     config.MODEL.OVD.SECONDARY_BACKGROUND, config.MODEL.OVD.CLS_LOSS = "text", "sigmoid"
+    config.MODEL.OVD.SECONDARY_SCORES = "image"
     with pytest.raises(UsageError, match="needs a background class"):
         micro.model(config=config)

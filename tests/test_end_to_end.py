@@ -111,7 +111,7 @@ def test_predictor_takes_any_words(run, predictor):
     buffer = predictor.model.vocabulary
     assert predictor.names == ("striped moon", "red mug", "plain circle")
     assert buffer.base_mask[:3].tolist() == [False, False, True]  # training had boxes of circles only
-    assert buffer.num_asked == 3 and buffer.num_base == 48  # the other base words compete
+    assert buffer.num_detectable == 3 and buffer.num_base == 48  # the other base words compete
     single, batch = predictor.predict(image), predictor.predict([image, np.asarray(Image.open(image))])
     assert torch.allclose(single.scores, batch[0].scores, rtol=1e-2, atol=0) and len(single) > 0
     assert torch.allclose(batch[0].scores, batch[1].scores, rtol=1e-2, atol=0)
@@ -134,17 +134,29 @@ def test_few_words_compete_with_those_of_training(run):
     assert torch.equal(bank.embeddings[2:], known.embeddings[rows])
     among_others = detector.predict(image)
     assert set(among_others.pred_classes.tolist()) <= {0, 1}
+    detector.set_vocabulary("moon, round thing; plain circle")  # a synonym does not compete with its word
+    assert len(bank) == 2 + 47 and "plain circle" not in bank.names
     detector.set_vocabulary("moon, plain circle", competitors="off")
     assert len(bank) == 2 and detector.predict(image).scores.max() > among_others.scores.max()
     detector.set_vocabulary("moon, plain circle")
     assert torch.equal(detector.predict(image).scores, among_others.scores)
     detector.set_vocabulary("a, b, c, d, e, f, g, h")
-    assert len(bank) == bank.num_asked == 8
+    assert len(bank) == bank.num_detectable == 8
     off = Detector(CONFIG, run[1] / "model_final.pth", SMALL, competitors="off")
     off.set_vocabulary("moon")
     assert len(off.model.vocabulary) == 1
     with pytest.raises(UsageError, match="competitors is 'on': choose"):
         detector.set_vocabulary("moon", competitors="on")
+
+
+def test_competitors_of_a_vocabulary_file_need_no_teacher(run, tmp_path, monkeypatch):
+    """Their embeddings are those of the checkpoint."""
+    words = Vocabulary.build(["moon"], build_teacher(load_config(CONFIG, SMALL)), "single")
+    words.save(tmp_path / "v.safetensors")
+    monkeypatch.setattr("ovdet2.predictor.words_to_vocabulary", lambda *_: pytest.fail("embedded anew"))
+    file = ["MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")]
+    detector = Detector(CONFIG, run[1] / "model_final.pth", [*SMALL, *file])
+    assert detector.names == ("moon",) and len(detector.model.vocabulary) == 1 + 48
 
 
 def test_predictor_knows_the_words_of_training_however_they_come(run, predictor, tmp_path):

@@ -120,7 +120,7 @@ def test_forms_that_are_refused():
 def mask_head(norm):
     config = micro.cfg()
     config.MODEL.ROI_MASK_HEAD.NAME, config.MODEL.ROI_MASK_HEAD.NORM = "NormalizedMaskHead", norm
-    config.MODEL.ROI_MASK_HEAD.NUM_CONV, config.MODEL.ROI_MASK_HEAD.CONV_DIM = 2, 6
+    config.MODEL.ROI_MASK_HEAD.NUM_CONV, config.MODEL.ROI_MASK_HEAD.CONV_DIM = 2, 32 if norm == "GN" else 6
     network = build_mask_head(config, ShapeSpec(channels=5, height=4, width=4))
     randomise(network)
     return network.eval()
@@ -152,9 +152,17 @@ def test_mask_head_without_norm_is_detectron2s():
     assert torch.equal(network.layers(values), plain.layers(values))
 
 
-def test_mask_head_keeps_its_statistics_without_regions():
-    """A step may have no foreground region."""
-    network = mask_head("BN").train()
+@pytest.mark.parametrize("norm", ["BN", "SyncBN", "GN", ""])
+def test_mask_head_without_regions(norm):
+    """A step may have no foreground region: statistics stay, and every parameter has a gradient, as DDP requires."""
+    network = mask_head(norm).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items() if "running" in name}
-    assert network.layers(torch.zeros(0, 5, 4, 4)).shape == (0, 1, 8, 8)
-    assert all(torch.isfinite(network.state_dict()[name]).all() for name in before) and before
+    logits = network.layers(torch.zeros(0, 5, 4, 4))
+    assert logits.shape == (0, 1, 8, 8)
+    (logits.sum() * 0).backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in network.parameters())
+    after = network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items()) and bool(before) == norm.endswith(
+        "BN"
+    )
+    assert all(module.training for module in network.modules())

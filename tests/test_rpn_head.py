@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_proposal_generator
 from detectron2.modeling.proposal_generator.rpn import StandardRPNHead, build_rpn_head
+from detectron2.structures import Boxes
 from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
-from ovdet2.modeling import NormalizedRPNHead, OpenVocabularyRCNN
+from ovdet2.modeling import NormalizedRPNHead, OpenVocabularyRCNN, OpenVocabularyRPN
 from tests import micro
 
 LEVELS = [ShapeSpec(channels=16, stride=stride) for stride in (4, 8, 16, 32, 64)]
@@ -112,3 +114,46 @@ def test_a_detector_trains_the_norms():
 def test_a_head_that_would_ignore_the_norm_is_refused():
     with pytest.raises(UsageError, match="StandardRPNHead.*MODEL.RPN.NORM.*NormalizedRPNHead"):
         OpenVocabularyRCNN(cfg(NORM="BN", HEAD_NAME="StandardRPNHead"), vocabulary=micro.vocabulary())
+
+
+def rpn_losses(average, labels, deltas):
+    """loss_rpn_loc of two levels of 4 and 2 anchors in two images; a weight of 1/9 makes Detectron2's smooth L1 Huber."""
+    config = cfg(BBOX_REG_AVERAGE=average, SMOOTH_L1_BETA=1 / 9, BBOX_REG_LOSS_WEIGHT=1 / 9)
+    config.MODEL.RPN.BATCH_SIZE_PER_IMAGE = 3
+    shapes = {f"p{level}": shape for level, shape in enumerate(LEVELS, 2)}
+    rpn = build_proposal_generator(config, shapes)
+    assert isinstance(rpn, OpenVocabularyRPN)
+    boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(6, 1)
+    anchors = [Boxes(boxes[:4]), Boxes(boxes[4:])]
+    logits = [torch.zeros(2, 4), torch.zeros(2, 2)]
+    with EventStorage():
+        found = rpn.losses(anchors, logits, list(labels), [deltas[:, :4], deltas[:, 4:]], [boxes, boxes])
+    return found["loss_rpn_loc"].item()
+
+
+@pytest.mark.parametrize("rows", [[], [(0, 0)], [(0, 1), (1, 5)], [(0, 0), (0, 1), (1, 2), (1, 4), (0, 5)]])
+def test_box_loss_per_level_equals_float64_reference(rows):
+    """Huber with delta 1/9, mean over the coordinates of positive anchors of a level, summed over levels. Targets are 0."""
+    labels = torch.zeros(2, 6, dtype=torch.int8)
+    for image, anchor in rows:
+        labels[image, anchor] = 1
+    deltas = 0.5 * micro.wave((2, 6, 4), 0.9)
+    size = deltas.double().abs()
+    huber = torch.where(size < 1 / 9, 0.5 * size**2, (size - 0.5 / 9) / 9)
+    expected = 0.0
+    for level in (slice(0, 4), slice(4, 6)):
+        chosen = huber[:, level][labels[:, level] == 1]
+        expected += chosen.mean().item() if len(chosen) else 0.0
+    assert rpn_losses("positives_per_level", labels, deltas) == pytest.approx(expected, rel=1e-5)
+    whole = huber[labels == 1].sum().item() / (3 * 2)
+    assert rpn_losses("sampled", labels, deltas) == pytest.approx(whole, rel=1e-5)
+
+
+def test_sampled_is_detectron2s_rpn():
+    config, batch = micro.cfg(), micro.images(2)
+    from tests.test_rcnn import losses
+
+    config.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
+    assert losses(micro.model(config=config), batch) == losses(micro.model(), batch)
+    with pytest.raises(UsageError, match="BBOX_REG_AVERAGE is 'all': choose one of sampled, positives_per_level"):
+        rpn_losses("all", torch.zeros(2, 6), torch.zeros(2, 6, 4))

@@ -57,15 +57,17 @@ def test_positional_embeddings_of_a_vit_depend_on_it():
 
 def test_by_configuration():
     words = ("DATASETS.TEST", ("ov_shapes_val_all",), "MODEL.VOCABULARY.TEMPLATES", "single", "INPUT.MAX_SIZE_TEST", 96)
+    words += ("INPUT.MAX_SIZE_TRAIN", 96)
     assert FrozenVLMRCNN(fvlm_cases.cfg(*words, "INPUT.SQUARE", 128)).square == 128
     assert FrozenVLMRCNN(fvlm_cases.cfg(*words)).square == 0
     for keys, message in (
         (("INPUT.SQUARE", 100), "INPUT.SQUARE is 100: it must be 0 or a positive multiple of 32"),
         (("INPUT.SQUARE", -32), "INPUT.SQUARE is -32"),
+        (("INPUT.SQUARE", 128, "INPUT.MAX_SIZE_TRAIN", 160), "at least INPUT.MAX_SIZE_TRAIN .160."),
         (("INPUT.SQUARE", 64), "at least INPUT.MAX_SIZE_TEST .96.[.]"),
         (
             ("INPUT.SQUARE", 128, "INPUT.LSJ.ENABLED", True, "INPUT.LSJ.SIDE", 160),
-            "at least INPUT.MAX_SIZE_TEST .96. and INPUT.LSJ.SIDE .160.",
+            "at least INPUT.LSJ.SIDE .160.",
         ),
     ):
         with pytest.raises(UsageError, match=message):

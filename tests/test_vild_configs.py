@@ -39,6 +39,7 @@ def test_box_losses_of_the_release(name):
     assert (model.ROI_BOX_HEAD.SMOOTH_L1_BETA, model.ROI_BOX_HEAD.BBOX_REG_AVERAGE) == (1.0, "positives")
     assert model.RPN.SMOOTH_L1_BETA == pytest.approx(1 / 9, abs=1e-4)
     assert model.RPN.BBOX_REG_LOSS_WEIGHT == pytest.approx(1 / 9, abs=1e-4)
+    assert model.RPN.BBOX_REG_AVERAGE == "positives_per_level"
     error = torch.linspace(-0.5, 0.5, 21).double()
     huber = torch.where(error.abs() < 1 / 9, 0.5 * error**2, (error.abs() - 0.5 / 9) / 9)
     from fvcore.nn import smooth_l1_loss
@@ -53,6 +54,7 @@ def test_the_rows_keep_the_form_in_which_they_were_measured(name):
     assert (model.RPN.NORM, model.ROI_BOX_HEAD.NORM, model.ROI_BOX_HEAD.FC_NORM, model.ROI_MASK_HEAD.NORM) == ("",) * 4
     assert (model.ROI_BOX_HEAD.NAME, model.ROI_MASK_HEAD.NAME) == ("FastRCNNConvFCHead", "MaskRCNNConvUpsampleHead")
     assert (model.ROI_BOX_HEAD.BBOX_REG_AVERAGE, model.RPN.BBOX_REG_LOSS_WEIGHT) == ("sampled", 1.0)
+    assert model.RPN.BBOX_REG_AVERAGE == "sampled"
     assert model.ROI_HEADS.IN_FEATURES == ["p2", "p3", "p4", "p5"] and model.ANCHOR_GENERATOR.OFFSET == 0.0
 
 

@@ -113,6 +113,8 @@ def test_words_in_text_and_files(tmp_path):
     assert len(read_words("st. bernard, " + "very long word " * 40).names) == 2
     assert len(read_words("long word " * 400).names) == 1  # longer than a path may be
     assert read_words(f"{tmp_path / 'words'},").names == (str(tmp_path / "words"),)
+    for name in ("st. bernard", "Mt. Fuji.", "U.S. flag", "a cat."):
+        assert read_words(name).names == (name,)
     assert read_words("cafe\u0301").names == ("caf\u00e9",)
 
 
@@ -135,9 +137,11 @@ def test_words_that_are_no_text(value, tmp_path):
             read_words(tmp_path / "w.json")
 
 
-@pytest.mark.parametrize("text", ("cat . dog", "cat | dog", "cat|dog", "cat\uff0cdog", "cat\u3001dog", "cat\uff1bdog"))
+@pytest.mark.parametrize(
+    "text", ("cat . dog", "cat. big dog.", "cat | dog", "cat|dog", "cat\uff0cdog", "cat\u3001dog", "cat\uff1bdog")
+)
 def test_a_word_that_seems_to_be_several(text):
-    with pytest.raises(UsageError, match=".*dog' seems to be several words, joined by .*: separate words by commas"):
+    with pytest.raises(UsageError, match=".*dog.?' seems to be several words, joined by .*: separate words by commas"):
         read_words(text)
     assert read_words([text, "bird"]).names == (text, "bird")  # among others it may be a name
 

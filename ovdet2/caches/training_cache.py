@@ -20,7 +20,9 @@ from ovdet2.vlm.fingerprint import Fingerprint
 logger = logging.getLogger(__name__)
 
 
-def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key: str, needed_by: str) -> RegionCache:
+def open_training_cache(
+    folder: str, datasets: Sequence[str], cfg: CfgNode, key: str, needed_by: str, build: str
+) -> RegionCache:
     """Open a region cache and check it against a training set and MODEL.TEACHER.
 
     Args:
@@ -29,6 +31,8 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
         cfg: configuration; MODEL.TEACHER is read.
         key: configuration key that names the folder, for messages.
         needed_by: the configuration key that requires a cache, for messages.
+        build: how to build it, for the message of a missing cache: options of ``ovdet2 cache build`` besides --dataset and
+            --output.
 
     Raises:
         UsageError: no folder is given, or there are several data sets, whose image ids could collide in one cache.
@@ -45,9 +49,8 @@ def open_training_cache(folder: str, datasets: Sequence[str], cfg: CfgNode, key:
         )
     if not Path(folder).exists():
         raise CacheError(
-            f"{key}: there is no region cache in {folder}. Build it from the proposals of a trained detector: ovdet2 cache "
-            f"build --config-file FILE --dataset {datasets[0]} --output {folder} MODEL.WEIGHTS WEIGHTS, with the file and "
-            f"weights of a detector that needs none ({needed_by} 0)."
+            f"{key}: there is no region cache in {folder}. Build it by: ovdet2 cache build --dataset {datasets[0]} "
+            f"--output {folder} {build}."
         )
     try:
         cache = RegionCache(folder)

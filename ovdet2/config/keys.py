@@ -131,6 +131,10 @@ def _add_rpn(cfg):
     cfg.MODEL.CLIP_VIT = CN()
     # The convolutions that upsample the tokens of a CLIP ViT halve the channels. False keeps them (CLIM, CLIPSelf).
     cfg.MODEL.CLIP_VIT.HALVE_CHANNELS = False
+    cfg.MODEL.PROPOSAL_GENERATOR.NAME = "OpenVocabularyRPN"
+    # The box loss of the RPN is divided by the number of "sampled" anchors (Detectron2's "RPN"), or is the mean over the
+    # coordinates of "positives_per_level", summed over the levels (the releases of ViLD and F-VLM).
+    cfg.MODEL.RPN.BBOX_REG_AVERAGE = "sampled"
     # "NormalizedRPNHead" reads the two keys below; without a norm it is Detectron2's "StandardRPNHead".
     cfg.MODEL.RPN.HEAD_NAME = "NormalizedRPNHead"
     # Norm after each of MODEL.RPN.CONV_DIMS, before the ReLU: "" for none, "BN", "SyncBN", "GN", ...

@@ -29,6 +29,7 @@ class Method:
         training_only: its part is not used at test: a checkpoint may hold the part's weights and the model not, or the
             reverse.
         secondary_scores: values of MODEL.OVD.SECONDARY_SCORES that it provides.
+        scores_background: whether its secondary scores have a column for background.
         reads_background: if switched on, it needs the teacher's embedding of the word "background" in the word bank.
         OLD_KEYS: {key of an earlier version: current key}; old keys are accepted with a warning.
         OLD_WEIGHTS: {prefix of entries in checkpoints of an earlier version: current prefix}.
@@ -37,6 +38,7 @@ class Method:
     name: str = ""
     hosts: tuple[str, ...] = ()
     secondary_scores: tuple[str, ...] = ()
+    scores_background: bool = False
     reads_background: bool = False
     training_only: bool = False
     OLD_KEYS: dict[str, str] = {}

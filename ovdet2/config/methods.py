@@ -44,6 +44,11 @@ def methods_of(cfg: CfgNode) -> tuple[Method, ...]:
     return find_methods(cfg.MODEL.PARTS)
 
 
+def _with_background(cfg):
+    """The secondary scores that have a background column."""
+    return [name for method in methods_of(cfg) if method.scores_background for name in method.secondary_scores]
+
+
 def check_methods(cfg: CfgNode) -> None:
     """Refuse contradictory settings of methods, and methods that the meta-architecture does not support.
 
@@ -57,6 +62,10 @@ def check_methods(cfg: CfgNode) -> None:
             f"MODEL.OVD.SECONDARY_SCORES is {chosen!r}: choose one of {', '.join(['none', *known])}, or name the "
             "method that provides it in MODEL.PARTS."
         )
+    background = cfg.MODEL.OVD.SECONDARY_BACKGROUND
+    if background != "none" and (chosen == "none" or chosen in _with_background(cfg)):
+        reason = "there are no secondary scores" if chosen == "none" else f"the scores {chosen!r} have a background"
+        raise UsageError(f'MODEL.OVD.SECONDARY_BACKGROUND is {background!r}, but {reason}: set it to "none".')
     for method in methods_of(cfg):
         method.check(cfg)
         host = cfg.MODEL.META_ARCHITECTURE

@@ -8,6 +8,7 @@ from ovdet2.modeling.meta_arch.open_vocabulary_rcnn import OpenVocabularyRCNN
 from ovdet2.modeling.rcnn.box_head import NormalizedBoxHead
 from ovdet2.modeling.rcnn.mask_head import NormalizedMaskHead
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads
+from ovdet2.modeling.rcnn.rpn import OpenVocabularyRPN
 from ovdet2.modeling.rcnn.rpn_head import NormalizedRPNHead
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "OpenVocabularyDeformableDETR",
     "OpenVocabularyRCNN",
     "OpenVocabularyROIHeads",
+    "OpenVocabularyRPN",
     "TimmSwin",
     "build_classifier",
     "build_teacher",

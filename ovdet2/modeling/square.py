@@ -40,7 +40,7 @@ def checked_side(cfg: CfgNode, divisibility: int) -> int:
         divisibility: number that the sides of the network's input must be multiples of; 0 for any.
 
     Raises:
-        UsageError: it is no such multiple, or smaller than the images at test or of the large-scale jitter.
+        UsageError: it is no such multiple, or smaller than the images at test, of training or of the large-scale jitter.
     """
     keys = cfg.INPUT
     side, multiple = keys.SQUARE, max(divisibility, 1)
@@ -48,9 +48,8 @@ def checked_side(cfg: CfgNode, divisibility: int) -> int:
         return 0
     if side < 0 or side % multiple:
         raise UsageError(f"INPUT.SQUARE is {side}: it must be 0 or a positive multiple of {multiple}.")
-    if side < keys.MAX_SIZE_TEST or (keys.LSJ.ENABLED and side < keys.LSJ.SIDE):
-        jitter = f" and INPUT.LSJ.SIDE ({keys.LSJ.SIDE})" if keys.LSJ.ENABLED else ""
-        raise UsageError(
-            f"INPUT.SQUARE is {side}: it must be at least INPUT.MAX_SIZE_TEST ({keys.MAX_SIZE_TEST}){jitter}."
-        )
+    training = ("INPUT.LSJ.SIDE", keys.LSJ.SIDE) if keys.LSJ.ENABLED else ("INPUT.MAX_SIZE_TRAIN", keys.MAX_SIZE_TRAIN)
+    for key, size in (("INPUT.MAX_SIZE_TEST", keys.MAX_SIZE_TEST), training):
+        if side < size:
+            raise UsageError(f"INPUT.SQUARE is {side}: it must be at least {key} ({size}).")
     return side

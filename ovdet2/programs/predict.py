@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import glob
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     args = parse_args(argv)
     open_logs()
     output = Path(args.output)
-    pictures = picture_paths(find_images(args.input), output)
+    pictures = picture_paths(find_images(args.input, output), output)
     detector = Detector(args.config_file, overrides=args.opts, competitors=args.competitors)
     if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
@@ -120,10 +121,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_images(inputs: Sequence[str]) -> list[Path]:
+def find_images(inputs: Sequence[str], output: Path | None = None) -> list[Path]:
     """Image paths of files, folders (sorted, with subfolders) and glob patterns ("**" too), in the order given, each once.
 
     What a folder or pattern holds besides images is counted and printed.
+
+    Args:
+        inputs: files, folders and patterns.
+        output: folder that is not searched, unless an input names a file in it, or the folder or one in it:
+            it may hold the pictures of an earlier run.
 
     Raises:
         UsageError: an input matches nothing.
@@ -134,10 +140,12 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_file():
             paths.append(path)
             continue
-        found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(item, recursive=True))
-        files = sorted(each for each in found if each.is_file())
-        matches = [each for each in files if each.suffix.lower() in IMAGE_SUFFIXES]
-        others.update(each.suffix.lower() or "no suffix" for each in files if each not in matches)
+        if path.is_dir():
+            files = sorted(each for each in path.rglob("*") if each.is_file() and not _is_within(each, output, path))
+        else:
+            files = sorted(each for each in map(Path, glob.glob(item, recursive=True)) if each.is_file())
+        matches = [each for each in files if _is_image(each)]
+        others.update(each.suffix.lower() or "no suffix" for each in files if not _is_image(each))
         if not matches:
             held = f" (but {counted(len(files), 'file')} of other types)" if files else ""
             raise UsageError(
@@ -151,6 +159,17 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def _is_image(path):
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_within(path, output, searched):
+    """Whether a file is in the folder ``output``, which is a folder below the one that is searched."""
+    if output is None or output.resolve() not in path.resolve().parents:
+        return False
+    return searched.resolve() in output.resolve().parents
+
+
 def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
     """{image: its picture in the folder ``output``}, no two the same.
 
@@ -158,15 +177,19 @@ def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
         UsageError: a picture would replace an image.
     """
     inputs = {image.resolve() for image in images}
+    names = [image.stem for image in images]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    used = set(names) - repeated
     pictures: dict[Path, Path] = {}
-    taken = set()
-    for image in images:
-        picture = output / f"{image.stem}.png"
-        if picture in taken:  # a/1.jpg and b/1.png would overwrite each other
-            picture = output / f"{image.parent.name}_{image.stem}_{len(pictures)}.png"
+    for image, name in zip(images, names):
+        if name in repeated:  # a/1.jpg and b/1.png would overwrite each other
+            with_folder = f"{image.parent.name}_{name}"
+            further = (f"{with_folder}_{number}" for number in itertools.count(2))
+            name = next(each for each in itertools.chain([name, with_folder], further) if each not in used)
+            used.add(name)
+        picture = output / f"{name}.png"
         if picture.resolve() in inputs:
             raise UsageError(f"--output {output}: the picture {picture} would replace an input. Give another folder.")
-        taken.add(picture)
         pictures[image] = picture
     return pictures
 

@@ -109,13 +109,14 @@ class Teacher(nn.Module):
                 )
         except Exception as error:  # open_clip, the hub client and torch raise many kinds here
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            if file or not _is_of_network(error):
+            if file or pretrained == "embedded":
                 raise DataError(
                     f"the weights {stated!r} of {architecture} could not be loaded ({reason}). The architecture "
                     "(MODEL.TEACHER.ARCHITECTURE, --architecture) must be that of the file, and the file complete."
                 ) from error
+            remedy = "Check the connection, or give" if _is_of_network(error) else "Try again, or give"
             raise SetupError(
-                f"the weights {stated!r} of {architecture} could not be downloaded ({reason}). Without a network, give the "
+                f"the weights {stated!r} of {architecture} could not be downloaded and loaded ({reason}). {remedy} the "
                 "path of a weight file instead (MODEL.TEACHER.PRETRAINED, --pretrained)."
             ) from error
         if file:
@@ -235,7 +236,7 @@ def preprocessing_of(architecture: str) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _one_message_of_the_hub():
-    """Let through the first message of the hub's client only: without a network it tells of a dozen attempts, twice each."""
+    """Let through the first message of the hub's client only: without a network it writes a dozen, each twice."""
     client, root = logging.getLogger("huggingface_hub.utils._http"), logging.getLogger()
     messages = itertools.count()
 

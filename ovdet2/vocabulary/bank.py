@@ -31,8 +31,8 @@ class WordBank(nn.Module):
 
     Attributes:
         words: the :class:`Vocabulary`.
-        num_asked: the first words, whose detections are wanted; the others compete with them for the probability of a
-            region, and are never detected. K, but with competitors given to :meth:`set`.
+        num_detectable: number of the first words, which can be detected; the others compete with them for the probability
+            of a region, and are never detected. K without competitors, see :meth:`set`.
         embeddings: Tensor [K, D] float32, unit rows.
         base_mask: Tensor [K] bool.
         background: Tensor [D], unit embedding of the word "background"; None for a detector that does not need it.
@@ -42,7 +42,7 @@ class WordBank(nn.Module):
     """
 
     words: Vocabulary
-    num_asked: int
+    num_detectable: int
     embeddings: Tensor
     base_mask: Tensor
     manifest: Tensor
@@ -107,7 +107,7 @@ class WordBank(nn.Module):
             vocabulary: :class:`Vocabulary`.
             background: Tensor [D] as in the constructor; None keeps the current one, which is correct if the prompts
                 are the same.
-            competitors: further words, which are never detected: see :attr:`num_asked`.
+            competitors: further words, which are never detected: see :attr:`num_detectable`.
 
         Raises:
             UsageError: ``vocabulary`` is no :class:`Vocabulary`.
@@ -121,12 +121,12 @@ class WordBank(nn.Module):
                 f"the new vocabulary has {vocabulary.embeddings.shape[1]} dimensions, the model "
                 f"{self.embeddings.shape[1]}: embed the words with the model's teacher."
             )
-        asked = len(vocabulary)
+        count = len(vocabulary)
         if competitors is not None and len(competitors):
             require_same_teacher(self.teacher, "the model", competitors.teacher, "the competitors")
             vocabulary = vocabulary.joined(competitors)
         self._store(self._with_trained_mask(vocabulary), background)
-        self.num_asked = asked
+        self.num_detectable = count
 
     def adopt_saved_vocabulary(self, saved: Mapping[str, Tensor]) -> None:
         """Check the vocabulary of a checkpoint, and store which words had training boxes (see the class).
@@ -166,7 +166,7 @@ class WordBank(nn.Module):
 
     def _store(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
         device = self.embeddings.device if self.embeddings is not None else None
-        self.words, self.num_asked = vocabulary, len(vocabulary)
+        self.words, self.num_detectable = vocabulary, len(vocabulary)
         self.embeddings = vocabulary.embeddings.float().to(device)
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)

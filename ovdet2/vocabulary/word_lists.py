@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ _SUFFIXES = (".txt", ".json")  # of word lists
 # Between words in the prompts of other detectors, and in text of other keyboards.
 _OTHER_MARKS = (" . ", "|", ";", "\uff0c", "\u3001", "\uff1b", "\n", ",")
 
+_SENTENCES = re.compile(r"\w{3,}\. \S.*\.\s*$")  # "person. dog." but not "st. bernard" or "Mt. Fuji."
 Words = str | Path | Iterable[str] | Mapping[str, Iterable[str]]
 
 
@@ -182,6 +184,8 @@ def _entries_of(values: Any, source: str, kind: type[DataError | UsageError] = U
 def _refuse_joined(word: str, remedy: str) -> None:
     """Refuse a single word that seems to be several, joined as in the prompts of other programs."""
     mark = next((mark for mark in _OTHER_MARKS if mark in word.strip()), None)
+    if mark is None and _SENTENCES.search(word):
+        mark = "."
     if mark is not None:
         raise UsageError(f"{word!r} seems to be several words, joined by {mark.strip(' ')!r}: {remedy}.")
 

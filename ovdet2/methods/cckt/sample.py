@@ -184,7 +184,9 @@ def open_annotation_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
             than the annotated ones.
     """
     key = "MODEL.CCKT.REGION_CACHE"
-    cache = open_training_cache(cfg.MODEL.CCKT.REGION_CACHE, datasets, cfg, key, "MODEL.CCKT.CONTRAST")
+    cache = open_training_cache(
+        cfg.MODEL.CCKT.REGION_CACHE, datasets, cfg, key, "MODEL.CCKT.CONTRAST", "--boxes annotations --config-file FILE"
+    )
     if cache.manifest["recipe"]["boxes"]["source"] != "annotations":
         raise CacheError(
             f"the region cache {cache.folder} holds {cache.manifest['recipe']['boxes']['source']}, MODEL.CCKT.CONTRAST "

@@ -21,6 +21,7 @@ class FVLM(Method):
     name = "fvlm"
     hosts = ("FrozenVLMRCNN",)
     secondary_scores = ("map",)
+    scores_background = True
     reads_background = True
     OLD_KEYS = {"MODEL.OVD.VLM_TEMPERATURE": "MODEL.FVLM.TEMPERATURE"}
 

@@ -20,4 +20,5 @@ def open_region_cache(cfg: CfgNode, datasets: Sequence[str]) -> RegionCache:
         UsageError, CacheError: see :func:`~ovdet2.caches.training_cache.open_training_cache`.
     """
     key = "MODEL.VILD.REGION_CACHE"
-    return open_training_cache(cfg.MODEL.VILD.REGION_CACHE, datasets, cfg, key, "MODEL.VILD.WEIGHT")
+    build = "--config-file FILE MODEL.WEIGHTS WEIGHTS, with a detector trained without distillation, such as ViLD-text"
+    return open_training_cache(cfg.MODEL.VILD.REGION_CACHE, datasets, cfg, key, "MODEL.VILD.WEIGHT", build)

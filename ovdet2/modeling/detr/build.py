@@ -109,6 +109,7 @@ def refuse_unused(cfg: CfgNode) -> None:
     unused = {
         "MODEL.MASK_ON": cfg.MODEL.MASK_ON,
         "MODEL.OVD.SECONDARY_SCORES": ovd.SECONDARY_SCORES != "none",
+        "MODEL.OVD.SECONDARY_BACKGROUND": ovd.SECONDARY_BACKGROUND != "none",
         "MODEL.OVD.CLS_LOSS": ovd.CLS_LOSS != "softmax",
         "MODEL.OVD.CLS_LOSS_WEIGHT": ovd.CLS_LOSS_WEIGHT != 1,
         "MODEL.OVD.FEDERATED_WORDS": ovd.FEDERATED_WORDS > 0,

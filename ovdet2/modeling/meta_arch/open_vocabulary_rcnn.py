@@ -1,6 +1,7 @@
 """Open-vocabulary Faster R-CNN, whose classes are an input: wiring only.
 
-Shapes: N images, R proposals, K words. Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid.
+Shapes: N images, R proposals, K words. Names: ``pred_`` predicted, ``_logits`` before softmax or sigmoid,
+``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
     def words_compete(self) -> bool:
         """Whether the score of a word depends on the other words of the vocabulary, which may be exchanged."""
         classifier = self.roi_heads.classifier
-        return isinstance(classifier, CosineClassifier) and not classifier.per_word
+        secondary = any(type(part).secondary_probs is not RCNNPart.secondary_probs for part in self.parts)
+        return isinstance(classifier, CosineClassifier) and (secondary or not classifier.per_word)
 
     def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """
@@ -232,8 +234,11 @@ def _require_form_is_read(cfg):
         UsageError: MODEL.FPN.FORM with such a backbone.
     """
     name, form = cfg.MODEL.BACKBONE.NAME, cfg.MODEL.FPN.FORM
-    if form != "detectron2" and name == "build_resnet_fpn_backbone":
-        raise UsageError(f'MODEL.FPN.FORM is {form!r}, which {name} does not read: set it to "detectron2".')
+    if form != "detectron2" and name not in ("build_resnet_pyramid_backbone", "build_clip_fpn_backbone"):
+        raise UsageError(
+            f"MODEL.FPN.FORM is {form!r}, which {name} does not read: set MODEL.BACKBONE.NAME to "
+            'build_resnet_pyramid_backbone or build_clip_fpn_backbone, or the form to "detectron2".'
+        )
 
 
 @contextlib.contextmanager

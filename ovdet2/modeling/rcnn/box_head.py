@@ -71,6 +71,7 @@ class VectorNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Tensor [R, F] -> [R, F]. A batch norm takes its running statistics for a single vector, which has none."""
         norm = self.norm
-        if len(x) == 1 and norm.training and isinstance(norm, _BatchNorm) and get_world_size() == 1:
+        synchronised = isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1
+        if len(x) == 1 and norm.training and isinstance(norm, _BatchNorm) and not synchronised:
             return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
         return norm(x[:, :, None, None]).flatten(1)

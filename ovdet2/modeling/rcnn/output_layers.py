@@ -205,7 +205,7 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         for boxes, probs, image in zip(boxes_of_images, self.predict_probs(predictions, proposals), proposals):
             clipped = Boxes(boxes.float())
             clipped.clip(image.image_size)
-            scores = probs[:, : self.cls_score.vocabulary.num_asked]  # without competitors and background
+            scores = probs[:, : self.cls_score.vocabulary.num_detectable]  # without competitors and background
             if not (torch.isfinite(probs).all() and torch.isfinite(boxes).all()):
                 raise NumericalError(
                     "a detection has a score or box that is not finite: the training has diverged; "

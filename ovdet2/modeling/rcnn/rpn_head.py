@@ -12,10 +12,12 @@ from typing import Any, cast
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
+from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ovdet2.errors import UsageError
+from ovdet2.modeling.rcnn.box_head import NormalizedBoxHead
 
 
 @RPN_HEAD_REGISTRY.register()
@@ -89,12 +91,12 @@ def require_norms_are_read(cfg: CfgNode) -> None:
         UsageError: MODEL.RPN.NORM or MODEL.ROI_BOX_HEAD.FC_NORM with another head.
     """
     rpn, box_head = cfg.MODEL.RPN, cfg.MODEL.ROI_BOX_HEAD
-    if box_head.FC_NORM and box_head.NAME != "NormalizedBoxHead":
+    if box_head.FC_NORM and not issubclass(ROI_BOX_HEAD_REGISTRY.get(box_head.NAME), NormalizedBoxHead):
         raise UsageError(
             f"MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME}, which does not read MODEL.ROI_BOX_HEAD.FC_NORM "
             f'({box_head.FC_NORM}): set it to NormalizedBoxHead, or the norm to "".'
         )
-    if rpn.NORM and rpn.HEAD_NAME != NormalizedRPNHead.__name__:
+    if rpn.NORM and not issubclass(RPN_HEAD_REGISTRY.get(rpn.HEAD_NAME), NormalizedRPNHead):
         raise UsageError(
             f"MODEL.RPN.HEAD_NAME is {rpn.HEAD_NAME}, which does not read MODEL.RPN.NORM ({rpn.NORM}): set it to "
             f'{NormalizedRPNHead.__name__}, or the norm to "".'

@@ -296,7 +296,9 @@ class TestByConfiguration:
             predictor.set_vocabulary(words, templates)
             expected = Vocabulary.build(["background"], teacher, prompts).embeddings[0]
             assert torch.allclose(vocabulary.background, expected, atol=1e-6), prompts
-        assert vocabulary.num_asked == 1 and vocabulary.words.base_mask.tolist() == [False] + 48 * [True]  # competitors
+        assert vocabulary.num_detectable == 1 and vocabulary.words.base_mask.tolist() == [False] + 48 * [
+            True
+        ]  # competitors
         found = predictor.predict((micro.wave((64, 96, 3), 0.1).numpy() * 127 + 127).astype("uint8"))
         assert len(found) > 0 and (found.pred_classes == 0).all()
 
