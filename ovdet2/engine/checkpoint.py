@@ -17,7 +17,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ovdet2.config import find_methods
-from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.engine.finite import listed, not_finite
+from ovdet2.errors import DataError, NumericalError, SetupError, UsageError
 from ovdet2.io.files import atomic_path, write_text
 from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
 from ovdet2.modeling.part import parts_of
@@ -32,6 +33,10 @@ _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _CONNECT_SECONDS = 20
 _ASSET, _ASSETS = "ovdet2://", Path(__file__).resolve().parents[1] / "assets"
 _SHOWN = 5  # keys named in an error message
+
+
+class DivergedWeights(DamagedFile):
+    """A file whose weights are not all finite."""
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -71,12 +76,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
         Raises:
             SetupError: the file cannot be written; files written before are untouched.
+            NumericalError: a weight or a state of the optimizer is not finite; nothing is written.
         """
         if not self.save_dir:
             return
         data = {"model": self.model.state_dict()}
         data.update((key, item.state_dict()) for key, item in self.checkpointables.items())
         data.update(extra)
+        if bad := not_finite(data):
+            raise NumericalError(
+                f"the training has diverged: {listed(bad)} are not finite, so {name}.pth is not written. Lower "
+                "SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip gradients (SOLVER.CLIP_GRADIENTS), and go on with "
+                f"--resume from {self.get_checkpoint_file() or 'the start: there is no checkpoint yet'}."
+            )
         if not self.save_to_disk:
             return
         path = Path(self.save_dir) / f"{name}.pth"
@@ -104,7 +116,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path: file, or URL (http, https, detectron2://, ovdet2:// for a file of ovdet2/assets); "" loads nothing.
 
         Raises:
-            DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
+            DataError: the file is missing, cannot be downloaded, is damaged, has weights that are not finite, or could
+                run code.
         """
         loaded = self._load(path, 'or to "" to start from scratch', *args, **kwargs)
         if path and self._incompatible is not None:
@@ -244,6 +257,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if prefixes:
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
         self._incompatible = incompatible
+        if bad := not_finite(self.model.state_dict()):
+            raise DivergedWeights(
+                f"{self.loaded} has weights that are not finite, {listed(bad)}: the training that wrote it has diverged; "
+                "use an earlier checkpoint or another file."
+            )
         return incompatible
 
     def _holds_only_the_backbone(self, incompatible):

@@ -24,10 +24,11 @@ from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from ovdet2.data.sources import TrainSource
 from ovdet2.engine.batch_norm import average_batch_norm
-from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.checkpoint import AtomicCheckpointer, DivergedWeights
 from ovdet2.engine.claim import check_claim
 from ovdet2.engine.console import TrainingBar
 from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
+from ovdet2.engine.finite import listed, not_finite
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.start import scaled
@@ -189,8 +190,14 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; with another number of processes the random states are not restored."""
+        """Restore :meth:`state_dict`; with another number of processes the random states are not restored.
+
+        Raises:
+            DivergedWeights: a state of the optimizer or of the average is not finite.
+        """
         state = state_dict
+        if bad := not_finite({key: state.get(key) for key in ("optimizer", "average")}):
+            raise DivergedWeights(f"the saved state of the training is not finite, {listed(bad)}: it has diverged.")
         TrainerBase.load_state_dict(self, state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
