@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,9 +32,11 @@ from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
 from ovdet2.engine.finite import listed, not_finite
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
+from ovdet2.engine.resume import carried_over, changes, parameter_names, run_settings
 from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
 from ovdet2.errors import UsageError
+from ovdet2.io.weights import DamagedFile
 from ovdet2.modeling.part import prepare_training
 from ovdet2.vocabulary.templates import clean_name
 
@@ -176,6 +179,8 @@ class Trainer(DefaultTrainer):
         """All that a resumed run needs in addition to the weights; a collective call, complete on rank 0."""
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
+        state["optimizer_parameters"] = parameter_names(self.optimizer, self._trained)
+        state["settings"] = run_settings(self.cfg)
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would restart
         # without a warning.
@@ -192,15 +197,19 @@ class Trainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore :meth:`state_dict`; with another number of processes the random states are not restored.
 
+        Settings of SOLVER that differ from those of the saved run apply from here on.
+
         Raises:
-            DivergedWeights: a state of the optimizer or of the average is not finite.
+            DamagedFile: it is no state of a training, or (:class:`DivergedWeights`) a state of the optimizer or of the
+                average is not finite.
+            UsageError: SOLVER.OPTIMIZER is another one.
         """
         state = state_dict
+        if lacking := {"iteration", "optimizer", "scheduler", "random"} - state.keys():
+            raise DamagedFile(f"the checkpoint holds no {', '.join(sorted(lacking))} of a training.")
         if bad := not_finite({key: state.get(key) for key in ("optimizer", "average")}):
             raise DivergedWeights(f"the saved state of the training is not finite, {listed(bad)}: it has diverged.")
-        TrainerBase.load_state_dict(self, state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        self._restore_optimizer(state)
         if self._trainer.scaler is not None and "scaler" in state:
             self._trainer.scaler.load_state_dict(state["scaler"])
         if self._average is not None and "average" in state:
@@ -213,6 +222,25 @@ class Trainer(DefaultTrainer):
             self.data_loader.load_state_dict(state["data"])
         if len(state["random"]) == comm.get_world_size():
             self._restored_random_state = state["random"][comm.get_rank()]
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer's moments and the position of the schedule; rates and decay are those of this run."""
+        names = parameter_names(self.optimizer, self._trained)
+        optimizer, untrained = carried_over(
+            self.optimizer, names, state["optimizer"], state.get("optimizer_parameters")
+        )
+        initial_rates = list(self.scheduler.base_lrs)
+        TrainerBase.load_state_dict(self, state)
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if isinstance(self.scheduler, LRMultiplier):  # the rate of a step is a function of its number
+            self.scheduler.base_lrs = initial_rates
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        if changed := changes(state.get("settings", {}), run_settings(self.cfg)):
+            logger.warning("Other settings than in the saved run, which apply from here on: %s", "; ".join(changed))
+        if untrained:
+            logger.warning("The saved run did not train %s: they start without momentum.", listed(untrained))
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
