@@ -33,9 +33,12 @@ from ovdet2.engine.finite import listed, not_finite
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.resume import carried_over, changes, parameter_names, run_settings
+from ovdet2.engine.run_folder import claim_folder, release_folder, sweep_folder
 from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
+from ovdet2.engine.stop import StopHook, StopRequest
 from ovdet2.errors import UsageError
+from ovdet2.io.loading import WorkerError
 from ovdet2.io.weights import DamagedFile
 from ovdet2.modeling.part import prepare_training
 from ovdet2.vocabulary.templates import clean_name
@@ -105,6 +108,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._restored_random_state = None
+        self._stop_request = StopRequest()
         self.register_hooks([*self.build_hooks()])
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -123,13 +127,21 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
 
+        SIGTERM and SIGINT (Ctrl-C) stop it after the step, with a checkpoint.
+
         Raises:
-            NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer.
+            NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer; SetupError
+                also if another process trains in OUTPUT_DIR.
+            SystemExit, KeyboardInterrupt: stopped by SIGTERM (code 143) or SIGINT.
         """
+        if comm.is_main_process() and claim_folder(self.cfg.OUTPUT_DIR):  # else setup has done it
+            sweep_folder(self.cfg.OUTPUT_DIR)
         try:
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            with self._stop_request:
+                TrainerBase.train(self, self.start_iter, self.max_iter)
             logger.info("Trained weights: %s", self.checkpointer.get_checkpoint_file())
         finally:
+            release_folder(self.cfg.OUTPUT_DIR)
             self._trainer.close()
             bad = getattr(self.data_loader, "bad_images", None)
             if bad:
@@ -146,6 +158,15 @@ class Trainer(DefaultTrainer):
             set_random_state(self._restored_random_state)
             self._restored_random_state = None
 
+    def run_step(self) -> None:
+        """One step; if the signal that stops the run has ended a loading process too, stop after the step before."""
+        try:
+            super().run_step()
+        except WorkerError:
+            if self._stop_request.number and comm.get_world_size() == 1 and self.iter > self.start_iter:
+                self._stop_hook.stop(self.iter - 1)
+            raise
+
     def build_hooks(self) -> list[HookBase]:
         """Timing, learning rate, checkpoints, evaluation, metrics: an evaluation that fails loses no checkpoint."""
 
@@ -159,14 +180,25 @@ class Trainer(DefaultTrainer):
             done = min(self.iter + 1, self.max_iter)
             weights = f"of the run in {self.cfg.OUTPUT_DIR}, after {done} iterations"
             weights += "" if self._average is None else f", averaged with decay {self.cfg.SOLVER.EMA.DECAY}"
-            self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
+            # In several processes an evaluation runs to its end: a process that left it would keep the others waiting.
+            with self._stop_request.immediate(comm.get_world_size() == 1):
+                try:
+                    self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
+                except (SystemExit, KeyboardInterrupt):
+                    if self._stop_request.number:
+                        self._stop_hook.stop(done - 1)
+                    raise
             return self._last_eval_results
 
+        checkpoints = CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, settle)
+        device = next(self._trained.parameters()).device
+        self._stop_hook = StopHook(self._stop_request, checkpoints.save_unless_saved, device)
         built: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             *([] if self._average is None else [AverageHook(self._average)]),
-            CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, settle),
+            checkpoints,
+            self._stop_hook,
             hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate),
         ]
         if comm.is_main_process():
@@ -442,17 +474,24 @@ class CheckpointHook(HookBase):
         self.checkpointer = checkpointer
         self.period = period
         self.settle = settle
+        self._saved = -1  # the iteration of the latest checkpoint of this process
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
-            self._save("model_final")
+            self._save("model_final", self.trainer.iter)
         elif self.period > 0 and done % self.period == 0:
-            self._save(f"model_{self.trainer.iter:07d}")
+            self.save_unless_saved(self.trainer.iter)
 
-    def _save(self, name):
+    def save_unless_saved(self, iteration: int) -> None:
+        """A periodic checkpoint after ``iteration``, unless it has one."""
+        if self._saved != iteration:
+            self._save(f"model_{iteration:07d}", iteration)
+
+    def _save(self, name, iteration):
         self.settle()
-        self.checkpointer.save(name, iteration=self.trainer.iter)
+        self.checkpointer.save(name, iteration=iteration)
+        self._saved = iteration
 
 
 def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:
