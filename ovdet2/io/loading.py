@@ -52,7 +52,7 @@ class WatchedLoader:
         Raises:
             WorkerError: see the class; names shared memory and DATALOADER.NUM_WORKERS.
         """
-        batches = iter(self.loader)
+        batches: Any = iter(self.loader)
         workers = getattr(batches, "_workers", [])
         try:
             while (batch := self._next(batches, workers)) is not None:
