@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ovdet2.command_line import command_parser
+from ovdet2.io.shared_memory import SHARED_MEMORY, shared_memory
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 INSTALL = "--install-detectron2"
@@ -162,6 +163,24 @@ def check_disk(folder: str | Path = ".", free_bytes: float | None = None) -> Fin
     if free < 5:
         return Finding(NOTE, f"{free:.1f} GiB are free in {place}: enough for OV-Shapes, not for OV-COCO.")
     return Finding(OK, f"{free:.0f} GiB are free in {place}.")
+
+
+def check_shared_memory(sizes: tuple[int, int] | None = None) -> Finding:
+    """Loading processes hand over samples by shared memory, of which containers often have 64 MB.
+
+    Args:
+        sizes: (free, total) bytes; None: those of this machine.
+    """
+    sizes = shared_memory() if sizes is None else sizes
+    if sizes is None:
+        return Finding(OK, "This system has no /dev/shm.")
+    free, total = (size / 2**20 for size in sizes)
+    change = "Enlarge it (`docker run --shm-size 8g`), or set DATALOADER.NUM_WORKERS to 0."
+    if free < 32:
+        return Finding(WRONG, f"Of {total:,.0f} MiB in {SHARED_MEMORY} only {free:,.0f} are free. {change}")
+    if free < 1024:
+        return Finding(NOTE, f"{free:,.0f} MiB are free in {SHARED_MEMORY}, little for several workers. {change}")
+    return Finding(OK, f"{free / 1024:,.0f} GiB are free in {SHARED_MEMORY}.")
 
 
 def check_embedded_teachers(folder: Path | None = None) -> Finding:
@@ -311,6 +330,7 @@ CHECKS = {
     "opencv": check_opencv,
     "detectron2": check_detectron2,
     "cuda": check_cuda,
+    "shared_memory": check_shared_memory,
     "disk": check_disk,
     "embedded_teachers": check_embedded_teachers,
     "cached_teachers": check_cached_teachers,

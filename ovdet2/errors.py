@@ -61,9 +61,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @contextlib.contextmanager
 def exit_on_error() -> Generator[None, None, None]:
-    """Print the message of an :class:`OVDetError` to stderr and exit with its code (OVDET2_DEBUG=1: traceback)."""
+    """Print the message of an :class:`OVDetError` to stderr and exit with its code (OVDET2_DEBUG=1: traceback).
+
+    Ctrl-C ends with code 130, without a traceback.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("OVDET2_DEBUG"):
+            raise
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
     except OVDetError as error:
         if os.environ.get("OVDET2_DEBUG"):
             raise

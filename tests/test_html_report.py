@@ -256,6 +256,70 @@ def test_compare_refuses_what_is_no_report(two, tmp_path):
         compare_reports.main([str(two[0]), str(tmp_path / "absent.json")])
 
 
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
+
+
+def places(value, path=()):
+    """The path of every entry at any depth: {("bbox", "AP50-novel"), ...}."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in pairs:
+        yield (*path, key)
+        yield from places(entry, (*path, key))
+
+
+def changed(report, path, as_key):
+    """A copy with a hostile text as the value, or as the key, of one entry."""
+    report = json.loads(json.dumps(report))
+    owner = report
+    for key in path[:-1]:
+        owner = owner[key]
+    if as_key:
+        owner[HOSTILE] = owner.pop(path[-1])
+    else:
+        owner[path[-1]] = HOSTILE
+    return report
+
+
+@pytest.mark.parametrize("as_key", [False, True])
+def test_a_report_of_a_stranger_is_escaped_or_refused_in_every_entry(two, tmp_path, as_key):
+    """On both pages, whatever entry holds the markup; a refusal is a DataError."""
+    report = json.loads((two[1] / "report.json").read_text())
+    report |= {"distractors": ["tie"], "distractor_detections": 3, "git_commit": "a", "finished": "b"}
+    report["decoder_layers"] = [dict(report["bbox"])]
+    report["per_class"][1]["segm"] = {"AP": 1.0}
+    found = [path for path in places(report) if not (as_key and isinstance(path[-1], int))]
+    assert len(found) > 60
+    refused = 0
+    for path in found:
+        (two[1] / "report.json").write_text(json.dumps(changed(report, path, as_key)))
+        page = tmp_path / "c.html"
+        page.unlink(missing_ok=True)
+        try:
+            compare_reports.main([*map(str, two), "--anyway", "--html", str(page)])
+        except DataError as error:
+            assert "two/report.json is not" in str(error), path
+            refused += 1
+        else:
+            seen = Tags(page.read_text(encoding="utf-8")).seen
+            assert "script" not in seen and seen.count("img") == 0, path
+    assert 0 < refused < len(found)
+
+
+@pytest.mark.parametrize("path", [
+    ("per_class", 0, "subset"), ("per_class", 0, "name"), ("per_class", 0, "boxes"), ("per_class", 0, "AP50"),
+    ("classes", "novel", "boxes"), ("classes", "base", "with_ground_truth"), ("bbox", "AP50-novel"), ("protocol",),
+    ("metric",), ("command",), ("versions", "torch"), ("dataset",),
+])  # fmt: skip
+def test_the_page_of_an_evaluation_escapes_its_report_too(tmp_path, path):
+    """Called directly, without the check of types; what cannot be drawn is an error, never markup."""
+    report, truth, detections = make_case(tmp_path)
+    try:
+        page = written(tmp_path, (changed(report, path, False), truth, detections))
+    except (TypeError, ValueError):
+        return
+    assert "script" not in Tags(page).seen
+
+
 def test_make_report_refuses_an_unknown_data_set_and_an_absent_folder(two, tmp_path):
     with pytest.raises(UsageError, match="not registered"):
         make_report.main([str(two[0])])

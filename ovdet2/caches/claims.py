@@ -113,7 +113,7 @@ class Claims:
             return True
         owner = self._read(path) or {}
         is_here = owner.get("machine") == self._owner["machine"] and isinstance(owner.get("pid"), int)
-        if is_here and not _is_running(owner["pid"]):
+        if is_here and not is_running(owner["pid"]):
             for left in self.folder.glob(f".{path.stem}.*{owner['pid']}-*.tmp"):
                 left.unlink(missing_ok=True)
             return True
@@ -160,7 +160,7 @@ def _machine():
     return " ".join(parts)
 
 
-def _is_running(pid):
+def is_running(pid: int) -> bool:
     """Whether a process of this machine runs; an ended one may still be listed until its parent waits for it."""
     try:
         os.kill(pid, 0)

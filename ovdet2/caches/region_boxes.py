@@ -5,7 +5,6 @@ Names: ``_logits`` before softmax or sigmoid, ``_xyxy`` boxes (left, top, right,
 """
 
 import bisect
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torchvision.ops import nms
 
 from ovdet2.errors import DataError
-from ovdet2.io.array_pickle import ArraysOnly
+from ovdet2.io.array_pickle import DamagedPickle, read_array_pickle
 from ovdet2.io.files import read_json, sha256_file
 
 
@@ -195,8 +194,7 @@ def _results(path):
 def _proposal_file(path):
     """Read a proposal file of Detectron2 (see its load_proposals_into_dataset) without running code from it."""
     try:
-        with open(path, "rb") as handle:
-            data = ArraysOnly(handle, encoding="latin1").load()
+        data = read_array_pickle(path)
         ids = data["ids"] if "ids" in data else data["indexes"]
         per_image = data["scores"] if "scores" in data else data["objectness_logits"]
         boxes = [np.asarray(b, dtype=np.float32).reshape(-1, 4) for b in data["boxes"]]
@@ -204,9 +202,9 @@ def _proposal_file(path):
         image_ids = np.repeat(np.array([int(i) for i in ids], dtype=np.int64), [len(b) for b in boxes])
         boxes, scores = np.concatenate(boxes or [np.zeros((0, 4), np.float32)]), np.concatenate(scores or [[]])
         mode = int(data.get("bbox_mode", 0))
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, OSError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, DataError) and not isinstance(error, DamagedPickle):
+            raise
         raise DataError(
             f"{path} is no proposal file of Detectron2 ({type(error).__name__}: {error}): it is a dict of ids, boxes, "
             "objectness_logits and bbox_mode."

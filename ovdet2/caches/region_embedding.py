@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ovdet2.caches.region_boxes import NO_BOXES, BoxFilters, ImageBoxes, apply_filters
 from ovdet2.caches.region_cache import Regions
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.io.images import read_image, require_annotated_size
+from ovdet2.io.loading import WatchedLoader
 from ovdet2.vlm.crops import boxes_to_cut, combine_crops, crop_regions
 from ovdet2.vlm.teacher import Teacher
 
@@ -127,7 +128,7 @@ class ShardEmbedder(Generic[Source]):
 
     def _samples(self, records):
         images = _Images(records, getattr(self.boxes, "prepare", None))
-        return DataLoader(images, batch_size=None, num_workers=self.workers)
+        return WatchedLoader(images, self.workers, batch_size=None)
 
 
 class _Rows:

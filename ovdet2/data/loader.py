@@ -23,7 +23,7 @@ from ovdet2.data.samples import Sample
 from ovdet2.data.source_spec import ALTERNATE, PARALLEL, TRAIN, test_spec
 from ovdet2.data.sources import Record, TrainSource, build_sources
 from ovdet2.data.stream import BATCH_KEY, SourceStream
-from ovdet2.errors import CacheError, DataError
+from ovdet2.errors import CacheError, DataError, SetupError
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,22 @@ class TrainLoader:
         batches = [iter(stream) for stream in self.streams]
         while True:
             if not self.alternates:
-                yield [sample for of_source in batches for sample in next(of_source)]
+                yield self._of_all(batches)
                 continue
             chosen = next_source(self._turns, self._ratios)
             batch = next(batches[chosen])
             self._turns[chosen] += 1
             yield batch
+
+    def _of_all(self, batches: Sequence[Iterator[list[Sample]]]) -> list[Sample]:
+        """The samples of a step from all sources. If one source fails, the positions of the others stay those before."""
+        before = [stream.consumed for stream in self.streams]
+        try:
+            return [sample for of_source in batches for sample in next(of_source)]
+        except SetupError:
+            for stream, consumed in zip(self.streams, before):
+                stream.consumed = consumed
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         """The position of each source; a collective call, complete on rank 0."""

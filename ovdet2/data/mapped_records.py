@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.data.common import DatasetFromList
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ovdet2.data.samples import Records, Sample
 from ovdet2.errors import CacheError, DataError
+from ovdet2.io.loading import WatchedLoader
 
 Maker = Callable[[Any], Any]
 Fault = tuple[str, str]  # path, reason
@@ -99,11 +100,11 @@ class MappedRecords(Dataset):
         return sample
 
 
-def plain_loader(dataset: Dataset, num_workers: int, **arguments: Any) -> DataLoader:
-    """A DataLoader without collation that leaves the global random generator unchanged for any number of workers."""
+def plain_loader(dataset: Dataset, num_workers: int, **arguments: Any) -> WatchedLoader:
+    """A loader without collation that leaves the global random generator unchanged for any number of workers."""
     # A DataLoader draws the base seed of its workers from this generator.
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(dataset, num_workers=num_workers, collate_fn=_no_collation, generator=generator, **arguments)
+    return WatchedLoader(dataset, num_workers, collate_fn=_no_collation, generator=generator, **arguments)
 
 
 def _no_collation(items):

@@ -17,7 +17,8 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ovdet2.config import find_methods
-from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.engine.finite import listed, not_finite
+from ovdet2.errors import DataError, NumericalError, SetupError, UsageError
 from ovdet2.io.files import atomic_path, write_text
 from ovdet2.io.weights import DamagedFile, read_weights, verify_archive
 from ovdet2.modeling.part import parts_of
@@ -32,6 +33,10 @@ _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _CONNECT_SECONDS = 20
 _ASSET, _ASSETS = "ovdet2://", Path(__file__).resolve().parents[1] / "assets"
 _SHOWN = 5  # keys named in an error message
+
+
+class DivergedWeights(DamagedFile):
+    """A file whose weights are not all finite."""
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -61,6 +66,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.keep = keep
+        self._exact = False  # whether the file must have all parameters, as when resuming
         self._incompatible: _IncompatibleKeys | None = None  # entries that the latest load did not find or use
         self.loaded = ""  # the file or URL of the latest load
 
@@ -71,12 +77,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
         Raises:
             SetupError: the file cannot be written; files written before are untouched.
+            NumericalError: a weight or a state of the optimizer is not finite; nothing is written.
         """
         if not self.save_dir:
             return
         data = {"model": self.model.state_dict()}
         data.update((key, item.state_dict()) for key, item in self.checkpointables.items())
         data.update(extra)
+        if bad := not_finite(data):
+            raise NumericalError(
+                f"the training has diverged: {listed(bad)} are not finite, so {name}.pth is not written. Lower "
+                "SOLVER.BASE_LR, lengthen SOLVER.WARMUP_ITERS or clip gradients (SOLVER.CLIP_GRADIENTS), and go on with "
+                f"--resume from {self.get_checkpoint_file() or 'the start: there is no checkpoint yet'}."
+            )
         if not self.save_to_disk:
             return
         path = Path(self.save_dir) / f"{name}.pth"
@@ -104,7 +117,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
             path: file, or URL (http, https, detectron2://, ovdet2:// for a file of ovdet2/assets); "" loads nothing.
 
         Raises:
-            DataError: the file is missing, cannot be downloaded, is damaged, or could run code.
+            DataError: the file is missing, cannot be downloaded, is damaged, has weights that are not finite, or could
+                run code.
         """
         loaded = self._load(path, 'or to "" to start from scratch', *args, **kwargs)
         if path and self._incompatible is not None:
@@ -178,7 +192,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             was loaded, whose iterations are not those of this run.
 
         Raises:
-            UsageError: ``complete``, and there is nothing to load.
+            UsageError: ``complete``, and there is nothing to load; or the run that wrote the checkpoint had another model.
             DataError: there are checkpoints and none can be read, or the processes see different ones; see
                 :meth:`load` and :meth:`load_all`.
         """
@@ -189,10 +203,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
         for candidate in candidates:
             try:
                 verify_archive(candidate)
+                self._exact = not complete
                 loaded = self.load_all(str(candidate)) if complete else self.load(str(candidate))
             except DamagedFile as error:
                 self.logger.warning("%s Trying the checkpoint before it.", error)
                 continue
+            finally:
+                self._exact = False
             chosen = comm.all_gather(candidate.name)
             if len(set(chosen)) > 1:
                 raise DataError(f"the processes resumed from different files ({chosen}): share {self.save_dir}.")
@@ -244,7 +261,36 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if prefixes:
             incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if not k.startswith(prefixes)]
         self._incompatible = incompatible
+        if self._exact:
+            self._require_parameters(incompatible)
+        if bad := not_finite(self.model.state_dict()):
+            raise DivergedWeights(
+                f"{self.loaded} has weights that are not finite, {listed(bad)}: the training that wrote it has diverged; "
+                "use an earlier checkpoint or another file."
+            )
         return incompatible
+
+    def _require_parameters(self, incompatible):
+        """Require all parameters of the model in a file to resume from: their optimizer state is in it as well."""
+        parameters = {name for name, _ in self.model.named_parameters()}
+        shapes = {
+            name: f"{name} ({list(saved)}, now {list(now)})" for name, saved, now in incompatible.incorrect_shapes
+        }
+        absent = [name for name in incompatible.missing_keys if name in parameters and name not in shapes]
+        if faults := [*shapes.values(), *absent]:
+            raise UsageError(
+                f"{self.loaded} is of a run of another model, which lacks {listed(faults)}: resume with the "
+                "configuration of that run (config.yaml of its OUTPUT_DIR), or start anew from the weights, with "
+                "MODEL.WEIGHTS and another OUTPUT_DIR."
+            )
+
+    def get_checkpoint_file(self) -> str:
+        """The file that the pointer names; "" without one, or if its bytes are no file name."""
+        try:
+            return super().get_checkpoint_file()
+        except ValueError:  # neither UTF-8 nor, with a NUL byte, a path
+            self.logger.warning("%s/%s is damaged: the newest checkpoint is used.", self.save_dir, _POINTER)
+            return ""
 
     def _holds_only_the_backbone(self, incompatible):
         absent = {name for name, _, _ in incompatible.incorrect_shapes} | set(incompatible.missing_keys)
@@ -267,7 +313,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _newest_first(self):
         """The pointed-to checkpoint, then the periodic ones by the time they were written."""
         folder = Path(self.save_dir)
-        pointed = [Path(self.get_checkpoint_file())] if self.has_checkpoint() else []
+        named = self.get_checkpoint_file() if self.has_checkpoint() else ""
+        pointed = [Path(named)] if named else []
         others = [path for path in self._periodic() if path not in pointed]
         return [path for path in pointed + others if path.parent == folder]
 

@@ -72,6 +72,8 @@ def has_terminal() -> bool:
 class TrainingBar(HookBase):
     """A progress bar of the steps, with the latest total loss; nothing without a terminal."""
 
+    _bar: tqdm | None = None
+
     def before_train(self) -> None:
         """Open the bar."""
         self._bar = tqdm(
@@ -85,11 +87,13 @@ class TrainingBar(HookBase):
 
     def after_step(self) -> None:
         """Count a step."""
+        assert self._bar is not None  # of before_train
         latest = self.trainer.storage.latest().get("total_loss")
         if latest is not None:
             self._bar.set_postfix(loss=f"{latest[0]:.3f}", refresh=False)
         self._bar.update()
 
     def after_train(self) -> None:
-        """Close the bar."""
-        self._bar.close()
+        """Close the bar; without one, another hook has failed before the first step."""
+        if self._bar is not None:
+            self._bar.close()

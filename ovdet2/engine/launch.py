@@ -32,6 +32,7 @@ from ovdet2 import errors
 
 _TIMEOUT = timedelta(minutes=30)
 _MONITOR_INTERVAL = 0.05  # seconds between two checks of the processes
+_STOP_SECONDS = 600  # in which a stopped training writes its checkpoint; torch's default is 30
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -151,6 +152,8 @@ def _launch_config(processes: int, machines: int, machine_rank: int, dist_url: s
         # An ignored signal stays ignored: nohup ignores SIGHUP, and a shell ignores SIGINT for background commands.
         handled = [each.name for each in _SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
         meeting["signals_to_handle"] = ",".join(handled)
+    if "shutdown_timeout" in {field.name for field in fields(LaunchConfig)}:
+        meeting["shutdown_timeout"] = _STOP_SECONDS
     return LaunchConfig(
         min_nodes=machines,
         max_nodes=machines,

@@ -24,10 +24,15 @@ from ovdet2.config import load_config, settle_device
 from ovdet2.data.source_spec import TRAIN, entries_of, source_specs
 from ovdet2.engine.claim import changed_by
 from ovdet2.engine.console import open_logs
+from ovdet2.engine.run_folder import claim_folder, is_claimed, sweep_folder
 from ovdet2.errors import SetupError, UsageError
 from ovdet2.io.files import write_text
+from ovdet2.io.shared_memory import shared_memory
 
 logger = logging.getLogger(__name__)
+
+_PREPARED_BATCHES = 2  # of a loading process, torch's default
+_LARGE_IMAGE_BYTES = 800 * 1333 * 3
 
 # Switches of Detectron2 that Detectron2's own trainer or train_net reads and this one does not.
 _NOT_SUPPORTED = ("TEST.PRECISE_BN.ENABLED", "TEST.AUG.ENABLED")
@@ -37,7 +42,7 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     """Read the configuration and prepare this process. Call it in every process of the group.
 
     Sets up the loggers (console and OUTPUT_DIR/log.txt on rank 0), seeds python, numpy and torch with SEED + rank, and
-    writes OUTPUT_DIR/config.yaml on rank 0. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA. For training
+    writes OUTPUT_DIR/config.yaml on rank 0. For training, OUTPUT_DIR is claimed until the end of the training. MODEL.DEVICE "cuda" becomes "cpu" on a machine without CUDA. For training
     with SOLVER.REFERENCE_WORLD_SIZE > 0, batch, learning rate and iterations are scaled to the number of processes.
 
     Args:
@@ -51,7 +56,7 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     Raises:
         UsageError: unknown file or key, wrong value, a batch that cannot be scaled, or a switch that ovdet2 does not
             have.
-        SetupError: OUTPUT_DIR cannot be written.
+        SetupError: OUTPUT_DIR cannot be written, or another process trains in it.
     """
     cfg = load_config(args.config_file, args.opts or [], extend)
     for key in _NOT_SUPPORTED:
@@ -73,8 +78,13 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     cfg.freeze()
     _open_output(cfg)
     rank = comm.get_rank()
+    if comm.is_main_process() and not evaluates:
+        claim_folder(cfg.OUTPUT_DIR)
     open_logs(cfg.OUTPUT_DIR, rank)
-    if comm.is_main_process():
+    if comm.is_main_process() and not evaluates:
+        sweep_folder(cfg.OUTPUT_DIR)
+    # An evaluation of a training that goes on does not replace the training's configuration.
+    if comm.is_main_process() and not (evaluates and is_claimed(cfg.OUTPUT_DIR)):
         write_text(Path(cfg.OUTPUT_DIR) / "config.yaml", cfg.dump())
     _report(cfg, reference, on_cpu, changed)
     seed_all_rng(cfg.SEED + rank)
@@ -167,7 +177,23 @@ def _report(cfg, reference, on_cpu, changed):
             cfg.SOLVER.WARMUP_ITERS,
             cfg.SOLVER.MAX_ITER,
         )
+    _warn_of_shared_memory(cfg)
     logger.info("Configuration, log and results: %s", cfg.OUTPUT_DIR)
+
+
+def _warn_of_shared_memory(cfg):
+    """Warn if the batches that the loading processes of this machine prepare may not fit into shared memory."""
+    found, workers = shared_memory(), cfg.DATALOADER.NUM_WORKERS * comm.get_local_size()
+    images = _PREPARED_BATCHES * workers * max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+    needed = images * _LARGE_IMAGE_BYTES
+    if found is not None and found[0] < needed:
+        logger.warning(
+            "%d loading processes may need %.1f GB of shared memory, of which %.1f GB are free: enlarge /dev/shm (docker run "
+            "--shm-size 8g) or lower DATALOADER.NUM_WORKERS if loading fails.",
+            workers,
+            needed / 1e9,
+            found[0] / 1e9,
+        )
 
 
 def _versions():

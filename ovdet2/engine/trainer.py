@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,15 +25,21 @@ from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from ovdet2.data.sources import TrainSource
 from ovdet2.engine.batch_norm import average_batch_norm
-from ovdet2.engine.checkpoint import AtomicCheckpointer
+from ovdet2.engine.checkpoint import AtomicCheckpointer, DivergedWeights
 from ovdet2.engine.claim import check_claim
 from ovdet2.engine.console import TrainingBar
 from ovdet2.engine.ema import AverageHook, WeightAverage, restore_trained
+from ovdet2.engine.finite import listed, not_finite
 from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_precision
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
+from ovdet2.engine.resume import carried_over, changes, parameter_names, run_settings
+from ovdet2.engine.run_folder import claim_folder, release_folder, sweep_folder
 from ovdet2.engine.start import scaled
 from ovdet2.engine.step import CheckedStep
+from ovdet2.engine.stop import StopHook, StopRequest
 from ovdet2.errors import UsageError
+from ovdet2.io.loading import WorkerError
+from ovdet2.io.weights import DamagedFile
 from ovdet2.modeling.part import prepare_training
 from ovdet2.vocabulary.templates import clean_name
 
@@ -101,6 +108,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._restored_random_state = None
+        self._stop_request = StopRequest()
         self.register_hooks([*self.build_hooks()])
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -119,13 +127,21 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict[str, Any] | None:
         """Train from ``start_iter`` to SOLVER.MAX_ITER, evaluate, and check TEST.EXPECTED_RESULTS on rank 0.
 
+        SIGTERM and SIGINT (Ctrl-C) stop it after the step, with a checkpoint.
+
         Raises:
-            NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer.
+            NumericalError, DataError, SetupError: see :class:`CheckedStep`, the loader and the checkpointer; SetupError
+                also if another process trains in OUTPUT_DIR.
+            SystemExit, KeyboardInterrupt: stopped by SIGTERM (code 143) or SIGINT.
         """
+        if comm.is_main_process() and claim_folder(self.cfg.OUTPUT_DIR):  # else setup has done it
+            sweep_folder(self.cfg.OUTPUT_DIR)
         try:
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            with self._stop_request:
+                TrainerBase.train(self, self.start_iter, self.max_iter)
             logger.info("Trained weights: %s", self.checkpointer.get_checkpoint_file())
         finally:
+            release_folder(self.cfg.OUTPUT_DIR)
             self._trainer.close()
             bad = getattr(self.data_loader, "bad_images", None)
             if bad:
@@ -142,6 +158,15 @@ class Trainer(DefaultTrainer):
             set_random_state(self._restored_random_state)
             self._restored_random_state = None
 
+    def run_step(self) -> None:
+        """One step; if the signal that stops the run has ended a loading process too, stop after the step before."""
+        try:
+            super().run_step()
+        except WorkerError:
+            if self._stop_request.number and comm.get_world_size() == 1 and self.iter > self.start_iter:
+                self._stop_hook.stop(self.iter - 1)
+            raise
+
     def build_hooks(self) -> list[HookBase]:
         """Timing, learning rate, checkpoints, evaluation, metrics: an evaluation that fails loses no checkpoint."""
 
@@ -155,14 +180,25 @@ class Trainer(DefaultTrainer):
             done = min(self.iter + 1, self.max_iter)
             weights = f"of the run in {self.cfg.OUTPUT_DIR}, after {done} iterations"
             weights += "" if self._average is None else f", averaged with decay {self.cfg.SOLVER.EMA.DECAY}"
-            self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
+            # In several processes an evaluation runs to its end: a process that left it would keep the others waiting.
+            with self._stop_request.immediate(comm.get_world_size() == 1):
+                try:
+                    self._last_eval_results = self.test(self.cfg, self.checkpointer.model, weights=weights)
+                except (SystemExit, KeyboardInterrupt):
+                    if self._stop_request.number:
+                        self._stop_hook.stop(done - 1)
+                    raise
             return self._last_eval_results
 
+        checkpoints = CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, settle)
+        device = next(self._trained.parameters()).device
+        self._stop_hook = StopHook(self._stop_request, checkpoints.save_unless_saved, device)
         built: list[HookBase] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(),
             *([] if self._average is None else [AverageHook(self._average)]),
-            CheckpointHook(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD, settle),
+            checkpoints,
+            self._stop_hook,
             hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate),
         ]
         if comm.is_main_process():
@@ -175,6 +211,8 @@ class Trainer(DefaultTrainer):
         """All that a resumed run needs in addition to the weights; a collective call, complete on rank 0."""
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
+        state["optimizer_parameters"] = parameter_names(self.optimizer, self._trained)
+        state["settings"] = run_settings(self.cfg)
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would restart
         # without a warning.
@@ -189,11 +227,21 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; with another number of processes the random states are not restored."""
+        """Restore :meth:`state_dict`; with another number of processes the random states are not restored.
+
+        Settings of SOLVER that differ from those of the saved run apply from here on.
+
+        Raises:
+            DamagedFile: it is no state of a training, or (:class:`DivergedWeights`) a state of the optimizer or of the
+                average is not finite.
+            UsageError: SOLVER.OPTIMIZER is another one.
+        """
         state = state_dict
-        TrainerBase.load_state_dict(self, state)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        if lacking := {"iteration", "optimizer", "scheduler", "random"} - state.keys():
+            raise DamagedFile(f"the checkpoint holds no {', '.join(sorted(lacking))} of a training.")
+        if bad := not_finite({key: state.get(key) for key in ("optimizer", "average")}):
+            raise DivergedWeights(f"the saved state of the training is not finite, {listed(bad)}: it has diverged.")
+        self._restore_optimizer(state)
         if self._trainer.scaler is not None and "scaler" in state:
             self._trainer.scaler.load_state_dict(state["scaler"])
         if self._average is not None and "average" in state:
@@ -206,6 +254,25 @@ class Trainer(DefaultTrainer):
             self.data_loader.load_state_dict(state["data"])
         if len(state["random"]) == comm.get_world_size():
             self._restored_random_state = state["random"][comm.get_rank()]
+
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        """Restore the optimizer's moments and the position of the schedule; rates and decay are those of this run."""
+        names = parameter_names(self.optimizer, self._trained)
+        optimizer, untrained = carried_over(
+            self.optimizer, names, state["optimizer"], state.get("optimizer_parameters")
+        )
+        initial_rates = list(self.scheduler.base_lrs)
+        TrainerBase.load_state_dict(self, state)
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if isinstance(self.scheduler, LRMultiplier):  # the rate of a step is a function of its number
+            self.scheduler.base_lrs = initial_rates
+            for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = rate
+        if changed := changes(state.get("settings", {}), run_settings(self.cfg)):
+            logger.warning("Other settings than in the saved run, which apply from here on: %s", "; ".join(changed))
+        if untrained:
+            logger.warning("The saved run did not train %s: they start without momentum.", listed(untrained))
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -407,17 +474,24 @@ class CheckpointHook(HookBase):
         self.checkpointer = checkpointer
         self.period = period
         self.settle = settle
+        self._saved = -1  # the iteration of the latest checkpoint of this process
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter:
-            self._save("model_final")
+            self._save("model_final", self.trainer.iter)
         elif self.period > 0 and done % self.period == 0:
-            self._save(f"model_{self.trainer.iter:07d}")
+            self.save_unless_saved(self.trainer.iter)
 
-    def _save(self, name):
+    def save_unless_saved(self, iteration: int) -> None:
+        """A periodic checkpoint after ``iteration``, unless it has one."""
+        if self._saved != iteration:
+            self._save(f"model_{iteration:07d}", iteration)
+
+    def _save(self, name, iteration):
         self.settle()
-        self.checkpointer.save(name, iteration=self.trainer.iter)
+        self.checkpointer.save(name, iteration=iteration)
+        self._saved = iteration
 
 
 def _distribute(model: nn.Module, alternates: bool = False) -> nn.Module:

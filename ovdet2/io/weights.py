@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ovdet2.errors import DataError
-from ovdet2.io.array_pickle import ArraysOnly
+from ovdet2.io.array_pickle import DamagedPickle, read_array_pickle
 
 
 class DamagedFile(DataError):
@@ -89,17 +89,16 @@ def _read_safetensors(path):
 def _read_zoo_pickle(path):
     """Read a file of Detectron2's model zoo, or of Caffe2, whose names Detectron2 matches by heuristics."""
     try:
-        with open(path, "rb") as handle:
-            data = ArraysOnly(handle, encoding="latin1").load()
-    except DataError:
-        raise
-    except Exception as error:  # a damaged pickle raises many types
-        raise DamagedFile(f"{path} is no complete pickle ({type(error).__name__}: {error}): {_REMEDY}") from None
+        data = read_array_pickle(path)
+    except DamagedPickle as error:
+        raise DamagedFile(str(error)) from None
     if not isinstance(data, dict):
         raise DataError(f"{path} holds a {type(data).__name__}, not a dict of weights: {_REMEDY}")
     if "model" in data and "__author__" in data:
         return data
     weights = data.get("blobs", data)
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise DataError(f"{path} holds no dict of weights by name: {_REMEDY}")
     weights = {name: value for name, value in weights.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from ovdet2.errors import DataError, NumericalError
 from ovdet2.io.images import read_image
+from ovdet2.io.loading import WatchedLoader
 from ovdet2.vlm.crops import crop_regions
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
@@ -74,7 +74,7 @@ class ClipBackend:
         """
         samples = _Views(records, self.tiles, self.resize, self.teacher.image_size, self.teacher.interpolation)
         together = max(1, self.batch_size // len(view_boxes(1, 1, self.tiles)))
-        loader = DataLoader(samples, batch_size=together, num_workers=self.num_workers, collate_fn=list)
+        loader = WatchedLoader(samples, self.num_workers, batch_size=together, collate_fn=list)
         for batch in loader:
             for fault in (views for _, views in batch if isinstance(views, str)):
                 skip(fault)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from ovdet2.command_line import command_parser
-from ovdet2.errors import DataError, UsageError, exit_on_error
-from ovdet2.io.files import read_json, write_text
+from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.evaluation.checked_report import read_report
+from ovdet2.io.files import write_text
 from ovdet2.report.compare import as_html, as_text, compare, require_comparable
-
-SCHEMA = "ovdet2/report/"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -43,19 +42,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_text(args.html, as_html(comparison, reports, names))
         print(f"\n{args.html}")
     return comparison
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """The report in a file or folder.
-
-    Raises:
-        DataError: it is missing, damaged, or no report.
-    """
-    path = path / "report.json" if path.is_dir() else path
-    report = read_json(path, "give a report.json or the folder of a finished evaluation")
-    if not isinstance(report, dict) or not str(report.get("schema")).startswith(SCHEMA):
-        raise DataError(f"{path} is not a report of ovdet2: give a report.json, or the folder that holds it.")
-    return report
 
 
 if __name__ == "__main__":

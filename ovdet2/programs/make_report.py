@@ -20,8 +20,8 @@ from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
+from ovdet2.evaluation.checked_report import read_report
 from ovdet2.evaluation.evaluation import REPORT, load_evaluation
-from ovdet2.io.files import read_json
 from ovdet2.report.html_report import write_html
 
 
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     load_config(args.config_file)  # registers its DATASETS.OWN
     dataset = args.dataset
     if not dataset:
-        remedy = "give the folder of a finished evaluation, or measure its predictions with --dataset"
-        dataset = read_json(args.folder / REPORT, remedy).get("dataset")
+        dataset = read_report(args.folder / REPORT)["dataset"]
     if dataset not in DatasetCatalog.list():
         raise UsageError(f"the data set {dataset!r} is not registered: give the run's config.yaml with --config-file.")
     split = split_of(dataset)

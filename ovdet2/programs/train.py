@@ -8,7 +8,10 @@ On several machines, run the same command on each with --num-machines M --machin
 tcp://<machine 0>:<port>, or start it with torchrun, which needs none of these options. Without CUDA, --num-gpus N starts
 N processes on the CPU. A configuration of your own may begin with `_BASE_: "ovcoco/vild_text_r50.yaml"`, a name or a path.
 
-Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a loss that is not finite.
+SIGTERM and Ctrl-C stop a training after the step, with a checkpoint; a second one ends it immediately.
+
+Exit codes: 1 TEST.EXPECTED_RESULTS missed, 2 usage, 3 data, 4 environment, 5 a loss that is not finite, 130 Ctrl-C, 143
+SIGTERM.
 """
 
 import argparse
@@ -61,6 +64,7 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
     from ovdet2.engine import AtomicCheckpointer, Trainer, setup
     from ovdet2.engine.claim import check_claim
+    from ovdet2.engine.run_folder import release_folder
 
     cfg = setup(args)
     if args.eval_only:
@@ -71,9 +75,12 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         if comm.is_main_process():
             check_claim(cfg, results)
         return results
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    try:
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+    finally:
+        release_folder(cfg.OUTPUT_DIR)
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:

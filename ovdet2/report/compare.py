@@ -3,7 +3,7 @@
 from typing import Any
 
 from ovdet2.errors import DataError
-from ovdet2.report.html_parts import bar, facts, legend, number, page, table, text, word
+from ovdet2.report.html_parts import bar, css_class, facts, legend, number, page, table, text, word
 
 TASKS = {"bbox": "boxes", "segm": "masks", "proposals": "proposals"}
 # What two evaluations must share for their figures to mean the same.
@@ -111,7 +111,7 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
     for kind in ("gains", "losses"):
         cells = [
             [
-                ("word", f'{word(name)} <span class="tag {subset}">{subset}</span>'),
+                ("word", f'{word(name)} <span class="tag {css_class(subset)}">{text(subset)}</span>'),
                 ("bars", bar(abs(d), largest, subset)),
                 *(number(a), number(b), number(d, sign=True)),
             ]

@@ -35,7 +35,15 @@ def word(name: str) -> str:
 
 def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     """A figure, or a dash for None."""
-    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+    if value is None:
+        return "–"
+    # A report read from a file may hold anything: what is no number is shown as text.
+    return f"{value:{'+' if sign else ''}.{digits}f}" if isinstance(value, int | float) else text(value)
+
+
+def css_class(name: object) -> str:
+    """A name as a class of an HTML element: only letters, digits, "-" and "_" remain, so it cannot end the attribute."""
+    return re.sub(r"[^\w-]", "", str(name), flags=re.ASCII)
 
 
 def page(title: str, *sections_html: str) -> str:
@@ -88,7 +96,7 @@ def facts(pairs_html: Iterable[tuple[str, str]]) -> str:
 def bar(value: float | None, largest: float, css: str) -> str:
     """A horizontal bar of ``value`` out of ``largest``; nothing for None."""
     share = 0 if value is None or largest <= 0 else 100 * min(max(value / largest, 0), 1)
-    return f'<span class="bar {css}" style="width:{share:.1f}%"></span>' if value is not None else ""
+    return f'<span class="bar {css_class(css)}" style="width:{share:.1f}%"></span>' if value is not None else ""
 
 
 def stacked(counts: Mapping[str, int]) -> str:
@@ -141,9 +149,9 @@ def line_chart(
         parts.append(f'<text x="{x:.1f}" y="{top + height + 16}" text-anchor="middle">{text(name)}</text>')
     for name, points in lines.items():
         places = [at(*point) for point in points]
-        parts.append(f'<path class="curve {name}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
+        parts.append(f'<path class="curve {css_class(name)}" d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in places)}"/>')
         if markers:
-            parts += [f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
+            parts += [f'<circle class="{css_class(name)}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>' for x, y in places]
     middle = top + height / 2
     parts.append(f'<text x="{left + width / 2}" y="{top + height + 34}" text-anchor="middle">{text(labels[0])}</text>')
     parts.append(
@@ -174,5 +182,5 @@ def profile(values: Sequence[float], subsets: Sequence[str], largest: float = 10
             for i, value in enumerate(values)
             if subsets[i] == subset
         )
-        parts.append(f'<path class="fill {subset}" d="{path}"/>')
+        parts.append(f'<path class="fill {css_class(subset)}" d="{path}"/>')
     return f'<svg viewBox="0 0 {left + width + 10} {top + height + 10}" role="img">{"".join(parts)}</svg>'

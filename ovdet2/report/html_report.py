@@ -16,6 +16,7 @@ from ovdet2.evaluation.matching import match
 from ovdet2.io.files import write_text
 from ovdet2.report.html_parts import (
     bar,
+    css_class,
     facts,
     legend,
     line_chart,
@@ -336,11 +337,11 @@ def _tasks_of(row):
 
 
 def _classes(counts):
-    return f"{counts['with_ground_truth']}/{counts['classes']}" if counts else ""
+    return text(f"{counts['with_ground_truth']}/{counts['classes']}") if counts else ""
 
 
 def _tag(subset):
-    return f'<span class="tag {subset}">{subset}</span>'
+    return f'<span class="tag {css_class(subset)}">{text(subset)}</span>'
 
 
 def _fact(value):

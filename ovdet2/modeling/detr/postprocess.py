@@ -9,6 +9,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ovdet2.errors import NumericalError
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
 from ovdet2.modeling.detr.outputs import DetrOutputs
 
@@ -63,10 +64,18 @@ class PostProcessor:
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
             (0 to 1, float32), ``pred_classes`` (0..K-1) and ``queries`` (0..N-1, the query of each detection).
+
+        Raises:
+            NumericalError: a score or box is not finite. (Compared with a threshold, NaN would drop the detection.)
         """
         logits, boxes = outputs.pred_logits[layer].float(), outputs.pred_boxes[layer].float()
         words = logits.shape[2]
         top, places = top_values(logits.flatten(1), self.detections_per_image)  # B x T
+        # A NaN or an infinity is among the highest logits.
+        if not (torch.isfinite(top).all() and torch.isfinite(boxes).all()):
+            raise NumericalError(
+                "a detection has a score or box that is not finite: the training has diverged; use an earlier checkpoint."
+            )
         scores, classes, queries = top.sigmoid(), places % words, places // words
         corners = cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         results = []

@@ -30,7 +30,7 @@ from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.rcnn.roi_heads import OpenVocabularyROIHeads, build_similar_box_head
-from ovdet2.modeling.rcnn.rpn_head import require_norms_are_read
+from ovdet2.modeling.rcnn.rpn_head import require_finite_at_test, require_norms_are_read
 from ovdet2.modeling.square import checked_side, pad_to_square
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
@@ -71,6 +71,9 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         self.proposals_kept = proposals_kept
         self.square = square
         self.parts = register_parts(self, parts, RCNNPart)
+        head = getattr(self.proposal_generator, "rpn_head", None)  # other generators have none
+        if isinstance(head, nn.Module):
+            head.register_forward_hook(require_finite_at_test)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, vocabulary: Vocabulary | None = None) -> dict[str, Any]:

@@ -203,14 +203,14 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         results, kept = [], []
         boxes_of_images = self.predict_boxes(predictions, proposals)
         for boxes, probs, image in zip(boxes_of_images, self.predict_probs(predictions, proposals), proposals):
-            clipped = Boxes(boxes.float())
-            clipped.clip(image.image_size)
-            scores = probs[:, : self.cls_score.vocabulary.num_detectable]  # without competitors and background
             if not (torch.isfinite(probs).all() and torch.isfinite(boxes).all()):
                 raise NumericalError(
                     "a detection has a score or box that is not finite: the training has diverged; "
                     "use an earlier checkpoint."
                 )
+            clipped = Boxes(boxes.float())
+            clipped.clip(image.image_size)
+            scores = probs[:, : self.cls_score.vocabulary.num_detectable]  # without competitors and background
             regions, classes = class_wise_nms(
                 clipped.tensor, scores, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
             )

@@ -1,7 +1,7 @@
 """Detectron2's StandardROIHeads with the open-vocabulary box predictor and the parts of methods.
 
 Shapes: N images, R regions, C channels, S pooled side, F features of the box head, K words, D embedding dimension.
-Names: ``_probs`` probabilities in [0, 1].
+Names: ``pred_`` predicted, ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ovdet2.config import methods_of
 from ovdet2.data.samples import Sample
-from ovdet2.errors import UsageError
+from ovdet2.errors import NumericalError, UsageError
 from ovdet2.layers import ClosedSetClassifier, CosineClassifier
 from ovdet2.modeling.build import build_classifier
 from ovdet2.modeling.part import joined, weighted
@@ -139,6 +139,7 @@ class OpenVocabularyROIHeads(StandardROIHeads):
 
         Raises:
             UsageError: two losses have the same name, or two parts compute secondary scores.
+            NumericalError: at test, a score, box or mask is not finite.
         """
         # Cast once for all pooling, so that gradients of the maps add up in float32. Why float32: see `pool`.
         features = {name: level.float() for name, level in features.items()}
@@ -152,7 +153,13 @@ class OpenVocabularyROIHeads(StandardROIHeads):
         batch = RegionBatch(samples, features, proposals, pooled, self.box_head(pooled), self)
         self._attach_secondary_probs(batch, parts)
         detections, _ = self.box_predictor.inference(self.box_predictor(batch.box_features), proposals)
-        return self.forward_with_given_boxes(features, detections), {}
+        results = self.forward_with_given_boxes(features, detections)
+        for of_image in results:
+            if of_image.has("pred_masks") and not torch.isfinite(of_image.pred_masks).all():
+                raise NumericalError(
+                    "a mask is not finite: the training has diverged; use an earlier checkpoint."
+                )  # pasted into the image, it would be empty
+        return results, {}
 
     def _box_losses(
         self,

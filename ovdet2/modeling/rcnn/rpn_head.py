@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, StandardRPNHead
@@ -16,7 +17,7 @@ from detectron2.modeling.roi_heads import ROI_BOX_HEAD_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ovdet2.errors import UsageError
+from ovdet2.errors import NumericalError, UsageError
 from ovdet2.modeling.rcnn.box_head import NormalizedBoxHead
 
 
@@ -82,6 +83,19 @@ class NormalizedRPNHead(StandardRPNHead):
             logits.append(self.objectness_logits(hidden))
             deltas.append(self.anchor_deltas(hidden))
         return logits, deltas
+
+
+def require_finite_at_test(head: nn.Module, _: object, outputs: tuple[list[Tensor], list[Tensor]]) -> None:
+    """A forward hook of an RPN head. Detectron2 drops proposals that are not finite, at test without a message: a
+    diverged detector would find nothing.
+
+    Raises:
+        NumericalError: in evaluation mode, an output is not finite.
+    """
+    if not head.training and not all(torch.isfinite(level).all() for maps in outputs for level in maps):
+        raise NumericalError(
+            "the RPN has an output that is not finite: the training has diverged; use an earlier checkpoint."
+        )
 
 
 def require_norms_are_read(cfg: CfgNode) -> None:
