@@ -233,9 +233,9 @@ REFUSED = {
         _drop_names,
         "without a name.*VLDet numbers 65 classes from 1.*OADP from 0.*official",
     ),
-    "unknown name": (regionclip, _rename, "COCO does not have: aeroplane.*official COCO files instead"),
+    "unknown name": (regionclip, _rename, "COCO does not have: 'aeroplane'.*official COCO files instead"),
     "id twice": (regionclip, _twice("id"), "category id 1 twice"),
-    "name twice": (regionclip, _twice("name"), "category name person twice"),
+    "name twice": (regionclip, _twice("name"), "category name 'person' twice"),
     "another order": (oadp, _alphabetical, r"neither as COCO.*0 for airplane \(COCO: 5\).*order is ambiguous"),
     "two classes swapped": (vldet, _swapped, r"1 for bicycle \(COCO: 2\)"),
     "list replaced": (

@@ -244,7 +244,8 @@ def _check_annotations(records, images, category_ids, masks, found):
     boxed, rows = array("q"), array("d")  # indices; and x, y, width, height, image width, image height per index
     for index, annotation, annotation_id in _identified(records, "annotation", found):
         image = images.get(annotation["image_id"]) if is_id(annotation.get("image_id")) else None
-        category_id, box = annotation.get("category_id"), annotation.get("bbox")
+        category_id: Any = annotation.get("category_id")
+        box: Any = annotation.get("bbox")
         if image is not None:
             annotated.add(annotation["image_id"])
         if is_id(category_id):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from ovdet2.data.datasets.validity import (
     is_area,
     is_crowd,
     is_flag,
+    is_id,
     leaves_folder,
     segmentation_fault,
     size_of,
@@ -44,6 +46,8 @@ from ovdet2.io.images import image_size
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # ids named in an error message
+_LIMITED = reprlib.Repr()
+_LIMITED.maxstring = 300  # a path
 _BOX_FAULTS = {
     NOT_NUMBERS: "boxes that are not four numbers",
     NOT_FINITE: "boxes with a value that is not finite",
@@ -142,6 +146,7 @@ def filter_coco_json(
     if keep_images not in ("annotated", "all"):
         raise UsageError(f"keep_images is {keep_images!r}: give 'annotated' or 'all'.")
     require_lists(data, source)
+    require_ids(data, source)
     wanted = set(category_ids)
     categories = [category for category in data["categories"] if category.get("id") in wanted]
     absent = wanted - {category["id"] for category in categories}
@@ -254,13 +259,31 @@ def require_lists(data: Any, source: str | Path) -> None:
             raise DataError(f"{source} has entries of {key!r} that are not objects: check the file.")
 
 
+def require_ids(data: Mapping[str, Any], source: str | Path) -> None:
+    """Raise a :class:`~ovdet2.errors.DataError` unless all ids, and references to them, are 64-bit integers."""
+    for key, fields in (
+        ("categories", ("id",)),
+        ("images", ("id",)),
+        ("annotations", ("id", "image_id", "category_id")),
+    ):
+        for field_name in fields:
+            odd = [record.get(field_name) for record in data[key] if not is_id(record.get(field_name))]
+            if odd:
+                raise DataError(
+                    f"{source} has {counted(len(odd), 'record')} of {key!r} whose {field_name} is not a 64-bit integer, "
+                    f"such as {first_few(odd)}: ids as text are converted by ovdet2 dataset repair."
+                )
+
+
 def _image_records(images, image_root, federated, faults):
     """Dict of image id to Detectron2 record without annotations; faults are collected."""
     records, unsized = {}, []
     for image in images:
         image_id, name = as_id(image.get("id")), image_name(image, federated)
         if image_id is None:
-            faults.add("images without an integer id, file name", name, "give each image its own integer id (64 bits)")
+            faults.add(
+                "images without an integer id, file name", repr(name), "give each image its own integer id (64 bits)"
+            )
             continue
         if image_id in records:
             faults.add("images listed twice, id", image_id, "keep one record of each")
@@ -269,7 +292,7 @@ def _image_records(images, image_root, federated, faults):
             continue
         if leaves_folder(name):
             faults.add(
-                "file names outside of the image folder, image id", f"{image_id} ({name})", "make them relative to it"
+                "file names outside of the image folder, image id", f"{image_id} ({name!r})", "make them relative to it"
             )
         path, size = os.path.join(image_root, name), size_of(image)
         if size is None and not leaves_folder(name):
@@ -331,7 +354,7 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         if annotation_id is None or annotation_id in seen:
             faults.add(
                 "annotations without an integer id or with a repeated one, id",
-                annotation.get("id"),
+                _LIMITED.repr(annotation.get("id")),
                 "give each its own id",
             )
         seen.add(annotation_id)
@@ -342,7 +365,7 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
         if category is None:
             faults.add(
                 f"annotations of a category outside of the split {split.name}, id",
-                f"{annotation_id} (category {annotation.get('category_id')})",
+                f"{annotation_id} (category {_LIMITED.repr(annotation.get('category_id'))})",
                 "filter the json (datasets/README.md)",
             )
             continue
@@ -387,9 +410,13 @@ def compressed(code: dict[str, Any]) -> dict[str, Any]:
 
 
 def first_few(values: Sequence[object]) -> str:
-    """The first five values as text for an error message, followed by dots if there are more."""
-    shown = ", ".join(str(value) for value in values[:_SHOWN])
-    return shown + (", ..." if len(values) > _SHOWN else "")
+    """The first five values for an error message, as repr, which shows their type; dots follow if there are more."""
+    return first_texts([_LIMITED.repr(value) for value in values[: _SHOWN + 1]])
+
+
+def first_texts(texts: Sequence[str]) -> str:
+    """As :func:`first_few`, of texts that describe values."""
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
 
 
 class _Faults:
@@ -400,14 +427,16 @@ class _Faults:
         self._found = {}  # (kind, remedy) -> offenders
 
     def add(self, kind, offender, remedy):
-        self._found.setdefault((kind, remedy), []).append(offender)
+        """``offender``: its id, or a text that describes it."""
+        described = offender if isinstance(offender, str) else _LIMITED.repr(offender)
+        self._found.setdefault((kind, remedy), []).append(described)
 
     def raise_if_any(self):
         if self._found:
             raise DataError(
                 f"{self._source}: "
                 + " ".join(
-                    f"{len(offenders)} {kind} {first_few(offenders)}: {remedy}."
+                    f"{len(offenders)} {kind} {first_texts(offenders)}: {remedy}."
                     for (kind, remedy), offenders in self._found.items()
                 )
             )

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+
+from ovdet2.vocabulary.templates import clean_name
 
 TOLERANCE = 1.0  # pixels that a box may extend beyond its image: annotation tools round, and count from 0 or from 1
 NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
@@ -192,3 +195,16 @@ def is_root_category(category: Mapping[str, Any], categories: Sequence[Mapping[s
     others = [other for other in categories if other is not category]
     name = category.get("name")
     return isinstance(name, str) and bool(others) and all(other.get("supercategory") == name for other in others)
+
+
+def classes_of(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The categories without a heading of the others that is the same word as one of them.
+
+    A box of such a heading is then of no class of the data set, and refused.
+    """
+    words = Counter(clean_name(category["name"]) for category in categories if isinstance(category.get("name"), str))
+    return [
+        category
+        for category in categories
+        if not (is_root_category(category, categories) and words[clean_name(category["name"])] > 1)
+    ]
