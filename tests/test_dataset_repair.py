@@ -37,6 +37,12 @@ def flat(polygons):
 CONVERTED = {
     "category ids of digits": [("categories", "id", str), ("annotations", "category_id", str)],
     "image ids of digits": [("images", "id", str), ("annotations", "image_id", str)],
+    "image ids of text": [("images", "id", "img_{}".format), ("annotations", "image_id", "img_{}".format)],
+    "image ids above 64 bits": [
+        ("images", "id", lambda number: str(number + 2**70)),
+        ("annotations", "image_id", lambda number: number + 2**70),
+    ],
+    "category ids of text": [("categories", "id", "no. {}".format), ("annotations", "category_id", "no. {}".format)],
     "image ids of floats": [("images", "id", float), ("annotations", "image_id", float)],
     "only the references are text": [("annotations", "image_id", str), ("annotations", "category_id", str)],
     "annotation ids of digits": [("annotations", "id", "{:.0f}".format)],

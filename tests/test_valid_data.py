@@ -120,7 +120,11 @@ def jsons(draw):
     """(json, masks, lvis)."""
     category_ids = draw(st.integers(1, 3).flatmap(unique_ids))
     image_ids = draw(st.integers(1, 3).flatmap(unique_ids))
-    names = ["apple", "Äpfel/x", "no", "1_2"]
+    names = [
+        "apple",
+        "Äpfel/x",
+        draw(st.sampled_from(["no", "half \ud800", "a\tb", "猫", "apple.", 7, " ", "x" * 300])),
+    ]
     categories = [
         {"id": draw(forms_of(number)), "name": name, "frequency": draw(st.sampled_from(["r", "c", "f"]))}
         | draw(sometimes(st.just({}), st.just({"supercategory": names[0]})))

@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     data = read_json(args.json)
     findings = check(data, args.json, args.images, args.decode, args.workers, args.masks, args.lvis)
     print_findings(findings, args.max_shown)
+    if args.lvis is None and is_lvis(data):
+        print(f"{args.json}: checked by the rules of LVIS, for the metric ov_lvis (--no-lvis: those of COCO)")
     print(f"{args.json}: {summary(findings)}")
     report = {
         "schema": SCHEMA,

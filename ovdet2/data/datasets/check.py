@@ -43,6 +43,7 @@ from ovdet2.data.datasets.validity import (
     is_crowd,
     is_flag,
     is_id,
+    is_name,
     is_polygon,
     is_root_category,
     segmentation_fault,
@@ -50,7 +51,7 @@ from ovdet2.data.datasets.validity import (
 )
 from ovdet2.errors import DataError
 from ovdet2.io.progress import progress_bar
-from ovdet2.vocabulary.templates import clean_name, is_visible
+from ovdet2.vocabulary.templates import clean_name
 
 _MOSTLY = 0.5  # share of the annotations of a class
 _SOME = 2  # fewer annotations of a class are no habit
@@ -154,7 +155,7 @@ def _check_categories(records, lvis, found):
     for index, category, category_id in _identified(records, "category", found):
         if category_id is not None:
             category_ids.add(category_id)
-        if not isinstance(category.get("name"), str) or not is_visible(category["name"]):
+        if not is_name(category.get("name")):
             found.append(finding_of("category-name", index, category, show_field(category, "name")))
         if lvis and category.get("frequency") not in ("r", "c", "f"):
             found.append(finding_of("category-frequency", index, category, show_field(category, "frequency")))
@@ -173,7 +174,7 @@ def _check_names(records, used, images, found):
     for index, category in enumerate(records):
         name = category.get("name") if isinstance(category, dict) else None
         category_id = usable_id(category) if isinstance(category, dict) else None
-        if not isinstance(name, str) or not is_visible(name) or category_id is None:
+        if not is_name(name) or category_id is None:
             continue
         if not used[category_id] and category_id not in listed and is_root_category(category, categories):
             found.append(finding_of("category-root", index, category, show_field(category, "name")))

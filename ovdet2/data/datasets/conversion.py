@@ -1,6 +1,7 @@
 """Convert what a json states in another type without loss: "12" or 12.0 for 12, null for no crowd, a flat polygon.
 
-The checker reports each conversion and checks the converted record; the repair writes it. Nothing is rounded.
+Ids of images and categories that are other text, such as "img_a", or larger than 64 bits are replaced by new numbers, in
+the annotations too. The checker reports each conversion and checks the converted record; the repair writes it. Nothing is rounded.
 """
 
 from __future__ import annotations
@@ -27,12 +28,18 @@ def convert(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
         field, of the kind "category-type", "image-type" or "annotation-type", whose detail is "id '7' -> 7".
     """
     converted, findings = dict(data), []
+    numbers: dict[str, dict[Any, int]] = {}  # field of annotations -> {other text: new id}
     for of, key, fields in (
         ("category", "categories", _CATEGORY),
         ("image", "images", _IMAGE),
         ("annotation", "annotations", _ANNOTATION),
     ):
         records = list(data[key])
+        if of != "annotation":
+            numbers[f"{of}_id"] = _numbered(records)
+            fields = fields | {"id": _looked_up(numbers[f"{of}_id"])}
+        else:
+            fields = fields | {name: _looked_up(known) for name, known in numbers.items()}
         for index, record in enumerate(records):
             changed = _changed(record, fields) if isinstance(record, dict) else None
             if changed:
@@ -43,6 +50,24 @@ def convert(data: Mapping[str, Any]) -> tuple[dict[str, Any], list[Finding]]:
                     findings.append(Finding(f"{of}-type", record_id, index, detail))
         converted[key] = records
     return converted, findings
+
+
+def _numbered(records: list[Any]) -> dict[Any, int]:
+    """{id that is text or too large: new id} of records, in their order; the new ids are above all others."""
+    ids = [as_integer(record.get("id")) for record in records if isinstance(record, dict)]
+    odd = {value: None for value in ids if type(value) in (str, int) and as_id(value) is None and value != ""}
+    largest = max((value for value in ids if as_id(value) is not None), default=0)
+    return {value: number for number, value in enumerate(odd, start=max(largest, 0) + 1) if as_id(number) is not None}
+
+
+def _looked_up(numbers: Mapping[Any, int]) -> Callable[[Any], Any]:
+    """The conversion of an id, with the new numbers of those that are no integers."""
+
+    def conversion(value):
+        integer = as_integer(value)
+        return numbers.get(integer, integer) if type(integer) in (str, int) and numbers else integer
+
+    return conversion
 
 
 def _changed(record: dict[str, Any], fields: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:

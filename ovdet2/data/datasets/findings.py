@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 _REMOVED, _WITH_BOXES = "removed", "removed with its annotations"
-_TYPE = 'a number given as text or as a fraction without a remainder, such as "12" or 12.0'
+_TYPE = 'a number given as text or as a fraction without a remainder, such as "12" or 12.0; an id that is other text'
 _CONVERTED = "converted, without loss"
 
 # In the order of the report.

@@ -253,9 +253,10 @@ def _require_pseudo_labels_allowed(name, data, json_path, pseudo_labels):
     info = data.get("info")
     made = info.get("pseudo_labels") if isinstance(info, dict) else None
     if made and not pseudo_labels:
+        made = made if isinstance(made, dict) else {}
         raise DataError(
-            f"{json_path} holds {made.get('annotations')} pseudo labels, made with the names of novel classes "
-            f"({first_few(made.get('words', []))}): a detector trained on them has seen those names. If that is "
+            f"{json_path} holds {made.get('annotations', 'some')} pseudo labels, made with the names of novel classes "
+            f"({first_few(list(made.get('words') or ['unknown']))}): a detector trained on them has seen those names. If that is "
             f"intended, register {name} with pseudo_labels: True."
         )
 

@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ovdet2.vocabulary.templates import clean_name
+from ovdet2.vocabulary.templates import clean_name, is_visible
 
 TOLERANCE = 1.0  # pixels that a box may extend beyond its image: annotation tools round, and count from 0 or from 1
 NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
@@ -62,6 +62,11 @@ def size_of(image: Mapping[str, Any]) -> tuple[int, int] | None:
         return None
     size = int(width), int(height)  # pyrefly: ignore[bad-argument-type]  numbers
     return size if size[0] * size[1] < _MAX_PIXELS else None
+
+
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether a value can be the name of a class: text that has a visible character after cleaning."""
+    return isinstance(name, str) and is_visible(clean_name(name))
 
 
 def is_flag(value: object) -> bool:
@@ -194,7 +199,7 @@ def is_root_category(category: Mapping[str, Any], categories: Sequence[Mapping[s
     """
     others = [other for other in categories if other is not category]
     name = category.get("name")
-    return isinstance(name, str) and bool(others) and all(other.get("supercategory") == name for other in others)
+    return is_name(name) and bool(others) and all(other.get("supercategory") == name for other in others)
 
 
 def classes_of(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -202,7 +207,7 @@ def classes_of(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
 
     A box of such a heading is then of no class of the data set, and refused.
     """
-    words = Counter(clean_name(category["name"]) for category in categories if isinstance(category.get("name"), str))
+    words = Counter(clean_name(category["name"]) for category in categories if is_name(category.get("name")))
     return [
         category
         for category in categories
