@@ -15,6 +15,7 @@ from PIL import Image
 
 from ovdet2.data.datasets.check import check, check_json, problems
 from ovdet2.data.datasets.coco_json import Split, load_ov_json
+from ovdet2.data.datasets.conversion import as_integer, as_number
 from ovdet2.data.datasets.findings import KINDS, NOTES
 from ovdet2.data.datasets.repair import clip_box, repair
 from ovdet2.errors import DataError, UsageError
@@ -64,6 +65,13 @@ def lvis_json():
         image |= {"neg_category_ids": neg, "not_exhaustive_category_ids": [7]}
     del data["images"][0]["file_name"]
     data["images"][0]["coco_url"] = f"https://example.org/images/{TURNED}"
+    return data
+
+
+def masks_json():
+    """The same, each annotation with a mask."""
+    data = fruit_json()
+    data["annotations"][1]["segmentation"] = [[1, 1, 40, 1, 40, 30]]
     return data
 
 
@@ -181,6 +189,19 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-20])
 
 
+def code(counts):
+    """A run-length code of image 9."""
+    return {"size": [48, 64], "counts": counts}
+
+
+def centred():
+    """Twelve boxes of image 9 as (centre x, centre y, width, height); five of them extend beyond it as (x, y, w, h)."""
+    return [
+        {"id": 20 + number, "image_id": 9, "category_id": 4, "bbox": [50 - 2 * number, 20 + number % 3, 24, 16]}
+        for number in range(12)
+    ]
+
+
 SIZED = {"file_name": "5.png", "width": 50, "height": 40}
 NAN, INF = float("nan"), float("inf")
 A11, I9 = "annotation 11", "image 9"
@@ -189,7 +210,15 @@ COCO = {
     "no images": (lambda data, folder: data.update(images=[], annotations=[]), [("file-empty", "file")]),
     "no categories": (lambda data, folder: data.update(categories=[], annotations=[]), [("file-empty", "file")]),
     "category no object": (append("categories", "apple"), [("category-record", "categories[3]")]),
-    "category id text": (append("categories", {"id": "1", "name": "a"}), [("category-id", "categories[3]")]),
+    "category id a list": (append("categories", {"id": ["1"], "name": "a"}), [("category-id", "categories[3]")]),
+    "category id text": (append("categories", {"id": "one", "name": "a"}), [("category-type", "category 8")]),
+    "image id huge": (append("images", {"id": 2**63, **SIZED}), [("image-type", "image 10")]),
+    "category id digits": (append("categories", {"id": "1", "name": "a"}), [("category-type", "category 1")]),
+    "category name a number": (category(name=2146), [("category-type", "category 4")]),
+    "category name invisible": (category(name=" \u200b"), [("category-name", "category 4")]),
+    "category name a dot": (category(name=" ."), [("category-name", "category 4")]),
+    "category name twice": (category(name="quince"), [("category-name-twice", "category 7")]),
+    "category name twice as a word": (category(name="Apple_"), [("category-name-twice", "category 2")]),
     "category copied": (again("categories"), [("category-copy", "category 4")]),
     "category id taken": (again("categories", name="fig"), [("category-conflict", "category 4")]),
     "category without name": (without("categories", "name"), [("category-name", "category 4")]),
@@ -197,6 +226,9 @@ COCO = {
     "image id a list": (append("images", {"id": [1], **SIZED}), [("image-id", "images[2]")]),
     "image copied": (again("images"), [("image-copy", I9)]),
     "image id taken": (again("images", license=3), [("image-conflict", I9)]),
+    "image id digits": (image(id="9"), [("image-type", I9)]),
+    "image size digits": (image(width="64", height="48"), [("image-type", I9)] * 2),
+    "too many pixels": (image(width=2**16, height=2**16), [("image-size", I9)]),
     "no width": (without("images", "width"), [("image-size", I9)]),
     "height zero": (image(height=0), [("image-size", I9)]),
     "height fraction": (image(height=48.5), [("image-size", I9)]),
@@ -212,6 +244,8 @@ COCO = {
     "name of a folder": (image(file_name="sub"), [("image-missing", I9)]),
     "name no file can have": (image(file_name="a\0b" + "\ud800"), [("image-missing", I9)]),
     "name too long": (image(file_name="a" * 5000), [("image-missing", I9)]),
+    "name with backslashes": (image(file_name=TURNED.replace("/", "\\")), [("image-backslash", I9)]),
+    "no file, and backslashes": (image(file_name="a\\b.png"), [("image-missing", I9)]),
     "no picture": (file(lambda path: path.write_text("<html>")), [("image-unreadable", I9)]),
     "too small": (file(lambda path: Image.new("L", (64, 9)).save(path)), [("image-unreadable", I9)]),
     "truncated": (file(truncate), [("image-unreadable", I9)]),
@@ -224,12 +258,19 @@ COCO = {
     "annotation id taken": (again("annotations", bbox=[1, 1, 5, 5]), [("annotation-conflict", A11)]),
     "no image id": (without("annotations", "image_id"), [("annotation-field", A11)]),
     "image id of a list": (annotation(image_id=[9]), [("annotation-field", A11)]),
-    "category id text in use": (annotation(category_id="4"), [("annotation-field", A11)]),
+    "category id text in use": (annotation(category_id="four"), [("annotation-field", A11)]),
+    "category id digits in use": (annotation(category_id="4"), [("annotation-type", A11)]),
+    "image id a float": (annotation(image_id=9.0), [("annotation-type", A11)]),
+    "image id a fraction": (annotation(image_id=9.5), [("annotation-field", A11)]),
     "no box": (without("annotations", "bbox"), [("annotation-field", A11)]),
     "box of three": (annotation(bbox=[1, 2, 3]), [("annotation-field", A11)]),
-    "box of text": (annotation(bbox=["1", 2, 3, 4]), [("annotation-field", A11)]),
+    "box of text": (annotation(bbox=["one", 2, 3, 4]), [("annotation-field", A11)]),
+    "box of digits": (annotation(bbox=["1", "2.5", 3, "4e0"]), [("annotation-type", A11)]),
     "box of booleans": (annotation(bbox=[True, 1, 5, 5]), [("annotation-field", A11)]),
-    "crowd maybe": (annotation(iscrowd="maybe"), [("annotation-field", A11)]),
+    "crowd maybe": (annotation(iscrowd="maybe"), [("annotation-flag", A11)]),
+    "ignore of two": (annotation(ignore=2), [("annotation-flag", A11)]),
+    "crowd null": (annotation(iscrowd=None), [("annotation-type", A11)]),
+    "crowd digit": (annotation(iscrowd="0"), [("annotation-type", A11)]),
     "image unknown": (annotation(image_id=99), [("image-unknown", A11)]),
     "category unknown": (annotation(category_id=77), [("category-unknown", A11)]),
     "box with nan": (annotation(bbox=[NAN, 1, 5, 5]), [("box-not-finite", A11)]),
@@ -247,17 +288,36 @@ COCO = {
     "polygon of odd length": (annotation(segmentation=[[1, 1, 2, 2, 3, 9], [1] * 7]), [("polygon", A11)]),
     "polygon with nan": (annotation(segmentation=[[1, 1, 2, 2, 3, NAN], [1, 1, 2, 2, 3, 9]]), [("polygon", A11)]),
     "polygon of two points": (annotation(segmentation=[[1, 1, 2, 2, 3, 9], [1, 1, 2, 2]]), [("polygon", A11)]),
-    "polygon of text": (annotation(segmentation=[[1, 1, 2, 2, 3, 9], [1, 1, 2, 2, 3, "9"]]), [("polygon", A11)]),
-    "no whole polygon": (annotation(segmentation=[1, 1, 2, 2, 3, 9]), [("segmentation", A11)]),
+    "polygon of text": (annotation(segmentation=[[1, 1, 2, 2, 3, 9], [1, 1, 2, 2, 3, "x"]]), [("polygon", A11)]),
+    "polygon of digits": (annotation(segmentation=[[1, 1, 2, 2, 3, "9"]]), [("annotation-type", A11)]),
+    "polygon far away": (annotation(segmentation=[[1, 1, 2, 2, 3, 1e9], [1, 1, 2, 2, 3, 9]]), [("polygon", A11)]),
+    "no whole polygon": (annotation(segmentation=[1, 1, 2, 2, 3, None]), [("segmentation", A11)]),
+    "flat polygon": (annotation(segmentation=[1, 1, 2, 2, 3, 9]), [("annotation-type", A11)]),
+    "flat polygon of four": (annotation(segmentation=[1, 1, 5, 9]), [("segmentation", A11)]),
+    "polygon of four": (annotation(segmentation=[[1, 1, 5, 9]]), [("segmentation", A11)]),
     "segmentation of text": (annotation(segmentation="x"), [("segmentation", A11)]),
     "rle of another size": (annotation(segmentation={"size": [64, 48], "counts": "x"}), [("segmentation", A11)]),
+    "rle of another length": (annotation(segmentation=code([3000, 1])), [("segmentation", A11)]),
+    "rle of a negative length": (annotation(segmentation=code([3073, -1])), [("segmentation", A11)]),
+    "rle of digits": (annotation(segmentation=code(["3000", 72.0])), [("annotation-type", A11)]),
+    "rle of fractions": (annotation(segmentation=code([3071.5, 0.5])), [("segmentation", A11)]),
+    "rle text of another length": (annotation(segmentation=code("PPYo1")), [("segmentation", A11)]),
+    "rle text that ends early": (annotation(segmentation=code("PPYo")), [("segmentation", A11)]),
+    "rle text of no code": (annotation(segmentation=code("\u00e4")), [("segmentation", A11)]),
     "rle without counts": (annotation(segmentation={"size": [48, 64]}), [("segmentation", A11)]),
     "area zero": (annotation(area=0), [("area", A11)]),
     "area nan": (annotation(area=NAN), [("area", A11)]),
-    "area text": (annotation(area="150"), [("area", A11)]),
+    "area text": (annotation(area="large"), [("area", A11)]),
+    "area digits": (annotation(area="150"), [("annotation-type", A11)]),
+    "area above the image's": (annotation(area=64 * 48 + 1), [("area", A11)]),
     "corners": (
         boxes_as(lambda *corners: corners),
         [("suspected-xyxy", "file"), *(("box-partly-outside", f"annotation {number}") for number in range(20, 32))],
+    ),
+    "shares": (boxes_as(lambda x1, y1, x2, y2: (x1 / 64, y1 / 48, x2 / 64 - x1 / 64, 0.3)), [("suspected-shares", "file")]),
+    "centres": (
+        lambda data, folder: data.update(annotations=centred()),
+        [("suspected-centres", "file"), *(("box-partly-outside", f"annotation {number}") for number in range(20, 25))],
     ),
     "ids one too low": (
         category_ids(known=(1, 2, 3), used=(0, 1, 2)),
@@ -287,10 +347,17 @@ LVIS = {
     "unknown negative": (image(neg_category_ids=[2, 77, "a", [1]]), [("federated-unknown", I9)]),
     "unknown not exhaustive": (image(not_exhaustive_category_ids=[77]), [("federated-unknown", I9)]),
     "in both lists": (image(neg_category_ids=[2, 7]), [("federated-both", I9)]),
+    "placeholder url, no name": (image(coco_url="N/A"), [("image-name", I9)]),
+    "negative of digits": (image(neg_category_ids=["2"]), [("image-type", I9)]),
     "annotated negative": (image(neg_category_ids=[2, 4]), [("federated-negative", I9)]),
 }  # fmt: skip
 CASES = {("coco", case): (fruit_json, *spoiled) for case, spoiled in COCO.items()}
 CASES |= {("lvis", case): (lvis_json, *spoiled) for case, spoiled in LVIS.items()}
+MASKS = {  # with --masks
+    "no mask": (without("annotations", "segmentation"), [("mask-missing", A11)]),
+    "no polygon": (annotation(segmentation=[]), [("mask-missing", A11)]),
+}
+CASES |= {("masks", case): (masks_json, *spoiled) for case, spoiled in MASKS.items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -299,15 +366,16 @@ def test_a_problem_is_found_by_id_and_mended_or_left_with_a_statement(case, imag
     data = make()
     spoil(data, images)
     before = copy.deepcopy(data)
-    found = problems(check(data, "fruit.json", images, decode=True))
+    masks = make is masks_json
+    found = problems(check(data, "fruit.json", images, decode=True, masks=masks))
     assert places(found) == expected
     if not data["images"]:
         with pytest.raises(DataError, match="no image left"):
             repair(data, found)
         return
-    repaired, changes = repair(data, found)
+    repaired, changes = repair(data, found, images)
     assert repr(data) == repr(before)
-    left = problems(check(repaired, "repaired.json", images, decode=True))
+    left = problems(check(repaired, "repaired.json", images, decode=True, masks=masks))
     suspected = any(kind.startswith("suspected") for kind, _ in expected)
     assert places(left) == (expected if suspected else [place for place in expected if not KINDS[place[0]].fix])
     assert bool(changes) == (left != found)
@@ -359,7 +427,7 @@ def test_the_suspicion_about_category_ids_states_its_counts():
     seen = check_json(data, "x")[0].detail
     assert seen == "4 of 12 annotations have an unknown id; of the 3 ids in use each plus 1 is known"
     category_ids(known=(1, 2, 3), used=(1, 2, 3, 77))(data, None)
-    assert {kind for kind, _ in places(check_json(data, "x"))} == {"category-unknown"}
+    assert {kind for kind, _ in places(problems(check_json(data, "x")))} == {"category-unknown"}
 
 
 @pytest.mark.parametrize("data", [[], "x", None, {}, {"images": [], "annotations": None, "categories": []}])
@@ -728,7 +796,7 @@ def test_any_json_is_checked_and_mended_without_a_traceback(data, fuzz_folder):
     try:
         found = check(data, "fuzz.json", fuzz_folder / "images")
         json.dumps(found, ensure_ascii=False).encode()
-        repaired, _ = repair(data, found)
+        repaired, _ = repair(data, found, fuzz_folder / "images")
     except DataError:
         return
     left = problems(check(json.loads(json.dumps(repaired)), "fixed.json", fuzz_folder / "images"))
@@ -737,7 +805,11 @@ def test_any_json_is_checked_and_mended_without_a_traceback(data, fuzz_folder):
 
 
 not_ids = st.none() | text | st.floats() | st.booleans() | st.lists(ids, max_size=2) | st.integers(min_value=2**63)
+not_ids = not_ids.filter(lambda value: as_integer(value) is value)
 not_boxes = junk.filter(lambda value: not (isinstance(value, list) and len(value) == 4))
+digits = st.sampled_from([str, float, lambda number: f" {number}"]).flatmap(
+    lambda form: st.sampled_from([("category_id", form(4)), ("image_id", form(9))])
+)
 FAULTS = {
     "annotation-field": st.tuples(st.sampled_from(["image_id", "category_id"]), not_ids)
     | st.tuples(st.just("bbox"), not_boxes),
@@ -752,8 +824,17 @@ FAULTS = {
     "box-empty": st.tuples(st.just("bbox"), st.floats(-1e9, 0).map(lambda side: [3, 4, 5, side])),
     "box-outside": st.tuples(st.just("bbox"), st.floats(64, 1e300).map(lambda x: [x, 4, 5, 6])),
     "box-partly-outside": st.tuples(st.just("bbox"), st.floats(65, 1e300).map(lambda w: [1, 4, w, 6])),
-    "area": st.tuples(st.just("area"), st.floats(max_value=0) | text | st.booleans()),
-    "segmentation": st.tuples(st.just("segmentation"), st.lists(numbers, min_size=1) | text | numbers),
+    "area": st.tuples(st.just("area"), st.floats(max_value=0) | text | st.booleans()).filter(
+        lambda fault: as_number(fault[1]) is fault[1]
+    ),
+    "segmentation": st.tuples(st.just("segmentation"), st.lists(numbers, min_size=1, max_size=5) | text | numbers),
+    "annotation-type": digits
+    | st.tuples(st.just("bbox"), st.permutations([1, 2, 3, "4"]).map(list))
+    | st.tuples(st.sampled_from(["iscrowd", "ignore"]), st.sampled_from([None, "0", "1", "", 1.0, "true"]))
+    | st.tuples(st.just("segmentation"), st.sampled_from([[1, 2, 3, 4, 5, 6], [["1", 2, 3, 4, 5, 6]]])),
+    "annotation-flag": st.tuples(
+        st.sampled_from(["iscrowd", "ignore"]), st.sampled_from([2, -1, "some", [1], 0.5, {}])
+    ),
 }
 
 
@@ -768,10 +849,12 @@ def test_an_injected_fault_is_reported_by_its_id_and_nothing_else_is(fuzz_folder
             kind, (key, value) = fault
             data["annotations"][-1][key] = value
             expected.add((kind, f"annotation {number}"))
-    found = check(data, "fuzz.json", fuzz_folder / "images")
+    found = problems(check(data, "fuzz.json", fuzz_folder / "images"))
     assert set(places(found)) == expected
     repaired, _ = repair(data, found)
-    assert check(repaired, "fixed.json", fuzz_folder / "images") == []
+    assert problems(check(repaired, "fixed.json", fuzz_folder / "images")) == []
+    costs_the_box = {where for kind, where in expected if KINDS[kind].fix.startswith("removed")}
+    assert len(repaired["annotations"]) == len(data["annotations"]) - len(costs_the_box)
     assert_only_valid_records(data, fuzz_folder)
 
 

@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from detectron2.utils import comm
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ovdet2.data import loader as loading
+from ovdet2.data.mapped_records import MappedRecords
 from ovdet2.data.records import load_records
 from ovdet2.data.sample_maker import build_sample_maker
+from ovdet2.data.stream import SourceStream
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.images import MIN_SIDE, read_image
 from tests.micro_training import micro_cfg, write_data
@@ -253,6 +257,50 @@ class TestBadImages:
         damage(data_root, range(1, 13))
         with pytest.raises(DataError, match="of 12 training images cannot be used"):
             batches_of(train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", ceiling), 1)
+
+    @pytest.mark.parametrize("workers", ["0", "2"])
+    @pytest.mark.parametrize("repeated", [3, 12])
+    def test_several_records_of_one_missing_file_count_once(self, data_root, repeated, workers):
+        """No batch holds None, whatever the share of such records; the ceiling counts files."""
+        path = data_root / "micro" / "train.json"
+        data = json.loads(path.read_text())
+        for image in data["images"][:repeated]:
+            image |= {"file_name": "absent.png", "width": 64, "height": 48}
+        path.write_text(json.dumps(data))
+        loader = train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", "1", "DATALOADER.NUM_WORKERS", workers)
+        if repeated == 12:
+            with pytest.raises(DataError, match="(?s)^1 of 12 training images cannot be used.*absent.png"):
+                batches_of(loader, 1)
+            return
+        found = batches_of(loader, 12)
+        assert all(len(batch) == 4 for batch in found)
+        assert [path[-10:] for path in loader.bad_images] == ["absent.png"]
+        strict = train_loader(data_root, "DATALOADER.MAX_BAD_IMAGES", "0", "DATALOADER.NUM_WORKERS", workers)
+        with pytest.raises(DataError, match="(?s)^1 of 12.*absent.png"):
+            batches_of(strict, 12)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(0, 3), min_size=1, max_size=8), st.sets(st.integers(0, 3)), st.integers(0, 4))
+    def test_an_item_has_a_sample_or_too_many_bad_files(self, files, unreadable, max_bad):
+        """Whatever share of the records has unreadable files, and however many records have one file."""
+
+        def make(record):
+            if int(record["file_name"]) in unreadable:
+                raise DataError(f"{record['file_name']} is damaged")
+            return record
+
+        dataset = MappedRecords([{"file_name": str(file)} for file in files], make, max_bad=max_bad)
+        for place in range(len(files)):
+            sample, faults = dataset[(place, place)]
+            bad = {path for path, _ in faults}
+            assert sample is not None or len(bad) > max_bad or set(files) <= unreadable
+            assert bad <= set(map(str, unreadable))
+        stream = SourceStream(dataset, lambda seed: itertools.cycle(range(len(files))), 2)
+        try:
+            batches = list(itertools.islice(stream, 5))
+        except DataError:
+            return
+        assert all(sample is not None for batch in batches for sample in batch)
 
     @pytest.mark.parametrize("counted_by", ["this process", "two others"])
     def test_a_resumed_run_goes_on_counting(self, data_root, counted_by):

@@ -233,9 +233,9 @@ REFUSED = {
         _drop_names,
         "without a name.*VLDet numbers 65 classes from 1.*OADP from 0.*official",
     ),
-    "unknown name": (regionclip, _rename, "COCO does not have: aeroplane.*official COCO files instead"),
+    "unknown name": (regionclip, _rename, "COCO does not have: 'aeroplane'.*official COCO files instead"),
     "id twice": (regionclip, _twice("id"), "category id 1 twice"),
-    "name twice": (regionclip, _twice("name"), "category name person twice"),
+    "name twice": (regionclip, _twice("name"), "category name 'person' twice"),
     "another order": (oadp, _alphabetical, r"neither as COCO.*0 for airplane \(COCO: 5\).*order is ambiguous"),
     "two classes swapped": (vldet, _swapped, r"1 for bicycle \(COCO: 2\)"),
     "list replaced": (
@@ -652,3 +652,90 @@ def test_ov_shapes_in_lvis_form_goes_the_same_way(tmp_path):
     assert by_id == {
         entry["id"]: (entry["image_id"], entry["category_id"], entry["bbox"]) for entry in base_file["annotations"]
     }
+
+
+# --- ids and empty files ---------------------------------------------------------------------------------------------
+
+
+def _each_id(form):
+    def spoil(data):
+        for record in data["categories"]:
+            record["id"] = form(record["id"])
+        for box in data["annotations"]:
+            box["category_id"] = form(box["category_id"])
+
+    return spoil
+
+
+def _first(key, field, value):
+    return lambda data: data[key][0].update({field: value})
+
+
+ODD_IDS = {
+    "all text": _each_id(str),
+    "floats": _each_id(float),
+    "a category without": lambda data: data["categories"][0].pop("id"),
+    "an annotation of a list": _first("annotations", "category_id", [1]),
+    "an annotation of a dict": _first("annotations", "image_id", {"a": 1}),
+    "an annotation of text": _first("annotations", "category_id", "1"),
+    "an image of a list": _first("images", "id", [1]),
+    "an image above 64 bits": _first("images", "id", 2**63),
+    "a boolean": _first("annotations", "id", True),
+}
+
+
+@pytest.mark.parametrize("case", ODD_IDS)
+def test_odd_ids_are_refused_by_every_preparation(case, tmp_path):
+    coco, lvis = toy_coco(), lvis_like(toy_coco())
+    for data in (coco, lvis):
+        ODD_IDS[case](data)
+    folder = tmp_path / "coco"
+    for subset in ("train2017", "val2017"):
+        write(folder / f"instances_{subset}.json", coco)
+    train, copied = write(tmp_path / "lvis.json", lvis), write(tmp_path / "val2017.json", coco)
+    split = frequency_split(lvis_like(toy_coco())["categories"])
+    out = tmp_path / "out"
+    for action in (
+        lambda: list(prepare_split(folder, "ov_coco", OV_COCO)),
+        lambda: prepare_lvis_train(train, out / "train.json", "x"),
+        lambda: check_lvis_test(train, split, "x"),
+        lambda: list(import_ov_coco([copied], out, UNCHECKED)),
+    ):
+        with pytest.raises(DataError, match="not a 64-bit integer|without id, name|without an integer id"):
+            action()
+    assert not out.exists() and not list(folder.glob("ov_coco*"))
+
+
+def lvis_like(data):
+    for category in data["categories"]:
+        category["frequency"] = "r" if category["id"] > 50 else "f"
+    for image in data["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+    return data
+
+
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_no_file_without_images_or_annotations_is_written(key, tmp_path):
+    """The images of the annotations are not in the file, or no annotation is of a wanted category."""
+    coco = toy_coco()
+    coco[key] = []
+    for subset in ("train2017", "val2017"):
+        write(tmp_path / f"instances_{subset}.json", coco)
+    with pytest.raises(DataError, match="would have 0 images .* nothing was written"):
+        list(prepare_split(tmp_path, "ov_coco", OV_COCO))
+    lvis = lvis_like(toy_coco())
+    lvis[key] = []
+    with pytest.raises(DataError, match=f"0 {key}"):
+        prepare_lvis_train(write(tmp_path / "lvis.json", lvis), tmp_path / "ov_lvis.json", "x")
+    assert not list(tmp_path.glob("ov_*"))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    coco = toy_coco()
+    for subset in ("train2017", "val2017"):
+        path = tmp_path / f"instances_{subset}.json"
+        path.write_text("\ufeff" + json.dumps(coco), encoding="utf-8")
+    counts = [report["images"] for _, report in prepare_split(tmp_path, "ov_coco", OV_COCO)]
+    for subset in ("train2017", "val2017"):
+        write(tmp_path / f"instances_{subset}.json", coco)
+    assert counts == [report["images"] for _, report in prepare_split(tmp_path, "ov_coco", OV_COCO)]

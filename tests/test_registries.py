@@ -246,7 +246,7 @@ def test_own_data_by_names(own, root):
 
 @pytest.mark.parametrize(
     "base, named",
-    [(["apple", "plum"], "no category named plum"), (["apple", "quince"], "2 twice"), ([], "no class")],
+    [(["apple", "plum"], "no category named 'plum'"), (["apple", "quince"], "2 twice"), ([], "no class")],
 )
 def test_own_data_with_wrong_names(base, named, own, root):
     write(root / "fruit.json", truth(FRUIT, root / "images"))
@@ -258,7 +258,7 @@ def test_own_data_with_wrong_names(base, named, own, root):
 def test_a_name_that_the_json_has_twice(own, root):
     write(root / "fruit.json", truth([*FRUIT, {"id": 5, "name": "pear"}], root / "images"))
     register_ov_dataset(own, "fruit.json", "images", ["pear"])
-    with pytest.raises(UsageError, match="several categories named pear"):
+    with pytest.raises(UsageError, match="several categories named 'pear'"):
         DatasetCatalog.get(own)
 
 

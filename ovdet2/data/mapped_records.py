@@ -54,7 +54,8 @@ class MappedRecords(Dataset):
             maker: callable that maps a record to a sample. For an image that cannot be used it raises DataError or
                 returns None.
             seed: of the augmentations.
-            max_bad: unreadable images after which an item is None; 0 at evaluation, where every image counts.
+            max_bad: number of unreadable image files that are replaced; with more an item is None. 0 at evaluation,
+                where every image counts. Records of one file count once, as they do in the main process.
             entropy: seeds the random numbers together with ``seed``, so that sources of one seed draw different ones.
         """
         self.records = DatasetFromList(records, copy=False) if isinstance(records, list) else records
@@ -76,7 +77,7 @@ class MappedRecords(Dataset):
         for candidate in self._candidates(draw, place):
             with seeded(self.seed, draw, *self.entropy):
                 sample = self._made(candidate, faults)
-            if sample is not None or len(faults) > self.max_bad:
+            if sample is not None or len({path for path, _ in faults}) > self.max_bad:
                 return sample, faults
         return None, faults
 

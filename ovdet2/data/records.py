@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.build import filter_images_with_only_crowd_annotations, print_instances_class_histogram
 from detectron2.data.detection_utils import check_metadata_consistency
+from detectron2.utils import comm
 
-from ovdet2.data.datasets.coco_json import Split
-from ovdet2.data.datasets.register import split_of
+from ovdet2.data.datasets.coco_json import Split, first_few
+from ovdet2.data.datasets.register import require_metric, split_of
 from ovdet2.data.samples import BOXES, IMAGE_LABELS
 from ovdet2.errors import DataError, OVDetError, UsageError
 
@@ -180,14 +182,69 @@ def require_one_base(cfg: CfgNode, trained: Sequence[str]) -> None:
         trained: names of the training sets that have classes.
 
     Raises:
-        UsageError: two data sets have different base classes, or one has a split and another has none.
+        UsageError: two data sets have different base classes or name them in another order, or one has a split and
+            another has none.
     """
     names = [*trained, *cfg.DATASETS.TEST[:1]]
     splits = [split_of(name) for name in names]
-    bases = [None if split is None else split.base for split in splits]
+    # By name: contiguous ids follow the order of the names, whatever category ids each json has for them.
+    bases = [None if split is None else split.names[: len(split.base)] for split in splits]
     for name, base in zip(names, bases, strict=True):
         if base != bases[0]:
             raise UsageError(
-                f"{names[0]} and {name} have different base classes: train with the DATASETS.TEST of the same split "
-                "(register_ov_dataset makes a split for a data set), and evaluate on the other with --eval-only."
+                f"{names[0]} and {name} have different base classes{_difference(bases[0], base)}: train with the "
+                "DATASETS.TEST of the same split (register_ov_dataset makes a split for a data set), and evaluate on the "
+                "other with --eval-only."
             )
+
+
+def _difference(base, other):
+    """ " (...)" that says how two lists of names differ."""
+    if base is None or other is None:
+        return " (one has none)"
+    if set(base) == set(other):
+        return " (the same names in another order)"
+    return f" (only in one of them: {first_few(sorted(set(base) ^ set(other)))})"
+
+
+def require_test_sets(cfg: CfgNode) -> None:
+    """Load the data sets of DATASETS.TEST and look for their image files: a fault found after training costs days.
+
+    A collective call: the first process looks, every process fails.
+
+    Args:
+        cfg: configuration; DATASETS.TEST is read.
+
+    Raises:
+        UsageError: a data set is not registered, or ovdet2 has no metric for it.
+        DataError: an annotation file has a fault, or image files are missing.
+    """
+    found = None
+    if comm.is_main_process():
+        try:
+            for name in cfg.DATASETS.TEST:
+                records = load_records([name], "DATASETS.TEST", filter_empty=False)
+                require_metric(name)
+                _require_files(name, records)
+        except OVDetError as error:
+            found = type(error), str(error)
+    found = next((fault for fault in comm.all_gather(found) if fault is not None), None)
+    if found is not None:
+        raise found[0](found[1])
+
+
+def _require_files(name, records):
+    missing = [record["file_name"] for record in records if not _is_there(record["file_name"])]
+    if missing:
+        hint = " Backslashes in a file name separate no folders here: write slashes." if "\\" in missing[0] else ""
+        raise DataError(
+            f"{len(missing)} of {len(records)} images of the test set {name} do not exist: {first_few(missing)}: check "
+            f"the folder of its images before training, since evaluation needs all of them.{hint}"
+        )
+
+
+def _is_there(path):
+    try:
+        return Path(path).is_file()
+    except ValueError:  # a null character in the name
+        return False

@@ -123,6 +123,8 @@ class SourceStream:
                 if isinstance(sample, CacheError):
                     raise sample
                 self._count(faults)
+                if sample is None:
+                    raise self._too_many_bad()
             self.consumed += 1
             yield [sample for sample, _ in items]
 
@@ -141,13 +143,15 @@ class SourceStream:
             if path not in self.bad_images:
                 self.bad_images[path] = reason
                 logger.warning("Skipped training image %d: %s", len(self.bad_images), reason)
-        total, limit = len(self.dataset), self.dataset.max_bad
-        if len(self.bad_images) > limit or len(self.bad_images) == total:
-            listing = "\n  ".join(self.bad_images.values())
-            raise DataError(
-                f"{len(self.bad_images)} of {total} training images cannot be used, DATALOADER.MAX_BAD_IMAGES is "
-                f"{limit}:\n  {listing}\nRepair or remove them, or raise DATALOADER.MAX_BAD_IMAGES."
-            )
+        if len(self.bad_images) > self.dataset.max_bad or len(self.bad_images) == len(self.dataset):
+            raise self._too_many_bad()
+
+    def _too_many_bad(self):
+        listing = "\n  ".join(self.bad_images.values())
+        return DataError(
+            f"{len(self.bad_images)} of {len(self.dataset)} training images cannot be used, DATALOADER.MAX_BAD_IMAGES is "
+            f"{self.dataset.max_bad}:\n  {listing}\nRepair or remove them, or raise DATALOADER.MAX_BAD_IMAGES."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and the unreadable images of each process; a collective call, complete on rank 0."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -20,9 +19,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ovdet2.config import methods_of, settle_device, without_training_parts
-from ovdet2.data.datasets.register import METRICS, split_of
+from ovdet2.data.datasets.register import require_metric, split_of
 from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build_train_loader
+from ovdet2.data.records import require_test_sets
 from ovdet2.data.sources import TrainSource
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer, DivergedWeights
@@ -76,13 +76,15 @@ class Trainer(DefaultTrainer):
 
         Raises:
             UsageError: settings that do not go together, such as a source of captions and no part with a loss on them.
-            DataError: the training set cannot be read.
+            DataError: the training set or a test set cannot be read, or image files of a test set are missing.
         """
         TrainerBase.__init__(self)
         cfg = scaled(cfg, comm.get_world_size())
         amp_dtype, scaler = mixed_precision(cfg)
+        require_test_sets(cfg)
         data_loader = self.build_train_loader(cfg)
         model = self.build_model(cfg)
+        _require_words(cfg, model)
         sources = getattr(data_loader, "sources", [])
         _require_teacher(sources, model)
         prepare_training(model, sources)
@@ -331,12 +333,7 @@ class Trainer(DefaultTrainer):
         """
         from ovdet2.evaluation.ov_evaluator import DETECTION_LIMITS, OpenVocabularyEvaluator
 
-        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
-        if kind not in METRICS:
-            raise UsageError(
-                f"the data set {dataset_name} has evaluator type {kind!r}; ovdet2 evaluates {', '.join(METRICS)}: "
-                "register it with ovdet2.data.datasets.register_ov_dataset."
-            )
+        kind = require_metric(dataset_name)
         if kind == "ov_lvis" and cfg.TEST.DETECTIONS_PER_IMAGE != DETECTION_LIMITS[kind]:
             logger.warning(
                 "TEST.DETECTIONS_PER_IMAGE is %d; published LVIS figures are of 300.", cfg.TEST.DETECTIONS_PER_IMAGE

@@ -84,7 +84,7 @@ class _RowsByClass:
         self._sorted = np.asarray(category_ids)[self._order]
 
     def of(self, category_id):
-        return self._order[slice(*np.searchsorted(self._sorted, [category_id, category_id + 1]))]
+        return self._order[_slice_of(self._sorted, category_id)]
 
 
 class _OneClass(COCOeval_faster):
@@ -116,9 +116,14 @@ class _OneClass(COCOeval_faster):
                 target.append_ref(image_id, _CATEGORY, {"id": number, **dict(zip(keys, row))})
 
     def computeIoU(self, imgId, catId):
-        truth, found = (slice(*np.searchsorted(c["image_ids"], [imgId, imgId + 1])) for c in (self._truth, self._found))
+        truth, found = (_slice_of(columns["image_ids"], imgId) for columns in (self._truth, self._found))
         by_share = self._truth["iscrowd"][truth] * self._crowds
         return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], by_share)
+
+
+def _slice_of(ascending, value):
+    """Where a value stands in an ascending array. (The next integer is no end: the largest int64 has none.)"""
+    return slice(*(np.searchsorted(ascending, value, side) for side in ("left", "right")))
 
 
 def _truth_of(truth, rows, task):

@@ -75,7 +75,7 @@ class Detections:
 
     Attributes:
         image_ids: [R] int64.
-        category_ids: [R] int32, the data set's own.
+        category_ids: [R] int64, the data set's own.
         scores: [R] float32.
         boxes_xyxy: [R, 4] float32.
         masks: a sequence of R COCO run-length codes ({"size": [h, w], "counts": str}), or None.

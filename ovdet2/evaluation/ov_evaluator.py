@@ -254,7 +254,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         boxes, logits = _array(proposals.proposal_boxes.tensor), _array(proposals.objectness_logits)
         _require_finite(image_id, "proposal", boxes, logits)
         boxes = boxes[np.argsort(-logits, kind="stable")]
-        rows = slice(*np.searchsorted(self._truth.image_ids, [image_id, image_id + 1]))  # the records go by image id
+        # The records go by image id.
+        rows = slice(*(np.searchsorted(self._truth.image_ids, image_id, side) for side in ("left", "right")))
         gt_boxes, crowd = self._truth.boxes_xyxy[rows], self._truth.crowd[rows]
         base_ids = [category_id for category_id, _ in self._split.base]
         is_base = np.isin(self._truth.category_ids[rows], base_ids)

@@ -47,7 +47,7 @@ def read_predictions(path: str | Path) -> Predictions:
         parts.append(
             (
                 np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
-                np.array(record["category_ids"], dtype=np.int32),
+                np.array(record["category_ids"], dtype=np.int64),
                 np.array(record["scores"], dtype=np.float32),
                 np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
             )

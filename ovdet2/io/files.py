@@ -49,8 +49,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: object, indent: int | None = None) -> None:
-    """Write ``value`` as JSON to ``path`` atomically."""
-    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+    """Write ``value`` as JSON to ``path`` atomically; text that is not valid Unicode is written with escapes."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, which json may hold
+        text = json.dumps(value, indent=indent)
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path, remedy: str = "check the path") -> Any:

@@ -5,9 +5,11 @@ r"""Check a COCO- or LVIS-format annotation file and its images.
     # check and write a repaired copy, like ovdet2 dataset repair
     ovdet2 dataset check --json datasets/fruit/train.json --fix datasets/fruit/train_repaired.json
 
-Each problem names the id of its annotation, image or category. The file itself is never changed.
+Each problem names the id of its annotation, image or category. The file itself is never changed. A file without problems
+loads, trains and is evaluated; add --masks for a data set that is registered with masks.
 
-Exit codes: 0 no problem (notes do not count), 3 problems (with --fix: problems left in the copy), 2 usage.
+Exit codes: 0 no problem (notes do not count), 3 problems (with --fix: problems left in the copy, or most of the file or of a
+category was removed), 2 usage.
 """
 
 import argparse
@@ -19,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from ovdet2.command_line import command_parser
-from ovdet2.data.datasets.check import check, check_json, problems
+from ovdet2.data.datasets.check import check, check_json, is_lvis, problems
 from ovdet2.data.datasets.findings import KINDS, NOTES, Finding
-from ovdet2.data.datasets.repair import Change, repair
+from ovdet2.data.datasets.repair import Change, losses, repair
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import read_json, sha256_file, write_json, write_text
 
@@ -35,12 +37,14 @@ REPAIR = r"""Write a repaired copy of a COCO- or LVIS-format annotation file.
     ovdet2 dataset repair --json datasets/fruit/train.json --images datasets/fruit/images --decode \
         --output datasets/fruit/train_repaired.json --report datasets/fruit/repair.json
 
-The file is first checked as by ovdet2 dataset check. Then invalid records are removed, an image with its annotations;
-boxes are clipped to their image; missing or repeated annotation ids and wrong areas are replaced. Every change is
-printed. A problem whose repair would be a guess, such as boxes given as (x1, y1, x2, y2), is left and reported. The
-file itself is never changed.
+The file is first checked as by ovdet2 dataset check. Numbers given as text are converted, missing image sizes are taken
+from --images. Then invalid records are removed, an image with its annotations; an invalid optional field, such as a
+segmentation, is removed from its annotation; boxes are clipped to their image; missing or repeated annotation ids and
+wrong areas are replaced. Every change is printed. A problem whose repair would be a guess, such as boxes given as
+(x1, y1, x2, y2), is left and reported. The file itself is never changed.
 
-Exit codes: 0 the copy has no problem, 3 problems are left in the copy or no image would be left, 2 usage.
+Exit codes: 0 the copy has no problem, 3 problems are left in the copy, most of the file or of a category was removed, or
+no image would be left, 2 usage.
 """
 
 
@@ -64,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
         DataError: the file is no json object, or the repaired copy would have no image. The report is written first.
     """
     data = read_json(args.json)
-    findings = check(data, args.json, args.images, args.decode, args.workers)
+    findings = check(data, args.json, args.images, args.decode, args.workers, args.masks, args.lvis)
     print_findings(findings, args.max_shown)
+    if args.lvis is None and is_lvis(data):
+        print(f"{args.json}: checked by the rules of LVIS, for the metric ov_lvis (--no-lvis: those of COCO)")
     print(f"{args.json}: {summary(findings)}")
     report = {
         "schema": SCHEMA,
@@ -75,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
         "decoded": args.decode,
         "findings": as_json(findings),
     }
+    lost = []
     try:
         if args.output:
             findings, report["fix"] = write_repaired(data, findings, report["json_sha256"], args)
+            lost = report["fix"]["lost"]
     finally:  # the report explains a failed repair
         if args.report:
             write_json(args.report, report)
-    return DataError.exit_code if problems(findings) else 0
+    return DataError.exit_code if problems(findings) or lost else 0
 
 
 def write_repaired(
@@ -101,9 +109,11 @@ def write_repaired(
     Raises:
         DataError: the copy would have no image.
     """
-    repaired, changes = repair(data, findings)
+    lvis = is_lvis(data) if args.lvis is None else args.lvis
+    repaired, changes = repair(data, findings, args.images, lvis)
     # The image files need no second check: images with a fault are removed.
-    left = problems(check_json(repaired, args.output))
+    left = problems(check_json(repaired, args.output, args.masks, args.lvis))
+    lost = losses(data, repaired, findings)
     source = {"source": args.json.name, "source_sha256": sha256, "changes": len(changes), "problems_left": len(left)}
     repaired["manifest"] = {"schema": SCHEMA_FIXED, **source}
     write_text(args.output, json.dumps(repaired) + "\n")  # as ASCII, which also holds text that is not valid Unicode
@@ -112,8 +122,14 @@ def write_repaired(
     print(
         f"{args.output}: written, changes: {len(changes):,}. Left, because a repair would be a guess: {summary(left)}"
     )
+    if lost:
+        print(
+            f"{args.output}: most was removed, {'; '.join(lost)}. Such a file has seldom many accidents: read the first "
+            f"changes above, and look for one cause, such as another --images folder."
+        )
     return left, {
         "json": str(args.output),
+        "lost": lost,
         "changes": [change._asdict() for change in changes],
         "left": as_json(left),
     }
@@ -140,6 +156,12 @@ def parse_args(argv: Sequence[str] | None = None, repairs: bool = False) -> argp
     )
     parser.add_argument("--overwrite", action="store_true", help=f"allow {copy} to replace an existing file")
     parser.add_argument("--images", type=Path, help="image folder; default: no image file is checked")
+    parser.add_argument("--masks", action="store_true", help="require a mask of each annotation, as masks: True does")
+    parser.add_argument(
+        "--lvis",
+        action=argparse.BooleanOptionalAction,
+        help="the rules of LVIS, as the metric ov_lvis has; default: if the file has fields of LVIS",
+    )
     parser.add_argument("--decode", action="store_true", help="decode every image of --images; default: headers only")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
     parser.add_argument("--max-shown", type=int, default=20, help="most findings printed of each kind (20)")

@@ -6,21 +6,59 @@ ids, base classes first (0..B-1), then novel (B..K-1). The two are mapped by id,
 
 from __future__ import annotations
 
-import math
+import logging
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import pycocotools.mask as mask_api
 from detectron2.structures import BoxMode
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.data.datasets.validity import (
+    FLAGS,
+    MALFORMED,
+    NEGATIVE,
+    NO_AREA,
+    NOT_EXHAUSTIVE,
+    NOT_FINITE,
+    NOT_NUMBERS,
+    OTHER_LENGTH,
+    OTHER_SIZE,
+    OUTSIDE,
+    as_id,
+    box_fault,
+    image_name,
+    is_area,
+    is_crowd,
+    is_flag,
+    is_id,
+    leaves_folder,
+    segmentation_fault,
+    size_of,
+)
+from ovdet2.errors import DataError, UsageError, counted
 from ovdet2.io.files import read_json
+from ovdet2.io.images import image_size
+
+logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # ids named in an error message
-_NO_AREA = "boxes of zero or negative size"
+_LIMITED = reprlib.Repr()
+_LIMITED.maxstring = 300  # a path
+_BOX_FAULTS = {
+    NOT_NUMBERS: "boxes that are not four numbers",
+    NOT_FINITE: "boxes with a value that is not finite",
+    NO_AREA: "boxes of zero or negative size",
+    OUTSIDE: "boxes outside of their image",
+}
+_MASK_FAULTS = {
+    MALFORMED: "masks that are missing or malformed",
+    OTHER_SIZE: "masks of another size than their image",
+    OTHER_LENGTH: "masks whose run lengths do not add up to their image",
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +146,7 @@ def filter_coco_json(
     if keep_images not in ("annotated", "all"):
         raise UsageError(f"keep_images is {keep_images!r}: give 'annotated' or 'all'.")
     require_lists(data, source)
+    require_ids(data, source)
     wanted = set(category_ids)
     categories = [category for category in data["categories"] if category.get("id") in wanted]
     absent = wanted - {category["id"] for category in categories}
@@ -117,8 +156,8 @@ def filter_coco_json(
             "use a file with the original category ids of the data set (not renumbered for another code base)."
         )
     of_wanted = [annotation for annotation in data["annotations"] if annotation.get("category_id") in wanted]
-    annotations = [annotation for annotation in of_wanted if _box_fault(annotation.get("bbox")) != _NO_AREA]
-    degenerate = [annotation.get("id") for annotation in of_wanted if _box_fault(annotation.get("bbox")) == _NO_AREA]
+    annotations = [annotation for annotation in of_wanted if box_fault(annotation.get("bbox")) != NO_AREA]
+    degenerate = [annotation.get("id") for annotation in of_wanted if box_fault(annotation.get("bbox")) == NO_AREA]
     annotated = {annotation.get("image_id") for annotation in annotations}
     images = [image for image in data["images"] if keep_images == "all" or image.get("id") in annotated]
     filtered = {**data, "images": images, "annotations": annotations, "categories": categories}
@@ -152,18 +191,18 @@ def load_ov_json(
         split: that its category ids belong to.
         base_only: refuse labels of novel classes (training data).
         masks: load the segmentations too, and refuse a box without one.
-        federated: the json is in LVIS format. If an image has "coco_url", its last two parts replace "file_name". The
-            image's "neg_category_ids" and "not_exhaustive_category_ids" are loaded.
+        federated: the json is in LVIS format. If an image has "coco_url", its last two parts replace "file_name", see
+            :func:`~ovdet2.data.datasets.validity.image_name`. The image's "neg_category_ids" and "not_exhaustive_category_ids" are loaded.
 
     Returns:
         Records by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
         dataset category ids, and annotations with id, bbox (x, y, width, height in pixels), bbox_mode, area (square
-        pixels; of the mask if the file states it, else of the box), iscrowd, the contiguous, base-first category_id,
-        and with ``masks`` the segmentation: polygons, or a run-length code.
+        pixels; of the mask if the file states it, else of the box), iscrowd (also 1 for an object with ``ignore: 1``,
+        which is read as a crowd, as VOC's difficult objects are), the contiguous, base-first category_id, and with ``masks`` the segmentation: polygons, or a run-length code.
 
     Raises:
-        DataError: missing or damaged file; no images; an image without id, file name, width or height, or listed
-            twice; a file name outside of ``image_root``; an annotation listed twice, of an unknown image or category,
+        DataError: missing or damaged file; no images; an image without id or file name, or listed twice; an image
+            without width and height whose file cannot be read either; a file name outside of ``image_root``; an annotation listed twice, of an unknown image or category,
             of a novel class despite ``base_only``, or whose box is not four finite numbers, has no area, or lies
             outside of its image; a mask that is missing or not of COCO's form; a federated list that is missing or
             names a novel class despite ``base_only``; a category whose name differs from the split.
@@ -191,9 +230,9 @@ def records_of(
 ) -> list[dict[str, Any]]:
     """:func:`load_ov_json` of a json that is parsed already; ``json_file`` is its name in messages."""
     faults = _Faults(json_file)
-    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # looked up with None for an id that is no integer
+    contiguous: dict[int | None, int] = {**split.id_to_contiguous}  # looked up with None for what is no id
     for category in data["categories"]:
-        position = contiguous.get(_integer(category.get("id")))
+        position = contiguous.get(as_id(category.get("id")))
         if position is not None and category.get("name") != split.names[position]:
             faults.add(
                 f"categories not named as in the split {split.name}, id",
@@ -220,51 +259,86 @@ def require_lists(data: Any, source: str | Path) -> None:
             raise DataError(f"{source} has entries of {key!r} that are not objects: check the file.")
 
 
+def require_ids(data: Mapping[str, Any], source: str | Path) -> None:
+    """Raise a :class:`~ovdet2.errors.DataError` unless all ids, and references to them, are 64-bit integers."""
+    for key, fields in (
+        ("categories", ("id",)),
+        ("images", ("id",)),
+        ("annotations", ("id", "image_id", "category_id")),
+    ):
+        for field_name in fields:
+            odd = [record.get(field_name) for record in data[key] if not is_id(record.get(field_name))]
+            if odd:
+                raise DataError(
+                    f"{source} has {counted(len(odd), 'record')} of {key!r} whose {field_name} is not a 64-bit integer, "
+                    f"such as {first_few(odd)}: ids as text are converted by ovdet2 dataset repair."
+                )
+
+
 def _image_records(images, image_root, federated, faults):
     """Dict of image id to Detectron2 record without annotations; faults are collected."""
-    records = {}
+    records, unsized = {}, []
     for image in images:
-        image_id, name = _integer(image.get("id")), image.get("file_name")
-        if federated and isinstance(image.get("coco_url"), str):
-            name = "/".join(image["coco_url"].split("/")[-2:])  # images of LVIS v1 have no file_name, only an address
+        image_id, name = as_id(image.get("id")), image_name(image, federated)
         if image_id is None:
-            faults.add("images without an integer id, file name", name, "give each image its own integer id")
+            faults.add(
+                "images without an integer id, file name", repr(name), "give each image its own integer id (64 bits)"
+            )
             continue
         if image_id in records:
             faults.add("images listed twice, id", image_id, "keep one record of each")
-        if not isinstance(name, str) or not name:
+        if name is None:
             faults.add("images without file_name, id", image_id, "add it to the json")
             continue
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if leaves_folder(name):
             faults.add(
-                "file names outside of the image folder, image id", f"{image_id} ({name})", "make them relative to it"
+                "file names outside of the image folder, image id", f"{image_id} ({name!r})", "make them relative to it"
             )
-        height, width = image.get("height"), image.get("width")
-        if not (_is_positive(height) and _is_positive(width)):
-            faults.add("images without positive width and height, id", image_id, "add them to the json")
+        path, size = os.path.join(image_root, name), size_of(image)
+        if size is None and not leaves_folder(name):
+            unsized.append(image_id)
+            size = _size_of_file(path)
+        if size is None:
+            remedy = "add them to the json, or put the image files in place, from which they are read"
+            faults.add("images without positive width and height, id", image_id, remedy)
+        width, height = size or (0, 0)
         records[image_id] = {
-            "file_name": os.path.join(image_root, name),
+            "file_name": path,
             "height": height,
             "width": width,
             "image_id": image_id,
             "annotations": [],
         }
+    if unsized:
+        logger.warning(
+            "%s without a valid width and height (id %s): their sizes were read from the image files.",
+            counted(len(unsized), "image"),
+            first_few(unsized),
+        )
     return records
+
+
+def _size_of_file(path):
+    """(width, height) of an image file, or None if it cannot be read."""
+    try:
+        return image_size(path)
+    except (DataError, OSError, ValueError):  # ValueError: a name with a null character
+        return None
 
 
 def _attach_federated_lists(images, records, novel, faults):
     """Copy LVIS's two lists of category ids to the records; ``novel`` ids among the negatives are faults."""
     for image in images:
-        record = records.get(_integer(image.get("id")))
+        record = records.get(as_id(image.get("id")))
         if record is None:
             continue
-        for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        for key in (NEGATIVE, NOT_EXHAUSTIVE):
             ids = image.get(key)
-            if not isinstance(ids, list) or any(_integer(category_id) is None for category_id in ids):
+            if not isinstance(ids, list) or any(as_id(category_id) is None for category_id in ids):
                 faults.add(f"images without a list of integers {key}, id", image["id"], "use a json of LVIS")
                 continue
             record[key] = ids
-        if novel.intersection(record.get("neg_category_ids", ())):
+        if novel.intersection(record.get(NEGATIVE, ())):
             faults.add(
                 "images with novel classes among neg_category_ids in training data, id",
                 image["id"],
@@ -276,125 +350,73 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
     """Append checked annotations to their records."""
     contiguous, base_count, seen = split.id_to_contiguous, len(split.base), set()
     for annotation in annotations:
-        annotation_id, image_id = _integer(annotation.get("id")), _integer(annotation.get("image_id"))
+        annotation_id, image_id = as_id(annotation.get("id")), as_id(annotation.get("image_id"))
         if annotation_id is None or annotation_id in seen:
             faults.add(
                 "annotations without an integer id or with a repeated one, id",
-                annotation.get("id"),
+                _LIMITED.repr(annotation.get("id")),
                 "give each its own id",
             )
         seen.add(annotation_id)
         if image_id not in records:
             faults.add("annotations of an image that is not in the file, id", annotation_id, "add it or drop them")
             continue
-        category = contiguous.get(_integer(annotation.get("category_id")))
+        category = contiguous.get(as_id(annotation.get("category_id")))
         if category is None:
             faults.add(
                 f"annotations of a category outside of the split {split.name}, id",
-                f"{annotation_id} (category {annotation.get('category_id')})",
+                f"{annotation_id} (category {_LIMITED.repr(annotation.get('category_id'))})",
                 "filter the json (datasets/README.md)",
             )
             continue
         if base_only and category >= base_count:
             faults.add("annotations of novel classes in training data, id", annotation_id, "keep base classes only")
         record, box = records[image_id], annotation.get("bbox")
-        fault = _box_fault(box) or _outside(box, record)
+        size = (record["width"], record["height"]) if record["width"] else None  # no size: reported with the image
+        fault = box_fault(box, size)
         if fault:
-            faults.add(f"{fault}, annotation id", annotation_id, "drop them (ovdet2 dataset repair)")
-        crowd = annotation.get("iscrowd", 0)
-        if crowd not in (0, 1):
-            faults.add("annotations whose iscrowd is neither 0 nor 1, id", annotation_id, "repair or drop them")
+            faults.add(f"{_BOX_FAULTS[fault]}, annotation id", annotation_id, "drop them (ovdet2 dataset repair)")
+        for key in FLAGS:
+            if not is_flag(annotation.get(key, 0)):
+                faults.add(f"annotations whose {key} is neither 0 nor 1, id", annotation_id, "repair or drop them")
         area = annotation.get("area")
         record["annotations"].append(
             {
                 "id": annotation_id,
                 "bbox": box,
                 "bbox_mode": BoxMode.XYWH_ABS,
-                "area": area if _is_positive(area) or fault else float(box[2] * box[3]),
+                "area": area if fault or is_area(area) else float(box[2] * box[3]),
                 "category_id": category,
-                "iscrowd": int(crowd == 1),
+                "iscrowd": int(is_crowd(annotation)),
             }
         )
         if masks:
             segmentation = annotation.get("segmentation")
-            if not is_segmentation(segmentation):
-                faults.add("masks that are missing or malformed, annotation id", annotation_id, "repair or drop them")
+            fault = segmentation_fault(segmentation, size)
+            if fault:
+                faults.add(f"{_MASK_FAULTS[fault]}, annotation id", annotation_id, "repair or drop them")
             elif isinstance(segmentation, dict):
-                if segmentation["size"] != [record["height"], record["width"]]:
-                    faults.add("masks of another size than their image, annotation id", annotation_id, "repair them")
                 segmentation = compressed(segmentation)
             record["annotations"][-1]["segmentation"] = segmentation
 
 
 def compressed(code: dict[str, Any]) -> dict[str, Any]:
-    """A run-length code with its counts as a string, as Detectron2's mapper and COCO's tools require."""
+    """A valid run-length code with its counts as a string, as Detectron2's mapper and COCO's tools require."""
+    height, width = map(int, code["size"])
     if isinstance(code["counts"], str):
-        return code
-    height, width = code["size"]
-    encoded = mask_api.frPyObjects(cast(Any, code), height, width)  # for a dict it returns a dict, counts as bytes
-    return {**encoded, "counts": encoded["counts"].decode("ascii")}
-
-
-def is_segmentation(value: object) -> TypeGuard[list[list[float]] | dict[str, Any]]:
-    """Whether ``value`` has COCO's form of a mask: polygons of at least 3 points, or a run-length code."""
-    if isinstance(value, dict):
-        size, counts = value.get("size"), value.get("counts")
-        return (
-            isinstance(size, list)
-            and len(size) == 2
-            and all(_is_positive(side) for side in size)
-            and isinstance(counts, (str, list))
-            and len(counts) > 0
-            and (isinstance(counts, str) or all(_integer(count) is not None for count in counts))
-        )
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in value)
-        and all(_is_finite(number) for polygon in value for number in polygon)
-    )
-
-
-def _box_fault(box):
-    """What is wrong with an (x, y, width, height) box, or None."""
-    if not isinstance(box, (list, tuple)) or len(box) != 4:
-        return "boxes that are not four numbers"
-    if not all(_is_finite(value) for value in box):
-        return "boxes with a value that is not finite"
-    if box[2] <= 0 or box[3] <= 0:
-        return _NO_AREA
-    return None
-
-
-def _outside(box, record):
-    x, y, width, height = box
-    if not (_is_positive(record["width"]) and _is_positive(record["height"])):
-        return None  # reported with the image
-    if x + width <= 0 or y + height <= 0 or x >= record["width"] or y >= record["height"]:
-        return "boxes outside of their image"
-    return None
-
-
-def _is_positive(value):
-    return _is_finite(value) and value > 0
-
-
-def _is_finite(value):
-    try:
-        return type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer above the largest float
-        return False
-
-
-def _integer(value):
-    """``value`` if it is an integer, otherwise None. (A list as an id is not hashable, and True would equal 1.)"""
-    return value if type(value) is int else None
+        return {**code, "size": [height, width]}
+    encoded = mask_api.frPyObjects(cast(Any, {**code, "size": [height, width]}), height, width)
+    return {**encoded, "counts": encoded["counts"].decode("ascii")}  # for a dict it returns a dict, counts as bytes
 
 
 def first_few(values: Sequence[object]) -> str:
-    """The first five values as text for an error message, followed by dots if there are more."""
-    shown = ", ".join(str(value) for value in values[:_SHOWN])
-    return shown + (", ..." if len(values) > _SHOWN else "")
+    """The first five values for an error message, as repr, which shows their type; dots follow if there are more."""
+    return first_texts([_LIMITED.repr(value) for value in values[: _SHOWN + 1]])
+
+
+def first_texts(texts: Sequence[str]) -> str:
+    """As :func:`first_few`, of texts that describe values."""
+    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")
 
 
 class _Faults:
@@ -405,14 +427,16 @@ class _Faults:
         self._found = {}  # (kind, remedy) -> offenders
 
     def add(self, kind, offender, remedy):
-        self._found.setdefault((kind, remedy), []).append(offender)
+        """``offender``: its id, or a text that describes it."""
+        described = offender if isinstance(offender, str) else _LIMITED.repr(offender)
+        self._found.setdefault((kind, remedy), []).append(described)
 
     def raise_if_any(self):
         if self._found:
             raise DataError(
                 f"{self._source}: "
                 + " ".join(
-                    f"{len(offenders)} {kind} {first_few(offenders)}: {remedy}."
+                    f"{len(offenders)} {kind} {first_texts(offenders)}: {remedy}."
                     for (kind, remedy), offenders in self._found.items()
                 )
             )

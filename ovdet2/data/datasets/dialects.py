@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovdet2.data.datasets.coco_json import filter_coco_json, first_few, require_lists
+from ovdet2.data.datasets.coco_json import filter_coco_json, first_few, first_texts, require_ids, require_lists
 from ovdet2.data.datasets.prepare import Official, read_annotations, write_prepared
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
+from ovdet2.data.datasets.validity import is_id
 from ovdet2.errors import DataError
 from ovdet2.io.files import sha256_file
 
@@ -78,6 +79,7 @@ def recognise(data: Mapping[str, Any], source: str | Path) -> Layout:
             "annotations folder."
         )
     names = _category_names(data["categories"], source)
+    require_ids(data, source)
     annotated = _annotated_classes(data["annotations"], names, source)
     count = f"{len(names)} categories"
     if names == _VLDET_IDS:
@@ -210,7 +212,7 @@ def _merged(jsons, sources):
 def _category_names(categories, source):
     """Dict of category id to name; both unique, the names COCO's."""
     ids, names = ([category.get(key) for category in categories] for key in ("id", "name"))
-    if not all(isinstance(category_id, int) for category_id in ids) or not all(isinstance(name, str) for name in names):
+    if not all(map(is_id, ids)) or not all(isinstance(name, str) for name in names):
         raise DataError(
             f"{source} has categories without an integer id or without a name. Ids without names are ambiguous: VLDet "
             "numbers 65 classes from 1 in COCO's order, OADP from 0 with the base classes first. Use a file whose "
@@ -235,7 +237,7 @@ def _annotated_classes(annotations, names, source):
     stray = [f"{category_id} (annotation {used[category_id]})" for category_id in used if category_id not in names]
     if stray:
         raise DataError(
-            f"{source} has annotations of categories that it does not list: {first_few(stray)}. Its annotations and "
+            f"{source} has annotations of categories that it does not list: {first_texts(stray)}. Its annotations and "
             f"its categories seem to be numbered differently: {_OFFICIAL_WAY}."
         )
     return frozenset(names[category_id] for category_id in used)
@@ -250,7 +252,7 @@ def _require_coco_ids(names, source):
     if strange:
         raise DataError(
             f"{source} numbers its {len(names)} categories neither as COCO, nor 1 to 65 in COCO's order (VLDet), nor 0 "
-            f"to 64 with the base classes first (OADP): {first_few(strange)}. The order is ambiguous: {_OFFICIAL_WAY}."
+            f"to 64 with the base classes first (OADP): {first_texts(strange)}. The order is ambiguous: {_OFFICIAL_WAY}."
         )
 
 

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-TOLERANCE = 1.0  # pixels that a box may extend beyond its image: annotation tools round, and count from 0 or from 1
-NEGATIVE, NOT_EXHAUSTIVE = "neg_category_ids", "not_exhaustive_category_ids"
+from ovdet2.data.datasets.validity import FLAGS, NEGATIVE, NOT_EXHAUSTIVE, TOLERANCE, as_id
 
 LISTS = {"category": "categories", "image": "images", "annotation": "annotations"}
 _SHORT = reprlib.Repr()
@@ -32,25 +31,33 @@ class Kind(NamedTuple):
 
 
 _REMOVED, _WITH_BOXES = "removed", "removed with its annotations"
+_TYPE = 'a number given as text or as a fraction without a remainder, such as "12" or 12.0; an id that is other text'
+_CONVERTED = "converted, without loss"
 
 # In the order of the report.
 KINDS = {
     "file-empty": Kind("file", "no images or no categories", ""),
     "suspected-xyxy": Kind("file", "boxes that seem to be (x1, y1, x2, y2) instead of (x, y, width, height)", ""),
     "suspected-shift": Kind("file", "category ids that seem to be numbered differently from the categories", ""),
+    "suspected-centres": Kind("file", "boxes that seem to be (centre x, centre y, width, height)", ""),
+    "suspected-shares": Kind("file", "boxes that seem to be shares of the image, from 0 to 1, instead of pixels", ""),
     "category-record": Kind("category", "not an object", _REMOVED),
     "category-id": Kind("category", "id missing or not a 64-bit integer", _REMOVED),
+    "category-type": Kind("category", f"{_TYPE}, or a name given as a number", _CONVERTED),
     "category-copy": Kind("category", "the same record twice", _REMOVED),
     "category-conflict": Kind("category", "an id that another category also has", ""),
-    "category-name": Kind("category", "name missing or not text", ""),
+    "category-name": Kind("category", "name missing, not text or without a visible character", ""),
+    "category-name-twice": Kind("category", "a name that is the same word as that of another category", ""),
     "category-frequency": Kind("category", "LVIS frequency that is not r, c or f", ""),
     "image-record": Kind("image", "not an object", _REMOVED),
     "image-id": Kind("image", "id missing or not a 64-bit integer", _REMOVED),
+    "image-type": Kind("image", _TYPE, _CONVERTED),
     "image-copy": Kind("image", "the same record twice", _REMOVED),
     "image-conflict": Kind("image", "an id that another image also has", ""),
-    "image-size": Kind("image", "width or height missing or not a positive integer", _WITH_BOXES),
+    "image-size": Kind("image", "width or height missing or not a positive integer", "taken from the image file"),
     "image-name": Kind("image", "file_name (LVIS: or coco_url) missing or not text", _WITH_BOXES),
     "image-escape": Kind("image", "file name outside of the image folder", _WITH_BOXES),
+    "image-backslash": Kind("image", "file name with backslashes, which is found with slashes", "written with slashes"),
     "image-missing": Kind("image", "no such file", _WITH_BOXES),
     "image-unreadable": Kind("image", "file that cannot be read", _WITH_BOXES),
     "image-mismatch": Kind("image", "file of another size than the json states", _WITH_BOXES),
@@ -62,6 +69,7 @@ KINDS = {
     "federated-negative": Kind("image", f"{NEGATIVE} of categories that are annotated", f"ids removed from {NEGATIVE}"),
     "annotation-record": Kind("annotation", "not an object", _REMOVED),
     "annotation-id": Kind("annotation", "id missing or not a 64-bit integer", "given a new id"),
+    "annotation-type": Kind("annotation", f"{_TYPE}, or a polygon that is not in a list", _CONVERTED),
     "annotation-copy": Kind("annotation", "the same record twice", _REMOVED),
     "annotation-conflict": Kind("annotation", "an id that another annotation also has", "given a new id"),
     "annotation-field": Kind("annotation", "field missing or of the wrong type", _REMOVED),
@@ -73,12 +81,28 @@ KINDS = {
     "box-partly-outside": Kind(
         "annotation", f"box that extends beyond its image by more than {TOLERANCE:g} pixel", "clipped to the image"
     ),
-    "segmentation": Kind("annotation", "segmentation without a polygon, and no RLE of the image's size", _REMOVED),
-    "polygon": Kind("annotation", "a polygon of odd or fewer than 6 numbers, or not finite", "polygon removed"),
-    "area": Kind("annotation", "area that is not a positive number", "set to width x height of the box"),
+    "annotation-flag": Kind("annotation", f"{' or '.join(FLAGS)} that is neither 0 nor 1", "field removed"),
+    "segmentation": Kind(
+        "annotation", "segmentation without a valid polygon, and no run-length code of the image", "field removed"
+    ),
+    "polygon": Kind(
+        "annotation", "a polygon of odd or fewer than 6 numbers, not finite or far outside", "polygon removed"
+    ),
+    "mask-missing": Kind("annotation", "no segmentation, which --masks requires", ""),
+    "area": Kind("annotation", "area that is not positive, or larger than the image", "set to the area of the box"),
     "image-without-annotations": Kind("image", "without annotations", ""),
+    "image-same-file": Kind("image", "the file of another image", ""),
+    "category-root": Kind("category", "without annotations, and the supercategory of all others: no class", ""),
+    "category-mostly-crowds": Kind("category", "most of its annotations are crowds or ignored", ""),
+    "box-twice": Kind("annotation", "the box and category of another annotation of the image", ""),
 }
-NOTES = {"image-without-annotations"}
+NOTES = {
+    "image-without-annotations",
+    "image-same-file",
+    "category-root",
+    "category-mostly-crowds",
+    "box-twice",
+}
 
 
 class Finding(NamedTuple):
@@ -105,14 +129,14 @@ class Finding(NamedTuple):
         return of if self.index is None else f"{LISTS[of]}[{self.index}]"
 
 
-def is_id(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer that fits into int64, as caches and evaluators need; True and 1.0 are none."""
-    return type(value) is int and -(2**63) <= value < 2**63
-
-
 def usable_id(record: Mapping[str, Any]) -> int | None:
-    """The record's id if it is valid, see :func:`is_id`; otherwise None."""
-    return record["id"] if is_id(record.get("id")) else None
+    """The record's id if it is valid, see :func:`~ovdet2.data.datasets.validity.is_id`; otherwise None."""
+    return as_id(record.get("id"))
+
+
+def finding_of(kind: str, index: int, record: Mapping[str, Any], detail: str) -> Finding:
+    """A finding of a record at an index of its list."""
+    return Finding(kind, usable_id(record), index, detail)
 
 
 def show(value: object) -> str:

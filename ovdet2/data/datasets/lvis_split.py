@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet2.data.datasets.coco_json import Split, filter_coco_json, first_few, require_lists
+from ovdet2.data.datasets.coco_json import Split, filter_coco_json, first_few, require_ids, require_lists
 from ovdet2.data.datasets.prepare import Official, check_counts, read_annotations, source_of, write_prepared
+from ovdet2.data.datasets.validity import as_id, classes_of
 from ovdet2.errors import DataError
 
 _NOT_LVIS = "use an annotation file of lvisdataset.org (datasets/README.md)"
@@ -33,12 +34,15 @@ def frequency_split(categories: Sequence[Mapping[str, Any]], source: str | Path 
     strange = [
         category.get("id")
         for category in categories
-        if category.get("frequency") not in ("f", "c", "r") or not {"id", "name"} <= category.keys()
+        if as_id(category.get("id")) is None
+        or not isinstance(category.get("name"), str)
+        or category.get("frequency") not in ("f", "c", "r")
     ]
     if strange:
         raise DataError(
             f"{source} has categories without id, name or frequency f, c or r, id {first_few(strange)}: {_NOT_LVIS}."
         )
+    categories = classes_of(categories)
     base, novel = (
         tuple(sorted((category["id"], category["name"]) for category in categories if category["frequency"] in kinds))
         for kinds in ("fc", "r")
@@ -160,6 +164,7 @@ def check_lvis_test(source: str | Path, split: Split, remedy: str, official: Off
     """
     data = read_annotations(source, remedy)
     require_lists(data, source)
+    require_ids(data, source)
     found = frequency_split(data["categories"], source)
     differing = sorted({*found.base} ^ {*split.base} | {*found.novel} ^ {*split.novel})
     if differing:

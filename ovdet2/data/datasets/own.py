@@ -7,7 +7,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from ovdet2.data.datasets.register import register_ov_dataset
+from ovdet2.data.datasets.register import register_ov_dataset, require_names
 from ovdet2.data.datasets.register_readers import register_captions, register_image_labels
 from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, KINDS
 from ovdet2.errors import UsageError, did_you_mean
@@ -60,6 +60,9 @@ def _require_keys(entry, kind, where):
     faults += [f"lacks {key!r}" for key in required if key not in entry]
     if faults:
         raise UsageError(f"{where} {' and '.join(faults)}. {form}; kinds: {', '.join(KINDS)}.")
+    for key in ("base", "novel"):
+        if key in entry:
+            require_names(entry[key], f"{key} of {where.removesuffix(',')}")
 
 
 def _options(entry, *keys):

@@ -123,7 +123,15 @@ def write_prepared(
 
     Returns:
         ``report`` with "written", whether the file was written.
+
+    Raises:
+        DataError: no image or no annotation is left. Nothing is written.
     """
+    if not data["images"] or not data["annotations"]:
+        raise DataError(
+            f"{target} would have {len(data['images']):,} images and {len(data['annotations']):,} annotations: nothing was "
+            "written. Check that the annotations of the source have the category ids of its categories."
+        )
     counts = {key: report[key] for key in ("images", "annotations", "categories", "degenerate")}
     data = {**data, "manifest": {"schema": _SCHEMA, "split": split.name, **provenance, **counts}}
     if target.is_file():

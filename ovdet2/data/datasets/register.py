@@ -11,6 +11,7 @@ from typing import Any
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ovdet2.data.datasets.coco_json import Split, first_few, read_coco_json, records_of
+from ovdet2.data.datasets.validity import classes_of
 from ovdet2.data.samples import BOXES
 from ovdet2.errors import DataError, UsageError
 
@@ -46,8 +47,10 @@ def register_ov_dataset(
         options: of :func:`register_dataset`; give ``base_only=True`` for training data.
 
     Raises:
-        UsageError: the name is already registered. On loading: a class name that the json does not have, or has twice.
+        UsageError: the name is already registered, or the names are no lists of text. On loading: a class name that the json does not have, or has twice.
     """
+    for what, names in (("base_names", base_names), ("novel_names", novel_names)):
+        require_names(names, f"{what} of {name!r}")
     split = partial(split_by_names, name, tuple(base_names), tuple(novel_names))
     register_dataset(name, json_file, image_root, split, **options)
 
@@ -143,6 +146,21 @@ def _load_boxes(
     return records
 
 
+def require_metric(name: str) -> str:
+    """The metric of a registered data set.
+
+    Raises:
+        UsageError: it is none of ovdet2's.
+    """
+    kind = MetadataCatalog.get(name).get("evaluator_type")
+    if kind not in METRICS:
+        raise UsageError(
+            f"the data set {name} has evaluator type {kind!r}; ovdet2 evaluates {', '.join(METRICS)}: "
+            "register it with ovdet2.data.datasets.register_ov_dataset."
+        )
+    return kind
+
+
 def split_of(name: str) -> Split | None:
     """The :class:`~ovdet2.data.datasets.coco_json.Split` of a registered data set.
 
@@ -153,6 +171,26 @@ def split_of(name: str) -> Split | None:
     """
     resolve = MetadataCatalog.get(name).get("ov_split")
     return None if resolve is None else resolve()
+
+
+def require_names(names: object, what: str) -> None:
+    """Require a list of class names.
+
+    Args:
+        names: value from a configuration or a call.
+        what: its name in messages.
+
+    Raises:
+        UsageError: it is no list, or holds what is not text: yaml reads 02146, no, 1.5 and ~ as other values.
+    """
+    if not isinstance(names, (list, tuple)):
+        raise UsageError(f"{what} is {names!r}: give a list of class names, such as [{first_few([names])}].")
+    odd = [name for name in names if not isinstance(name, str)]
+    if odd:
+        raise UsageError(
+            f"{what} holds {first_few(odd)}, no text: yaml turns names such as 02146, no or 1.5 into numbers, booleans and "
+            "others: quote it, for example '02146'."
+        )
 
 
 def split_by_names(
@@ -170,18 +208,20 @@ def split_by_names(
         UsageError: a name the json does not have, or has twice; or a name in both lists.
     """
     ids: dict[Any, list[Any]] = {}  # name -> ids, as the json has them
-    for category in categories:
-        ids.setdefault(category.get("name"), []).append(category.get("id"))
+    for category in classes_of(categories):
+        if isinstance(category.get("name"), str):
+            ids.setdefault(category["name"], []).append(category.get("id"))
     wanted = (*base_names, *novel_names)
     absent = [name for name in wanted if name not in ids]
     if absent:
         raise UsageError(
-            f"{source} has no category named {first_few(absent)}; it has {first_few(sorted(map(str, ids)))}: give the "
-            "names exactly as in the json."
+            f"{source} has no category named {first_few(absent)}; it has {first_few(sorted(ids)) or 'no named one'}: "
+            "give the names exactly as in the json."
         )
     twice = [name for name in wanted if len(ids[name]) > 1]
     if twice:
-        raise UsageError(f"{source} has several categories named {first_few(twice)}: rename them in the json.")
+        shown = ", ".join(f"{name!r} (ids {first_few(ids[name])})" for name in twice[:5])
+        raise UsageError(f"{source} has several categories named {shown}: rename them in the json.")
     base, novel = (tuple((ids[name][0], name) for name in names) for names in (base_names, novel_names))
     return Split(title, base, novel)
 
@@ -198,7 +238,7 @@ def all_base(title: str, categories: list[dict[str, Any]], source: Any) -> Split
 
 def _one_sided(title, categories, source, novel):
     try:
-        pairs = tuple(sorted((category["id"], category["name"]) for category in categories))
+        pairs = tuple(sorted((category["id"], category["name"]) for category in classes_of(categories)))
         return Split(title, () if novel else pairs, pairs if novel else ())
     except (KeyError, TypeError, UsageError) as error:
         raise DataError(f"{source} has a category without id or name, or listed twice ({error}): repair it.") from None
@@ -213,9 +253,10 @@ def _require_pseudo_labels_allowed(name, data, json_path, pseudo_labels):
     info = data.get("info")
     made = info.get("pseudo_labels") if isinstance(info, dict) else None
     if made and not pseudo_labels:
+        made = made if isinstance(made, dict) else {}
         raise DataError(
-            f"{json_path} holds {made.get('annotations')} pseudo labels, made with the names of novel classes "
-            f"({first_few(made.get('words', []))}): a detector trained on them has seen those names. If that is "
+            f"{json_path} holds {made.get('annotations', 'some')} pseudo labels, made with the names of novel classes "
+            f"({first_few(list(made.get('words') or ['unknown']))}): a detector trained on them has seen those names. If that is "
             f"intended, register {name} with pseudo_labels: True."
         )
 

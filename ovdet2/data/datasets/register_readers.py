@@ -22,6 +22,7 @@ from ovdet2.data.datasets.register import (
     existing,
     remember_split,
     require_free,
+    require_names,
     resolve,
     split_by_names,
     split_of_json,
@@ -141,6 +142,9 @@ def register_image_labels(
     require_free(name)
     if isinstance(split, str) or (novel_names and (callable(split) or isinstance(split, Split))):
         raise UsageError(f"the classes of {name!r} are {split!r} and {novel_names!r}: give a Split, or lists of names.")
+    for what, names in (("split", split), ("novel_names", novel_names)):
+        if not callable(names) and not isinstance(names, Split):
+            require_names(names, f"{what} of {name!r}")
     images = _LabelledImages(
         name, source, image_root, split, tuple(novel_names), novel_labels, max_bad, prepare, remedy
     )

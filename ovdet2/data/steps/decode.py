@@ -6,6 +6,7 @@ from typing import Any
 
 from ovdet2.data.samples import Sample
 from ovdet2.data.steps.step import Step
+from ovdet2.errors import DataError
 from ovdet2.io.images import read_image, require_annotated_size
 
 
@@ -25,7 +26,12 @@ class DecodeImage(Step):
             DataError: the image cannot be read, or its size is not the annotated one.
             UsageError: unknown format.
         """
-        sample.pixels = read_image(sample.file_name, self.image_format)
+        try:
+            sample.pixels = read_image(sample.file_name, self.image_format)
+        except DataError as error:
+            if "\\" not in sample.file_name:
+                raise
+            raise DataError(f"{error} Its name has backslashes: write slashes between folders.") from None
         stated: dict[str, Any] = {"file_name": sample.file_name, "image_id": sample.image_id}
         stated |= {key: sample[key] for key in ("height", "width") if sample[key]}
         require_annotated_size(stated, sample.pixels)
