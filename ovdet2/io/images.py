@@ -86,7 +86,7 @@ def pixels_of(image: Image.Image, name: str | Path, format: str = "RGB") -> np.n
     except ValueError:
         raise DataError(
             f"{name} has colours of the mode {upright.mode}, which Pillow does not convert to RGB: convert it."
-        )
+        ) from None
     if format == "L":
         pixels = pixels[:, :, None]
     elif format == "BGR":

@@ -4,6 +4,7 @@ Shapes: n questions about one image, T tokens of a question with its image, Z to
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,11 @@ class LocalModel:
         return Image.fromarray(read_image(path, "RGB"))
 
     def ask(self, image: Image.Image, words: Sequence[str], questions: Sequence[str]) -> list[Answer]:
-        """One :class:`Answer` per question, with an empty text."""
-        return [Answer(yes, "") for yes in self.probabilities(image, questions).tolist()]
+        """One :class:`Answer` per question, with an empty text; neither yes nor no if the model computes NaN."""
+        return [
+            Answer(yes, "") if math.isfinite(yes) else Answer(None, "not a number")
+            for yes in self.probabilities(image, questions).tolist()
+        ]
 
     @torch.inference_mode()
     def probabilities(self, image: Image.Image, questions: Sequence[str]) -> torch.Tensor:
