@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from detectron2.data import MetadataCatalog
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, dataset_files, keep_inputs, options_but
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Command line; returns the rows of the printed table."""
     args = parse_args(argv)
     records = sorted(load_records([args.dataset], "--dataset", False), key=lambda record: record["image_id"])
+    images = (record["file_name"] for record in records)
+    keep_inputs("--output", [args.output], options_but(args, "output"), dataset_files(args.dataset), images)
     split = split_of(args.dataset)
     if split is None:
         raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")

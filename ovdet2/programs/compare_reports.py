@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, keep_inputs
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import read_json, write_text
 from ovdet2.report.compare import as_html, as_text, compare, require_comparable
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.classes < 0:
         raise UsageError("--classes must be at least 0: change it.")
+    keep_inputs("--html", [args.html], [file_of(args.a), file_of(args.b)])
     reports = read_report(args.a), read_report(args.b)
     if not args.anyway:
         require_comparable(*reports)
@@ -45,13 +46,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return comparison
 
 
+def file_of(path: Path) -> Path:
+    """The report file of a report or its folder."""
+    return path / "report.json" if path.is_dir() else path
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """The report in a file or folder.
 
     Raises:
         DataError: it is missing, damaged, or no report.
     """
-    path = path / "report.json" if path.is_dir() else path
+    path = file_of(path)
     report = read_json(path, "give a report.json or the folder of a finished evaluation")
     if not isinstance(report, dict) or not str(report.get("schema")).startswith(SCHEMA):
         raise DataError(f"{path} is not a report of ovdet2: give a report.json, or the folder that holds it.")

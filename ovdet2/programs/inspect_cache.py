@@ -22,7 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image, ImageDraw
 
 from ovdet2.caches.region_cache import RegionCache
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, keep_inputs, options_but
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.images import read_image
@@ -32,6 +32,7 @@ from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, read_words
 from ovdet2.vocabulary.templates import clean_name
 
+PICTURE = "regions.png"
 _PER_IMAGE = 6  # most regions of an image that are printed and drawn
 Records = Mapping[int, Mapping[str, Any]]  # image id: record of Detectron2
 
@@ -39,11 +40,14 @@ Records = Mapping[int, Mapping[str, Any]]  # image id: record of Detectron2
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns {"regions": int, "accuracy": percent or None}."""
     args = parse_args(argv)
+    picture = args.output / PICTURE
+    keep_inputs("--output", [picture], options_but(args, "output"))
     cache = RegionCache(args.cache)
     recipe = cache.manifest["recipe"]
     print_contents(cache)
     teacher, vocabulary = words_of(args, cache)
     records = records_of(cache)
+    keep_inputs("--output", [picture], (record["file_name"] for record in records.values()))
     annotated = recipe["boxes"]["source"] == "annotations"
     accuracy = zero_shot_accuracy(cache, records, vocabulary) if annotated else None
     draw_nearest(args, cache, records, teacher, vocabulary)
@@ -192,8 +196,8 @@ def draw_nearest(
         )
     if rows:
         args.output.mkdir(parents=True, exist_ok=True)
-        sheet(rows).save(args.output / "regions.png")
-        print(f"{args.output / 'regions.png'}: the crops of these regions, each with its nearest word")
+        sheet(rows).save(args.output / PICTURE)
+        print(f"{args.output / PICTURE}: the crops of these regions, each with its nearest word")
 
 
 def sheet(rows: Sequence[tuple[torch.Tensor, Sequence[str]]]) -> Image.Image:
