@@ -76,12 +76,14 @@ class Detector:
         cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg
-        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, weights).eval()
+        saved = _saved_words(weights)
+        self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, saved).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         self.competitors = _checked(competitors)
-        self._known_words = self.model.vocabulary.words  # with their embeddings
+        # The words of the training with their embeddings, so that competitors are the same through every door.
+        self._known_words = self.model.vocabulary.words if saved is None else saved
         if cfg.MODEL.VOCABULARY.FILE:  # set() computes the base mask from the checkpoint: the file's may differ
-            self._set(self._known_words, None, self.competitors)
+            self._set(self.model.vocabulary.words, None, self.competitors)
         self.resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
 
     @property
@@ -160,14 +162,19 @@ class Detector:
         images: Picture | Sequence[Picture],
         present_words: Sequence[str] | None = None,
         *,
+        together: bool = True,
         present: Sequence[str] | None = None,
     ) -> Instances | list[Instances]:
         """Detect objects in one image or a batch.
 
+        Images of other sizes change the scores of a batch a little: each is padded to the largest, and convolutions read
+        the padding at its border. With ``together=False`` every image has the detections that it has by itself.
+
         Args:
-            images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
+            images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them.
             present_words: for a detector with semantic priors, the words present in the images; None:
                 :meth:`predict_present_words` of each image.
+            together: whether a list is one forward pass, which is faster, or one for each image.
             present: former name of ``present_words``.
 
         Returns:
@@ -187,7 +194,8 @@ class Detector:
         batch = [self.prepare(image, words) for image in pictures]
         if not batch:
             return []
-        detections = [output["instances"].to("cpu") for output in self.model(batch)]
+        passes = [batch] if together else [[sample] for sample in batch]
+        detections = [output["instances"].to("cpu") for each in passes for output in self.model(each)]
         return detections[0] if single else detections
 
     def prepare(self, image: Picture, present_words: Sequence[str] | None = None) -> Sample:
@@ -239,15 +247,22 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return image
 
 
-def _build(cfg: CfgNode, weights: str) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
-    """Build the model with the vocabulary of MODEL.VOCABULARY.FILE, or, if that is empty, of the checkpoint."""
+def _build(cfg: CfgNode, saved: Vocabulary | None) -> OpenVocabularyRCNN | OpenVocabularyDeformableDETR:
+    """Build the model with the vocabulary of MODEL.VOCABULARY.FILE, or, if that is empty, ``saved``, the checkpoint's."""
     model_class, words = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), {}
     if cfg.MODEL.VOCABULARY.FILE:
         words = {"vocabulary": load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)}
-    elif Path(weights).is_file():
-        tensors = read_weights(weights)["model"]
-        prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
-        if prefix is not None:
-            saved = (tensors[f"{prefix}{part}"] for part in ("embeddings", "base_mask", "manifest"))
-            words = {"vocabulary": from_buffers(*saved)}
+    elif saved is not None:
+        words = {"vocabulary": saved}
     return model_class(cfg, **words).to(cfg.MODEL.DEVICE)
+
+
+def _saved_words(weights: str) -> Vocabulary | None:
+    """The vocabulary of a checkpoint; None if it has none, or is fetched from elsewhere."""
+    if not Path(weights).is_file():
+        return None
+    tensors = read_weights(weights)["model"]
+    prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
+    if prefix is None:
+        return None
+    return from_buffers(*(tensors[f"{prefix}{part}"] for part in ("embeddings", "base_mask", "manifest")))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.io.devices import require_device
 from ovdet2.io.files import sha256_file
 from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, yes_or_no
@@ -34,10 +35,11 @@ class LocalModel:
             batch_size: questions of one image per forward pass.
 
         Raises:
-            SetupError: `transformers` is not installed.
-            UsageError: no such folder; or the model's tokenizer has no token for yes or for no.
+            SetupError: `transformers` is not installed, or the device is not there.
+            UsageError: an unknown device; no such folder; or the model's tokenizer has no token for yes or for no.
             DataError: the model or its processor cannot be loaded.
         """
+        require_device(device, "--device")
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:

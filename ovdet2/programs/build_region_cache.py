@@ -48,7 +48,7 @@ from ovdet2.caches.region_cache import MANIFEST, Regions
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.command_line import add_config_file, add_overrides, command_parser, dataset_files, keep_inputs, options_but
-from ovdet2.config import load_config
+from ovdet2.config import load_config, settle_device
 from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.engine import torchrun_rank
@@ -160,7 +160,8 @@ def command_of(argv: Sequence[str]) -> str:
 
 def device_of(cfg: CfgNode) -> str:
     """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU if no GPU is available."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
+    settle_device(cfg)
+    if cfg.MODEL.DEVICE == "cpu":
         return "cpu"
     if "LOCAL_RANK" not in os.environ:
         return cfg.MODEL.DEVICE

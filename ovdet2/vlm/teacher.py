@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ovdet2.errors import DataError, SetupError, UsageError, did_you_mean
+from ovdet2.io.devices import require_device
 from ovdet2.io.weights import require_finite, without_advice
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.tokenizers import load_tokenizer, require_fitting_prompts
@@ -77,13 +78,14 @@ class Teacher(nn.Module):
             device: of the model.
 
         Raises:
-            UsageError: unknown architecture or tag.
+            UsageError: unknown architecture, tag or device.
             DataError: the weights cannot be read, are not finite, or are of another architecture or resolution; or the
                 tokenizer's files are not at hand.
-            SetupError: the weights cannot be downloaded.
+            SetupError: the weights cannot be downloaded, or the device is not there.
         """
         import open_clip
 
+        require_device(device, "the device of the teacher (--device)")
         register_embedded_models()
         if architecture not in open_clip.list_models():
             raise UsageError(
