@@ -25,9 +25,7 @@ def require_device(device: str | torch.device, option: str) -> None:
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", str(device))
     if match is None:
         apple = " Apple's GPUs lack operations that detectors need." if str(device).startswith("mps") else ""
-        raise UsageError(
-            f"{option} is {str(device)!r}, which is no device that ovdet2 runs on.{apple} Choose {_FORM}."
-        )
+        raise UsageError(f"{option} is {str(device)!r}, which is no device that ovdet2 runs on.{apple} Choose {_FORM}.")
     if str(device) == "cpu":
         return
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

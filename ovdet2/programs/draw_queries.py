@@ -24,6 +24,7 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import Detector, to_rgb_array
 from ovdet2.report.detections import save_picture
+from ovdet2.report.labels import as_drawn
 from ovdet2.report.query_pictures import QueryView, draw_query, query_view
 
 
@@ -92,7 +93,7 @@ def best_queries(predictor: Detector, image: np.ndarray, count: int) -> Iterator
     scores, words = outputs.pred_logits[-1, 0].float().sigmoid().max(dim=1)
     sizes = inputs.tensor.shape[-2:], inputs.image_sizes[0], image.shape[:2]
     for query in scores.topk(min(count, len(scores))).indices.tolist():
-        text = f"query {query}: {predictor.names[words[query]]} {scores[query]:.2f}"
+        text = f"query {query}: {as_drawn(predictor.names[words[query]], int(words[query]))} {scores[query]:.2f}"
         yield query_view(outputs, 0, query, *sizes), text
 
 
