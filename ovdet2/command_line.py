@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from ovdet2.errors import did_you_mean
+from ovdet2.errors import UsageError, did_you_mean
 
 
 def command_parser(verb: str, doc: str | None) -> argparse.ArgumentParser:
@@ -67,6 +69,65 @@ def add_config_file(parser: argparse.ArgumentParser, required: bool = True, purp
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add the rest of the line, KEY VALUE overrides: ``opts``, a list that may be empty."""
     parser.add_argument("opts", **OVERRIDES)
+
+
+def keep_inputs(option: str, written: Iterable[str | Path | None], *inputs: Any) -> None:
+    """Refuse to replace a file that the program reads. Every program calls it before it writes its first file.
+
+    Args:
+        option: that names the output, for the message.
+        written: files that will be written; None is ignored.
+        inputs: what the program reads: paths, texts that may be paths, and lists, dicts (their values), configurations and
+            parsed options of them. What names no existing file is ignored.
+
+    Raises:
+        UsageError: a file to write is one of the inputs, links included.
+    """
+    existing = {_identity(path): path for path in written if path is not None}
+    existing.pop(None, None)  # a file that does not exist yet is no input
+    if not existing:
+        return
+    for name in _paths_in(inputs):
+        replaced = existing.get(_identity(name))
+        if replaced is not None:
+            also = "" if os.fspath(replaced) == os.fspath(name) else f" ({name})"
+            raise UsageError(f"{option}: {replaced} would replace an input{also}: give another name or folder.")
+
+
+def options_but(args: argparse.Namespace, *outputs: str) -> dict[str, Any]:
+    """The parsed options except those that name outputs, for :func:`keep_inputs`."""
+    return {name: value for name, value in vars(args).items() if name not in outputs}
+
+
+def dataset_files(*names: str) -> Iterator[str]:
+    """The annotation files of registered open-vocabulary data sets, for :func:`keep_inputs`; other names have none."""
+    from detectron2.data import MetadataCatalog
+
+    for name in names:
+        files = getattr(MetadataCatalog.get(name), "ov_files", None) if name in MetadataCatalog.list() else None
+        if files is not None:
+            yield str(files()[0])
+
+
+def _paths_in(value: Any) -> Iterator[str | Path]:
+    if isinstance(value, (str, Path)):
+        yield value
+    elif isinstance(value, argparse.Namespace):
+        yield from _paths_in(vars(value))
+    elif isinstance(value, Mapping):
+        yield from _paths_in(list(value.values()))
+    elif isinstance(value, Iterable):
+        for each in value:
+            yield from _paths_in(each)
+
+
+def _identity(path: str | Path) -> tuple[int, int] | None:
+    """What two names of one file share: device and inode, of what a link leads to; None if there is no such file."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a null byte in a text that is no path
+        return None
+    return found.st_dev, found.st_ino
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,14 +12,14 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import UsageError
-from ovdet2.io.images import MIN_SIDE, read_image
+from ovdet2.io.images import MIN_SIDE, pixels_of, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
@@ -167,14 +167,19 @@ class Detector:
         images: Picture | Sequence[Picture],
         present_words: Sequence[str] | None = None,
         *,
+        together: bool = True,
         present: Sequence[str] | None = None,
     ) -> Instances | list[Instances]:
         """Detect objects in one image or a batch.
 
+        Images of other sizes change the scores of a batch a little: each is padded to the largest, and convolutions read
+        the padding at its border. With ``together=False`` every image has the detections that it has by itself.
+
         Args:
-            images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them (one forward pass).
+            images: a path, a PIL image or an array [H, W, 3] uint8 RGB; or a list of them.
             present_words: for a detector with semantic priors, the words present in the images; None:
                 :meth:`predict_present_words` of each image.
+            together: whether a list is one forward pass, which is faster, or one for each image.
             present: former name of ``present_words``.
 
         Returns:
@@ -194,7 +199,8 @@ class Detector:
         batch = [self.prepare(image, words) for image in pictures]
         if not batch:
             return []
-        detections = [output["instances"].to("cpu") for output in self.model(batch)]
+        passes = [batch] if together else [[sample] for sample in batch]
+        detections = [output["instances"].to("cpu") for each in passes for output in self.model(each)]
         return detections[0] if single else detections
 
     def prepare(self, image: Picture, present_words: Sequence[str] | None = None) -> Sample:
@@ -225,25 +231,25 @@ Predictor = Detector  # the name of earlier versions
 def to_rgb_array(image: Picture) -> np.ndarray:
     """Array [H, W, 3] uint8 RGB from a path, a PIL image, or such an array.
 
+    A PIL image is decoded as its file would be: upright, 16 bits scaled to 8 (:func:`~ovdet2.io.images.read_image`).
+
     Raises:
-        UsageError: another type, shape or number of channels, or a side below 32 pixels.
-        DataError: an unreadable file.
+        UsageError: another type, shape or number of channels, or an array with a side below 32 pixels.
+        DataError: an image that cannot be read, is of floating-point pixels, or has a side below 32 pixels.
     """
     if isinstance(image, (str, Path)):
         return read_image(image, "RGB")
     if isinstance(image, Image.Image):
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    array = np.asarray(image)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        return pixels_of(image, str(getattr(image, "filename", "")) or "the PIL image")
+    if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        what = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise UsageError(f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {what}.")
+    if min(image.shape[:2]) < MIN_SIDE:
         raise UsageError(
-            f"expected a path, a PIL image or an RGB array [H, W, 3] uint8, got {array.dtype} {list(array.shape)}."
-        )
-    if min(array.shape[:2]) < MIN_SIDE:
-        raise UsageError(
-            f"the image is {array.shape[1]}x{array.shape[0]} pixels, but at least {MIN_SIDE} per side are needed: "
+            f"the image is {image.shape[1]}x{image.shape[0]} pixels, but at least {MIN_SIDE} per side are needed: "
             "enlarge it."
         )
-    return array
+    return image
 
 
 def _saved_vocabulary(weights: str) -> Vocabulary | None:

@@ -39,6 +39,19 @@ def test_oracle_by_the_tool(data, capsys):
     assert build(data, "--backend", "oracle", dataset="ov_micro_train")[1][0]["novel"] == (None, None)
 
 
+@pytest.mark.parametrize("lists", [{"3": []}, {str(number): [["cat", 0.0]] for number in range(1, 13)}])
+def test_a_prior_without_a_word_is_not_written(data, lists):
+    """As of a model that answers no to everything."""
+    (data / "lists.json").write_text(json.dumps(lists))
+    options = ["--backend", "file", "--input", str(data / "lists.json"), "--words", "cat, dog"]
+    with pytest.raises(DataError, match="no word is present in any of the 12 images of ov_micro_val, so no prior is"):
+        build(data, *options)
+    assert not (data / "out" / "p.safetensors").exists()
+    lists["3"] = [["cat", 0.1]]
+    (data / "lists.json").write_text(json.dumps(lists))
+    assert build(data, *options)[0].manifest["entries"] == 1
+
+
 def test_simulation_is_announced(data, capsys):
     priors, _ = build(data, "--backend", "noisy-oracle", "--precision", "0.9", "--recall", "0.5", "--seed", "4")
     assert priors.kind == "simulation" and priors.manifest["source"]["recall"] == 0.5

@@ -122,6 +122,21 @@ def test_predictor_takes_any_words(run, predictor):
     assert predictor.predict([]) == []
 
 
+def test_images_of_several_sizes_together_or_each_by_itself(run, predictor):
+    """Padding to the largest image changes scores; one pass per image does not."""
+    predictor.set_vocabulary("moon, plain circle")
+    [first, *_] = sorted((run[0] / "ov_shapes" / "val2017").glob("*.jpg"))
+    pixels = np.asarray(Image.open(first).convert("RGB"))
+    images = [pixels, np.ascontiguousarray(pixels[: pixels.shape[0] // 2]), pixels.repeat(2, axis=1)]
+    singles = [predictor.predict(image) for image in images]
+    for one, other in zip(predictor.predict(images, together=False), singles, strict=True):
+        require_equal(one, other)
+    together = predictor.predict(images)
+    assert [each.image_size for each in together] == [image.shape[:2] for image in images]
+    best = [each.scores[:5].tolist() for each in together]
+    assert best == [pytest.approx(each.scores[:5].tolist(), rel=0.5) for each in singles]
+
+
 def test_few_words_compete_with_those_of_training(run):
     """48 base words minus those that are asked, with the embeddings of the checkpoint; "off", or 8 words, has none."""
     image = next((run[0] / "ov_shapes" / "val2017").glob("*.jpg"))
@@ -182,6 +197,61 @@ def test_predictor_knows_the_words_of_training_however_they_come(run, predictor,
     assert bank.trained_base_names == other.model.vocabulary.trained_base_names and len(bank.trained_base_names) == 48
 
 
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 12])
+def test_the_same_words_give_the_same_detections_through_every_door(run, tmp_path, count):
+    """By name, as a list, in a text file, in a vocabulary file whatever its mask, and by MODEL.VOCABULARY.FILE."""
+    split, weights = load_split(), run[1] / "model_final.pth"
+    image = next((run[0] / "ov_shapes" / "val2017").glob("*.jpg"))
+    bases, novels = [name for _, name in split.base], [name for _, name in split.novel]
+    names = ["red mug", *bases[: count // 2], *novels[: count - 1 - count // 2]]
+    by_name = Detector(CONFIG, weights, SMALL)
+    by_name.set_vocabulary(", ".join(names))
+    wanted, bank = by_name.predict(image), by_name.model.vocabulary
+    (tmp_path / "w.txt").write_text("\n".join(names), encoding="utf-8")
+    (tmp_path / "w.json").write_text(json.dumps(names), encoding="utf-8")
+    doors = {
+        "list": names,
+        "text file": tmp_path / "w.txt",
+        "json": tmp_path / "w.json",
+        "dict": dict.fromkeys(names, ()),
+    }
+    for mask in ([False] * len(names), [True] * len(names)):
+        file = tmp_path / f"{mask[0]}.safetensors"
+        Vocabulary.build(names, build_teacher(by_name.cfg), "single", mask).save(file)
+        doors[f"file, all {mask[0]}"] = file
+        door = Detector(CONFIG, weights, [*SMALL, "MODEL.VOCABULARY.FILE", str(file)])
+        assert torch.equal(door.model.vocabulary.base_mask, bank.base_mask)
+        require_equal(door.predict(image), wanted)
+    for door in doors.values():
+        other = Detector(CONFIG, weights, SMALL)
+        other.set_vocabulary(door)
+        assert torch.equal(other.model.vocabulary.base_mask, bank.base_mask)
+        require_equal(other.predict(image), wanted)
+
+
+def require_equal(detections, others):
+    assert len(others) and len(detections) == len(others)
+    for name in ("scores", "pred_classes"):
+        assert torch.equal(detections.get(name), others.get(name))
+    assert torch.equal(detections.pred_boxes.tensor, others.pred_boxes.tensor)
+
+
+def test_an_evaluation_takes_a_file_of_the_words_whatever_its_mask_and_order(run, tmp_path):
+    """Made from a list of words, it states no base word: base words are those of the data set."""
+    split = load_split()
+    words = ["zebra", *reversed(split.names), "yak"]
+    Vocabulary.build(words, build_teacher(load_config(CONFIG, SMALL)), "single").save(tmp_path / "v.safetensors")
+    cfg = load_config(CONFIG, [*SMALL, "MODEL.VOCABULARY.FILE", str(tmp_path / "v.safetensors")])
+    found, wanted = build_vocabulary(cfg), build_vocabulary(load_config(CONFIG, SMALL))
+    assert found.names == wanted.names and found.category_ids == wanted.category_ids
+    assert torch.equal(found.base_mask, wanted.base_mask) and found.num_base == 48
+    assert torch.allclose(found.embeddings, wanted.embeddings, atol=1e-6)
+    cfg.TEST.DISTRACTORS = ["yak", "gnu"]  # the file has one of them
+    further = build_vocabulary(cfg)
+    assert further.names == (*wanted.names, "yak", "gnu") and further.category_ids[-2:] == (-1, -2)
+    assert further.num_base == 48 and torch.equal(further.embeddings[:65], found.embeddings)
+
+
 def test_fine_tuning_on_fewer_classes_forgets_no_trained_word(run, tmp_path):
     """The checkpoint of a training on one class, from weights that had seen boxes of 48."""
     root, output = run
@@ -209,6 +279,7 @@ def test_fine_tuning_on_fewer_classes_forgets_no_trained_word(run, tmp_path):
     assert tuned.model.vocabulary.trained_base_names == {clean_name(name) for name in ids}
     tuned.set_vocabulary(["plain circle", chosen, own["novel"][1], "red mug"])
     assert tuned.model.vocabulary.base_mask[:4].tolist() == [True, True, False, False]
+    assert tuned.model.vocabulary.num_base == 48  # the other base words of the first training compete
 
 
 def test_predictor_refuses(run, predictor, tmp_path):
@@ -223,7 +294,7 @@ def test_predictor_refuses(run, predictor, tmp_path):
     Image.new("RGB", (16, 64)).save(tmp_path / "thin.png")
     with pytest.raises(DataError, match="thin.png"):
         predictor.predict(tmp_path / "thin.png")
-    with pytest.raises(UsageError, match="16x64 pixels"):
+    with pytest.raises(DataError, match="16x64 pixels"):  # as of a file
         predictor.predict(Image.new("RGB", (16, 64)))
     with pytest.raises(UsageError, match="needs trained weights"):
         Detector(CONFIG, overrides=[*SMALL, "MODEL.WEIGHTS", ""])

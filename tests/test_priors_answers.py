@@ -139,10 +139,13 @@ def test_damaged_lines_are_asked_again(tmp_path):
     again = AnswerBook(tmp_path, {"model": "m"})
     assert again.get("a" * 64, "cat") == (0.25, "é\n") and again.damaged == 5
     assert again.get("a" * 64, "dog") is None and again.get("a" * 64, "Red_Mug") is None
-    again.add("a" * 64, "dog", Answer(None, "?"))
+    again.add("a" * 64, "dog", Answer(0.5, "?"))
+    again.add("b" * 64, "dog", Answer(None, "?"))
+    assert again.get("b" * 64, "dog") == (None, "?")
     again.close()
     assert len(list(tmp_path.glob("*.jsonl"))) == 2  # a file has one writer
-    assert AnswerBook(tmp_path, {"model": "m"}).get("a" * 64, "dog") == (None, "?")
+    assert AnswerBook(tmp_path, {"model": "m"}).get("a" * 64, "dog") == (0.5, "?")
+    assert AnswerBook(tmp_path, {"model": "m"}).get("b" * 64, "dog") is None  # neither yes nor no: asked again
     assert AnswerBook(tmp_path, {"model": "other"}).get("a" * 64, "dog") is None
     path.write_bytes(b"")
     assert AnswerBook(tmp_path, {"model": "m"}).damaged == 0
@@ -162,6 +165,24 @@ def test_damaged_lines_are_asked_again(tmp_path):
         ("I see a cat", None),
         ("", None),
         ("It is unclear; no cat can be seen", None),
+        ("<think></think>Yes", 1.0),
+        ("<think>\n\n</think>\n\nNo.", 0.0),
+        ("<think>Yes? A dog.</think> no", 0.0),
+        ("The dog is a cat.</think>\nYes", 1.0),  # the opening tag is in the template of the chat
+        ("<THINK>a</THINK><think>b</think>yes", 1.0),
+        ("<reasoning>it is</reasoning>Answer: no", 0.0),
+        ("<think>Yes, I", None),
+        ("<think></think>", None),
+        ("No, I cannot see any image.", None),
+        ("No, I can\u2019t see the image you mention", None),
+        ("No, I am unable to view images directly.", None),
+        ("No. I don't have access to the image", None),
+        ("No, there was no image attached: no image was provided.", None),
+        ("No, as a text-based AI I do not know.", None),
+        ("No, I cannot see any cat in the image.", 0.0),
+        ("No, I do not see a picture in the image.", 0.0),
+        ("No, there is no image of a cat.", 0.0),
+        ("Yes, I can see it in the image.", 1.0),
     ],
 )
 def test_parsing(text, wanted):

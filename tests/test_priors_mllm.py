@@ -64,8 +64,15 @@ def test_answers_in_words_and_refusals(serve, records, tmp_path):
     server = serve(lambda question, times: texts[question.split("Does ")[1].split(" exist")[0]])
     backend, found, _ = run(client(server), tmp_path / "answers", records[:1])
     assert found == {10: {0: 1.0, 1: 0.0}} and backend.unparsable == 1
-    backend, found, _ = run(client(serve(never)), tmp_path / "answers", records[:1])  # a refusal is not asked again
-    assert found == {10: {0: 1.0, 1: 0.0}} and (backend.asked, backend.known, backend.unparsable) == (0, 3, 1)
+    again = serve(lambda question, times: says(None, refusal="I cannot help."))  # only the refusal is asked again
+    backend, found, _ = run(client(again), tmp_path / "answers", records[:1])
+    assert again.questions() == ["Question: Does red mug exist in the image? Answer:"]
+    assert found == {10: {0: 1.0, 1: 0.0}} and (backend.asked, backend.known, backend.unparsable) == (1, 2, 1)
+    healed = serve(lambda question, times: says("Yes"))
+    backend, found, _ = run(client(healed), tmp_path / "answers", records[:1])
+    assert found == {10: {0: 1.0, 1: 0.0, 2: 1.0}} and (backend.asked, backend.known, backend.unparsable) == (1, 2, 0)
+    backend, found, _ = run(client(serve(never)), tmp_path / "answers", records[:1])
+    assert found == {10: {0: 1.0, 1: 0.0, 2: 1.0}} and (backend.asked, backend.known) == (0, 3)
 
 
 PASSING = {
@@ -77,7 +84,6 @@ PASSING = {
     "cut short": (200, {"Content-Length": "900"}, b'{"choices": '),
     "no choices": {"choices": []},
     "error inside": {"error": {"message": "overloaded"}},
-    "parts": says(["Yes"]),
     "broken logprobs": says("Yes", [("Yes", [("Yes", "high")])]),
     "nested": (200, {}, b"[" * 100_000),
 }
@@ -91,7 +97,7 @@ def test_passing_failures_are_tried_again(serve, records, tmp_path, first):
     assert len(server.requests) == 2 and (first != "429" or time.monotonic() - start >= 0.3)
 
 
-@pytest.mark.parametrize("kind", ["no json", "no choices", "error inside", "parts", "broken logprobs", "nested"])
+@pytest.mark.parametrize("kind", ["no json", "no choices", "error inside", "broken logprobs", "nested"])
 def test_replies_that_stay_malformed_name_image_and_word(serve, records, tmp_path, kind):
     server = serve(lambda question, times: PASSING[kind] if "dog" in question else says("yes"))
     words = ("cat", "Red_Mug", "dog")  # after a failure an image is asked no more

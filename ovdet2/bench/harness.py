@@ -28,6 +28,7 @@ import ovdet2
 from ovdet2.bench.memory import peak_above
 from ovdet2.bench.turns import Clock, Elapsed, Row, naming, rows_of, take_turns
 from ovdet2.errors import SetupError, UsageError, exit_on_error
+from ovdet2.io.devices import require_device
 
 Results = dict[tuple[str, ...], Row]
 
@@ -131,6 +132,7 @@ class Benchmark:
             args = parser.parse_args(argv)
         except argparse.ArgumentError as error:
             raise UsageError(f"{error}.") from None
+        require_device(args.device, "--device")
         if args.turns < 0 or (args.turns == 0 and args.no_memory):
             raise UsageError(f"--turns {args.turns} measures nothing: it must be at least 1.")
         return args

@@ -15,6 +15,7 @@ from ovdet2.config.keys import OLD_KEYS, get_cfg
 from ovdet2.config.method import Method
 from ovdet2.config.methods import find_methods, methods_of
 from ovdet2.errors import UsageError, did_you_mean
+from ovdet2.io.devices import require_device
 from ovdet2.zoo import DETECTORS
 
 logger = logging.getLogger(__name__)
@@ -205,10 +206,16 @@ def _current_key(key, moved):
 
 
 def settle_device(cfg: CfgNode) -> bool:
-    """Set MODEL.DEVICE to "cpu" if it is CUDA and no CUDA device exists; returns whether it was changed."""
-    lacking = cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available()
+    """Set MODEL.DEVICE to "cpu" if it is CUDA and no CUDA device exists; returns whether it was changed.
+
+    Raises:
+        UsageError: MODEL.DEVICE is neither "cpu" nor CUDA, such as "mps".
+        SetupError: the machine has GPUs, but not the numbered one.
+    """
+    lacking = re.fullmatch(r"cuda(:\d+)?", cfg.MODEL.DEVICE) is not None and not torch.cuda.is_available()
     if lacking:
         cfg.MODEL.DEVICE = "cpu"
+    require_device(cfg.MODEL.DEVICE, "MODEL.DEVICE")
     return lacking
 
 

@@ -81,7 +81,8 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], m
 
     Args:
         path: file to write.
-        tensors: dict of name to tensor; made contiguous and moved to the CPU here.
+        tensors: dict of name to tensor; made contiguous and moved to the CPU here. Tensors that share memory, such as
+            tied weights, are each written in full.
         manifest: JSON-serialisable dict; must hold "schema".
 
     Raises:
@@ -92,7 +93,7 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], m
 
     if "schema" not in manifest:
         raise ValueError("a manifest needs the key 'schema'")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = _separate({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with atomic_path(path) as temporary:
         try:
             save_file(tensors, str(temporary), metadata={"manifest": json.dumps(manifest, ensure_ascii=False)})
@@ -102,6 +103,16 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, "torch.Tensor"], m
                 f"{path} could not be written ({error}); {free:.1f} GB are free there: free disk space, or choose "
                 "another folder."
             ) from None
+
+
+def _separate(tensors):
+    """The tensors with separate memory, which safetensors requires."""
+    seen, separate = set(), {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.clone() if memory in seen and tensor.numel() else tensor
+        seen.add(memory)
+    return separate
 
 
 def read_safetensors(

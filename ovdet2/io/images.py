@@ -63,10 +63,30 @@ def decode_image(file: str | Path | BinaryIO, name: str | Path, format: str = "R
     if format not in _FORMATS:
         raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
     with _explained(file, name), Image.open(file) as image:
+        return pixels_of(image, name, format)
+
+
+def pixels_of(image: Image.Image, name: str | Path, format: str = "RGB") -> np.ndarray:
+    """:func:`read_image` of an image that Pillow has opened: the same pixels and errors as of its file.
+
+    Args:
+        image: need not be loaded yet; of an animation, the current frame is read. Its pixels are not changed.
+        name: of the image in messages.
+        format: as of :func:`read_image`.
+
+    Raises:
+        DataError: as of :func:`read_image`.
+    """
+    with _explained(None, name):
         image.load()
-        image = _upright(_to_eight_bits(image, name))
-    _require_side(name, image.size)
-    pixels = np.asarray(image.convert("L" if format == "L" else "RGB"))
+        upright = _upright(_to_eight_bits(image, name))
+    _require_side(name, upright.size)
+    try:
+        pixels = np.asarray(upright.convert("L" if format == "L" else "RGB"))
+    except ValueError:
+        raise DataError(
+            f"{name} has colours of the mode {upright.mode}, which Pillow does not convert to RGB: convert it."
+        ) from None
     if format == "L":
         pixels = pixels[:, :, None]
     elif format == "BGR":
@@ -113,7 +133,7 @@ def require_annotated_size(record: MutableMapping[str, Any], image: np.ndarray) 
 
 @contextlib.contextmanager
 def _explained(file, path):
-    """Convert Pillow's exceptions for a file to a DataError that names it by ``path``."""
+    """Convert Pillow's exceptions for a file, None for an image that is open, to a DataError that names it by ``path``."""
     try:
         yield
     except UnidentifiedImageError:

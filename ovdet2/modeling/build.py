@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, read_words
 from ovdet2.vocabulary.bank import WordBank
-from ovdet2.vocabulary.templates import template_set_names
+from ovdet2.vocabulary.templates import clean_name, template_set_names
 from ovdet2.vocabulary.word_lists import Words
 
 logger = logging.getLogger(__name__)
@@ -88,30 +89,35 @@ def dataset_split(cfg: CfgNode) -> Split:
 def build_vocabulary(cfg: CfgNode) -> Vocabulary:
     """The vocabulary of a run: MODEL.VOCABULARY.FILE, else the data set's class names embedded by the teacher.
 
+    The file may hold further words, in any order: base words are those of the data set, whatever the file states.
     TEST.DISTRACTORS are appended as novel words with category ids -1, -2, ...
 
     Raises:
-        DataError: the file is of another teacher than MODEL.TEACHER, or its words are not the data set's.
+        DataError: the file is of another teacher than MODEL.TEACHER, or lacks words of the data set.
         UsageError: a distractor is a class of the data set.
     """
     split, extra = dataset_split(cfg), distractors(cfg)
     names, base_mask = (*split.names, *extra), (*split.base_mask, *(False for _ in extra))
+    ids = (*split.category_ids, *range(-1, -1 - len(extra), -1))
     if not cfg.MODEL.VOCABULARY.FILE:
-        ids = (*split.category_ids, *range(-1, -1 - len(extra), -1))
         return Vocabulary.build(names, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES, base_mask, ids)
     path, vocabulary = cfg.MODEL.VOCABULARY.FILE, load_vocabulary(cfg, cfg.MODEL.VOCABULARY.FILE)
-    if extra and vocabulary.names == tuple(split.names):  # the file lacks the distractors: embed them
-        words = Vocabulary.build(extra, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES)
+    known = set(map(clean_name, vocabulary.names))
+    lacking = [word for word in extra if clean_name(word) not in known]
+    if lacking:
+        words = Vocabulary.build(lacking, build_teacher(cfg), cfg.MODEL.VOCABULARY.TEMPLATES)
         require_same_teacher(vocabulary.teacher, f"the vocabulary file {path}", words.teacher, "MODEL.TEACHER")
         vocabulary = vocabulary.joined(words)
-    if vocabulary.names != names or vocabulary.base_mask.tolist() != list(base_mask):
-        different = [pair for pair in zip(vocabulary.names, names) if pair[0] != pair[1]][:3]
+    rows = {clean_name(name): row for row, name in enumerate(vocabulary.names)}
+    missing = [name for name in names if clean_name(name) not in rows]
+    if missing:
         raise DataError(
             f"{path} holds {len(vocabulary)} words ({vocabulary.num_base} base), {split.name}"
-            f"{' with TEST.DISTRACTORS' if extra else ''} has {len(names)} ({sum(base_mask)} base); first differences "
-            f"{different}: rebuild it with ovdet2 vocab --dataset."
+            f"{' with TEST.DISTRACTORS' if extra else ''} has {len(names)} ({sum(base_mask)} base); it lacks {len(missing)} "
+            f"of them, first {missing[:3]}: rebuild it with ovdet2 vocab --dataset."
         )
-    return vocabulary
+    chosen = vocabulary.selected([rows[clean_name(name)] for name in names])
+    return replace(chosen, names=names, base_mask=torch.tensor(base_mask), category_ids=ids)
 
 
 def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:

@@ -2,7 +2,8 @@
 
 Answers are stored in a folder of JSON-lines files. The first line of a file states model and prompt. Each process
 appends to a separate file, and reads the complete lines of all files with its model and prompt. A killed process loses
-no answer; only its last line may be incomplete, and that question is asked again.
+no answer; only its last line may be incomplete, and that question is asked again. An answer that is neither yes nor no
+is not stored: the next run, perhaps with a corrected server, asks again.
 """
 
 import io
@@ -23,6 +24,18 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "ovdet2/answers/1"
 _LEADING = re.compile(r"^\W*(?:(?:the )?answer(?: is)?\W+)?(yes|no)\b", re.IGNORECASE)
+_THINKING = "(?:think|thinking|thought|reasoning)"  # tags around what a model writes before its answer
+_OPENED, _CLOSED = re.compile(rf"\s*<{_THINKING}>", re.I), re.compile(rf"</{_THINKING}>", re.I)
+_PICTURES = r"(?:images?|pictures?|photos?|attachments?)\b(?! (?:in|on) (?:the|this) (?:image|picture|photo))"
+# Answers of a model that received no image: "No, I cannot see any image".
+_BLIND = re.compile(
+    r"\b(?:can'?t|can ?not|could ?n[o']t|unable to|not able to|(?:do|does|did)(?: not|n't)) (?:\w+ly )?"
+    r"(?:see|view|access|open|process|analy[sz]e|have|receive|find|look at|interpret) "
+    rf"(?:any |an? |the |your |this |that |access to )*{_PICTURES}"
+    r"|\bno (?:image|picture|photo)s? (?:was|is|were|are|has been|have been|attached|provided|uploaded|shared|given|to)\b"
+    r"|\btext[- ](?:based|only) (?:ai|assistant|model|language model)\b",
+    re.I,
+)
 _MARKS = " \t\n▁Ġ.,!:*\"'"  # what tokenizers and chat models put around a word
 
 
@@ -37,9 +50,24 @@ class Answer(NamedTuple):
 
 
 def parse_answer(text: str) -> float | None:
-    """1.0 for a text that begins with yes, 0.0 for no, otherwise None. "Answer: No." counts as no."""
-    match = _LEADING.match(text)
+    """1.0 for a text that begins with yes, 0.0 for no, otherwise None. "Answer: No." counts as no.
+
+    What a model thinks before it answers, "<think> ... </think>", is skipped. The answer of a model that received no image
+    ("No, I cannot see any image") is None.
+    """
+    match = None if is_blind(text) else _LEADING.match(without_thinking(text))
     return None if match is None else float(match[1].lower() == "yes")
+
+
+def without_thinking(text: str) -> str:
+    """The text after its last closing tag of thinking; "" if the thinking does not end."""
+    *_, answer = _CLOSED.split(text)
+    return "" if _OPENED.match(answer) else answer
+
+
+def is_blind(text: str) -> bool:
+    """Whether a model states that it received no image, or that it cannot read images."""
+    return _BLIND.search(without_thinking(text).replace("\u2019", "'")) is not None
 
 
 def yes_or_no(token: str) -> str | None:
@@ -51,6 +79,8 @@ def yes_or_no(token: str) -> str | None:
 def yes_probability(positions: Sequence[tuple[str, Sequence[tuple[str, float]]]]) -> float | None:
     """P(yes) at the first token with a letter, renormalised over the alternatives that spell yes or no.
 
+    Tokens of thinking ("<think> ... </think>") are skipped.
+
     Args:
         positions: for each generated token, (token, [(alternative, log probability), ...]); the alternatives are the
             likeliest tokens at its position, itself included.
@@ -58,7 +88,7 @@ def yes_probability(positions: Sequence[tuple[str, Sequence[tuple[str, float]]]]
     Returns:
         float in [0, 1], or None if that token spells neither.
     """
-    for token, alternatives in positions:
+    for token, alternatives in _after_thinking(positions):
         if not any(character.isalpha() for character in token.strip(_MARKS)):
             continue
         if yes_or_no(token) is None:
@@ -71,6 +101,16 @@ def yes_probability(positions: Sequence[tuple[str, Sequence[tuple[str, float]]]]
         total = mass["yes"] + mass["no"]
         return mass["yes"] / total if total > 0 else None
     return None
+
+
+def _after_thinking(positions):
+    """The positions after the last closing tag, which may be written in several tokens."""
+    written, start = "", 0
+    for number, (token, _) in enumerate(positions, 1):
+        written += token
+        if _CLOSED.search(written):
+            written, start = "", number
+    return positions[start:]
 
 
 class AnswerBook:
@@ -101,12 +141,16 @@ class AnswerBook:
         return self._answers.get(image_sha256, {}).get(word)
 
     def add(self, image_sha256: str, word: str, answer: Answer) -> None:
-        """Store an answer; on return it has been passed to the operating system."""
+        """Store an answer; on return it has been passed to the operating system.
+
+        An answer that is neither yes nor no is kept in memory only.
+        """
         line = {"image": image_sha256, "word": word, "yes": answer.yes, "text": answer.text}
         with self._lock:
-            if self._file is None:
-                self._file = self._begin()
-            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            if answer.yes is not None:
+                if self._file is None:
+                    self._file = self._begin()
+                self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self._answers.setdefault(image_sha256, {})[word] = answer
 
     def close(self) -> None:
@@ -138,8 +182,8 @@ class AnswerBook:
             is_probability = yes is None or (type(yes) in (int, float) and 0 <= yes <= 1)
             if not (isinstance(image, str) and isinstance(word, str) and isinstance(text, str) and is_probability):
                 self.damaged += 1
-                continue
-            self._answers.setdefault(image, {})[word] = Answer(yes, text)
+            elif yes is not None:  # earlier versions stored the others, too
+                self._answers.setdefault(image, {})[word] = Answer(yes, text)
 
 
 def _as_dict(line):

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import random
+import re
 import threading
 import time
 import urllib.error
@@ -16,12 +17,15 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.errors import DataError, SetupError
 from ovdet2.io.images import read_image
-from ovdet2.priors.answers import Answer, parse_answer, yes_probability
+from ovdet2.priors.answers import Answer, is_blind, parse_answer, yes_probability
+from ovdet2.priors.connection import checked_key, checked_proxy, checked_url, shown, without_key
 
 _TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the request is repeated
 _OF_THE_QUESTION = (400, 413, 415, 422)  # HTTP status codes that refuse this request, but maybe not others
+# Errors in a reply of status 200 that may pass.
+_PASSING = re.compile(r"overload|rate.?limit|too many requests|try again|time.?d? ?out|unavailable|busy|capacity", re.I)
 _LONGEST_REPLY = 4_000_000  # bytes
 _LONGEST_WAIT = 60.0  # seconds of back-off between two tries
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a longer Retry-After ends the run
@@ -33,7 +37,11 @@ class ChatServer:
 
     After a temporary failure (no connection, time-out, status 408, 429 or 5xx, a malformed reply) the call is repeated.
     It waits for Retry-After, or a random part of 1, 2, 4, ... times ``first_wait`` seconds. Images are sent inline.
-    Redirects are not followed, since they would send the key to another server.
+    Redirects are not followed, since they would send the key to another server. The proxy of the environment is used.
+
+    Attributes:
+        url: of the requests; :attr:`address` is how messages name it.
+        proxy: how messages name the proxy in use; "" for none.
     """
 
     words_per_call = 1
@@ -62,18 +70,22 @@ class ChatServer:
                 "logprobs", or need "max_completion_tokens" instead of "max_tokens".
 
         Raises:
-            UsageError: not an http or https URL.
+            UsageError: not an http or https URL, or a key or a proxy of the environment that cannot be used.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(f"--url {url!r} is no http or https address, such as http://localhost:8000/v1.")
+        parts = checked_url(url)
+        self._key = checked_key(key)
+        proxy, self.proxy = checked_proxy(parts)
         path = parts.path.rstrip("/")
         path = path if path.endswith("/chat/completions") else path + "/chat/completions"
         self.url = urllib.parse.urlunsplit(parts._replace(path=path))
+        self.address = without_key(shown(self.url), self._key) + (
+            f" through the proxy {self.proxy}" if self.proxy else ""
+        )
         self.model, self.workers, self.timeout, self.tries = model, workers, timeout, tries
         self.first_wait, self.extra = first_wait, extra or {}
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        proxies = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
+        self._opener = urllib.request.build_opener(proxies, _NoRedirect)
         self._stopped = threading.Event()
 
     @property
@@ -122,6 +134,8 @@ class ChatServer:
         for attempt in range(self.tries):
             try:
                 return answer_of(self._post(body))
+            except DataError as error:
+                raise DataError(f"{what}: {error}") from None
             except _TemporaryFailure as error:
                 last = error
             if attempt + 1 < self.tries:
@@ -130,7 +144,7 @@ class ChatServer:
                 break
         kind = DataError if last.malformed else SetupError
         raise kind(
-            f"{what}: {last} ({attempt + 1} tries at {self.url}). Answers are stored; run the same command to continue."
+            f"{what}: {last} ({attempt + 1} tries at {self.address}). Answers are stored; run the same command to continue."
         )
 
     def _wait(self, error, attempt):
@@ -138,7 +152,9 @@ class ChatServer:
         if seconds is None:
             seconds = random.uniform(0.5, 1.0) * min(_LONGEST_WAIT, self.first_wait * 2**attempt)
         if seconds > _LONGEST_RETRY_AFTER:
-            raise SetupError(f"{self.url} requests a wait of {seconds:.0f} s ({error}): run the same command later.")
+            raise SetupError(
+                f"{self.address} requests a wait of {seconds:.0f} s ({error}): run the same command later."
+            )
         self._stopped.wait(seconds)
 
     def _post(self, body):
@@ -152,24 +168,41 @@ class ChatServer:
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
             raise _TemporaryFailure(f"no reply ({reason!r})") from None
+        text = without_key(data.decode("utf-8", "replace"), self._key)
         try:
-            return json.loads(data)
+            reply = json.loads(text)
         except (ValueError, RecursionError):
-            raise _TemporaryFailure(f"the reply is not JSON: {_start(data)}", malformed=True) from None
+            raise _TemporaryFailure(f"the reply is not JSON: {_start(text)}", malformed=True) from None
+        if isinstance(reply, dict) and reply.get("error") and "choices" not in reply:
+            raise self._error_of(reply["error"])
+        return reply
 
     def _failure(self, error):
         """The exception to raise for an HTTP error."""
         with error:
             try:
-                body = _start(error.read(2000))
+                body = _start(without_key(error.read(2000).decode("utf-8", "replace"), self._key))
             except (OSError, http.client.HTTPException):
                 body = "''"
-        message = f"status {error.code}, {body}"
-        if error.code in _TEMPORARY:
-            return _TemporaryFailure(message, retry_after=_seconds(error.headers.get("Retry-After")))
-        if error.code in _OF_THE_QUESTION:
-            return DataError(f"{self.url} refuses the request for model {self.model!r}: {message}. See --request.")
-        return SetupError(f"{self.url} cannot be used: {message}. Check --url, --model and the key.")
+        return self._of_status(error.code, f"status {error.code}, {body}", error.headers.get("Retry-After"))
+
+    def _error_of(self, error):
+        """The exception to raise for an error in a reply of status 200: repeated only if the error may pass."""
+        fields = error if isinstance(error, dict) else {"message": error}
+        message = f"the reply is an error: {_start(json.dumps(error, ensure_ascii=False))}"
+        code = str(fields.get("code") or fields.get("status") or "")
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return self._of_status(int(code), message)
+        if _PASSING.search(f"{code} {fields.get('type')} {fields.get('message')}"):
+            return _TemporaryFailure(message, malformed=True)
+        return DataError(f"{self.address} refuses the request for model {self.model!r}: {message}. See --request.")
+
+    def _of_status(self, code, message, retry_after=None):
+        if code in _TEMPORARY:
+            return _TemporaryFailure(message, retry_after=_seconds(retry_after))
+        if code in _OF_THE_QUESTION:
+            return DataError(f"{self.address} refuses the request for model {self.model!r}: {message}. See --request.")
+        return SetupError(f"{self.address} cannot be used: {message}. Check --url, --model and the key.")
 
 
 class Picture(NamedTuple):
@@ -221,12 +254,19 @@ def image_bytes(path: str) -> tuple[str, bytes]:
 
 
 def answer_of(reply: dict[str, Any]) -> Answer:
-    """The :class:`Answer` in a chat completion; a refusal is an answer that is neither yes nor no."""
+    """The :class:`Answer` in a chat completion.
+
+    It is neither yes nor no for a refusal, what a content filter withheld, an answer that was cut before it began, and the
+    answer of a model that received no image.
+
+    Raises:
+        DataError: the message has a content, but no text.
+    """
     try:
         choice = reply["choices"][0]
-        message = choice["message"]
-        text = message.get("content") or message.get("refusal") or ""
-        if not isinstance(text, str):
+        message, ended = choice.get("message") or {}, choice.get("finish_reason")
+        content, refusal = message.get("content"), message.get("refusal")
+        if "message" not in choice or not isinstance(refusal or "", str):
             raise TypeError
         written = (choice.get("logprobs") or {}).get("content") or ()
         positions = [
@@ -237,10 +277,32 @@ def answer_of(reply: dict[str, Any]) -> Answer:
             for place in written
         ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        message = f"the reply is no chat completion: {_start(json.dumps(reply))}"
-        raise _TemporaryFailure(message, malformed=True) from None
-    yes = yes_probability(positions)
-    return Answer(parse_answer(text) if yes is None else yes, text)
+        what = f"the reply is no chat completion: {_start(json.dumps(reply))}"
+        raise _TemporaryFailure(what, malformed=True) from None
+    text = _text_of(content) or ""
+    if refusal or ended == "content_filter":
+        return Answer(None, refusal or f"{text} [withheld by a content filter]")
+    yes = None if is_blind(text) else yes_probability(positions)
+    yes = parse_answer(text) if yes is None else yes
+    return Answer(yes, f"{text} [cut: finish_reason length]" if yes is None and ended == "length" else text)
+
+
+def _text_of(content):
+    """The text of a message, which some servers send as a list of parts; parts of thinking are skipped.
+
+    Raises:
+        DataError: the content is something else, which another try would not change.
+    """
+    if content is None or isinstance(content, str):
+        return content
+    parts = (
+        [part if isinstance(part, dict) else {"text": part} for part in content] if isinstance(content, list) else [{}]
+    )
+    texts = [part.get("text") for part in parts if part.get("type", "text") in ("text", "output_text")]
+    written = [text for text in texts if isinstance(text, str)]
+    if len(written) < len(texts):
+        raise DataError(f"the reply has a content that is no text: {_start(json.dumps(content))}. See --request.")
+    return "".join(written)
 
 
 def _seconds(retry_after):

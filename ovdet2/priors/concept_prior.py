@@ -78,6 +78,11 @@ class PriorWriter:
             raise ValueError(f"the scores of image id {image_id} are not one per word in [0, 1]")
         self._lists[image_id] = best(index, score, self.top)
 
+    @property
+    def entries(self) -> int:
+        """Number of words in all lists."""
+        return sum(len(index) for index, _ in self._lists.values())
+
     def save(
         self, path: str | Path, dataset: str, dataset_sha256: str, source: dict[str, Any], kind: str
     ) -> dict[str, Any]:

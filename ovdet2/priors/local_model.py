@@ -4,6 +4,7 @@ Shapes: n questions about one image, T tokens of a question with its image, Z to
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.io.devices import require_device
 from ovdet2.io.files import sha256_file
 from ovdet2.io.images import read_image
 from ovdet2.priors.answers import Answer, yes_or_no
@@ -33,10 +35,11 @@ class LocalModel:
             batch_size: questions of one image per forward pass.
 
         Raises:
-            SetupError: `transformers` is not installed.
-            UsageError: no such folder; or the model's tokenizer has no token for yes or for no.
+            SetupError: `transformers` is not installed, or the device is not there.
+            UsageError: an unknown device; no such folder; or the model's tokenizer has no token for yes or for no.
             DataError: the model or its processor cannot be loaded.
         """
+        require_device(device, "--device")
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
@@ -71,8 +74,11 @@ class LocalModel:
         return Image.fromarray(read_image(path, "RGB"))
 
     def ask(self, image: Image.Image, words: Sequence[str], questions: Sequence[str]) -> list[Answer]:
-        """One :class:`Answer` per question, with an empty text."""
-        return [Answer(yes, "") for yes in self.probabilities(image, questions).tolist()]
+        """One :class:`Answer` per question, with an empty text; neither yes nor no if the model computes NaN."""
+        return [
+            Answer(yes, "") if math.isfinite(yes) else Answer(None, "not a number")
+            for yes in self.probabilities(image, questions).tolist()
+        ]
 
     @torch.inference_mode()
     def probabilities(self, image: Image.Image, questions: Sequence[str]) -> torch.Tensor:

@@ -6,6 +6,7 @@ The model is a :class:`~ovdet2.priors.chat_server.ChatServer` or a
 ``ask(prepared, words, questions)`` (a list of :class:`~ovdet2.priors.answers.Answer`) and ``stop()``.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -22,14 +23,18 @@ from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.local_model import LocalModel
 from ovdet2.vocabulary.templates import clean_name
 
+_FEW = 20  # so many answers that are neither yes nor no may be by chance
+_SAMPLES = 3  # answers in a message
+
 PROMPT = "Question: Does [OBJ] exist in the image? Answer:"
 
 
 class MllmBackend:
     """score = P(yes) from the model's token probabilities if it returns them, otherwise 1 or 0 from its text.
 
-    If an answer is neither yes nor no, the word is not in the image's list and is counted in ``unparsable``. If a
-    question fails after all tries, its image has no list, like an image that cannot be read.
+    If an answer is neither yes nor no, the word is not in the image's list and is counted in ``unparsable``; if most
+    answers are, the run ends with an error. If a question fails after all tries, its image has no list, like an image that
+    cannot be read.
 
     Attributes (valid once :meth:`lists` has begun):
         asked: number of questions asked in this run.
@@ -69,6 +74,8 @@ class MllmBackend:
         self.candidates, self.top, self.max_queries = candidates, top, max_queries
         self.book = AnswerBook(folder, model.identity | {"prompt": prompt})
         self.asked = self.known = self.unparsable = 0
+        self._answered, self._lock = 0, threading.Lock()
+        self._neither: list[tuple[str, str]] = []  # (word, text) of the answers of this run that are neither yes nor no
 
     @property
     def source(self) -> dict[str, Any]:
@@ -85,6 +92,7 @@ class MllmBackend:
 
         Raises:
             CacheError: ``max_queries`` questions were asked and others remain; the message states how many.
+            DataError: more than half of the answers are neither yes nor no; the message has three of them.
             SetupError: the model cannot be reached.
         """
         if self.candidates is not None:
@@ -145,8 +153,10 @@ class MllmBackend:
                     # Few calls are submitted ahead: memory holds few images, and an abort waits for few answers.
                     if len(running) >= 2 * self.model.workers:
                         _collect(running, failed, skip, progress)
+                        self._refuse_if_most_are_neither(_FEW)
                 while running:
                     _collect(running, failed, skip, progress)
+                self._refuse_if_most_are_neither(1)
             except BaseException:
                 self.model.stop()
                 pool.shutdown(cancel_futures=True)
@@ -188,6 +198,22 @@ class MllmBackend:
         questions = [self.prompt.replace("[OBJ]", clean_name(word)) for word in words]
         for word, answer in zip(words, self.model.ask(prepared, words, questions), strict=True):
             self.book.add(digest, word, answer)  # in the thread of the call: an answer is stored immediately
+            with self._lock:
+                self._answered += 1
+                if answer.yes is None:
+                    self._neither.append((word, answer.text))
+
+    def _refuse_if_most_are_neither(self, least):
+        """Raise a DataError if at least ``least`` answers and more than half are neither yes nor no."""
+        number, total = len(self._neither), self.known + self._answered
+        if number < least or 2 * number <= total:
+            return
+        samples = "; ".join(f"{word!r}: {text[:200]!r}" for word, text in self._neither[:_SAMPLES])
+        raise DataError(
+            f"{number} of {total} answers say neither yes nor no, so no prior is written ({samples}). Check that the model "
+            "reads images, the --prompt, and the length of its answers (--request '{\"max_tokens\": 512}'). These answers are "
+            "not stored: the same command asks again."
+        )
 
 
 def _digests(records, skip):

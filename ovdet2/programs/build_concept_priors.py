@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from typing import Any
 import torch
 from detectron2.data import MetadataCatalog
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, dataset_files, keep_inputs, options_but
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Command line; returns the rows of the printed table."""
     args = parse_args(argv)
     records = sorted(load_records([args.dataset], "--dataset", False), key=lambda record: record["image_id"])
+    images = (record["file_name"] for record in records)
+    keep_inputs("--output", [args.output], options_but(args, "output"), dataset_files(args.dataset), images)
     split = split_of(args.dataset)
     if split is None:
         raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
@@ -111,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         lists, total=len(records), desc="images", disable=backend.kind != "prediction"
     ):
         writer.add(image_id, index, score)
+    if not writer.entries:
+        raise DataError(
+            f"no word is present in any of the {len(records)} images of {args.dataset}, so no prior is written: check "
+            "the words, and that the lists are of these images."
+        )
     json_file = MetadataCatalog.get(args.dataset).ov_files()[0]
     writer.save(args.output, args.dataset, sha256_file(json_file), backend.source, backend.kind)
     return report(args, backend, split, truth, skipped)
@@ -294,16 +302,29 @@ def mllm_backend(args: argparse.Namespace, words: Sequence[str]) -> MllmBackend:
     if args.local:
         model = LocalModel(args.local, _device(args), args.batch_size)
     else:
-        key = os.environ.get(args.api_key_env or "")
-        if args.api_key_env and not key:
-            raise UsageError(f"the environment variable {args.api_key_env} of --api-key-env is not set: set it.")
-        model = ChatServer(args.url, args.model, key, args.workers, args.timeout, extra=args.request)
+        model = ChatServer(args.url, args.model, _key(args), args.workers, args.timeout, extra=args.request)
+        if model.proxy:
+            print(f"Requests go through the proxy {model.proxy}.")
     candidates = None
     if args.candidates:
         candidates = ConceptPriors(args.candidates)
         candidates.require_dataset(args.dataset, MetadataCatalog.get(args.dataset).ov_files()[0])
     folder = args.answers or Path(args.output).with_suffix(".answers")
     return MllmBackend(model, folder, words, args.prompt, candidates, args.top, args.max_queries)
+
+
+def _key(args):
+    """The key of --api-key-env. Only the usual form of a name is printed: it may be the key itself, given by mistake."""
+    if not args.api_key_env:
+        return None
+    key = os.environ.get(args.api_key_env)
+    if not key:
+        named = re.fullmatch(r"[A-Z][A-Z0-9_]{0,40}", args.api_key_env)
+        which = f"{args.api_key_env} of --api-key-env" if named else "that --api-key-env names"
+        raise UsageError(
+            f"the environment variable {which} is not set: set it. The option takes the name of the variable, not the key."
+        )
+    return key
 
 
 def _device(args):

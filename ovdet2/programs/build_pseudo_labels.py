@@ -29,7 +29,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import Instances
 from torchvision.ops import box_iou, nms
 
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, dataset_files, keep_inputs, options_but
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split, read_coco_json
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns the json that was written."""
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
+    keep_inputs("--output", [args.output], options_but(args, "output"), cfg.MODEL, dataset_files(args.dataset))
     split = split_of(args.dataset)
     if split is None or not split.novel:
         raise UsageError(f"{args.dataset} has no novel classes: name a training set of an open-vocabulary split.")

@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,11 +44,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from ovdet2.caches.region_boxes import AnnotationBoxes, BoxFilters, BoxSource, FileBoxes
-from ovdet2.caches.region_cache import Regions
+from ovdet2.caches.region_cache import MANIFEST, Regions
 from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
-from ovdet2.config import load_config
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, dataset_files, keep_inputs, options_but
+from ovdet2.config import load_config, settle_device
 from ovdet2.data.datasets import split_of
 from ovdet2.data.records import load_records
 from ovdet2.engine import torchrun_rank
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     args = parse_args(argv)
     cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = device_of(cfg)
+    taken = cfg.MODEL, options_but(args, "output"), dataset_files(args.dataset)
+    keep_inputs("--output", [Path(args.output) / MANIFEST, *Path(args.output).glob("shard-*.safetensors")], taken)
     records = sorted(load_records([args.dataset], "--dataset", False, base_only=True), key=lambda r: r["image_id"])
     if split_of(args.dataset) is None:
         raise UsageError(f"{args.dataset} has no base and novel classes: name a data set registered by ovdet2.")
@@ -157,7 +160,8 @@ def command_of(argv: Sequence[str]) -> str:
 
 def device_of(cfg: CfgNode) -> str:
     """MODEL.DEVICE, one GPU for each process under torchrun, and the CPU if no GPU is available."""
-    if not cfg.MODEL.DEVICE.startswith("cuda") or not torch.cuda.is_available():
+    settle_device(cfg)
+    if cfg.MODEL.DEVICE == "cpu":
         return "cpu"
     if "LOCAL_RANK" not in os.environ:
         return cfg.MODEL.DEVICE

@@ -38,7 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, dataset_files, keep_inputs, options_but
 from ovdet2.data.datasets.words import words_of_dataset
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.vlm.fingerprint import Fingerprint
@@ -55,6 +55,7 @@ CLOSE = 0.98  # cosine above which two words are a near-duplicate pair
 def main(argv: Sequence[str] | None = None) -> Vocabulary:
     """Command line; returns the vocabulary that was written."""
     args = parse_args(argv)
+    keep_inputs("--output", [args.output], options_but(args, "output"), dataset_files(args.dataset or ""))
     words = words_to_embed(args)
     if not args.first_of_duplicates:
         check_words(words.names)

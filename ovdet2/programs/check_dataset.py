@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, keep_inputs
 from ovdet2.data.datasets.check import check, check_json, is_lvis, problems
 from ovdet2.data.datasets.findings import KINDS, NOTES, Finding
 from ovdet2.data.datasets.repair import Change, losses, repair
@@ -176,6 +176,8 @@ def parse_args(argv: Sequence[str] | None = None, repairs: bool = False) -> argp
             raise UsageError(f"{option} {output} is a folder: name a file.")
         if output and same_file(output, args.json):
             raise UsageError(f"{option} {output} is the file that is checked, which is never changed: name another.")
+        images = args.images.rglob("*") if args.images else ()
+        keep_inputs(option, [output], (path for path in images if path.suffix != ".json"))
     if args.output and args.report and same_file(args.output, args.report):
         raise UsageError(f"{copy} and --report both name {args.output}: name two files.")
     if args.output and args.output.exists() and not args.overwrite:

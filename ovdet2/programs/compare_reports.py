@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, keep_inputs
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation.checked_report import read_report
 from ovdet2.io.files import write_text
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if args.classes < 0:
         raise UsageError("--classes must be at least 0: change it.")
+    keep_inputs("--html", [args.html], [file_of(args.a), file_of(args.b)])
     reports = read_report(args.a), read_report(args.b)
     if not args.anyway:
         require_comparable(*reports)
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         write_text(args.html, as_html(comparison, reports, names))
         print(f"\n{args.html}")
     return comparison
+
+
+def file_of(path: Path) -> Path:
+    """The report file of a report or its folder."""
+    return path / "report.json" if path.is_dir() else path
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, keep_inputs, options_but
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import Detector, to_rgb_array
 from ovdet2.report.detections import save_picture
+from ovdet2.report.labels import as_drawn
 from ovdet2.report.query_pictures import QueryView, draw_query, query_view
 
 
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         raise UsageError(
             f"{args.config_file} describes no Deformable DETR, and other detectors have no queries: give another one."
         )
+    targets = (target_of(args, path, place) for path in args.input for place in range(1, args.queries + 1))
+    keep_inputs("--output", targets, options_but(args, "output"), cfg.MODEL)
     predictor = Detector(cfg)
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
@@ -42,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     for path in args.input:
         image = to_rgb_array(path)
         for place, (view, text) in enumerate(best_queries(predictor, image, args.queries), start=1):
-            target = args.output / f"{path.stem}_query{place}.png"
+            target = target_of(args, path, place)
             if target in written:
                 raise UsageError(f"two images have the name {path.stem}: draw them into different folders.")
             save_picture(target, draw_query(view, image, text))
             print(f"{target}: {text}")
             written.append(target)
     return written
+
+
+def target_of(args: argparse.Namespace, path: Path, place: int) -> Path:
+    """The picture of the query at a place, from 1, of an image."""
+    return args.output / f"{path.stem}_query{place}.png"
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -85,7 +93,7 @@ def best_queries(predictor: Detector, image: np.ndarray, count: int) -> Iterator
     scores, words = outputs.pred_logits[-1, 0].float().sigmoid().max(dim=1)
     sizes = inputs.tensor.shape[-2:], inputs.image_sizes[0], image.shape[:2]
     for query in scores.topk(min(count, len(scores))).indices.tolist():
-        text = f"query {query}: {predictor.names[words[query]]} {scores[query]:.2f}"
+        text = f"query {query}: {as_drawn(predictor.names[words[query]], int(words[query]))} {scores[query]:.2f}"
         yield query_view(outputs, 0, query, *sizes), text
 
 

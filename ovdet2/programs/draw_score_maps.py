@@ -11,6 +11,7 @@ Exit codes: 2 usage, 3 data, 4 environment.
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,13 +19,15 @@ import numpy as np
 import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, keep_inputs, options_but
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.modeling import OpenVocabularyDeformableDETR
 from ovdet2.predictor import Detector, to_rgb_array
 from ovdet2.report.detections import save_picture
 from ovdet2.report.score_maps import discriminative_scores, draw_detections, draw_scores, joint_scores
+
+KINDS = ("scores", "layers")  # of the pictures of an image
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -37,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
         )
     if len({path.stem for path in args.input}) < len(args.input):
         raise UsageError("two images have the same name: draw them into different folders.")
+    targets = [[args.output / f"{path.stem}_{kind}.png" for kind in KINDS] for path in args.input]
+    keep_inputs("--output", itertools.chain(*targets), options_but(args, "output"), cfg.MODEL)
     predictor = Detector(cfg)
     if args.vocabulary is not None:
         predictor.set_vocabulary(args.vocabulary)
     written = []
-    for path in args.input:
+    for path, files in zip(args.input, targets):
         image = to_rgb_array(path)
-        for kind, picture in zip(("scores", "layers"), pictures(predictor, image, args.threshold, args.confidence)):
-            target = args.output / f"{path.stem}_{kind}.png"
+        for target, picture in zip(files, pictures(predictor, image, args.threshold, args.confidence)):
             save_picture(target, picture)
             print(target)
             written.append(target)

@@ -24,11 +24,13 @@ from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, dataset_files, keep_inputs, options_but
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
+from ovdet2.evaluation.evaluation import REPORT
+from ovdet2.evaluation.prediction_files import MERGED
 from ovdet2.io.files import write_json
 from ovdet2.io.images import read_image
 from ovdet2.io.progress import progress_bar
@@ -41,6 +43,8 @@ from ovdet2.vocabulary import Vocabulary
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Command line; returns {"accuracy-novel": percent, "accuracy-base": percent, ...}."""
     args = parse_args(argv)
+    written = (Path(args.output) / name for name in ("accuracy.json", REPORT, MERGED, "report.html"))
+    keep_inputs("--output", written, options_but(args, "output"), dataset_files(args.dataset))
     split = split_of(args.dataset)
     if split is None:
         raise UsageError(f"{args.dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ovdet2.command_line import keep_inputs, options_but
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.experiments.entry import Plan
 from ovdet2.experiments.find import find_plan, known_plans
@@ -53,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         raise UsageError(f"unknown rows {unknown}; there are {', '.join(experiment.entries)}.")
     if args.table and not experiment.marker:
         raise UsageError(f"the table of {name} goes to no file: remove --table, and use {args.output}/table.md.")
+    written = [args.output / name for name in ("table.md", "results.json", *experiment.pictures)]
+    keep_inputs("--output", written, options_but(args, "output"))
     runner = Runner(experiment, args.output, args.passed_on)
     for seed in () if args.tabulate else args.seeds:
         for row in names:

@@ -23,7 +23,7 @@ Exit codes: 2 usage, 3 data.
 from collections.abc import Sequence
 from typing import Any
 
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, dataset_files, keep_inputs
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
+    keep_inputs("--output", [args.output], args.weights, dataset_files(args.dataset or ""))
     rows = [] if args.without_classes else class_rows(args.dataset)
     weights, variant = import_weights(read_weights(args.weights)["model"], rows, args.queries)
     manifest = {

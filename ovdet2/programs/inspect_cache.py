@@ -19,19 +19,21 @@ from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from ovdet2.caches.region_cache import RegionCache
-from ovdet2.command_line import command_parser
+from ovdet2.command_line import command_parser, keep_inputs, options_but
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.images import read_image
 from ovdet2.io.progress import progress_bar
+from ovdet2.report.labels import font_file
 from ovdet2.vlm.crops import boxes_to_cut, crop_regions
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary, read_words
 from ovdet2.vocabulary.templates import clean_name
 
+PICTURE = "regions.png"
 _PER_IMAGE = 6  # most regions of an image that are printed and drawn
 Records = Mapping[int, Mapping[str, Any]]  # image id: record of Detectron2
 
@@ -39,11 +41,14 @@ Records = Mapping[int, Mapping[str, Any]]  # image id: record of Detectron2
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns {"regions": int, "accuracy": percent or None}."""
     args = parse_args(argv)
+    picture = args.output / PICTURE
+    keep_inputs("--output", [picture], options_but(args, "output"))
     cache = RegionCache(args.cache)
     recipe = cache.manifest["recipe"]
     print_contents(cache)
     teacher, vocabulary = words_of(args, cache)
     records = records_of(cache)
+    keep_inputs("--output", [picture], (record["file_name"] for record in records.values()))
     annotated = recipe["boxes"]["source"] == "annotations"
     accuracy = zero_shot_accuracy(cache, records, vocabulary) if annotated else None
     draw_nearest(args, cache, records, teacher, vocabulary)
@@ -170,7 +175,7 @@ def draw_nearest(
     args: argparse.Namespace, cache: RegionCache, records: Records, teacher: Teacher, vocabulary: Vocabulary
 ) -> None:
     """Print the nearest words of some regions of --images images, and draw their crops."""
-    recipe, rows = cache.manifest["recipe"], []
+    recipe, rows, numbered = cache.manifest["recipe"], [], {}
     ids = [image_id for image_id in cache.image_ids() if len(cache.regions(image_id))]
     for image_id in ids[:: max(1, len(ids) // args.images)][: args.images]:
         regions, path = cache.regions(image_id), records[image_id]["file_name"]
@@ -188,12 +193,21 @@ def draw_nearest(
         for box, score, text in zip(regions.boxes_xyxy.tolist(), regions.scores.tolist(), names):
             print(f"  box {[round(v) for v in box]} score {score:.2f}: {text}")
         rows.append(
-            (crops.unflatten(0, (-1, len(recipe["crops"]["scales"]))), [vocabulary.names[w[0]] for w in best.indices])
+            (crops.unflatten(0, (-1, len(recipe["crops"]["scales"]))), [_drawn(vocabulary, w[0]) for w in best.indices])
         )
+        numbered |= {word: vocabulary.names[int(word[1:])] for word in rows[-1][1] if word.startswith("#")}
     if rows:
         args.output.mkdir(parents=True, exist_ok=True)
-        sheet(rows).save(args.output / "regions.png")
-        print(f"{args.output / 'regions.png'}: the crops of these regions, each with its nearest word")
+        sheet(rows).save(args.output / PICTURE)
+        print(f"{args.output / PICTURE}: the crops of these regions, each with its nearest word")
+    if numbered:
+        print(f"No installed font has the characters of: {', '.join(f'{n} {word}' for n, word in numbered.items())}")
+
+
+def _drawn(vocabulary, index):
+    """A word as it is drawn: on one line, or its number if no font has its characters."""
+    name = " ".join(vocabulary.names[index].split())
+    return name if font_file(name) and not name.startswith("#") else f"#{int(index)}"
 
 
 def sheet(rows: Sequence[tuple[torch.Tensor, Sequence[str]]]) -> Image.Image:
@@ -212,8 +226,17 @@ def sheet(rows: Sequence[tuple[torch.Tensor, Sequence[str]]]) -> Image.Image:
                 canvas.paste(
                     Image.fromarray(crop.permute(1, 2, 0).numpy()), (left * width + offset * side, top * height)
                 )
-            draw.text((left * width + 2, top * height + side + 2), name, fill="black")
+            _write(draw, name, (left * width + 2, top * height + side + 2), width - 4)
     return canvas
+
+
+def _write(draw, name, place, width):
+    """A word in any script, cut to a width in pixels."""
+    file, text = font_file(name), name
+    font = ImageFont.truetype(file, 11) if file else ImageFont.load_default(11)
+    while len(text) > 1 and draw.textlength(text, font=font) > width:
+        text = f"{text[:-2]}\u2026"
+    draw.text(place, text, fill="black", font=font)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from detectron2.data import DatasetCatalog
 
-from ovdet2.command_line import add_config_file, command_parser
+from ovdet2.command_line import add_config_file, command_parser, dataset_files, keep_inputs
 from ovdet2.config import load_config
 from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.evaluation.checked_report import read_report
 from ovdet2.evaluation.evaluation import REPORT, load_evaluation
+from ovdet2.evaluation.prediction_files import MERGED
 from ovdet2.report.html_report import write_html
 
 
@@ -37,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> Path:
     split = split_of(dataset)
     if split is None:
         raise UsageError(f"the data set {dataset!r} has no base and novel classes: give another one with --dataset.")
+    output = args.output or args.folder / "report.html"
+    read = args.config_file, args.folder / REPORT, args.folder / MERGED, dataset_files(dataset)
+    keep_inputs("--output", [output], read)
     if args.dataset:
         evaluation = OpenVocabularyEvaluator(dataset, args.folder).measure_again()
     else:
         evaluation = load_evaluation(args.folder, dataset)
-    output = args.output or args.folder / "report.html"
+    keep_inputs("--output", [output], (image["file_name"] for image in evaluation.truth.images.values()))
     write_html(output, evaluation.report, evaluation.truth, evaluation.detections, split, args.pictures)
     print(output)
     return output

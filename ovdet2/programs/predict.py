@@ -30,7 +30,7 @@ from typing import Any
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, keep_inputs, options_but
 from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
@@ -41,6 +41,7 @@ from ovdet2.report.labels import fonts_for
 from ovdet2.vocabulary import parse_words
 from ovdet2.zoo import DETECTORS
 
+RECORDS = "detections.json"
 _SHOWN = 20  # words printed
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -51,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     open_logs()
     output = Path(args.output)
     pictures = picture_paths(find_images(args.input, output), output)
+    written = [output / RECORDS, *pictures.values()]
+    keep_inputs("--output", written, pictures.keys(), options_but(args, "output"))
     detector = Detector(args.config_file, overrides=args.opts, competitors=args.competitors)
     if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             }
     finally:
         if records:  # also after an interruption
-            write_json(output / "detections.json", list(records.values()), indent=1)
+            write_json(output / RECORDS, list(records.values()), indent=1)
     if not records:
         raise DataError("no image could be read: see the messages above.")
     if numbered:

@@ -16,9 +16,10 @@ SIGTERM.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from ovdet2.command_line import add_run_arguments, command_parser, launch_run
+from ovdet2.command_line import add_run_arguments, command_parser, keep_inputs, launch_run
 from ovdet2.config import load_config, without_training_parts
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.zoo import DETECTORS
@@ -98,6 +99,8 @@ def run(argv: Sequence[str] | None = None, verb: str = "train") -> None:
             f"--config-file {named.config}; to train it further, add MODEL.WEIGHTS {named.weights}."
         )
     cfg = load_config(args.config_file, args.opts)
+    if not args.eval_only and not args.resume:  # these checkpoints would be replaced or removed
+        keep_inputs("OUTPUT_DIR", Path(cfg.OUTPUT_DIR).glob("model_*.pth"), cfg.MODEL.WEIGHTS)
     launch_run(main, args, cfg.MODEL.DEVICE)
 
 

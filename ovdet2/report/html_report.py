@@ -312,6 +312,9 @@ def image_section(pictures: Pictures, quality: dict[int, tuple[float, int]], cou
     for title, image_ids in zip(("Worst", "Best"), telling_images(quality, count)):
         figures = "".join(_image_figure(pictures, image_id, *quality[image_id]) for image_id in image_ids)
         parts.append(f'<h3>{title}</h3><div class="pictures">{figures or "<p>None.</p>"}</div>')
+    if pictures.numbered:
+        words = ", ".join(f"{number} {word(name)}" for number, name in sorted(pictures.numbered.items()))
+        parts.append(f"<p>No installed font has the characters of: {words}.</p>")
     return "".join(parts)
 
 

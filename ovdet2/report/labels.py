@@ -13,6 +13,8 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib import colors, font_manager
 from matplotlib.text import Text
 
+from ovdet2.report.html_parts import printable
+
 _LONGEST, _LONGEST_WORD = 80, 32  # characters of a label, and of a word in it
 _GOLDEN = 0.618034  # successive hues differ by this share of the circle, so that any few of them differ clearly
 _NOT_FOR_WORDS = ("Last Resort", "cm", "STIX")  # fonts of mathematics and of placeholders
@@ -27,8 +29,11 @@ def word_colour(number: int) -> tuple[float, float, float]:
 
 
 def plain(text: str) -> str:
-    """A text for matplotlib, at most 80 characters of one line, in which "$" starts no formula."""
-    text = " ".join(text.split())
+    """A text for matplotlib, at most 80 characters of one line, in which "$" starts no formula.
+
+    Lone surrogates and control characters, with which matplotlib fails, are replaced.
+    """
+    text = " ".join(printable(" ".join(text.split())).split())
     text = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}\u2026"
     return text.replace("$", r"\$")
 
@@ -51,6 +56,31 @@ def as_drawn(word: str, number: int) -> str:
     if fonts_for(word) is None:
         return f"#{number}"
     return word if len(word) <= _LONGEST_WORD else f"{word[: _LONGEST_WORD - 1]}\u2026"
+
+
+def font_file(text: str) -> str | None:
+    """The file of an installed font, for Pillow, that has all characters of a text; None if no single font has them."""
+    fonts = fonts_for(text)
+    return None if fonts is None or len(fonts) > 1 else font_manager.findfont(font_manager.FontProperties(family=fonts))
+
+
+def write_line(
+    visualizer: Visualizer, text: str, place: tuple[float, float], rgb: str | tuple[float, ...], size: float = 10
+) -> None:
+    """Write one line of text, in any script, on a dark ground.
+
+    Args:
+        visualizer: of the image, changed.
+        text: of any length; only its start is drawn, see :func:`plain`.
+        place: (x, y) of its upper left corner, in pixels of the image.
+        rgb: colour, in [0, 1], or its name in matplotlib.
+        size: of the font, in points of the picture.
+    """
+    visualizer.output.ax.text(
+        *place, plain(text),
+        size=size, family=fonts_for(plain(text)) or "sans-serif", color=rgb, verticalalignment="top",
+        horizontalalignment="left", zorder=10, bbox={"facecolor": "black", "alpha": 0.8, "pad": 0.7, "edgecolor": "none"},
+    )  # fmt: skip
 
 
 def draw_labels(

@@ -13,7 +13,7 @@ from ovdet2.data.datasets.coco_json import Split
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.matching import LEFT_OUT, TRUE, Matches
 from ovdet2.io.images import read_image
-from ovdet2.report.html_parts import printable
+from ovdet2.report.labels import as_drawn, draw_labels, fonts_for
 
 SIDE = 480  # longest side of a picture, pixels
 # RGB in [0, 1], Okabe and Ito: novel orange, base sky blue, as in the report's style sheet on dark ground.
@@ -40,13 +40,7 @@ def picture(path: str | Path, boxes_xyxy: np.ndarray, labels: Sequence[str], sub
     boxes, colours = np.asarray(boxes_xyxy, dtype=np.float64), [_COLOURS[subset] for subset in subsets]
     for box, colour in zip(boxes, colours):
         visualizer.draw_box(box, alpha=1, edge_color=colour)  # overlay_instances leaves them half transparent
-    if len(labels):
-        visualizer.overlay_instances(
-            boxes=boxes,
-            # matplotlib reads $...$ as a formula and fails at lone surrogates
-            labels=[printable(label).replace("$", r"\$") for label in labels],
-            assigned_colors=colours,
-        )
+    draw_labels(visualizer, boxes, labels, colours)
     pixels = visualizer.get_output().get_image()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=80)
@@ -56,6 +50,10 @@ def picture(path: str | Path, boxes_xyxy: np.ndarray, labels: Sequence[str], sub
 class Pictures:
     """Draws the images of one evaluation.
 
+    Attributes:
+        numbered: {"#3": word} of the words that were drawn as their category id, since no installed font has their
+            characters.
+
     Args:
         truth: :class:`~ovdet2.evaluation.columns.Truth`, whose image records name the files.
         detections: :class:`~ovdet2.evaluation.columns.Detections`.
@@ -64,6 +62,7 @@ class Pictures:
     """
 
     def __init__(self, truth: Truth, detections: Detections, split: Split, matches: Matches) -> None:
+        self.numbered: dict[str, str] = {}
         self._truth, self._detections, self._outcome = truth, detections, matches.outcome
         self._names = dict(zip(split.category_ids, split.names))
         self._subsets = dict(zip(split.category_ids, ("base" if is_base else "novel" for is_base in split.base_mask)))
@@ -76,7 +75,7 @@ class Pictures:
         """:func:`picture` of the ground truth of an image, crowds apart."""
         rows = (self._truth.image_ids == image_id) & ~self._truth.crowd
         ids = self._truth.category_ids[rows].tolist()
-        return self._draw(image_id, self._truth.boxes_xyxy[rows], ids, [self._names[i] for i in ids])
+        return self._draw(image_id, self._truth.boxes_xyxy[rows], ids, [self._word(i) for i in ids])
 
     def detections(self, image_id: int, count: int) -> str:
         """:func:`picture` of the ``count`` best detections that count, those that are true marked."""
@@ -85,10 +84,17 @@ class Pictures:
         rows = rows[np.argsort(-found.scores[rows], kind="stable")][:count]
         ids = found.category_ids[rows].tolist()
         labels = [
-            f"{'✓' if outcome == TRUE else '✗'} {self._names.get(i, f'category {i}')} {score:.2f}"
+            f"{'✓' if outcome == TRUE else '✗'} {self._word(i)} {score:.2f}"
             for i, outcome, score in zip(ids, self._outcome[rows].tolist(), found.scores[rows].tolist())
         ]
         return self._draw(image_id, found.boxes_xyxy[rows], ids, labels)
+
+    def _word(self, category_id):
+        """A word as it is drawn."""
+        name = self._names.get(category_id, f"category {category_id}")
+        if fonts_for(name) is None:
+            self.numbered[f"#{category_id}"] = name
+        return as_drawn(name, category_id)
 
     def _draw(self, image_id, boxes, category_ids, labels):
         subsets = [self._subsets.get(category_id, "other") for category_id in category_ids]

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
 from ovdet2.modeling.detr.outputs import DetrOutputs
-from ovdet2.report.labels import plain
+from ovdet2.report.labels import write_line
 
 SIDE = 640  # longest side of one of the two pictures, pixels
 _LEVELS = "cool"  # colour maps of matplotlib, first to last
@@ -154,9 +154,8 @@ def _colours(name, count):
 def _finish(drawn, names, colours, text=""):
     """The picture with a legend of the colours at its left, and a text at its lower end."""
     line = 16 / drawn.output.scale
-    options = {"font_size": 10 / drawn.output.scale, "horizontal_alignment": "left"}
     for number, (name, colour) in enumerate(zip(names, colours)):
-        drawn.draw_text(name, (line / 4, line / 4 + number * line), color=colour, **options)
+        write_line(drawn, name, (line / 4, line / 4 + number * line), colour)
     if text:
-        drawn.draw_text(plain(text), (line / 4, drawn.output.height - 1.5 * line), color="w", **options)
+        write_line(drawn, text, (line / 4, drawn.output.height - 1.5 * line), "w")
     return drawn.get_output().get_image()

@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from torch.nn import functional as F
 
 from ovdet2.modeling.detr.memory import Memory
+from ovdet2.report.labels import as_drawn, draw_labels, word_colour, write_line
 
 SIDE = 480  # longest side of each picture, pixels
 _MAP = colormaps["turbo"]
@@ -82,9 +83,12 @@ def draw_detections(image: np.ndarray, instances: Instances, names: Sequence[str
     Returns:
         array [h, w, 3] uint8 RGB, its longer side :data:`SIDE`.
     """
-    labels = [f"{names[word]} {score:.2f}" for word, score in zip(instances.pred_classes, instances.scores)]
-    drawn = Visualizer(image, scale=SIDE / max(image.shape[:2]))
-    drawn.overlay_instances(boxes=instances.pred_boxes, labels=[label.replace("$", r"\$") for label in labels])
+    words, boxes = instances.pred_classes.tolist(), instances.pred_boxes.tensor.numpy()
+    labels = [f"{as_drawn(names[word], word)} {score:.2f}" for word, score in zip(words, instances.scores)]
+    drawn, rgb = Visualizer(image, scale=SIDE / max(image.shape[:2])), [word_colour(word) for word in words]
+    for box, colour in zip(boxes, rgb):
+        drawn.draw_box(box, alpha=1.0, edge_color=colour)
+    draw_labels(drawn, boxes, labels, rgb)
     return _titled(drawn, text)
 
 
@@ -99,6 +103,5 @@ def _finish(pixels, text):
 
 def _titled(drawn, text):
     if text:
-        options = {"font_size": 10 / drawn.output.scale, "horizontal_alignment": "left"}
-        drawn.draw_text(text, (4 / drawn.output.scale,) * 2, color="w", **options)
+        write_line(drawn, text, (4 / drawn.output.scale,) * 2, "w")
     return drawn.get_output().get_image()

@@ -1,12 +1,12 @@
 """Read external embedding tables from numpy and torch files without running code from a pickle."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ovdet2.errors import DataError
+from ovdet2.io.weights import load_torch
 
 
 def read_table(path: str | Path, key: str | None = None) -> np.ndarray:
@@ -49,11 +49,10 @@ def _read_numpy(path):
 
 def _read_torch(path):
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return load_torch(path)
+    except DataError as error:
         raise DataError(
-            f"{path} is not a complete torch file with tensors only ({reason}): export it again with torch.save of a "
+            f"{path} is not a complete torch file with tensors only ({error}): export it again with torch.save of a "
             "tensor, or a dict of tensors."
         ) from None
 

@@ -17,9 +17,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ovdet2.errors import DataError, SetupError, UsageError
+from ovdet2.errors import DataError, SetupError, UsageError, did_you_mean
+from ovdet2.io.devices import require_device
+from ovdet2.io.weights import require_finite, without_advice
 from ovdet2.vlm.fingerprint import Fingerprint
-from ovdet2.vlm.weight_files import check_resolution, check_stated_architecture, is_torchscript, needs_quick_gelu
+from ovdet2.vlm.tokenizers import load_tokenizer, require_fitting_prompts
+from ovdet2.vlm.weight_files import (
+    check_resolution,
+    check_stated_architecture,
+    is_torchscript,
+    needs_quick_gelu,
+    readable_by_open_clip,
+)
 
 logger = logging.getLogger(__name__)
 _CLIENTS = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urllib")  # of model hubs
@@ -69,17 +78,19 @@ class Teacher(nn.Module):
             device: of the model.
 
         Raises:
-            UsageError: unknown architecture or tag.
-            DataError: the weights cannot be read, or are of another architecture or resolution.
-            SetupError: the weights cannot be downloaded.
+            UsageError: unknown architecture, tag or device.
+            DataError: the weights cannot be read, are not finite, or are of another architecture or resolution; or the
+                tokenizer's files are not at hand.
+            SetupError: the weights cannot be downloaded, or the device is not there.
         """
         import open_clip
 
+        require_device(device, "the device of the teacher (--device)")
         register_embedded_models()
         if architecture not in open_clip.list_models():
             raise UsageError(
-                f"open_clip has no architecture {architecture!r}: choose one of open_clip.list_models(), or an "
-                f"embedded one: {', '.join(embedded_models())}."
+                f"open_clip has no architecture {architecture!r}{did_you_mean(architecture, open_clip.list_models())}: "
+                f"choose one of open_clip.list_models(), or an embedded one: {', '.join(embedded_models())}."
             )
         source = stated = str(pretrained)
         preprocess, file = None, None
@@ -96,33 +107,14 @@ class Teacher(nn.Module):
             raise UsageError(
                 f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
             )
-        try:
-            with _one_message_of_the_hub():
-                clip = open_clip.create_model(
-                    architecture,
-                    pretrained=source,
-                    precision="fp32",
-                    require_pretrained=True,
-                    force_quick_gelu=needs_quick_gelu(architecture, stated),
-                    force_preprocess_cfg=preprocess,
-                    weights_only=not (file and is_torchscript(file)),
-                )
-        except Exception as error:  # open_clip, the hub client and torch raise many kinds here
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-            if file or pretrained == "embedded":
-                raise DataError(
-                    f"the weights {stated!r} of {architecture} could not be loaded ({reason}). The architecture "
-                    "(MODEL.TEACHER.ARCHITECTURE, --architecture) must be that of the file, and the file complete."
-                ) from error
-            remedy = "Check the connection, or give" if _is_of_network(error) else "Try again, or give"
-            raise SetupError(
-                f"the weights {stated!r} of {architecture} could not be downloaded and loaded ({reason}). {remedy} the "
-                "path of a weight file instead (MODEL.TEACHER.PRETRAINED, --pretrained)."
-            ) from error
+        tokenizer = load_tokenizer(architecture)  # first, since it takes less time than the weights
+        with readable_by_open_clip(file, architecture) if file else contextlib.nullcontext(source) as source:
+            clip = _load_clip(architecture, source, stated, preprocess, file)
         if file:
             check_resolution(file, architecture, clip.state_dict())
+        require_finite(clip.state_dict(), stated)
         fingerprint = Fingerprint(architecture, stated, state_dict_sha256(clip.state_dict()))
-        return cls(clip, open_clip.get_tokenizer(architecture), fingerprint).to(device)
+        return cls(clip, tokenizer, fingerprint).to(device)
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in evaluation mode, so that the teacher's batch statistics do not change."""
@@ -157,7 +149,7 @@ class Teacher(nn.Module):
         Raises:
             UsageError: a text has more tokens than the teacher's context; the message names the text.
         """
-        self._check_length(texts)
+        require_fitting_prompts(self.tokenizer, texts, self.fingerprint.architecture)
         chunks = [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
         encoded = [self.clip.encode_text(self.tokenizer(chunk).to(self.mean.device)).float() for chunk in chunks]
         return F.normalize(torch.cat(encoded), dim=-1)
@@ -198,18 +190,34 @@ class Teacher(nn.Module):
         """
         return (self.logit_scale * embeddings @ words.to(embeddings).T).softmax(dim=1)
 
-    def _check_length(self, texts):
-        encode = getattr(self.tokenizer, "encode", None)
-        if encode is None:
-            return  # tokenizers of other text towers truncate silently and have no cheap token count
-        limit = self.tokenizer.context_length - 2  # start and end tokens
-        for text in texts:
-            if len(text) > limit and len(encode(text)) > limit:  # a token has at least one character
-                raise UsageError(
-                    f"the prompt {text[:80]!r}... has more than the {limit} tokens that "
-                    f"{self.fingerprint.architecture} reads: "
-                    "shorten the name or choose a template set with shorter prompts."
-                )
+
+def _load_clip(architecture, source, stated, preprocess, file):
+    """open_clip's model of ``source``, a tag or file that messages name ``stated``; ``file`` is the user's file or None."""
+    import open_clip
+
+    try:
+        with _one_message_of_the_hub():
+            return open_clip.create_model(
+                architecture,
+                pretrained=str(source),
+                precision="fp32",
+                require_pretrained=True,
+                force_quick_gelu=needs_quick_gelu(architecture, stated),
+                force_preprocess_cfg=preprocess,
+                weights_only=not (file and is_torchscript(file)),
+            )
+    except Exception as error:  # open_clip, the hub client and torch raise many kinds here
+        reason = f"{type(error).__name__}: {without_advice(error)}"
+        if file or source != stated:  # a file of the user's or of the package
+            raise DataError(
+                f"the weights {stated!r} of {architecture} could not be loaded ({reason}). The architecture "
+                "(MODEL.TEACHER.ARCHITECTURE, --architecture) must be that of the file, and the file complete."
+            ) from error
+        remedy = "Check the connection, or give" if _is_of_network(error) else "Try again, or give"
+        raise SetupError(
+            f"the weights {stated!r} of {architecture} could not be downloaded and loaded ({reason}). {remedy} the path of a "
+            "weight file instead (MODEL.TEACHER.PRETRAINED, --pretrained)."
+        ) from error
 
 
 def preprocessing_of(architecture: str) -> dict[str, Any] | None:

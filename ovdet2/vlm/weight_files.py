@@ -4,14 +4,18 @@ open_clip silently interpolates a positional embedding of another resolution. On
 activation function of their weights.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ovdet2.errors import DataError
+from ovdet2.io.files import write_safetensors
+from ovdet2.io.weights import known_kind, load_torch, read_weights
 
 _POSITIONS = "visual.positional_embedding"  # of a ViT; a ResNet's attention pool of another size cannot be loaded
 
@@ -60,6 +64,35 @@ def check_stated_architecture(path: Path, architecture: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def readable_by_open_clip(path: Path, architecture: str) -> Generator[Path, None, None]:
+    """Yield a file with the weights of a teacher under the names that open_clip reads.
+
+    It is the file itself, or a temporary one if open_clip does not know the arrangement of the file
+    (:func:`~ovdet2.io.weights.unwrapped`). Big Vision's ``.npz`` files and TorchScript archives are not changed.
+
+    Raises:
+        DataError: the file cannot be read, or its names show that it is no CLIP of open_clip.
+    """
+    if path.suffix in (".npz", ".npy") or is_torchscript(path):
+        yield path
+        return
+    weights = {name: torch.as_tensor(value) for name, value in read_weights(path)["model"].items()}
+    kind = known_kind(weights)
+    if kind is not None and kind != known_kind(["visual.", "text."]):
+        raise DataError(
+            f"{path} is {kind}, and no CLIP with the names of open_clip, of which {architecture} is one: give the weights "
+            "that open_clip publishes for it (a pretrained tag downloads them)."
+        )
+    if list(weights) == _names_for_open_clip(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="ovdet2-") as folder:
+        plain = Path(folder) / "weights.safetensors"
+        write_safetensors(plain, weights, {"schema": "ovdet2/unwrapped/1"})
+        yield plain
+
+
 def check_resolution(path: Path, architecture: str, state: Mapping[str, torch.Tensor]) -> None:
     """Compare the positional embedding of a file with that of the model into which it was loaded.
 
@@ -93,18 +126,28 @@ def is_torchscript(path: str | Path) -> bool:
         return False
 
 
+def _names_for_open_clip(path):
+    """The names of the weights as open_clip reads the file."""
+    if path.suffix == ".safetensors":
+        names = _read(path, lambda file: list(file.keys()))
+    elif path.suffix == ".pkl":
+        return []  # arrays, which it does not read
+    else:
+        content = load_torch(path)
+        names = list(content.get("state_dict", content))
+    first = str(next(iter(names), ""))
+    return [str(name)[7:] for name in names] if first.startswith("module") else names
+
+
 def _shapes(path):
     """{name of a tensor: its shape as a list}, empty for formats that open_clip converts."""
     if path.suffix in (".npz", ".npy"):
         return {}
+    if is_torchscript(path):
+        return {name: list(tensor.shape) for name, tensor in torch.jit.load(path, "cpu").state_dict().items()}
     if path.suffix == ".safetensors":
-        shapes = _read(path, lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})
-    else:
-        from open_clip.factory import load_state_dict
-
-        state = load_state_dict(str(path), weights_only=not is_torchscript(path))
-        shapes = {name: tensor.shape for name, tensor in state.items()}
-    return {name.removeprefix("module."): list(shape) for name, shape in shapes.items()}
+        return _read(path, lambda file: {name: file.get_slice(name).get_shape() for name in file.keys()})
+    return {name: list(torch.as_tensor(value).shape) for name, value in read_weights(path)["model"].items()}
 
 
 def _read(path, look):

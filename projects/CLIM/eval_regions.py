@@ -16,6 +16,7 @@ import torch
 from clim.regions import evaluate, table
 from clim.response import draw_responses, mosaic_of, response_maps
 
+from ovdet2.command_line import dataset_files, keep_inputs, options_but
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.files import write_json
 from ovdet2.io.images import read_image
@@ -32,8 +33,10 @@ def main(argv=None):
         raise UsageError("--square is of the naming of boxes: give --dataset.")
     if bool(args.words) != bool(args.images) or (args.mosaic and len(args.images) < args.mosaic**2):
         raise UsageError("a picture needs --words and --images, and --mosaic G at least G * G images.")
-    teachers = [Teacher.load(args.architecture, weights, args.device) for weights in args.pretrained]
     output, results = Path(args.output), []
+    drawn = (output / f"response_{number}.png" for number in range(len(args.images)))
+    keep_inputs("--output", [output / "regions.json", *drawn], options_but(args, "output"), dataset_files(args.dataset))
+    teachers = [Teacher.load(args.architecture, weights, args.device) for weights in args.pretrained]
     if args.dataset:
         settings = args.dataset, args.side, args.factors, args.templates, args.limit, args.square
         results = [evaluate(teacher, *settings) for teacher in teachers]

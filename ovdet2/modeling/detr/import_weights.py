@@ -15,6 +15,7 @@ from detectron2.modeling.backbone.resnet import BasicStem, ResNet
 from torch import Tensor
 
 from ovdet2.errors import DataError
+from ovdet2.io.weights import known_kind
 from ovdet2.modeling.detr.heads import ClosedSetBranch
 from ovdet2.modeling.detr.model import DeformableDETR
 from ovdet2.modeling.detr.neck import MultiScaleNeck
@@ -94,7 +95,9 @@ def import_weights(
     weights = {name: torch.as_tensor(value) for name, value in weights.items()}
     renamed, unknown = _rename(weights)
     if unknown:
-        raise DataError(f"{_listed('unknown weights', unknown)}: this is not a Deformable DETR of a known kind.")
+        kind = known_kind(weights)
+        looks = "" if kind is None else f", it looks like {kind}"
+        raise DataError(f"{_listed('unknown weights', unknown)}: this is not a Deformable DETR of a known kind{looks}.")
     refined = any("decoder.bbox_embed" in name for name in weights) or _heads_differ(renamed)
     if f"{_QUERIES}project.weight" in renamed:
         variant = "plus_plus" if "query_embed" in renamed else "two_stage"

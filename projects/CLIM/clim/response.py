@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ovdet2.data.mosaic import compose_mosaics, draw_mosaics
 from ovdet2.io.files import atomic_path
+from ovdet2.report.labels import fonts_for, plain
 from ovdet2.vlm.dense import dense_map, is_vit, pool_regions, resized_shape, stride_of
 
 _WINDOW = 3  # cells a side of the window that a ResNet's attention pool sees around each cell
@@ -70,20 +71,24 @@ def draw_responses(path, image, words, maps, names):
     colours = "tab20" if len(words) <= 20 else "nipy_spectral"
     for row in range(rows):
         axes[row, 0].imshow(shown, extent=extent)
-        axes[row, 0].set_title(words[row] if row < len(words) else "best word of each cell")
+        _title(axes[row, 0], words[row] if row < len(words) else "best word of each cell")
         for axis, cosines, name in zip(axes[row, 1:], maps, names, strict=True):
             axis.imshow(shown.mean(axis=2), extent=extent, cmap="gray")  # its colours would mix with the response's
             if row < len(words):
                 found = cosines[row]
                 axis.imshow(found.numpy(), extent=extent, alpha=0.6, cmap="viridis", interpolation="bilinear")
-                axis.set_title(f"{name}: {found.min():.2f} to {found.max():.2f}")
+                _title(axis, f"{name}: {found.min():.2f} to {found.max():.2f}")
             else:
                 best = cosines.argmax(dim=0).numpy()
                 axis.imshow(
                     best, extent=extent, alpha=0.6, cmap=colours, vmin=0, vmax=len(words) - 1, interpolation="nearest"
                 )
-                axis.set_title(", ".join(words[index] for index in np.unique(best)[:4]), fontsize="small", wrap=True)
+                _title(axis, ", ".join(words[index] for index in np.unique(best)[:4]), fontsize="small", wrap=True)
     for axis in axes.flat:
         axis.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
+
+
+def _title(axis, text, **options):
+    axis.set_title(plain(text), family=fonts_for(plain(text)) or "sans-serif", **options)
