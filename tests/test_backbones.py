@@ -19,6 +19,7 @@ from ovdet2.modeling.backbone.clip_vit import read_blocks
 from ovdet2.modeling.backbone.timm_swin import load_swin, swin_trunk
 from ovdet2.vlm.dense import attention_free_block, dense_map, embed_patch_tokens, pool_regions
 from ovdet2.vlm.teacher import Teacher
+from tests.oracles.swin import swin_maps
 
 ALL = ("res2", "res3", "res4", "res5")
 TINY = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 3, 6), "window_size": 4}
@@ -326,6 +327,40 @@ class TestTimmSwin:
         for name, expected in zip(ALL, plain(pixels)):
             expected = torch.nn.functional.layer_norm(expected, expected.shape[-1:]).permute(0, 3, 1, 2)
             assert torch.allclose(found[name], expected, atol=1e-5)
+
+    @pytest.mark.parametrize("size", [(50, 68), (100, 136), (64, 64), (97, 131), (30, 200), (20, 20)])
+    def test_equals_the_published_detectors(self, size):
+        """50 x 68 and 100 x 136 are 800 x 1088 scaled down. Of these sizes only 64 x 64 has multiples of the window."""
+        trunk = TimmSwin(tiny_swin(), ALL).double().eval()
+        with torch.no_grad():
+            for number, (name, value) in enumerate(trunk.named_parameters()):
+                noise = torch.sin(torch.arange(value.numel(), dtype=torch.float64) * (number + 1.7)).view_as(value)
+                value.copy_(0.5 * noise + name.endswith("weight") * (value.ndim == 1))
+        weights = {}
+        for name, value in trunk.state_dict().items():
+            name = name.removeprefix("trunk.")
+            if stage := re.match(r"layers\.(\d)\.downsample(.*)", name):
+                name = f"layers.{int(stage[1]) - 1}.downsample{stage[2]}"
+            if output := re.match(r"norms\.res(\d)(.*)", name):
+                name = f"norm{int(output[1]) - 2}{output[2]}"
+            weights[name] = value
+        pixels = torch.sin(torch.arange(2 * 3 * size[0] * size[1], dtype=torch.float64) * 0.7).view(2, 3, *size)
+        expected = swin_maps(weights, pixels, TINY["depths"], TINY["num_heads"], TINY["window_size"], range(4))
+        maps = trunk(pixels)
+        for stage, name in enumerate(ALL):
+            assert torch.allclose(maps[name], expected[stage], atol=1e-9, rtol=0), name
+
+    def test_padding_comes_before_the_shift(self):
+        """With timm's order, most cells of the same maps differ."""
+        trunk = tiny_swin().eval()
+        plain = timm.create_model(
+            "swin_tiny_patch4_window7_224", strict_img_size=False, always_partition=True, **TINY
+        ).eval()
+        plain.load_state_dict(trunk.state_dict())
+        pixels = torch.randn(1, 3, 100, 136, generator=torch.Generator().manual_seed(0))
+        pairs = zip(*(net.forward_intermediates(pixels, intermediates_only=True) for net in (trunk, plain)))
+        shares = [((one - other).abs().amax(dim=1) > 1e-5).double().mean() for one, other in pairs]
+        assert all(share > 0.1 for share in shares), shares
 
     def test_windows_are_shifted_in_the_last_stage(self):
         """timm leaves it out where the last stage of its classification size is one window."""

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, checkpoint_filter_fn
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,6 +19,20 @@ from ovdet2.modeling.backbone.trunk import Trunk
 
 _STAGES = ("res2", "res3", "res4", "res5")
 _PATCH = 4
+
+
+class PadThenShiftBlock(SwinTransformerBlock):
+    """timm's block, on maps that are no multiple of the window.
+
+    The published detectors pad the map and then shift it; timm shifts first, so that its padding is in the middle of
+    the map. The two are equal only for multiples of the window.
+    """
+
+    def _attn(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention in windows: Tensor [B, H, W, C] -> [B, H, W, C]."""
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, -width % self.window_size[1], 0, -height % self.window_size[0]))
+        return super()._attn(x)[:, :height, :width]
 
 
 class TimmSwin(Trunk):
@@ -71,7 +85,8 @@ def swin_trunk(
     """A SwinTransformer for detection, with random weights.
 
     Window size and shift are the same in every stage and for every image size. By default timm sets both for its
-    classification size, where the last stage is a single window without a shift.
+    classification size, where the last stage is a single window without a shift. Maps are padded as in the published
+    detectors, see :class:`PadThenShiftBlock`.
 
     Args:
         architecture: timm name, such as "swin_base_patch4_window7_224".
@@ -90,6 +105,9 @@ def swin_trunk(
         name, pretrained=False, drop_path_rate=drop_path, strict_img_size=False, always_partition=True, **changes
     )
     assert isinstance(trunk, SwinTransformer)  # true of all timm names with this prefix
+    for block in trunk.modules():
+        if isinstance(block, SwinTransformerBlock):
+            block.__class__ = PadThenShiftBlock  # timm's constructor takes no class of blocks
     trunk.set_grad_checkpointing(checkpointing)
     return trunk
 
