@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.vlm.crops import POLICIES, crop_regions, crop_windows, embed_regions, pillow_crops, scale_boxes
 from ovdet2.vlm.teacher import Teacher, state_dict_sha256
 from ovdet2.vlm.weight_files import is_torchscript
@@ -68,9 +68,21 @@ def test_openai_weights_get_their_activation(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model", create)
     for tag, quick in (("openai", True), ("laion2b_s34b_b79k", False)):
-        with pytest.raises(DataError, match="no network"):
+        with pytest.raises(SetupError, match="no network.*Try again, or give the path of a weight file"):
             Teacher.load("ViT-B-32", tag)
         assert seen["force_quick_gelu"] is quick
+
+
+@pytest.mark.parametrize("cause, remedy", [(ConnectionError("gone"), "Check the connection"), (OSError("disk"), "Try again")])  # fmt: skip
+def test_weights_that_cannot_be_downloaded(cause, remedy, monkeypatch):
+    def create(*_, **__):
+        raise RuntimeError("Failed to download weights") from cause
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(SetupError, match=f"could not be downloaded .*{remedy}, or give the path of a weight file"):
+        Teacher.load("ViT-B-32", "openai")
+    with pytest.raises(DataError, match="architecture .* must be that of the file, and the file complete"):
+        Teacher.load("ovshapes-resnet", "embedded")
 
 
 def test_torchscript_archive(teacher, tmp_path):
