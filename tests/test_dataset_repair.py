@@ -233,11 +233,11 @@ def test_notes_for_repeated_files_and_boxes_and_for_classes_of_crowds(data):
     assert problems(check(data, "x.json")) == []
 
 
-def test_ignored_objects_are_read_as_crowds(data, tmp_path):
+def test_ignored_objects_do_not_count_as_objects(data, tmp_path):
     for number, box in enumerate(data["annotations"]):
         box |= {"ignore": number % 2, "iscrowd": 0}
-    crowds = [box["iscrowd"] for record in load_ov_json_of(data, tmp_path) for box in record["annotations"]]
-    assert sum(crowds) == 18
+    boxes = [box for record in load_ov_json_of(data, tmp_path) for box in record["annotations"]]
+    assert sum(box["iscrowd"] for box in boxes) == sum(box.get("difficult", False) for box in boxes) == 18
 
 
 def test_backslashes_are_written_as_slashes(data, tmp_path):
