@@ -34,6 +34,10 @@ def flat(polygons):
     return polygons[0]
 
 
+def points(polygon):
+    return [list(point) for point in zip(polygon[::2], polygon[1::2])]
+
+
 CONVERTED = {
     "category ids of digits": [("categories", "id", str), ("annotations", "category_id", str)],
     "image ids of digits": [("images", "id", str), ("annotations", "image_id", str)],
@@ -54,6 +58,8 @@ CONVERTED = {
     "areas of digits": [("annotations", "area", str)],
     "sizes of digits": [("images", "width", lambda side: f"{side:.0f}"), ("images", "height", str)],
     "flat polygons": [("annotations", "segmentation", flat)],
+    "polygons of points": [("annotations", "segmentation", lambda value: points(value[0]))],
+    "lists of polygons of points": [("annotations", "segmentation", lambda value: [points(value[0])])],
     "flat polygons of digits": [("annotations", "segmentation", lambda value: list(map(str, flat(value))))],
 }
 
@@ -194,6 +200,13 @@ def test_each_form_of_boxes_raises_its_suspicion_only(form, kind, data):
     assert suspected == ([] if kind is None else [f"suspected-{kind}"])
     repaired, _ = repair(data, found)
     assert [box["bbox"] for box in repaired["annotations"]] == [box["bbox"] for box in data["annotations"]]
+
+
+def test_shares_are_suspected_without_image_sizes(data):
+    change(data, "annotations", "bbox", lambda box: as_form(box, "corner shares"))
+    for image in data["images"]:
+        del image["width"]
+    assert "suspected-shares" in {finding.kind for finding in check(data, "x.json")}
 
 
 def test_three_boxes_are_enough_to_suspect_shares(data):

@@ -146,7 +146,20 @@ def _segmentation(value: object) -> Any:
     if all(is_finite(as_number(element)) for element in value):  # one polygon, not in a list of polygons
         polygon = [as_number(element) for element in value]
         return [polygon] if len(polygon) >= 6 and len(polygon) % 2 == 0 else value
-    return _each(value, _numbers)
+    if len(value) >= 3 and all(map(_is_point, value)):  # one polygon as a list of points
+        value = [value]
+    return _each(value, _polygon)
+
+
+def _is_point(value):
+    return isinstance(value, list) and len(value) == 2 and all(is_finite(as_number(number)) for number in value)
+
+
+def _polygon(value: object) -> Any:
+    """A list of numbers; also of a list of points."""
+    if isinstance(value, list) and len(value) >= 3 and all(map(_is_point, value)):
+        value = [number for point in value for number in point]
+    return _numbers(value)
 
 
 def _name(value: object) -> Any:

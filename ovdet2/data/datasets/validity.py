@@ -24,6 +24,7 @@ FLAGS = ("iscrowd", "ignore")
 MIN_BOX_SIDE = 1e-4
 _NUMBERS = {int, float}  # by type, since a bool is an int
 _MAX_PIXELS = 2**32  # COCO's mask code counts the pixels of an image in 32 bits
+_MAX_SIDE = 2**31  # sizes are stored in 32 bits with a sign
 _PLACEHOLDERS = {"", "n/a", "na", "none", "null", "nil", "nan", "unknown", "undefined", "todo", "-", "?", "#", "."}
 
 NOT_NUMBERS, NOT_FINITE, NO_AREA, OUTSIDE = "not four numbers", "not finite", "no area", "outside"
@@ -65,7 +66,7 @@ def size_of(image: Mapping[str, Any]) -> tuple[int, int] | None:
     if not all(is_finite(side) and side > 0 and side == int(side) for side in (width, height)):
         return None
     size = int(width), int(height)  # pyrefly: ignore[bad-argument-type]  numbers
-    return size if size[0] * size[1] < _MAX_PIXELS else None
+    return size if size[0] * size[1] < _MAX_PIXELS and max(size) < _MAX_SIDE else None
 
 
 def is_name(name: object) -> TypeGuard[str]:
