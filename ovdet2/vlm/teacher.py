@@ -94,7 +94,8 @@ class Teacher(nn.Module):
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise UsageError(
-                f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
+                f"{str(pretrained)!r} is neither a file nor a pretrained tag of {architecture}"
+                f"{did_you_mean(str(pretrained), open_clip.list_pretrained_tags_by_model(architecture))} (tags: {known})."
             )
         try:
             with _one_message_of_the_hub():
