@@ -104,6 +104,15 @@ def test_names_count_not_category_ids(register, tmp_path):
         trainer_of(tmp_path, train, [register(FAULTS / "train.json", base=[*BASE, *NOVEL])])
 
 
+@pytest.mark.parametrize("name", ["float", "missing", "text"])
+def test_a_json_without_valid_sizes_trains_and_is_evaluated(name, register, tmp_path):
+    path = CASES / "13-image-size-fields" / f"{name}.json"
+    train = register(path, base=[*BASE, *NOVEL], base_only=True)
+    trainer = trainer_of(tmp_path, train, [register(path, base=[*BASE, *NOVEL])])
+    trainer.train()
+    assert trainer._last_eval_results["bbox"]["AP50-all"] >= 0
+
+
 ODD_NAMES = {
     "text": ("plum", r"base .*is 'plum': give a list of class names, such as \['plum'\]"),
     "a dict": ("{0: plum}", "give a list of class names"),

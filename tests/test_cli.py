@@ -142,7 +142,8 @@ def test_repair_writes_the_copy(tmp_path, capsys):
     path, out = tmp_path / "a.json", tmp_path / "b.json"
     path.write_text(
         '{"images": [{"id": 1, "file_name": "a.png", "width": 9, "height": 9}], "categories": [{"id": 1, "name": "a"}],'
-        ' "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 5]}]}'
+        ' "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 0, 5]},'
+        '{"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 5, 5]}]}'
     )
     words = ["dataset", "repair", "--json", str(path), "--output", str(out)]
     code, printed, _ = code_of(capsys, *words)

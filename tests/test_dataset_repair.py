@@ -34,6 +34,10 @@ def flat(polygons):
     return polygons[0]
 
 
+def points(polygon):
+    return [list(point) for point in zip(polygon[::2], polygon[1::2])]
+
+
 CONVERTED = {
     "category ids of digits": [("categories", "id", str), ("annotations", "category_id", str)],
     "image ids of digits": [("images", "id", str), ("annotations", "image_id", str)],
@@ -54,6 +58,8 @@ CONVERTED = {
     "areas of digits": [("annotations", "area", str)],
     "sizes of digits": [("images", "width", lambda side: f"{side:.0f}"), ("images", "height", str)],
     "flat polygons": [("annotations", "segmentation", flat)],
+    "polygons of points": [("annotations", "segmentation", lambda value: points(value[0]))],
+    "lists of polygons of points": [("annotations", "segmentation", lambda value: [points(value[0])])],
     "flat polygons of digits": [("annotations", "segmentation", lambda value: list(map(str, flat(value))))],
 }
 
@@ -117,6 +123,13 @@ def test_image_sizes_come_from_the_files(name, tmp_path):
         assert {(record["width"], record["height"]) for record in records} == {(160, 120)}
         assert all(type(record["width"]) is int for record in records)
         assert sum(len(record["annotations"]) for record in records) == 36
+
+
+def test_sizes_that_need_the_image_files_ask_for_the_folder(tmp_path, capsys):
+    path, out = CASES / "13-image-size-fields" / "missing.json", tmp_path / "out.json"
+    assert main(["--json", str(path), "--fix", str(out)]) == 3
+    assert "add --images FOLDER" in capsys.readouterr().out
+    assert len(read_json(out)["annotations"]) == 36
 
 
 def test_boxes_are_checked_against_the_size_in_the_header(data):
@@ -196,6 +209,13 @@ def test_each_form_of_boxes_raises_its_suspicion_only(form, kind, data):
     assert [box["bbox"] for box in repaired["annotations"]] == [box["bbox"] for box in data["annotations"]]
 
 
+def test_shares_are_suspected_without_image_sizes(data):
+    change(data, "annotations", "bbox", lambda box: as_form(box, "corner shares"))
+    for image in data["images"]:
+        del image["width"]
+    assert "suspected-shares" in {finding.kind for finding in check(data, "x.json")}
+
+
 def test_three_boxes_are_enough_to_suspect_shares(data):
     data["annotations"] = data["annotations"][:3]
     change(data, "annotations", "bbox", lambda box: as_form(box, "centre shares"))
@@ -233,11 +253,11 @@ def test_notes_for_repeated_files_and_boxes_and_for_classes_of_crowds(data):
     assert problems(check(data, "x.json")) == []
 
 
-def test_ignored_objects_are_read_as_crowds(data, tmp_path):
+def test_ignored_objects_do_not_count_as_objects(data, tmp_path):
     for number, box in enumerate(data["annotations"]):
         box |= {"ignore": number % 2, "iscrowd": 0}
-    crowds = [box["iscrowd"] for record in load_ov_json_of(data, tmp_path) for box in record["annotations"]]
-    assert sum(crowds) == 18
+    boxes = [box for record in load_ov_json_of(data, tmp_path) for box in record["annotations"]]
+    assert sum(box["iscrowd"] for box in boxes) == sum(box.get("difficult", False) for box in boxes) == 18
 
 
 def test_backslashes_are_written_as_slashes(data, tmp_path):

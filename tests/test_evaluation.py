@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from detectron2.structures import Boxes, Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -226,3 +227,39 @@ def test_difficult_objects_of_voc_are_found_by_iou_and_crowds_by_share():
     assert as_object["AP50"] == pytest.approx(50)  # the small one is false, the two that fit count neither way
     assert match(truth, detections).outcome.tolist() == [LEFT_OUT, LEFT_OUT, LEFT_OUT, TRUE]
     assert match(truth, detections, crowds=False).outcome.tolist() == [BACKGROUND, LEFT_OUT, LEFT_OUT, TRUE]
+
+
+@pytest.mark.parametrize("flag, by_share", [("iscrowd", True), ("ignore", False)])
+@pytest.mark.parametrize("task", ["bbox", "segm"])
+def test_an_ignored_object_is_matched_by_iou_and_a_crowd_by_share(flag, by_share, task, make_evaluator):
+    """A detection of half of such a region is no error on a crowd; on one difficult object it is."""
+    square = [[10, 10, 30, 10, 30, 30, 10, 30]]
+    box = {"image_id": 1, "category_id": 5, "area": 400, "segmentation": square}
+    data = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 100, "height": 80}],
+        "annotations": [
+            {**box, "id": 1, "bbox": [10, 10, 20, 20]},
+            {**box, "id": 2, "bbox": [50, 10, 40, 40], "segmentation": [[50, 10, 90, 10, 90, 50, 50, 50]], flag: 1},
+        ],
+        "categories": [{"id": number, "name": name} for number, name in zip(SPLIT.category_ids, SPLIT.names)],
+    }
+
+    def figure(*extra):
+        evaluator = make_evaluator(data, masks=True, folder=f"out{len(extra)}{flag}{task}{extra}")
+        found = Instances((80, 100))
+        rows = [*extra, (10, 10, 30, 30)]
+        found.pred_boxes = Boxes(torch.tensor(rows, dtype=torch.float32))
+        found.scores = torch.linspace(0.9, 0.5, len(rows))
+        found.pred_classes = torch.full((len(rows),), SPLIT.category_ids.index(5))
+        found.pred_masks = torch.zeros(len(rows), 80, 100, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(found.pred_masks, rows):
+            mask[y1:y2, x1:x2] = True
+        evaluator.process([{"image_id": 1}], [{"instances": found}])
+        results = evaluator.evaluate()[task]
+        evaluation = evaluator.evaluation
+        return results["AP50-novel"], match(evaluation.truth, evaluation.detections).outcome.tolist()
+
+    assert figure() == (100, [TRUE])
+    assert figure((50, 10, 90, 50)) == (100, [LEFT_OUT, TRUE])
+    part = figure((52, 12, 66, 26))
+    assert part == ((100, [LEFT_OUT, TRUE]) if by_share else (50, [BACKGROUND, TRUE]))

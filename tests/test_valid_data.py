@@ -19,8 +19,10 @@ from PIL import Image
 
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets.check import check, problems
+from ovdet2.data.datasets.conversion import convert
 from ovdet2.data.datasets.register import all_base, register_dataset
 from ovdet2.data.datasets.repair import repair
+from ovdet2.data.datasets.validity import OTHER_LENGTH, OTHER_SIZE, segmentation_fault
 from ovdet2.data.sample_maker import build_sample_maker
 from ovdet2.errors import DataError
 from ovdet2.evaluation import OpenVocabularyEvaluator
@@ -228,3 +230,53 @@ def test_what_the_checker_passes_can_be_used(folder, case):
         event("without a problem")
     if not problems(found):
         use(data, masks, lvis, folder)
+
+
+runs = st.lists(st.integers(0, 70), min_size=1, max_size=30) | st.lists(st.integers(0, 200_000), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs, st.integers(-3, 3))
+def test_run_lengths_add_up_as_text_and_as_a_list(counts, more):
+    """COCO's own coder is the reference; a code of another number of pixels is refused in both forms."""
+    total = sum(counts) + more
+    if sum(counts) == 0 or total <= 0:
+        return
+    text = compressed(counts, sum(counts), 1)["counts"]
+    for form in (counts, text):
+        fault = segmentation_fault({"size": [1, total], "counts": form})
+        assert fault == (None if more == 0 else OTHER_LENGTH)
+        assert segmentation_fault({"size": [1, total], "counts": form}, (total + 1, 1)) == OTHER_SIZE
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="ascii"), max_size=20) | st.text(max_size=5))
+def test_text_that_is_no_code_is_refused_and_a_code_decodes(text):
+    """Whatever passes, COCO's tools decode to the pixels of the image."""
+    import pycocotools.mask as mask_api
+
+    code = {"size": [4, 5], "counts": text}
+    if segmentation_fault(code, (5, 4)) is None:
+        assert mask_api.decode(code).shape == (4, 5)
+
+
+junk = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["1", "1.0", " 2 ", "", "x", "true", "1e999"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["size", "counts"]), inner, max_size=2),
+    max_leaves=6,
+)
+keys = ("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "area", "segmentation", "width", "height", "name")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(keys), junk, max_size=6) | junk, max_size=4))
+def test_converting_twice_changes_nothing_and_changes_no_valid_record(records):
+    data = {"images": records, "categories": records, "annotations": records}
+    once, findings = convert(data)
+    again, none = convert(once)
+    assert none == [] and repr(again) == repr(once)
+    assert (repr(once) == repr(data)) == (not findings)

@@ -43,7 +43,7 @@ def evaluate_classes(
             large (ground truth is always classed by its annotated area).
         limits: ascending numbers of detections of a class counted in one image; AP is that of the last one.
         federation: :class:`~ovdet2.evaluation.federation.Federation` for the rules of LVIS, None for those of COCO.
-        crowds: the regions of ``truth.crowd`` hold many objects, so a detection is on one by the share of the detection
+        crowds: the regions of ``truth.many`` hold many objects, so a detection is on one by the share of the detection
             that lies in it (COCO). False: each is one object whose detections are ignored, and IoU decides (VOC).
 
     Returns:
@@ -95,7 +95,7 @@ class _OneClass(COCOeval_faster):
 
     Args:
         truth, found: dicts of columns sorted by image, those of an image by descending score: image_ids, shapes (XYWH
-            boxes or run-length codes) and what :meth:`_prepare` passes on.
+            boxes or run-length codes), of the truth by_share, and what :meth:`_prepare` passes on.
         task, limits, crowds: as of :func:`evaluate_classes`.
     """
 
@@ -109,7 +109,7 @@ class _OneClass(COCOeval_faster):
 
     def _prepare(self):
         for columns, target in ((self._truth, self.gt_dataset), (self._found, self.dt_dataset)):
-            keys = [key for key in columns if key not in ("image_ids", "shapes")]
+            keys = [key for key in columns if key not in ("image_ids", "shapes", "by_share")]
             rows = zip(*(columns[key].tolist() for key in keys))
             # Numbered from 1: the matching reads id 0 as "unmatched".
             for number, (image_id, row) in enumerate(zip(columns["image_ids"].tolist(), rows), start=1):
@@ -117,7 +117,7 @@ class _OneClass(COCOeval_faster):
 
     def computeIoU(self, imgId, catId):
         truth, found = (_slice_of(columns["image_ids"], imgId) for columns in (self._truth, self._found))
-        by_share = self._truth["iscrowd"][truth] * self._crowds
+        by_share = (self._truth["by_share"][truth] & self._crowds).astype(int)
         return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], by_share)
 
 
@@ -143,6 +143,7 @@ def _truth_of(truth, rows, task):
         "area": truth.areas[rows],
         "iscrowd": crowd,
         "ignore": crowd,
+        "by_share": truth.many[rows],
     }
 
 

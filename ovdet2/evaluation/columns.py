@@ -24,8 +24,9 @@ class Truth:
         category_ids: [G] int64, the data set's own.
         boxes_xyxy: [G, 4] float64.
         areas: [G] float64, square pixels, "area" of the annotation (of its mask in COCO).
-        crowd: [G] bool.
+        crowd: [G] bool, objects that do not count: crowds and difficult objects.
         segmentations: list of G in COCO's form, or None for a data set without masks.
+        difficult: [G] bool, which of ``crowd`` are single objects; None if none is.
     """
 
     images: dict
@@ -36,6 +37,12 @@ class Truth:
     areas: np.ndarray
     crowd: np.ndarray
     segmentations: list | None = None
+    difficult: np.ndarray | None = None
+
+    @property
+    def many(self) -> np.ndarray:
+        """[G] bool: regions of many objects, on which a detection is by the share of it that lies within."""
+        return self.crowd if self.difficult is None else self.crowd & ~self.difficult
 
     @classmethod
     def of(cls, records: Sequence[dict[str, Any]], split: Split, masks: bool = False) -> "Truth":
@@ -66,6 +73,7 @@ class Truth:
             areas=column("area", np.float64),
             crowd=column("iscrowd", bool),
             segmentations=[annotation["segmentation"] for annotation in annotations] if masks else None,
+            difficult=np.array([annotation.get("difficult", False) for annotation in annotations], dtype=bool),
         )
 
 

@@ -124,8 +124,10 @@ def _assign(overlaps):
 def _not_counted(truth, image_id, gt_rows, boxes, classes, crowds):
     """[R] bool: the metric ignores the detection if it is matched to no box."""
     regions = gt_rows[truth.crowd[gt_rows]]
-    overlap = _covered if crowds else pairwise_iou
-    on_region = overlap(boxes, truth.boxes_xyxy[regions]) >= FOREGROUND_IOU  # R x regions
+    overlaps = pairwise_iou(boxes, truth.boxes_xyxy[regions])  # R x regions
+    if crowds:
+        overlaps = np.where(truth.many[regions], _covered(boxes, truth.boxes_xyxy[regions]), overlaps)
+    on_region = overlaps >= FOREGROUND_IOU
     not_counted = (on_region & (classes[:, None] == truth.category_ids[regions])).any(axis=1)
     record = truth.images[image_id]
     if "neg_category_ids" in record:

@@ -347,7 +347,7 @@ def _check_boxes(records, indices, rows, found):
             index = int(indices[row])
             seen = f"{show(records[index]['bbox'])} in an image of {image_width[row]:g}x{image_height[row]:g}"
             found.append(finding_of(kind, index, records[index], seen))
-    judged = np.flatnonzero(~empty & np.isfinite(image_width))
+    judged = np.flatnonzero(~empty)
     found += suspect_boxes(rows[judged], [usable_id(records[indices[row]]) for row in judged])
 
 

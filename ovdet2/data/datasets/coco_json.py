@@ -33,6 +33,7 @@ from ovdet2.data.datasets.validity import (
     image_name,
     is_area,
     is_crowd,
+    is_difficult,
     is_flag,
     is_id,
     leaves_folder,
@@ -192,20 +193,23 @@ def load_ov_json(
         base_only: refuse labels of novel classes (training data).
         masks: load the segmentations too, and refuse a box without one.
         federated: the json is in LVIS format. If an image has "coco_url", its last two parts replace "file_name", see
-            :func:`~ovdet2.data.datasets.validity.image_name`. The image's "neg_category_ids" and "not_exhaustive_category_ids" are loaded.
+            :func:`~ovdet2.data.datasets.validity.image_name`. The image's "neg_category_ids" and
+            "not_exhaustive_category_ids" are loaded.
 
     Returns:
         Records by ascending image id: file_name, height, width, image_id, with ``federated`` the two lists of
         dataset category ids, and annotations with id, bbox (x, y, width, height in pixels), bbox_mode, area (square
         pixels; of the mask if the file states it, else of the box), iscrowd (also 1 for an object with ``ignore: 1``,
-        which is read as a crowd, as VOC's difficult objects are), the contiguous, base-first category_id, and with ``masks`` the segmentation: polygons, or a run-length code.
+        which has "difficult" besides), the contiguous, base-first category_id, and with ``masks`` the segmentation:
+        polygons, or a run-length code.
 
     Raises:
         DataError: missing or damaged file; no images; an image without id or file name, or listed twice; an image
-            without width and height whose file cannot be read either; a file name outside of ``image_root``; an annotation listed twice, of an unknown image or category,
-            of a novel class despite ``base_only``, or whose box is not four finite numbers, has no area, or lies
-            outside of its image; a mask that is missing or not of COCO's form; a federated list that is missing or
-            names a novel class despite ``base_only``; a category whose name differs from the split.
+            without width and height whose file cannot be read either; a file name outside of ``image_root``; an
+            annotation listed twice, of an unknown image or category, of a novel class despite ``base_only``, or whose
+            box is not four finite numbers, has no area, or lies outside of its image; a mask that is missing or not of
+            COCO's form; a federated list that is missing or names a novel class despite ``base_only``; a category whose
+            name differs from the split.
     """
     return records_of(read_coco_json(json_file), json_file, image_root, split, base_only, masks, federated)
 
@@ -390,6 +394,8 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
                 "iscrowd": int(is_crowd(annotation)),
             }
         )
+        if is_difficult(annotation):
+            record["annotations"][-1]["difficult"] = True
         if masks:
             segmentation = annotation.get("segmentation")
             fault = segmentation_fault(segmentation, size)

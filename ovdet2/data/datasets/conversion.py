@@ -62,10 +62,12 @@ def _numbered(records: list[Any]) -> dict[Any, int]:
 
 def _looked_up(numbers: Mapping[Any, int]) -> Callable[[Any], Any]:
     """The conversion of an id, with the new numbers of those that are no integers."""
+    if not numbers:
+        return as_integer
 
     def conversion(value):
         integer = as_integer(value)
-        return numbers.get(integer, integer) if type(integer) in (str, int) and numbers else integer
+        return numbers.get(integer, integer) if type(integer) in (str, int) else integer
 
     return conversion
 
@@ -92,6 +94,8 @@ def as_number(value: object) -> Any:
 
 def as_integer(value: object) -> Any:
     """An integer written as text, or as a float without a remainder, as an integer; any other value unchanged."""
+    if type(value) is int:
+        return value
     number = as_number(value)
     if type(number) is float and abs(number) < _EXACT and number == int(number):
         return int(number)
@@ -107,6 +111,8 @@ def _integers(value: object) -> Any:
 
 
 def _numbers(value: object) -> Any:
+    if isinstance(value, list) and {int, float}.issuperset(map(type, value)):  # nearly all: polygons are long
+        return value
     return _each(value, as_number)
 
 
@@ -140,7 +146,20 @@ def _segmentation(value: object) -> Any:
     if all(is_finite(as_number(element)) for element in value):  # one polygon, not in a list of polygons
         polygon = [as_number(element) for element in value]
         return [polygon] if len(polygon) >= 6 and len(polygon) % 2 == 0 else value
-    return _each(value, _numbers)
+    if len(value) >= 3 and all(map(_is_point, value)):  # one polygon as a list of points
+        value = [value]
+    return _each(value, _polygon)
+
+
+def _is_point(value):
+    return isinstance(value, list) and len(value) == 2 and all(is_finite(as_number(number)) for number in value)
+
+
+def _polygon(value: object) -> Any:
+    """A list of numbers; also of a list of points."""
+    if isinstance(value, list) and len(value) >= 3 and all(map(_is_point, value)):
+        value = [number for point in value for number in point]
+    return _numbers(value)
 
 
 def _name(value: object) -> Any:

@@ -184,7 +184,8 @@ def require_names(names: object, what: str) -> None:
         UsageError: it is no list, or holds what is not text: yaml reads 02146, no, 1.5 and ~ as other values.
     """
     if not isinstance(names, (list, tuple)):
-        raise UsageError(f"{what} is {names!r}: give a list of class names, such as [{first_few([names])}].")
+        example = [names] if isinstance(names, str) else ["cat", "dog"]
+        raise UsageError(f"{what} is {names!r}: give a list of class names, such as {example}.")
     odd = [name for name in names if not isinstance(name, str)]
     if odd:
         raise UsageError(

@@ -24,25 +24,24 @@ def suspect_boxes(rows: np.ndarray, ids: Sequence[int | None]) -> list[Finding]:
     """Suspicions about the form of the boxes.
 
     Args:
-        rows: array [M, 6]: x, y, width, height as in the json, and the image's width and height.
+        rows: array [M, 6]: x, y, width, height as in the json, and the image's width and height, infinite if unknown.
         ids: M annotation ids, None for an annotation without one.
     """
-    if not len(rows):
-        return []
-    x, y, third, fourth, image_width, image_height = rows.T
-    with np.errstate(over="ignore"):  # a sum that overflows is outside too
-        leaves = (x + third > image_width + TOLERANCE) | (y + fourth > image_height + TOLERANCE)
-    found = []
     for kind, rule in (("shares", _shares), ("xyxy", _corners), ("centres", _centres)):
+        judged = np.arange(len(rows)) if kind == "shares" else np.flatnonzero(np.isfinite(rows[:, 4]))
+        if not len(judged):
+            continue
+        x, y, third, fourth, image_width, image_height = rows[judged].T
+        with np.errstate(over="ignore"):  # a sum that overflows is outside too
+            leaves = (x + third > image_width + TOLERANCE) | (y + fourth > image_height + TOLERANCE)
         reason = rule(x, y, third, fourth, image_width, image_height, leaves)
-        if reason is not None:
+        if reason is not None:  # one reading of the boxes at most is right
             text, affected = reason
-            shown = [ids[row] for row in np.flatnonzero(affected)[:_SHOWN]]
+            shown = [ids[row] for row in judged[affected][:_SHOWN]]
             more = ", ..." if affected.sum() > _SHOWN else ""
             where = f"; annotations {', '.join(map(str, shown))}{more}"
-            found.append(Finding(f"suspected-{kind}", None, None, text + where))
-            break  # one reading of the boxes at most is right
-    return found
+            return [Finding(f"suspected-{kind}", None, None, text + where)]
+    return []
 
 
 def _shares(x, y, third, fourth, image_width, image_height, leaves):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ovdet2.data.datasets.validity import image_name
 from ovdet2.data.readers.faults import require_few, shown
 from ovdet2.data.readers.packed import PackedStrings, as_int64, require_index
 from ovdet2.data.readers.reader import Reader, stated_size
@@ -93,7 +94,7 @@ class CocoImageLabels(ImageLabels):
         labelled = np.flatnonzero(counts)
         self._ids, self._labels = self._ids[labelled], labels.astype(np.int32)
         self._firsts = np.concatenate([[0], np.cumsum(counts[labelled])])
-        self._names = PackedStrings(names[row] for row in labelled)
+        self._names = PackedStrings(str(names[row]) for row in labelled)
         self._sizes = np.array([stated_size(data["images"][row]) for row in labelled], dtype=np.int32)
 
     def __len__(self) -> int:
@@ -296,8 +297,7 @@ def _image_ids(images, json_file):
 
 def _name_of(image):
     """File name of an image, or None if it has none."""
-    name, url = image.get("file_name"), image.get("coco_url")
-    return name if name is not None or not isinstance(url, str) else "/".join(url.split("/")[-2:])
+    return image_name(image, lvis=False) or image_name(image, lvis=True)
 
 
 def _stays_inside(name):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
+from ovdet2.data.datasets.validity import size_of
 from ovdet2.data.samples import CAPTIONS
 from ovdet2.io.images import read_image
 
@@ -65,9 +66,5 @@ class CaptionReader(Reader):
 
 def stated_size(image: Mapping[str, Any]) -> tuple[int, int]:
     """(height, width) in pixels of an entry of COCO's "images"; zeros if it does not state both."""
-    height, width = image.get("height"), image.get("width")
-    return (height, width) if _is_side(height) and _is_side(width) else (0, 0)
-
-
-def _is_side(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 < value < 2**31
+    width, height = size_of(image) or (0, 0)
+    return height, width
