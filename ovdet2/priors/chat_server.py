@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image
 
 from ovdet2.errors import DataError, SetupError, UsageError
-from ovdet2.io.images import read_image
+from ovdet2.io.images import open_image, read_image
 from ovdet2.priors.answers import Answer, parse_answer, yes_probability
 
 _TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the request is repeated
@@ -207,7 +207,7 @@ def image_bytes(path: str) -> tuple[str, bytes]:
         DataError: the file cannot be read.
     """
     pixels = read_image(path, "RGB")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and not turned
         plain = plain and getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
