@@ -5,6 +5,7 @@ import email.utils
 import http.client
 import io
 import json
+import math
 import random
 import threading
 import time
@@ -19,10 +20,12 @@ from PIL import ExifTags, Image
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.images import open_image, read_image
 from ovdet2.priors.answers import Answer, parse_answer, yes_probability
+from ovdet2.priors.deadline import handlers, within
 
 _TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the request is repeated
 _OF_THE_QUESTION = (400, 413, 415, 422)  # HTTP status codes that refuse this request, but maybe not others
 _LONGEST_REPLY = 4_000_000  # bytes
+_LONGEST_TEXT = 2000  # characters of an answer that are stored
 _LONGEST_WAIT = 60.0  # seconds of back-off between two tries
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a longer Retry-After ends the run
 _ALTERNATIVES = 5  # likeliest tokens requested per position; some servers refuse more
@@ -55,7 +58,7 @@ class ChatServer:
             model: name of the model on the server.
             key: sent as a bearer token, None for none; it is not stored.
             workers: concurrent calls.
-            timeout: seconds without a byte after which a call has failed.
+            timeout: seconds after which a call without a complete reply has failed.
             tries: of one question.
             first_wait: seconds, see above.
             extra: dict merged into each request; a value None removes a key. For servers that do not support
@@ -73,7 +76,7 @@ class ChatServer:
         self.model, self.workers, self.timeout, self.tries = model, workers, timeout, tries
         self.first_wait, self.extra = first_wait, extra or {}
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._opener = urllib.request.build_opener(_NoRedirect)
+        self._opener = urllib.request.build_opener(_NoRedirect, *handlers())
         self._stopped = threading.Event()
 
     @property
@@ -145,10 +148,12 @@ class ChatServer:
         """The reply as parsed JSON."""
         request = urllib.request.Request(self.url, body, self._headers)
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                data = reply.read(_LONGEST_REPLY)
-        except urllib.error.HTTPError as error:
-            raise self._failure(error) from None
+            with within(self.timeout):
+                try:
+                    with self._opener.open(request, timeout=self.timeout) as reply:
+                        data = reply.read(_LONGEST_REPLY)
+                except urllib.error.HTTPError as error:
+                    raise self._failure(error) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
             raise _TemporaryFailure(f"no reply ({reason!r})") from None
@@ -236,11 +241,14 @@ def answer_of(reply: dict[str, Any]) -> Answer:
             )
             for place in written
         ]
+        alternatives = [pair for _, pairs in positions for pair in pairs]
+        if not all(isinstance(token, str) and not math.isnan(value) for token, value in alternatives):
+            raise TypeError
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         message = f"the reply is no chat completion: {_start(json.dumps(reply))}"
         raise _TemporaryFailure(message, malformed=True) from None
     yes = yes_probability(positions)
-    return Answer(parse_answer(text) if yes is None else yes, text)
+    return Answer(parse_answer(text) if yes is None else yes, text[:_LONGEST_TEXT])
 
 
 def _seconds(retry_after):
