@@ -6,6 +6,7 @@ A message names the faulty id, path or shape and ends with the remedy. Command-l
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Generator, Iterable
@@ -59,14 +60,37 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
+def full_disk(error: OSError) -> SetupError | None:
+    """The error of a file system that takes no more data, in one sentence; None for another error."""
+    reasons = {
+        errno.ENOSPC: "is full",
+        errno.EDQUOT: "has no quota left",
+        errno.EROFS: "is read-only",
+        errno.EFBIG: "refuses a file of this size",
+    }
+    if error.errno not in reasons:
+        return None
+    place = f"writing {error.filename}: " if error.filename else ""
+    return SetupError(
+        f"{place}the file system {reasons[error.errno]}: free space, or choose another folder; files written before are "
+        "complete."
+    )
+
+
 @contextlib.contextmanager
 def exit_on_error() -> Generator[None, None, None]:
     """Print the message of an :class:`OVDetError` to stderr and exit with its code (OVDET2_DEBUG=1: traceback).
 
-    Ctrl-C ends with code 130, without a traceback.
+    Ctrl-C ends with code 130, without a traceback; a full disk, wherever it was met, with that of a SetupError.
     """
     try:
         yield
+    except OSError as error:
+        full = full_disk(error)
+        if full is None or os.environ.get("OVDET2_DEBUG"):
+            raise
+        print(f"SetupError: {full}", file=sys.stderr)
+        sys.exit(full.exit_code)
     except KeyboardInterrupt:
         if os.environ.get("OVDET2_DEBUG"):
             raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
-from ovdet2.errors import UsageError
+from ovdet2.errors import OVDetError, SetupError, UsageError, counted
 from ovdet2.io.images import MIN_SIDE, pixels_of, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
@@ -200,7 +201,8 @@ class Detector:
         if not batch:
             return []
         passes = [batch] if together else [[sample] for sample in batch]
-        detections = [output["instances"].to("cpu") for each in passes for output in self.model(each)]
+        with _memory_explained(batch, len(self.names)):
+            detections = [output["instances"].to("cpu") for each in passes for output in self.model(each)]
         return detections[0] if single else detections
 
     def prepare(self, image: Picture, present_words: Sequence[str] | None = None) -> Sample:
@@ -217,6 +219,35 @@ class Detector:
             for part in self._priors:
                 part.give_present_words(sample, words)
         return sample
+
+
+@contextlib.contextmanager
+def _memory_explained(batch: Sequence[Sample], words: int) -> Generator[None, None, None]:
+    """Convert the error of too little memory; the detector can be used further.
+
+    Raises:
+        SetupError: names the images' sizes, the number of words, and what to lower.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch reports too little memory of the CPU as a RuntimeError.
+        if isinstance(error, OVDetError) or (
+            type(error) is RuntimeError
+            and "not enough memory" not in str(error)
+            and "allocate memory" not in str(error)
+        ):
+            raise
+        sizes = ", ".join(f"{sample['image'].shape[2]}x{sample['image'].shape[1]}" for sample in batch)
+    else:
+        return
+    # Outside of the handler, whose traceback holds the tensors.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    raise SetupError(
+        f"the memory does not suffice for {counted(len(batch), 'image')} of {sizes} pixels and {counted(words, 'word')}: "
+        "give fewer images in a batch or fewer words, or lower INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST."
+    )
 
 
 def _checked(competitors: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from ovdet2.engine import Trainer
+from ovdet2.engine import Trainer, launch
 from ovdet2.errors import exit_on_error
 from tests.micro_training import micro_cfg
 
@@ -43,6 +43,11 @@ def run(root, name, wait_at=-1, workers=0, resume=False, extra=()):
     trainer.register_hooks([Paced(root, wait_at)])
     trainer.train()
     return trainer
+
+
+def run_in_two(root, name, wait_at):
+    """The same in two processes."""
+    launch(run, 2, args=(root, name, wait_at), use_cuda=False)
 
 
 class SlowEvaluation(Trainer):

@@ -109,7 +109,7 @@ class TestDecoding:
         [
             (b"", "the file is empty"),
             (b"<!DOCTYPE html><html>not found</html>", "HTML"),
-            (b"\x7fELF" * 9, "not recognise its format"),
+            (b"\x7fELF" * 9, "its format is not among JPEG"),
         ],
     )
     def test_not_an_image(self, tmp_path, content, reason):

@@ -114,6 +114,21 @@ def test_the_step_of_a_checkpoint_is_saved_once(root):
     assert [path.name for path in (root / "out").glob("*.pth")] == ["model_0000007.pth"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CODES)
+def test_of_two_processes(root, number):
+    """A signal to the parent: both processes agree on the step, and save it once."""
+    process = started(root, signal_cases.run_in_two, "out", 7)
+    wait_for(root / "waiting")
+    os.kill(process.pid, number)
+    time.sleep(1)
+    (root / "go").touch()
+    assert ended(process) == CODES[number], (root / "output.txt").read_text()
+    assert (root / "out" / "last_checkpoint").read_text() == "model_0000007.pth"
+    saved = torch.load(root / "out" / "model_0000007.pth", weights_only=True)
+    assert saved["iteration"] == 7 and len(saved["trainer"]["random"]) == 2
+
+
 def test_handlers_are_restored(root):
     before = [signal.getsignal(number) for number in CODES]
     Trainer(micro_cfg(root / "out", ["SOLVER.MAX_ITER", "1", "DATASETS.TEST", "()"])).train()

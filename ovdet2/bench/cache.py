@@ -35,7 +35,7 @@ from ovdet2.caches.region_cache_writer import CacheWriter
 from ovdet2.caches.region_embedding import DTYPES, CropRecipe, ShardEmbedder
 from ovdet2.errors import DataError
 from ovdet2.io.files import sha256_file, write_json
-from ovdet2.io.images import image_size
+from ovdet2.io.images import image_size, open_image
 from ovdet2.vlm.crops import scale_boxes
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.teacher import Teacher, embedded_models
@@ -151,7 +151,7 @@ def plain_loop(teacher: Teacher, records: list[dict[str, Any]], args: argparse.N
     )
     transform = cast(Callable[[Image.Image], Tensor], made)  # several only for training
     for record in records:
-        image = Image.open(record["file_name"]).convert("RGB")
+        image = open_image(record["file_name"]).convert("RGB")
         boxes = random_boxes(record, args.boxes)
         scaled = torch.cat([scale_boxes(boxes, f, record["height"], record["width"]) for f in _FACTORS])
         crops = torch.stack([transform(image.crop(tuple(box))) for box in scaled.round().int().tolist()])

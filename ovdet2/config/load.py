@@ -52,7 +52,9 @@ class _Yaml(CfgNode):
         Raises:
             UsageError: there is no such file.
         """
-        if not os.path.isfile(filename) and "://" not in filename:
+        if "://" in filename:
+            raise UsageError(f"_BASE_ names the address {filename}: download the file, and give its path.")
+        if not os.path.isfile(filename):
             parts = Path(filename).parts[filename.startswith("/") :]
             shipped = (_configs_folder().joinpath(*parts[start:]) for start in range(len(parts)))
             found = next((path for path in shipped if path.is_file()), None)
@@ -106,6 +108,10 @@ def load_config(
         cfg.merge_from_list([_current_key(part, moved) if not n % 2 else part for n, part in enumerate(overrides)])
     except RecursionError:
         raise UsageError(f"{name} is its own _BASE_, perhaps through other files: change the _BASE_ of one.") from None
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or name} cannot be read ({error.strerror}): check its permissions."
+        ) from None
     except (KeyError, ValueError, AssertionError, TypeError, AttributeError, yaml.YAMLError) as error:
         if isinstance(error, UsageError):
             raise

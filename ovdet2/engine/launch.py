@@ -219,6 +219,8 @@ def _run_in_group(main: Callable[..., object], args: tuple, use_cuda: bool, spaw
 
 def _report(error: Exception, spawned: bool) -> int:
     """Record the error in torch's file, print what the parent process will not print, and return the exit code."""
+    if isinstance(error, OSError):
+        error = errors.full_disk(error) or error
     readable = isinstance(error, errors.OVDetError)
     if readable:
         # The parent raises the classes of errors.py only; a subclass from elsewhere is reported as its nearest one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import platform
 import sys
@@ -25,12 +26,13 @@ from ovdet2.data.source_spec import TRAIN, entries_of, source_specs
 from ovdet2.engine.claim import changed_by
 from ovdet2.engine.console import open_logs
 from ovdet2.engine.run_folder import claim_folder, is_claimed, sweep_folder
-from ovdet2.errors import SetupError, UsageError
+from ovdet2.errors import SetupError, UsageError, did_you_mean
 from ovdet2.io.files import write_text
 from ovdet2.io.shared_memory import shared_memory
 
 logger = logging.getLogger(__name__)
 
+SCHEDULES, WARMUPS = ("WarmupMultiStepLR", "WarmupCosineLR"), ("linear", "constant")
 _PREPARED_BATCHES = 2  # of a loading process, torch's default
 _LARGE_IMAGE_BYTES = 800 * 1333 * 3
 
@@ -75,6 +77,7 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if not evaluates:
         cfg = scaled(cfg, comm.get_world_size())
+    require_numbers(cfg)
     cfg.freeze()
     _open_output(cfg)
     rank = comm.get_rank()
@@ -91,6 +94,28 @@ def setup(args: argparse.Namespace, extend: Callable[[CfgNode], None] | None = N
     if not evaluates:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return cfg
+
+
+def require_numbers(cfg: CfgNode) -> None:
+    """Refuse numbers that make no training, and unknown schedules, before anything is loaded.
+
+    Raises:
+        UsageError: names the key.
+    """
+    solver, workers = cfg.SOLVER, cfg.DATALOADER.NUM_WORKERS
+    if type(solver.MAX_ITER) is not int or solver.MAX_ITER < 1:
+        raise UsageError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}: give a number of steps, at least 1.")
+    if type(workers) is not int or workers < 0:
+        raise UsageError(f"DATALOADER.NUM_WORKERS is {workers}: give a number of processes, or 0 for none.")
+    if not (math.isfinite(solver.BASE_LR) and solver.BASE_LR >= 0):
+        raise UsageError(f"SOLVER.BASE_LR is {solver.BASE_LR}: give a learning rate of at least 0.")
+    if solver.LR_SCHEDULER_NAME not in SCHEDULES:
+        meant = did_you_mean(solver.LR_SCHEDULER_NAME, SCHEDULES)
+        raise UsageError(
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}{meant}: choose one of {', '.join(SCHEDULES)}."
+        )
+    if solver.WARMUP_METHOD not in WARMUPS:
+        raise UsageError(f"SOLVER.WARMUP_METHOD is {solver.WARMUP_METHOD!r}: choose one of {', '.join(WARMUPS)}.")
 
 
 def scaled(cfg: CfgNode, processes: int) -> CfgNode:

@@ -34,7 +34,7 @@ from ovdet2.engine.optimizer import build_optimizer, full_model_norm, mixed_prec
 from ovdet2.engine.random_state import preserved_random_state, random_state, set_random_state
 from ovdet2.engine.resume import carried_over, changes, parameter_names, run_settings
 from ovdet2.engine.run_folder import claim_folder, release_folder, sweep_folder
-from ovdet2.engine.start import scaled
+from ovdet2.engine.start import require_numbers, scaled
 from ovdet2.engine.step import CheckedStep
 from ovdet2.engine.stop import StopHook, StopRequest
 from ovdet2.errors import UsageError
@@ -79,6 +79,7 @@ class Trainer(DefaultTrainer):
             DataError: the training set or a test set cannot be read, or image files of a test set are missing.
         """
         TrainerBase.__init__(self)
+        require_numbers(cfg)
         cfg = scaled(cfg, comm.get_world_size())
         amp_dtype, scaler = mixed_precision(cfg)
         require_test_sets(cfg)

@@ -14,7 +14,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ovdet2.errors import DataError, SetupError
+from ovdet2.errors import DataError, SetupError, full_disk
 
 if TYPE_CHECKING:
     import torch
@@ -25,9 +25,15 @@ def atomic_path(path: str | Path) -> Generator[Path, None, None]:
     """Yield a temporary :class:`~pathlib.Path` next to ``path``; on success it is fsynced and renamed to ``path``.
 
     The parent folder is created. If the body raises, the temporary file is removed and ``path`` is not changed.
+
+    Raises:
+        SetupError: the folder cannot be made, or the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"the folder {path.parent} cannot be made ({error.strerror}): choose another one.") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
@@ -37,8 +43,11 @@ def atomic_path(path: str | Path) -> Generator[Path, None, None]:
         temporary.chmod(path.parent.stat().st_mode & 0o666)
         os.replace(temporary, path)
         _fsync_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (full := full_disk(error)) is not None:
+            raise SetupError(f"{path} cannot be written: {full}") from None
         raise
 
 

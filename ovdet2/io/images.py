@@ -5,6 +5,7 @@ trained on images that are partly grey.
 """
 
 import contextlib
+import struct
 from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,13 +13,34 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from ovdet2.errors import DataError, UsageError
+from ovdet2.errors import DataError, OVDetError, UsageError
 from ovdet2.io.members import open_member
 
 # The deepest feature map of the backbones has stride 32: a smaller image would have no cell in it.
 MIN_SIDE = 32
 
+# Longer and narrower images would be resized to a side of no pixel, or of one.
+MAX_RATIO = 100
+
+# Pillow recognises a file by its content, whatever its name. Only these formats are decoded: for some of the others Pillow
+# starts programs (Ghostscript for EPS) or has rarely used decoders.
+FILE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
+
 _FORMATS = ("RGB", "BGR", "L")
+# What Pillow's readers raise for damaged files.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+)
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -38,14 +60,14 @@ def read_image(path: str | Path, format: str = "RGB") -> np.ndarray:
 
     Raises:
         DataError: the file is missing, empty, truncated, no image, above Pillow's pixel limit, of floating-point
-            values, or has a side below :data:`MIN_SIDE` pixels; the message names the path.
+            values, in another format than :data:`FILE_FORMATS`, has a side below :data:`MIN_SIDE` pixels, or sides that
+            differ by more than a factor of :data:`MAX_RATIO`; the message names the path.
         UsageError: unknown ``format``.
     """
     member = open_member(path)
     if member is not None:
         return decode_image(member, path, format)
-    if not Path(path).is_file():
-        raise DataError(f"the image {path} does not exist: check the path.")
+    _require_file(path)
     return decode_image(path, path, format)
 
 
@@ -62,7 +84,7 @@ def decode_image(file: str | Path | BinaryIO, name: str | Path, format: str = "R
     """
     if format not in _FORMATS:
         raise UsageError(f"image format {format!r} is unknown: set INPUT.FORMAT to one of {', '.join(_FORMATS)}.")
-    with _explained(file, name), Image.open(file) as image:
+    with _explained(file, name), open_image(file) as image:
         return pixels_of(image, name, format)
 
 
@@ -94,6 +116,16 @@ def pixels_of(image: Image.Image, name: str | Path, format: str = "RGB") -> np.n
     return np.ascontiguousarray(pixels)
 
 
+def open_image(file: str | Path | BinaryIO) -> Image.Image:
+    """``PIL.Image.open`` for :data:`FILE_FORMATS` only. Use it wherever a file is opened with Pillow.
+
+    Raises:
+        UnidentifiedImageError: another format.
+    """
+    Image.init()  # registers all formats, of which a build of Pillow may lack some
+    return Image.open(file, formats=[name for name in FILE_FORMATS if name in Image.OPEN])
+
+
 def image_size(path: str | Path) -> tuple[int, int]:
     """Size of an image file from its header, without decoding it; equal to the size that :func:`read_image` returns.
 
@@ -103,9 +135,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: as :func:`read_image`, except for faults that only decoding reveals, such as truncation.
     """
-    if not Path(path).is_file():
-        raise DataError(f"the image {path} does not exist: check the path.")
-    with _explained(path, path), Image.open(path) as image:
+    _require_file(path)
+    with _explained(path, path), open_image(path) as image:
         if image.format == "TIFF":  # Pillow rotates TIFF itself, and some versions already the size of the header
             image.load()
         width, height = image.size[::-1] if _swaps_sides(image) else image.size
@@ -140,13 +171,21 @@ def _explained(file, path):
         raise DataError(f"{path} is not an image ({_look(file)}): download it again or remove it.") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large to decode safely ({error}): scale it down.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
-        if isinstance(error, DataError):
+    except _DAMAGE as error:
+        if isinstance(error, OVDetError):
             raise
-        # Pillow's PNG reader raises SyntaxError and its other readers ValueError or EOFError for damaged streams.
         raise DataError(
             f"{path} cannot be decoded ({error}): it is damaged or truncated; download it again or remove it."
         ) from None
+
+
+def _require_file(path):
+    try:
+        found = Path(path).is_file()
+    except OSError as error:  # a name that is too long, a folder without permission
+        raise DataError(f"the image {str(path)[:200]} cannot be read ({error.strerror}): check the path.") from None
+    if not found:
+        raise DataError(f"the image {path} does not exist: check the path.")
 
 
 def _require_side(path, size):
@@ -154,6 +193,11 @@ def _require_side(path, size):
         raise DataError(
             f"{path} is {size[0]}x{size[1]} pixels, but the detectors need at least {MIN_SIDE} pixels per side: "
             "enlarge it or remove it."
+        )
+    if max(size) > MAX_RATIO * min(size):
+        raise DataError(
+            f"{path} is {size[0]}x{size[1]} pixels: its sides differ by more than a factor of {MAX_RATIO}, so that it "
+            "cannot be resized; crop or remove it."
         )
 
 
@@ -199,4 +243,6 @@ def _look(file):
         return "the file is empty"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it holds HTML or XML, perhaps the error page of a download"
-    return "Pillow does not recognise its format"
+    if head.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF")):
+        return "it is PostScript or PDF, which are not decoded"
+    return f"its format is not among {', '.join(FILE_FORMATS)}"

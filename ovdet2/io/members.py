@@ -33,7 +33,7 @@ def open_member(address: str | Path) -> io.BytesIO | None:
         DataError: the tar file is missing or ends too early.
     """
     match = _ADDRESS.fullmatch(str(address))
-    if match is None or Path(address).is_file():
+    if match is None or _is_file(address):
         return None
     start, size = int(match["start"]), int(match["size"])
     try:
@@ -43,6 +43,13 @@ def open_member(address: str | Path) -> io.BytesIO | None:
     if len(content) < size:
         raise DataError(f"the shard of {address} ends before the image does: it was changed; download it again.")
     return io.BytesIO(content)
+
+
+def _is_file(path):
+    try:
+        return Path(path).is_file()
+    except OSError:  # a name that is too long, a folder without permission
+        return False
 
 
 def read_bytes(path: str | Path, start: int, size: int) -> bytes:

@@ -22,6 +22,7 @@ from ovdet2.errors import exit_on_error
 from ovdet2.experiments.command import run_program
 from ovdet2.experiments.runner import Runner
 from ovdet2.io.files import atomic_path
+from ovdet2.io.images import open_image
 from ovdet2.ov_shapes.rows import ENTRIES, OUTPUT, OV_SHAPES_ROWS, TEST_SET
 from ovdet2.ov_shapes.world.classes import BASE_NAMES, NOVEL_NAMES
 
@@ -97,7 +98,7 @@ def contact_sheet(paths: Sequence[Path], destination: Path, columns: int = 4, si
     rows = -(-len(paths) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), "white")
     for index, path in enumerate(paths):
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             picture.thumbnail((side - 8, side - 8))
             sheet.paste(picture.convert("RGB"), (index % columns * side + 4, index // columns * side + 4))
     with atomic_path(destination) as temporary:

@@ -5,6 +5,7 @@ import email.utils
 import http.client
 import io
 import json
+import math
 import random
 import re
 import threading
@@ -18,15 +19,17 @@ from typing import Any, NamedTuple
 from PIL import ExifTags, Image
 
 from ovdet2.errors import DataError, SetupError
-from ovdet2.io.images import read_image
+from ovdet2.io.images import open_image, read_image
 from ovdet2.priors.answers import Answer, is_blind, parse_answer, yes_probability
 from ovdet2.priors.connection import checked_key, checked_proxy, checked_url, shown, without_key
+from ovdet2.priors.deadline import handlers, within
 
 _TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the request is repeated
 _OF_THE_QUESTION = (400, 413, 415, 422)  # HTTP status codes that refuse this request, but maybe not others
 # Errors in a reply of status 200 that may pass.
 _PASSING = re.compile(r"overload|rate.?limit|too many requests|try again|time.?d? ?out|unavailable|busy|capacity", re.I)
 _LONGEST_REPLY = 4_000_000  # bytes
+_LONGEST_TEXT = 2000  # characters of an answer that are stored
 _LONGEST_WAIT = 60.0  # seconds of back-off between two tries
 _LONGEST_RETRY_AFTER = 600.0  # seconds; a longer Retry-After ends the run
 _ALTERNATIVES = 5  # likeliest tokens requested per position; some servers refuse more
@@ -63,7 +66,7 @@ class ChatServer:
             model: name of the model on the server.
             key: sent as a bearer token, None for none; it is not stored.
             workers: concurrent calls.
-            timeout: seconds without a byte after which a call has failed.
+            timeout: seconds after which a call without a complete reply has failed.
             tries: of one question.
             first_wait: seconds, see above.
             extra: dict merged into each request; a value None removes a key. For servers that do not support
@@ -85,7 +88,7 @@ class ChatServer:
         self.first_wait, self.extra = first_wait, extra or {}
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         proxies = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
-        self._opener = urllib.request.build_opener(proxies, _NoRedirect)
+        self._opener = urllib.request.build_opener(proxies, _NoRedirect, *handlers())
         self._stopped = threading.Event()
 
     @property
@@ -161,10 +164,12 @@ class ChatServer:
         """The reply as parsed JSON."""
         request = urllib.request.Request(self.url, body, self._headers)
         try:
-            with self._opener.open(request, timeout=self.timeout) as reply:
-                data = reply.read(_LONGEST_REPLY)
-        except urllib.error.HTTPError as error:
-            raise self._failure(error) from None
+            with within(self.timeout):
+                try:
+                    with self._opener.open(request, timeout=self.timeout) as reply:
+                        data = reply.read(_LONGEST_REPLY)
+                except urllib.error.HTTPError as error:
+                    raise self._failure(error) from None
         except (OSError, http.client.HTTPException) as error:  # URLError and time-outs are OSErrors
             reason = getattr(error, "reason", error)
             raise _TemporaryFailure(f"no reply ({reason!r})") from None
@@ -240,7 +245,7 @@ def image_bytes(path: str) -> tuple[str, bytes]:
         DataError: the file cannot be read.
     """
     pixels = read_image(path, "RGB")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         plain = image.format in ("JPEG", "PNG") and image.mode in ("RGB", "L") and not turned
         plain = plain and getattr(image, "n_frames", 1) == 1 and "transparency" not in image.info
@@ -276,12 +281,15 @@ def answer_of(reply: dict[str, Any]) -> Answer:
             )
             for place in written
         ]
+        alternatives = [pair for _, pairs in positions for pair in pairs]
+        if not all(isinstance(token, str) and not math.isnan(value) for token, value in alternatives):
+            raise TypeError
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         what = f"the reply is no chat completion: {_start(json.dumps(reply))}"
         raise _TemporaryFailure(what, malformed=True) from None
-    text = _text_of(content) or ""
+    text = (_text_of(content) or "")[:_LONGEST_TEXT]
     if refusal or ended == "content_filter":
-        return Answer(None, refusal or f"{text} [withheld by a content filter]")
+        return Answer(None, refusal[:_LONGEST_TEXT] if refusal else f"{text} [withheld by a content filter]")
     yes = None if is_blind(text) else yes_probability(positions)
     yes = parse_answer(text) if yes is None else yes
     return Answer(yes, f"{text} [cut: finish_reason length]" if yes is None and ended == "length" else text)

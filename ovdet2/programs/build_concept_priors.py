@@ -197,7 +197,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     own.add_argument("--api-key-env", help="mllm: environment variable with the key to send; default: none is sent")
     own.add_argument("--request", type=json.loads, help='mllm: changes of the request, {"logprobs": null}')
     own.add_argument("--workers", type=int, help="mllm: requests at the same time (4)")
-    own.add_argument("--timeout", type=float, help="mllm: seconds without a byte (120)")
+    own.add_argument("--timeout", type=float, help="mllm: seconds for a complete reply (120)")
     own.add_argument("--local", help="mllm: folder of a transformers model, instead of --url")
     own.add_argument("--prompt", help=f"mllm: question, [OBJ] for the word ({PROMPT})")
     own.add_argument("--answers", help="mllm: folder of the answers (the output's name with .answers)")
