@@ -116,6 +116,11 @@ def test_damage_of_any_kind_is_named(rest, place, byte, tmp_path):
             assert "w.pth" in str(error)
 
 
+def test_a_folder_is_no_weight_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder, not a weight file: set MODEL.WEIGHTS to a file in it"):
+        read_weights(tmp_path)
+
+
 def module_file(path):
     torch.save(nn.Linear(2, 2), path)
 

@@ -46,6 +46,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             finite (both :class:`DamagedFile`).
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a weight file: set MODEL.WEIGHTS to a file in it.")
     if not path.is_file():
         raise DataError(f"the weight file {path} does not exist: check MODEL.WEIGHTS.")
     readers = {".safetensors": _read_safetensors, ".pkl": _read_zoo_pickle}
