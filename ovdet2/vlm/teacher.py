@@ -105,7 +105,8 @@ class Teacher(nn.Module):
         elif pretrained not in open_clip.list_pretrained_tags_by_model(architecture):
             known = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none"
             raise UsageError(
-                f"{pretrained!r} is neither a file nor a pretrained tag of {architecture} (tags: {known})."
+                f"{str(pretrained)!r} is neither a file nor a pretrained tag of {architecture}"
+                f"{did_you_mean(str(pretrained), open_clip.list_pretrained_tags_by_model(architecture))} (tags: {known})."
             )
         tokenizer = load_tokenizer(architecture)  # first, since it takes less time than the weights
         with readable_by_open_clip(file, architecture) if file else contextlib.nullcontext(source) as source:

@@ -18,6 +18,7 @@ from ovdet2.vocabulary import Vocabulary, from_buffers, further_trained_names, m
 from ovdet2.vocabulary.templates import clean_name
 
 logger = logging.getLogger(__name__)
+_SHOWN = 5  # words in a message
 
 
 class WordBank(nn.Module):
@@ -159,6 +160,12 @@ class WordBank(nn.Module):
         if self.num_base == 0:
             self._store(self._with_trained_mask(self.words))
             logger.info("%d of %d words were base classes in training, by name.", self.num_base, len(self))
+        elif further := sorted(self.trained_base_names - base_names(self.words)):
+            logger.info(
+                "%d words that had training boxes are not among the %d base words of this run. The detector remembers them "
+                "as base words (%s%s).",
+                len(further), self.num_base, ", ".join(further[:_SHOWN]), ", ..." * (len(further) > _SHOWN),
+            )  # fmt: skip
 
     def _with_trained_mask(self, vocabulary: Vocabulary) -> Vocabulary:
         trained = [clean_name(name) in self.trained_base_names for name in vocabulary.names]
