@@ -60,7 +60,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def unwrapped(data: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(data: Mapping[Any, Any]) -> dict[str, Any]:
     """The weights of a checkpoint under the model's own names, whichever program saved it.
 
     The weights are the dict under "model", "state_dict", "model_state_dict" or "module", or the file itself. Prefixes of
