@@ -92,3 +92,14 @@ def test_pictures(monkeypatch):
     draw(image, detections([0, -1]), ["cat", "dog"])
     assert seen[1][1] == ["dog 90% <- cat", "cat 40% <- no prior"]
     assert (draw(image, detections()[:0], ["cat"]) == 90).all()
+
+
+@pytest.mark.parametrize("colour", ["k", "w", "b", (0.28, 0.2, 0.48), (0.0, 0.0, 0.3)])
+def test_a_line_can_be_read_on_its_dark_ground(colour):
+    visualizer = Visualizer(np.zeros((100, 200, 3), np.uint8), scale=2.0)
+    labels.write_line(visualizer, "$5$ bill", (10, 20), colour)
+    [text] = visualizer.output.ax.texts
+    assert max(text.get_color()) >= 0.8 and text.get_position() == (10, 20)
+    picture = visualizer.get_output().get_image()
+    ys, xs = np.nonzero(picture.max(axis=2) > 150)
+    assert 15 < xs.min() < 40 and 35 < ys.min() < 70  # the upper left of the text, in pixels of the scaled picture

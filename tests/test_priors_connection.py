@@ -52,6 +52,13 @@ def test_keys_that_cannot_be_sent(odd, what, place):
     assert "Secret" not in everything and "0123" not in everything
 
 
+@pytest.mark.parametrize("name", ["api_key", "Api-Key", "Authorization", "headers"])
+def test_a_request_that_is_stored_holds_no_key(name):
+    with pytest.raises(UsageError, match=f"--request holds '{name}', but it is written to the prior") as raised:
+        ChatServer("http://localhost:9/v1", "m", extra={name: "Secret", "max_tokens": 3})
+    assert "Secret" not in str(raised.value)
+
+
 def test_keys_that_can():
     assert checked_key(KEY) == KEY and checked_key(None) is None and checked_key("") is None
 

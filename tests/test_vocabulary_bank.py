@@ -99,6 +99,22 @@ class TestWordsThatHadBoxes:
         assert model.vocabulary.trained_base_names == {expected.get(name, name) for name in known.split()}
         assert model.vocabulary.from_checkpoint
 
+    def test_fewer_base_words_are_announced(self, tmp_path, caplog):
+        """A fine-tuning on two classes of many: the others stay base words of the detector, and the log names them."""
+        names = [f"word {number:02d}" for number in range(48)]
+        first = trained(tmp_path / "1", names, 48)
+        caplog.set_level("INFO", logger="ovdet2.vocabulary.bank")
+        tuned = loaded(trained(tmp_path / "2", ("word 03", "word 05", "ant"), 2, first), micro.vocabulary(("ant",), 0))
+        [line] = [
+            each.getMessage() for each in caplog.records if "that had training boxes are not" in each.getMessage()
+        ]
+        assert line.startswith("46 words that had training boxes are not among the 2 base words of this run.")
+        assert line.endswith("as base words (word 00, word 01, word 02, word 04, word 06, ...).")
+        assert tuned.vocabulary.trained_base_names == set(names)
+        caplog.clear()
+        trained(tmp_path / "3", names, 48, first)
+        assert not caplog.records
+
     @pytest.mark.parametrize("mask", [(False,) * 4, (True,) * 4, (False, False, False, True)])
     def test_words_without_a_data_set_take_their_mask_from_it(self, chain, tmp_path, mask):
         """Whatever mask a vocabulary file has: it may be empty, or of another data set."""

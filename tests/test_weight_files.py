@@ -116,6 +116,20 @@ def test_damage_of_any_kind_is_named(rest, place, byte, tmp_path):
             assert "w.pth" in str(error)
 
 
+def test_a_folder_is_no_weight_file(tmp_path):
+    with pytest.raises(DataError, match="is a folder, not a weight file: set MODEL.WEIGHTS to a file in it"):
+        read_weights(tmp_path)
+
+
+def test_dicts_that_hold_themselves_and_names_that_are_no_text(tmp_path):
+    data = {0: torch.ones(2)}
+    torch.save({"model": data}, tmp_path / "n.pth")
+    assert list(read_weights(tmp_path / "n.pth")["model"]) == ["0"]
+    data["model"] = data
+    torch.save(data, tmp_path / "r.pth")
+    assert torch.equal(read_weights(tmp_path / "r.pth")["model"]["0"], torch.ones(2))
+
+
 def module_file(path):
     torch.save(nn.Linear(2, 2), path)
 
@@ -261,6 +275,13 @@ def test_files_that_are_no_teacher(suffix, micro_clip_weights, tmp_path):
 def test_names_of_other_programs_get_a_hint(name, meant):
     with pytest.raises(UsageError, match=rf"did you mean {meant}"):
         Teacher.load(name, "openai")
+
+
+def test_a_mistyped_tag_gets_a_hint():
+    with pytest.raises(
+        UsageError, match=r"'opanai' is neither a file nor a pretrained tag of RN50 \(did you mean openai"
+    ):
+        Teacher.load("RN50", "opanai")
 
 
 @pytest.fixture

@@ -138,7 +138,18 @@ def test_words_that_are_no_text(value, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ("cat . dog", "cat. big dog.", "cat | dog", "cat|dog", "cat\uff0cdog", "cat\u3001dog", "cat\uff1bdog")
+    "text",
+    (
+        "cat . dog",
+        "cat. big dog.",
+        "cat | dog",
+        "cat|dog",
+        "cat\uff0cdog",
+        "cat\u3001dog",
+        "cat\uff1bdog",
+        "cat\tdog",
+        "cat . a dog",
+    ),
 )
 def test_a_word_that_seems_to_be_several(text):
     with pytest.raises(UsageError, match=".*dog.?' seems to be several words, joined by .*: separate words by commas"):
@@ -150,6 +161,40 @@ def test_a_word_that_seems_to_be_several(text):
 def test_a_list_of_one_joined_text(text):
     with pytest.raises(UsageError, match="seems to be several words, joined by .*: give each word as an entry of the"):
         read_words([text])
+
+
+def test_prompts_of_sentences():
+    """Other detectors take "a cat. a dog."; a name may have an abbreviation."""
+    with pytest.raises(UsageError, match=r"seems to be several words, joined by '\.': separate words by commas"):
+        read_words("a cat. a dog.")
+    for name in ("St. Bernard", "cat.", "no. 5"):
+        assert read_words(name).names == (name,)
+
+
+@pytest.mark.parametrize("text", ("['cat', 'dog']", '["cat"]', "[cat, dog]", "{'cat': []}", '"cat", "dog"', "'cat'"))
+def test_words_as_code_writes_them(text):
+    with pytest.raises(UsageError, match="is written as code: give the words without brackets and quotation marks"):
+        read_words(text)
+    assert read_words("children's toy, 5'").names == ("children's toy", "5'")
+    assert read_words(["[cat]", "'dog'"]).names == ("[cat]", "'dog'")  # as entries they are names
+
+
+@pytest.mark.parametrize("odd", ("\0", "\x07", "\x1b", "\x7f", "\x9f", "\ud800"))
+def test_control_characters(odd, tmp_path):
+    for words in (f"cat, d{odd}og", ["cat", f"d{odd}og"], {"cat": [f"d{odd}og"]}):
+        with pytest.raises(UsageError, match=rf"has the character U\+{ord(odd):04X}, which is no text"):
+            read_words(words)
+    if odd != "\ud800":
+        (tmp_path / "w.txt").write_text(f"cat\nd{odd}og\n", encoding="utf-8")
+        with pytest.raises(UsageError, match="has the character"):
+            read_words(tmp_path / "w.txt")
+
+
+def test_suffixes_in_capitals(tmp_path):
+    (tmp_path / "W.TXT").write_text("sofa\ncat\n", encoding="utf-8")
+    write_json(tmp_path / "W.Json", ["sofa", "cat"])
+    for path in (tmp_path / "W.TXT", tmp_path / "W.Json"):
+        assert read_words(path).names == read_words(str(path)).names == ("sofa", "cat")
 
 
 def test_word_lists_that_cannot_be_read(tmp_path):

@@ -216,9 +216,9 @@ def settle_device(cfg: CfgNode) -> bool:
 
     Raises:
         UsageError: MODEL.DEVICE is neither "cpu" nor CUDA, such as "mps".
-        SetupError: the machine has GPUs, but not the numbered one.
+        SetupError: the machine does not have the numbered GPU.
     """
-    lacking = re.fullmatch(r"cuda(:\d+)?", cfg.MODEL.DEVICE) is not None and not torch.cuda.is_available()
+    lacking = cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available()
     if lacking:
         cfg.MODEL.DEVICE = "cpu"
     require_device(cfg.MODEL.DEVICE, "MODEL.DEVICE")

@@ -18,6 +18,7 @@ from ovdet2.io.array_pickle import DamagedPickle, read_array_pickle
 # Where training programs put the weights.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "module")
 _SHOWN = 3  # names in a message
+_DEEPEST = 4  # dicts within dicts; a hostile file may hold a dict that holds itself
 # What torch.load raises for a damaged file: its unpickler does not check what a pickle does to its stack.
 _OF_DAMAGE = (
     RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError,
@@ -46,6 +47,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             finite (both :class:`DamagedFile`).
     """
     path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a weight file: set MODEL.WEIGHTS to a file in it.")
     if not path.is_file():
         raise DataError(f"the weight file {path} does not exist: check MODEL.WEIGHTS.")
     readers = {".safetensors": _read_safetensors, ".pkl": _read_zoo_pickle}
@@ -57,7 +60,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def unwrapped(data: Mapping[str, Any]) -> dict[str, Any]:
+def unwrapped(data: Mapping[Any, Any]) -> dict[str, Any]:
     """The weights of a checkpoint under the model's own names, whichever program saved it.
 
     The weights are the dict under "model", "state_dict", "model_state_dict" or "module", or the file itself. Prefixes of
@@ -70,10 +73,10 @@ def unwrapped(data: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         dict with the key "model" (name to tensor or array) and the other entries of the file.
     """
-    weights, others = dict(data), {}
-    while key := next((key for key in _WEIGHTS if isinstance(weights.get(key), Mapping)), None):
-        inner = dict(weights.pop(key))
-        weights, others = inner, weights | others
+    weights, others, depth = {str(name): value for name, value in data.items()}, {}, 0
+    while depth < _DEEPEST and (key := next((key for key in _WEIGHTS if isinstance(weights.get(key), Mapping)), None)):
+        inner = {str(name): value for name, value in weights.pop(key).items()}
+        weights, others, depth = inner, weights | others, depth + 1
     before = None
     while before != list(weights):  # wrappers may be nested
         before = list(weights)

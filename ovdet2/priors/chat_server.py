@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from PIL import ExifTags, Image
 
-from ovdet2.errors import DataError, SetupError
+from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.images import open_image, read_image
 from ovdet2.priors.answers import Answer, is_blind, parse_answer, yes_probability
 from ovdet2.priors.connection import checked_key, checked_proxy, checked_url, shown, without_key
@@ -28,6 +28,7 @@ _TEMPORARY = (408, 429, 500, 502, 503, 504)  # HTTP status codes after which the
 _OF_THE_QUESTION = (400, 413, 415, 422)  # HTTP status codes that refuse this request, but maybe not others
 # Errors in a reply of status 200 that may pass.
 _PASSING = re.compile(r"overload|rate.?limit|too many requests|try again|time.?d? ?out|unavailable|busy|capacity", re.I)
+_SECRETS = ("key", "api_key", "apikey", "token", "access_token", "authorization", "password", "secret", "headers")
 _LONGEST_REPLY = 4_000_000  # bytes
 _LONGEST_TEXT = 2000  # characters of an answer that are stored
 _LONGEST_WAIT = 60.0  # seconds of back-off between two tries
@@ -73,7 +74,7 @@ class ChatServer:
                 "logprobs", or need "max_completion_tokens" instead of "max_tokens".
 
         Raises:
-            UsageError: not an http or https URL, or a key or a proxy of the environment that cannot be used.
+            UsageError: not an http or https URL, a secret in ``extra``, or a key or a proxy of the environment that cannot be used.
         """
         parts = checked_url(url)
         self._key = checked_key(key)
@@ -86,6 +87,11 @@ class ChatServer:
         )
         self.model, self.workers, self.timeout, self.tries = model, workers, timeout, tries
         self.first_wait, self.extra = first_wait, extra or {}
+        secret = next((name for name in self.extra if name.lower().replace("-", "_") in _SECRETS), None)
+        if secret is not None:
+            raise UsageError(
+                f"--request holds {secret!r}, but it is written to the prior: give the key with --api-key-env."
+            )
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         proxies = urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {})
         self._opener = urllib.request.build_opener(proxies, _NoRedirect, *handlers())

@@ -73,14 +73,20 @@ def write_line(
         visualizer: of the image, changed.
         text: of any length; only its start is drawn, see :func:`plain`.
         place: (x, y) of its upper left corner, in pixels of the image.
-        rgb: colour, in [0, 1], or its name in matplotlib.
+        rgb: colour, in [0, 1], or its name in matplotlib; a dark one is made lighter.
         size: of the font, in points of the picture.
     """
     visualizer.output.ax.text(
         *place, plain(text),
-        size=size, family=fonts_for(plain(text)) or "sans-serif", color=rgb, verticalalignment="top",
+        size=size, family=fonts_for(plain(text)) or "sans-serif", color=_light(rgb), verticalalignment="top",
         horizontalalignment="left", zorder=10, bbox={"facecolor": "black", "alpha": 0.8, "pad": 0.7, "edgecolor": "none"},
     )  # fmt: skip
+
+
+def _light(colour):
+    """A colour that can be read on a dark ground: its largest part is at least 0.8."""
+    rgb = np.array(colors.to_rgb(colour)) + 1e-3
+    return tuple((rgb * max(1.0, 0.8 / rgb.max())).clip(0, 1))
 
 
 def draw_labels(

@@ -163,7 +163,7 @@ class WordBank(nn.Module):
         elif further := sorted(self.trained_base_names - base_names(self.words)):
             logger.info(
                 "%d words that had training boxes are not among the %d base words of this run. The detector remembers them "
-                "as base words: %s%s.",
+                "as base words (%s%s).",
                 len(further), self.num_base, ", ".join(further[:_SHOWN]), ", ..." * (len(further) > _SHOWN),
             )  # fmt: skip
 

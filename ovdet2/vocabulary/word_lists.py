@@ -18,7 +18,7 @@ _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "words"
 NAMED = ("coco", "lvis", "objects365_v1", "objects365_v2", "openimages", "voc")
 _SUFFIXES = (".txt", ".json")  # of word lists
 # Between words in the prompts of other detectors, and in text of other keyboards.
-_OTHER_MARKS = (" . ", "|", ";", "\uff0c", "\u3001", "\uff1b", "\n", ",")
+_OTHER_MARKS = (" . ", "|", ";", "\uff0c", "\u3001", "\uff1b", "\n", "\t", ",")
 
 _SENTENCES = re.compile(r"\w{3,}\. \S.*\.\s*$")  # "person. dog." but not "st. bernard" or "Mt. Fuji."
 Words = str | Path | Iterable[str] | Mapping[str, Iterable[str]]
@@ -97,12 +97,13 @@ def read_words(words: Words) -> WordList:
 
     Raises:
         DataError: the file is missing or of another format.
-        UsageError: the text is an existing file of another suffix, an entry is no text, or a single word looks like
-            several ("cat . dog").
+        UsageError: the text is an existing file of another suffix, an entry is no text or has control characters, a single
+            word looks like several ("cat . dog"), or the text is a list as code writes it ('["cat"]').
     """
     if isinstance(words, Path) or (isinstance(words, str) and _names_file(words)):
         return _words_of_file(Path(words))
     if isinstance(words, str):
+        _refuse_code(words.strip())
         entries = _split(words.replace(",", "\n"))
     else:
         entries = _entries_of(words, "the list of words")
@@ -129,9 +130,9 @@ def parse_words(words: str | Path | Iterable[str]) -> list[str]:
 
 def _names_file(text: str) -> bool:
     """Whether a string is the path of a word list rather than words."""
-    if "\n" in text or (Path(text).suffix not in _SUFFIXES and "," in text):
+    if "\n" in text or "\0" in text or (_suffix(text) not in _SUFFIXES and "," in text):
         return False
-    if Path(text).suffix in _SUFFIXES:
+    if _suffix(text) in _SUFFIXES:
         return "," not in text or os.path.isfile(text)  # isfile: no error for a text too long for a path
     if os.path.isfile(text):
         raise UsageError(
@@ -141,12 +142,17 @@ def _names_file(text: str) -> bool:
     return False
 
 
+def _suffix(path: str | Path) -> str:
+    """The suffix of a file name in lower case."""
+    return Path(path).suffix.lower()
+
+
 def _words_of_file(path: Path) -> WordList:
-    if path.suffix == ".json":
+    if _suffix(path) == ".json":
         return _word_list(
             _entries_of(read_json(path, "give a list of words or {word: [synonyms]}"), str(path), DataError)
         )
-    if path.suffix != ".txt":
+    if _suffix(path) != ".txt":
         raise UsageError(f"{path} is no word list: give a .txt file with a word per line, or a .json file.")
     if not path.is_file():
         raise DataError(f"the word list {path} does not exist: check the path.")
@@ -190,8 +196,24 @@ def _refuse_joined(word: str, remedy: str) -> None:
         raise UsageError(f"{word!r} seems to be several words, joined by {mark.strip(' ')!r}: {remedy}.")
 
 
+def _refuse_code(text: str) -> None:
+    """Refuse a text that is a list or words in quotation marks, as code or a shell would write them."""
+    words = [word.strip() for word in text.split(",")]
+    quoted = all(len(word) > 2 and word[0] == word[-1] and word[0] in "'\"" for word in words)
+    if quoted or (text[:1], text[-1:]) in (("[", "]"), ("{", "}")):
+        raise UsageError(
+            f"{text[:80]!r} is written as code: give the words without brackets and quotation marks, separated by commas."
+        )
+
+
 def _word_list(entries: Sequence[tuple[str, ...]]) -> WordList:
     entries = [tuple(unicodedata.normalize("NFC", name) for name in entry) for entry in entries]
+    for name in (name for entry in entries for name in entry):
+        odd = next((char for char in name if unicodedata.category(char) in ("Cc", "Cs") and not char.isspace()), None)
+        if odd is not None:
+            raise UsageError(
+                f"the word {name[:80]!r} has the character U+{ord(odd):04X}, which is no text: correct it."
+            )
     synonyms = tuple(others for _, *others in entries)
     synonyms = tuple(map(tuple, synonyms)) if any(synonyms) else None
     return WordList(tuple(entry[0] for entry in entries), synonyms=synonyms)
