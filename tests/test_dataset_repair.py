@@ -125,6 +125,13 @@ def test_image_sizes_come_from_the_files(name, tmp_path):
         assert sum(len(record["annotations"]) for record in records) == 36
 
 
+def test_sizes_that_need_the_image_files_ask_for_the_folder(tmp_path, capsys):
+    path, out = CASES / "13-image-size-fields" / "missing.json", tmp_path / "out.json"
+    assert main(["--json", str(path), "--fix", str(out)]) == 3
+    assert "add --images FOLDER" in capsys.readouterr().out
+    assert len(read_json(out)["annotations"]) == 36
+
+
 def test_boxes_are_checked_against_the_size_in_the_header(data):
     """Without a stated size a box outside of its image would pass until the size is known."""
     del data["images"][0]["width"]

@@ -122,6 +122,8 @@ def write_repaired(
     print(
         f"{args.output}: written, changes: {len(changes):,}. Left, because a repair would be a guess: {summary(left)}"
     )
+    if args.images is None and any(finding.kind == "image-size" for finding in left):
+        print(f"{args.output}: add --images FOLDER, and missing image sizes are taken from the image files.")
     if lost:
         print(
             f"{args.output}: most was removed, {'; '.join(lost)}. Such a file has seldom many accidents: read the first "
