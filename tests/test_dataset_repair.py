@@ -237,6 +237,13 @@ def test_equal_words_are_named_by_id_and_an_unused_heading_is_a_note():
     assert notes(used) == [("category-name-twice", "category 1", "'fruit', category 0 is 'fruit'")]
 
 
+def test_names_that_are_numbers_become_text(tmp_path):
+    path, out = CASES / "06-names-that-yaml-converts" / "train_int.json", tmp_path / "out.json"
+    assert main(["--json", str(path), "--fix", str(out)]) == 0
+    split = Split("numbers", ((1, "0"), (2, "1"), (3, "2")))
+    assert sum(len(record["annotations"]) for record in load_ov_json(out, IMAGES, split)) == 36
+
+
 def test_notes_for_repeated_files_and_boxes_and_for_classes_of_crowds(data):
     data["images"].append({**data["images"][0], "id": 50})
     data["annotations"].append({**data["annotations"][0], "id": 99})

@@ -256,6 +256,8 @@ BAD = {
     "no box": (lambda data: data["annotations"][0].pop("bbox"), "not four numbers, annotation id 11"),
     "unknown category": (_annotation("category_id", 77), r"outside of the split fruit, id 11 \(category 77\)"),
     "category id a list": (_annotation("category_id", [4]), r"outside of the split fruit, id 11 \(category \[4\]\)"),
+    "category id of digits": (_annotation("category_id", "4"), r"id 11 \(category '4'\): convert ids given as text"),
+    "image id a float": (_annotation("image_id", 9.0), "not in the file, id 11: convert ids given as text"),
     "image id a list": (_annotation("image_id", [9]), "image that is not in the file, id 11"),
     "annotation id a list": (_annotation("id", [11]), r"without an integer id or with a repeated one, id \[11\]"),
     "crowd of text": (_annotation("iscrowd", "no"), "neither 0 nor 1, id 11"),

@@ -363,14 +363,18 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             )
         seen.add(annotation_id)
         if image_id not in records:
-            faults.add("annotations of an image that is not in the file, id", annotation_id, "add it or drop them")
+            faults.add(
+                "annotations of an image that is not in the file, id",
+                annotation_id,
+                _remedy(annotation, "image_id", "add it or drop them"),
+            )
             continue
         category = contiguous.get(as_id(annotation.get("category_id")))
         if category is None:
             faults.add(
                 f"annotations of a category outside of the split {split.name}, id",
                 f"{annotation_id} (category {_LIMITED.repr(annotation.get('category_id'))})",
-                "filter the json (datasets/README.md)",
+                _remedy(annotation, "category_id", "filter the json (datasets/README.md)"),
             )
             continue
         if base_only and category >= base_count:
@@ -404,6 +408,14 @@ def _attach_annotations(annotations, records, split, base_only, masks, faults):
             elif isinstance(segmentation, dict):
                 segmentation = compressed(segmentation)
             record["annotations"][-1]["segmentation"] = segmentation
+
+
+def _remedy(annotation, key, remedy):
+    return (
+        "convert ids given as text or fractions (ovdet2 dataset repair)"
+        if type(annotation.get(key)) in (str, float)
+        else remedy
+    )
 
 
 def compressed(code: dict[str, Any]) -> dict[str, Any]:
