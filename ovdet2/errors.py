@@ -72,7 +72,7 @@ def full_disk(error: OSError) -> SetupError | None:
         return None
     place = f"writing {error.filename}: " if error.filename else ""
     return SetupError(
-        f"{place}the file system {reasons[error.errno]}: free space, or choose another folder; files written before are "
+        f"{place}the file system {reasons[error.errno]} ({os.strerror(error.errno)}): free space, or choose another folder; files written before are "
         "complete."
     )
 

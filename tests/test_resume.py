@@ -102,7 +102,7 @@ class TestApplied:
 
     def test_a_checkpoint_of_an_earlier_version(self, root, optimizer):
         def strip(saved):
-            del saved["trainer"]["settings"], saved["trainer"]["optimizer_parameters"]
+            del saved["trainer"]["solver_settings"], saved["trainer"]["optimizer_parameters"]
 
         trained(root, "SOLVER.OPTIMIZER", optimizer)
         rewrite(root, strip)

@@ -215,7 +215,7 @@ class Trainer(DefaultTrainer):
         state: dict[str, Any] = TrainerBase.state_dict(self)
         state["optimizer"] = self.optimizer.state_dict()
         state["optimizer_parameters"] = parameter_names(self.optimizer, self._trained)
-        state["settings"] = run_settings(self.cfg)
+        state["solver_settings"] = run_settings(self.cfg)
         # Detectron2's LRScheduler hook saves it as well, if it knows the kind: version 0.6 requires torch's
         # _LRScheduler, by now an empty subclass of the real one. A schedule the hook does not know would restart
         # without a warning.
@@ -272,7 +272,7 @@ class Trainer(DefaultTrainer):
             self.scheduler.base_lrs = initial_rates
             for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
                 group["lr"] = rate
-        if changed := changes(state.get("settings", {}), run_settings(self.cfg)):
+        if changed := changes(state.get("solver_settings", {}), run_settings(self.cfg)):
             logger.warning("Other settings than in the saved run, which apply from here on: %s", "; ".join(changed))
         if untrained:
             logger.warning("The saved run did not train %s: they start without momentum.", listed(untrained))
