@@ -319,7 +319,10 @@ EXPERIMENTS = {
     "tools/sweep_cckt_teachers.py": "cckt.teachers",
 }
 OTHERS = {"tools/bench_cache.py"}
-DEVELOPMENT = {"tools/check_types.py"}  # programs for the developers of ovdet2, which are no wrappers
+DEVELOPMENT = {
+    "tools/check_types.py",
+    "tools/pin_zoo.py",
+}  # programs for the developers of ovdet2, which are no wrappers
 
 
 def scripts():
