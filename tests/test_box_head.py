@@ -66,7 +66,9 @@ def test_without_norm_it_is_detectron2s_head():
     assert torch.equal(plain(pooled), network(pooled))
 
 
-@pytest.mark.parametrize("norm, regions", [("BN", 0), ("BN", 1), ("SyncBN", 1)])  # Detectron2 refuses SyncBN without any
+@pytest.mark.parametrize(
+    "norm, regions", [("BN", 0), ("BN", 1), ("SyncBN", 1)]
+)  # Detectron2 refuses SyncBN without any
 def test_few_regions_in_training(norm, regions):
     """As a second head may get: no region, or a single one, which has no batch statistics."""
     network = head(norm, norm).train()
