@@ -56,6 +56,7 @@ VERBS = {
     "zoo fetch": Verb("ovdet2.programs.zoo", "download a published detector and convert it", "fetch_main"),
     "zoo import": Verb("ovdet2.programs.zoo", "convert the downloaded file of a published detector", "import_main"),
     "zoo verify": Verb("ovdet2.programs.zoo", "check the published detectors on this machine", "verify_main"),
+    "zero-shot": Verb("ovdet2.programs.evaluate_zero_shot", "evaluate a zero-shot detector of transformers"),
     "experiment": Verb("ovdet2.programs.experiments", "train and evaluate the entries of a table, and write it"),
     "bench": Verb("ovdet2.programs.bench", "measure time and memory against a reference"),
     "doctor": Verb("ovdet2.doctor", "check the environment, or install Detectron2"),
