@@ -160,6 +160,13 @@ class ZeroShotDetector:
     def _split_words(self, prompts):
         """Yield (first word, text inputs, an empty span for each word) of each pass over separate prompts."""
         assert self.words_per_pass is not None
+        limit = self.network.config.text_config.max_position_embeddings
+        for prompt in prompts:
+            tokens = len(self.processor.tokenizer(prompt)["input_ids"])  # with those of start and end
+            if tokens > limit:
+                raise UsageError(
+                    f"the prompt {prompt!r} has {tokens} tokens, {self.name} takes {limit}: shorten the word."
+                )
         for first in range(0, len(prompts), self.words_per_pass):
             chunk = prompts[first : first + self.words_per_pass]
             yield first, {"prompts": chunk}, [range(0)] * len(chunk)

@@ -198,6 +198,14 @@ def test_the_command_reads_a_folder(networks, registered, tmp_path, capsys):
     assert report["forward_passes"] == 2 and "tiny-owl takes 65 words in 2 forward passes." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind, limit", [("owlv2", 16), ("omdet-turbo", 77)])
+def test_long_words_are_not_cut(kind, limit, networks):
+    made = detector(networks, kind, template="{}")
+    made.set_vocabulary(["cat " * (limit - 2)])
+    with pytest.raises(UsageError, match=f"has {limit + 1} tokens, {kind} takes {limit}: shorten the word"):
+        made.set_vocabulary(["dog", "cat " * (limit - 1)])
+
+
 def test_what_is_refused(networks, tmp_path, monkeypatch):
     made = detector(networks, "owlvit")
     with pytest.raises(UsageError, match="has no words yet: call set_vocabulary"):

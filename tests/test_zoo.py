@@ -404,3 +404,35 @@ def test_the_maintainer_writes_a_structure(record_with, home, tmp_path, monkeypa
     pin_zoo.main(["--structure", "tiny"])
     assert (tmp_path / "assets" / "structures" / "tiny.txt").read_text() == "a 2 3\nb\n"
     assert records.read_structure("tiny") == {"a": (2, 3), "b": ()}
+
+
+def test_the_page_is_that_of_the_records(tmp_path, monkeypatch):
+    """docs/ZOO.md is current; python tools/pin_zoo.py --page writes it."""
+    committed = pin_zoo.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr(pin_zoo, "PAGE", tmp_path / "ZOO.md")
+    pin_zoo.main(["--page"])
+    assert (tmp_path / "ZOO.md").read_text(encoding="utf-8") == committed
+    assert all(f"### {name}\n" in committed for name in records.RECORDS)
+    with pytest.raises(UsageError, match="name at least one record"):
+        pin_zoo.main([])
+
+
+def test_the_page_has_every_entry_of_a_record(record_with):
+    licence = {"code": "MIT", "weights": "CC BY-NC 4.0", "data": "own", "non_commercial": True}
+    hand = source("https://drive.google.com/file/d/1/view", by_hand=True)
+    pinned = source("https://a.org/a.pth", sha256="1" * 64, bytes=1234)
+    record = record_with(
+        licence=licence, sources=[pinned, hand], teacher="ViT-B-32 (openai)", templates="vild63", overrides=["A.B", 3]
+    )
+    page = pin_zoo.zoo_page({"tiny": record})
+    for text in (
+        "| [`tiny`](#tiny) | Two tensors | AP 1.0 | CC BY-NC 4.0, non-commercial | structure, first use |",
+        "| configuration | `coco/deformable_detr_r50.yaml`, with `A.B 3` |",
+        "| words | ViT-B-32 (openai), templates `vild63` |",
+        f"| file | <https://a.org/a.pth>, 1,234 bytes, SHA-256 `{'1' * 64}` |",
+        "| download by hand, then import | <https://drive.google.com/file/d/1/view> |",
+        "| licences | MIT (code), CC BY-NC 4.0 (weights), own (training data) |",
+        "| boxes in training | some |",
+        "| published, not run here | AP 1.0 (a page) |",
+    ):
+        assert text in page

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Maintain the records of the zoo (ovdet2/assets/zoo/*.json). Needs network, but for --structure.
+"""Maintain the records of the zoo (ovdet2/assets/zoo/*.json). Needs network, but for --structure and --page.
 
     # download the files of a record that have no SHA-256, check and convert them, and write bytes and SHA-256 into the record
     python tools/pin_zoo.py deformable-detr-r50
+    # write docs/ZOO.md from the records
+    python tools/pin_zoo.py --page
     # write the names and shapes of a record's converted tensors, from its configuration
     python tools/pin_zoo.py --structure deformable-detr-r50
 
@@ -24,13 +26,17 @@ from ovdet2.io.files import sha256_file, write_json, write_text
 from ovdet2.modeling.build import words_to_vocabulary
 from ovdet2.vocabulary.word_lists import named_words
 from ovdet2.zoo import records
+from ovdet2.zoo.page import zoo_page
 from ovdet2.zoo.store import check_file, structure_of
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "ZOO.md"
 
 
 def main(argv=None):
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", help="records")
+    parser.add_argument("names", nargs="*", help="records")
+    parser.add_argument("--page", action="store_true", help="write docs/ZOO.md")
     parser.add_argument("--structure", action="store_true", help="write the structure instead")
     parser.add_argument(
         "--file", help="the downloaded file of the first place without SHA-256, which is not downloaded then"
@@ -38,6 +44,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.file and len(args.names) > 1:
         raise UsageError("--file pins one record: give one name.")
+    if args.page:
+        write_text(PAGE, zoo_page(records.RECORDS))
+    elif not args.names:
+        raise UsageError("name at least one record.")
     for name in args.names:
         record = records.record_of(name)
         if args.structure:
