@@ -10,6 +10,7 @@ import pin_zoo
 import pytest
 import torch
 
+from ovdet2.config import load_config
 from ovdet2.errors import DataError, SetupError, UsageError
 from ovdet2.io.download import Patience
 from ovdet2.io.weights import read_weights
@@ -83,7 +84,11 @@ def test_records_are_complete():
         assert all(source.url.startswith("https://") for source in record.sources)
         assert all(source.by_hand == ("drive.google.com" in source.url) for source in record.sources)
         assert all((source.sha256 is None) == (source.bytes is None) for source in record.sources)
-        assert (record.teacher is None) == (record.templates is None)
+        cfg = load_config(record.config, record.overrides)
+        closed = cfg.MODEL.OVD.CLASSIFIER == "closed_set"
+        teacher = f"{cfg.MODEL.TEACHER.ARCHITECTURE} ({cfg.MODEL.TEACHER.PRETRAINED})"
+        assert record.teacher == (None if closed else teacher)
+        assert record.templates == (None if closed else cfg.MODEL.VOCABULARY.TEMPLATES)
         used = {records.weights_path(name).with_name(source.file_name) for source in record.sources}  # must differ
         assert not used & {records.weights_path(name)} and len(records.read_structure(record.structure)) > 100
 

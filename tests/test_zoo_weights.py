@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ovdet2.errors import DataError
+from ovdet2.errors import DataError, UsageError
 from ovdet2.io.weights import read_weights
 from ovdet2.predictor import Detector
 from ovdet2.programs import predict
@@ -110,6 +110,24 @@ def test_a_photograph_is_predicted_by_name_with_a_download(refine, micro, photo,
         first = Detector(micro.name).predict(str(photo))
     again = Detector(micro.name).predict(str(photo))  # the host is gone
     assert torch.equal(first.scores, again.scores) and len(host.requests) == 1
+
+
+def test_weights_that_forbid_commercial_use_must_be_accepted(refine, micro, photo, tmp_path, monkeypatch):
+    """Detector and ovdet2 predict pass the acceptance on; without it, nothing is downloaded."""
+    host = Host(write_as("official", refine, tmp_path).read_bytes())
+    with serving(host) as address:
+        served = replace(micro.sources[0], url=f"{address}/checkpoint.pth")
+        licence = replace(micro.licence, weights="CC BY-NC 4.0", non_commercial=True)
+        monkeypatch.setitem(records.RECORDS, micro.name, replace(micro, sources=(served,), licence=licence))
+        with pytest.raises(UsageError, match="must not be used commercially"):
+            Detector(micro.name)
+        words = ["--model", micro.name, "--input", str(photo), "--output", str(tmp_path / "out")]
+        with pytest.raises(UsageError, match="must not be used commercially"):
+            predict.main(words)
+        assert not host.requests
+        predict.main([*words, "--accept-license"])
+        assert Detector(micro.name, accept_license=True).names[0] == "person"
+    assert len(host.requests) == 1
 
 
 @pytest.mark.parametrize(
