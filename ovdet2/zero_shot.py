@@ -120,7 +120,9 @@ class ZeroShotDetector:
         try:
             from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
         except ImportError as error:
-            raise SetupError(f"zero-shot detectors need transformers ({error}): pip install transformers.") from None
+            raise SetupError(
+                f"zero-shot detectors need transformers 4.55 or later ({error}): pip install transformers."
+            ) from None
         local = Path(source).is_dir()
         try:
             processor = AutoProcessor.from_pretrained(source, local_files_only=local)

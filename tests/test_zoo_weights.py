@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ovdet2.errors import DataError, UsageError
-from ovdet2.io.weights import read_weights
 from ovdet2.predictor import Detector
 from ovdet2.programs import predict
+from ovdet2.vocabulary.word_lists import named_words
 from ovdet2.zoo import records, store
 from tests.file_host import Host, serving
 from tests.micro_detr import QUERIES, SIZES, published
@@ -40,9 +40,15 @@ def home(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def refine():
-    """Weights of a small Deformable DETR with box refinement and a row per COCO id, under the names of ``transformers``."""
-    return {name: value.float() for name, value in published("refine", classes=91).state_dict().items()}
+def model():
+    """A small Deformable DETR of ``transformers`` with box refinement and a row of its class layers per COCO id."""
+    return published("refine", classes=91).float()
+
+
+@pytest.fixture(scope="module")
+def refine(model):
+    """Its weights."""
+    return model.state_dict()
 
 
 @pytest.fixture
@@ -86,7 +92,8 @@ def write_as(form, weights, folder):
 
 
 @pytest.mark.parametrize("form", ["official", "bare", "safetensors"])
-def test_official_formats_import_and_predict(form, refine, micro, photo, tmp_path, capsys):
+def test_official_formats_import_and_predict(form, model, refine, micro, photo, tmp_path):
+    """The imported detector has the detections of the published one, among the rows of COCO's 80 classes."""
     file = write_as(form, refine, tmp_path)
     store.import_file(micro, file)
     assert store.verify(micro) == store.FIRST_USE
@@ -94,9 +101,18 @@ def test_official_formats_import_and_predict(form, refine, micro, photo, tmp_pat
     assert len(detector.names) == 80 and detector.names[:2] == ("person", "bicycle")
     found = detector.predict(str(photo))
     assert len(found) == 5 and bool((found.scores > 0).all())
-    # The class rows are those of COCO's ids: 90 is the last of the 80 classes.
-    last = read_weights(records.weights_path(micro.name))["model"]["network.class_branches.0.weight"]
-    assert torch.equal(last[79], refine["class_embed.0.weight"][90])
+    sample, ids = detector.prepare(str(photo)), list(named_words("coco").category_ids)
+    pixels = (sample.image - detector.model.pixel_mean) / detector.model.pixel_std
+    with torch.no_grad():
+        output = model(pixel_values=pixels[None])
+    best = output.logits[0].sigmoid()[:, ids].flatten().topk(5)
+    torch.testing.assert_close(found.scores, best.values, atol=1e-5, rtol=0)
+    assert found.pred_classes.tolist() == (best.indices % 80).tolist()
+    height, width = found.image_size
+    x, y, w, h = output.pred_boxes[0][best.indices // 80].unbind(1)
+    boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=1) * torch.tensor([width, height] * 2)
+    expected = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2))
+    torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=1e-3, rtol=0)
     [picture] = predict.main(["--model", micro.name, "--input", str(photo), "--output", str(tmp_path / "out")])
     assert picture.is_file() and json.loads((tmp_path / "out" / "detections.json").read_text())
 

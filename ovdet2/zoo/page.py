@@ -49,6 +49,33 @@ Files are read without running code from them. HTML pages, truncated files, and 
 | 404 or no network | exit code 4; the message has the address, the path to put the file to, and the import command |
 | fewer than 1,000 bytes per second for 30 seconds | exit code 4; the part is kept, and the same command continues later |
 
+## Other zero-shot detectors
+
+OWL-ViT, OWLv2, Grounding DINO, MM-Grounding-DINO and OmDet-Turbo of `transformers` (`pip install "ovdet2[zero-shot]"`) have the interface of
+`Detector`, and the same evaluator, so that all detectors stand in one table. `transformers` loads their weights, from a folder or from its hub.
+
+```python
+from ovdet2.zero_shot import ZeroShotDetector
+
+detector = ZeroShotDetector.load("folder/of/owlv2-base-patch16-ensemble")
+detector.set_vocabulary("striped moon, red star")
+found = detector.predict("photo.jpg")  # pred_classes are indices into the words
+```
+
+```
+ovdet2 zero-shot --model folder/of/owlv2-base-patch16-ensemble --dataset ov_coco_val_all --output output/owlv2
+ovdet2 report compare output/ovcoco/vild_text_r50/inference/ov_coco_val_all output/owlv2
+```
+
+| detector | score of a word | words of one forward pass |
+|---|---|---|
+| OWL-ViT, OWLv2 | sigmoid of the word's logit, prompt "a photo of a {}"; the same whatever the other words are | 512 |
+| Grounding DINO, MM-Grounding-DINO | mean over the word's tokens of the sigmoid of their logits; depends on the other words of the pass | as many as fit into its text, 256 tokens |
+| OmDet-Turbo | sigmoid of the word's logit, NMS within a class at IoU 0.5; depends on the other words of the pass | 64 |
+
+More words than that go in several passes, which is printed. Their training data often have boxes of the classes that are novel here: their
+"novel" figures are then no open-vocabulary figures.
+
 ## Records
 """
 
