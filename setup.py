@@ -52,6 +52,8 @@ setup(
     extras_require={
         # A vision-language model on this machine as a source of concept priors (ovdet2 prior).
         "mllm": ["transformers>=4.53,<6"],
+        # The zero-shot detectors of transformers (ovdet2 zero-shot); MM-Grounding-DINO came with 4.55.
+        "zero-shot": ["transformers>=4.55,<6"],
         # transformers is a reference for Deformable DETR, too.
         "test": ["pytest>=8,<10", "pytest-xdist>=3.6,<4", "hypothesis>=6.100,<7", "transformers>=4.53,<6"],
         # What `make lint` runs. Other versions find other things, so they are exact.

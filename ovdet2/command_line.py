@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,26 @@ OVERRIDES: dict[str, Any] = {
 }
 
 
-def add_config_file(parser: argparse.ArgumentParser, required: bool = True, purpose: str = "") -> None:
+def add_config_file(
+    parser: argparse.ArgumentParser, required: bool = True, purpose: str = "", aliases: Sequence[str] = ()
+) -> None:
     """Add --config-file, whose default is "" (the default values of all keys).
 
     Args:
         parser: changed.
         required: whether the option must be given.
         purpose: what the configuration is for, the end of the help text.
+        aliases: further names of the option.
     """
     text = f"{CONFIG_FILE['help']}; {purpose}" if purpose else CONFIG_FILE["help"]
-    parser.add_argument("--config-file", required=required, default="", **CONFIG_FILE | {"help": text})
+    parser.add_argument("--config-file", *aliases, required=required, default="", **CONFIG_FILE | {"help": text})
+
+
+def add_accept_license(parser: argparse.ArgumentParser) -> None:
+    """Add --accept-license, for published weights."""
+    parser.add_argument(
+        "--accept-license", action="store_true", help="accept a licence of weights that forbids commercial use"
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

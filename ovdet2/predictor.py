@@ -28,6 +28,8 @@ from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
 from ovdet2.vocabulary.templates import clean_name
 from ovdet2.vocabulary.word_lists import Words
+from ovdet2.zoo.records import RECORDS
+from ovdet2.zoo.store import fetch
 
 FEW_WORDS = 8  # from so many words on, they compete with each other only
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
@@ -54,21 +56,26 @@ class Detector:
         weights: str | Path | None = None,
         overrides: Sequence[Any] = (),
         competitors: str = "auto",
+        accept_license: bool = False,
     ) -> None:
         """
         Args:
             config: a name of :data:`ovdet2.zoo.DETECTORS`, a yaml path, the name of a shipped configuration, or a
-                CfgNode.
+                CfgNode. A published detector is downloaded on its first use.
             weights: checkpoint; None or empty: the weights of the named detector, else MODEL.WEIGHTS.
             overrides: list [key, value, ...]; ignored if ``config`` is a CfgNode.
             competitors: "auto", as the class describes, or "off". It changes nothing where each word has a separate sigmoid
                 and no other score, as in the detectors of the DETR family.
+            accept_license: accept that the weights of a published detector must not be used commercially.
 
         Raises:
-            UsageError: no weights are given, or ``competitors`` is something else.
+            UsageError: no weights are given, ``competitors`` is something else, or a licence must be accepted.
+            SetupError: a published detector cannot be downloaded.
             DataError: the weights cannot be read, are of another model, or of another embedding space.
         """
         if not isinstance(config, CfgNode):
+            if str(config) in RECORDS and not weights:
+                fetch(RECORDS[str(config)], accept_license)
             config = load_config(config, [*overrides, "MODEL.WEIGHTS", str(weights)] if weights else overrides)
         cfg = without_training_parts(config)
         weights = str(weights or cfg.MODEL.WEIGHTS)

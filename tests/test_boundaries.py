@@ -27,7 +27,7 @@ FLOORS = (
     ("modeling", "evaluation", "report"),
     ("methods",),
     ("engine",),
-    ("predictor",),
+    ("predictor", "zero_shot"),
     ("ov_shapes", "experiments", "bench", "programs", "command_line", "doctor"),
     ("cli", "__main__"),
 )

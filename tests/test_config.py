@@ -253,15 +253,17 @@ class TestTrainedDetectors:
 
     def test_the_configuration_and_the_weights(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("OVDET2_HOME", str(tmp_path / "home"))
         for name, named in DETECTORS.items():
             Path(named.weights).parent.mkdir(parents=True)
             Path(named.weights).touch()
-            assert load_config(name) == load_config(named.config, ["MODEL.WEIGHTS", named.weights])
+            assert load_config(name) == load_config(named.config, [*named.overrides, "MODEL.WEIGHTS", named.weights])
             assert load_config(name, ["MODEL.WEIGHTS", "mine.pth"]).MODEL.WEIGHTS == "mine.pth"
 
     @pytest.mark.parametrize("name", DETECTORS)
     def test_weights_that_are_not_there(self, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("OVDET2_HOME", str(tmp_path / "home"))
         with pytest.raises(DataError, match=f"{DETECTORS[name].weights} does not exist: {DETECTORS[name].remedy}"):
             load_config(name)
 

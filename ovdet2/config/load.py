@@ -91,7 +91,7 @@ def load_config(
     """
     named = DETECTORS.get(str(name))
     if named is not None:
-        name, overrides = named.config, ["MODEL.WEIGHTS", named.weights, *overrides]
+        name, overrides = named.config, [*named.overrides, "MODEL.WEIGHTS", named.weights, *overrides]
     known = CfgNode()
     try:
         given = CfgNode(_Yaml.load_yaml_with_base(str(find_config(name)), allow_unsafe=False)) if name else CfgNode()

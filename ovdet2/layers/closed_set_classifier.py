@@ -53,6 +53,7 @@ class ClosedSetClassifier(nn.Linear):
         if len(self.vocabulary) != self.num_training_classes:
             raise UsageError(
                 f"a closed-set head of {self.num_training_classes} classes cannot take "
-                f'{len(self.vocabulary)} words: use MODEL.OVD.CLASSIFIER "text".'
+                f"{len(self.vocabulary)} words: its classes are fixed. Only a detector with MODEL.OVD.CLASSIFIER "
+                '"text" takes other words.'
             )
         return super().forward(input)

@@ -2,13 +2,15 @@ r"""Detect any words in your images and draw the detections.
 
     ovdet2 predict --config-file ovshapes-vild-ensemble --input a.jpg photos/ "*.png" \
         --vocabulary "striped moon, red star" --output out/
+    # a published detector, which is downloaded first; its words are those of COCO
+    ovdet2 predict --model deformable-detr-r50-refine --input a.jpg --output out/
     ovdet2 predict --config-file ovcoco/vild_text_r50.yaml --input a.jpg --vocabulary words.txt --output out/ \
         --confidence-threshold 0.5 MODEL.WEIGHTS output/model_final.pth
     # a detector with semantic priors: give the words present in the images instead of predicting them
     ovdet2 predict --config-file ovshapes/cckt_full_r18.yaml --input a.jpg --present "red star, moon" \
         --output out/ MODEL.WEIGHTS output/model_final.pth
 
-Trained detectors by name: {detectors}.
+Trained detectors by name, for --model or --config-file: {detectors}.
 
 Writes a picture of each image and detections.json to the output folder. Unreadable images are skipped with a message. A
 detector with semantic priors requires the words present in each image: its teacher predicts them, or --present gives
@@ -30,7 +32,14 @@ from typing import Any
 from detectron2.structures import Instances
 from tqdm import tqdm
 
-from ovdet2.command_line import add_config_file, add_overrides, command_parser, keep_inputs, options_but
+from ovdet2.command_line import (
+    add_accept_license,
+    add_config_file,
+    add_overrides,
+    command_parser,
+    keep_inputs,
+    options_but,
+)
 from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
@@ -54,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     pictures = picture_paths(find_images(args.input, output), output)
     written = [output / RECORDS, *pictures.values()]
     keep_inputs("--output", written, pictures.keys(), options_but(args, "output"))
-    detector = Detector(args.config_file, overrides=args.opts, competitors=args.competitors)
+    detector = Detector(
+        args.config_file, overrides=args.opts, competitors=args.competitors, accept_license=args.accept_license
+    )
     if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
     if args.vocabulary is not None:
@@ -94,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
     parser = command_parser("predict", (__doc__ or "").format(detectors=", ".join(DETECTORS)))
-    add_config_file(parser)
+    add_config_file(parser, aliases=("--model",))
+    add_accept_license(parser)
     parser.add_argument(
         "--input", nargs="+", required=True, help="image files, folders (with their subfolders) or glob patterns"
     )

@@ -96,7 +96,8 @@ def run(argv: Sequence[str] | None = None, verb: str = "train") -> None:
     if named is not None and not args.eval_only:
         raise UsageError(
             f"{args.config_file} is a trained detector. To train one like it, give its configuration, "
-            f"--config-file {named.config}; to train it further, add MODEL.WEIGHTS {named.weights}."
+            f"--config-file {named.config}; to train it further, add "
+            f"{' '.join(map(str, [*named.overrides, 'MODEL.WEIGHTS', named.weights]))}."
         )
     cfg = load_config(args.config_file, args.opts)
     if not args.eval_only and not args.resume:  # these checkpoints would be replaced or removed

@@ -182,8 +182,8 @@ class OpenVocabularyDeformableDETR(nn.Module):
         words = outputs.pred_logits.shape[-1]
         if words != len(self.vocabulary):
             raise UsageError(
-                f"a closed-set head of {words} classes cannot take {len(self.vocabulary)} words: use "
-                'MODEL.OVD.CLASSIFIER "text".'
+                f"a closed-set head of {words} classes cannot take {len(self.vocabulary)} words: its "
+                'classes are fixed. Only a detector with MODEL.OVD.CLASSIFIER "text" takes other words.'
             )
         for part in self.parts:
             outputs = part.score(outputs, queries)
