@@ -51,7 +51,7 @@ VERBS = {
     "report queries": Verb("ovdet2.programs.draw_queries", "draw the best queries of a Deformable DETR"),
     "report score-maps": Verb("ovdet2.programs.draw_score_maps", "draw the encoder features of a Deformable DETR"),
     "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify ground-truth boxes with a CLIP (zero-shot)"),
-    "import-weights": Verb("ovdet2.programs.import_deformable_detr", "import published Deformable DETR weights"),
+    "import-weights": Verb("ovdet2.programs.import_weights", "import published weights of Deformable DETR or Detic"),
     "experiment": Verb("ovdet2.programs.experiments", "train and evaluate the entries of a table, and write it"),
     "bench": Verb("ovdet2.programs.bench", "measure time and memory against a reference"),
     "doctor": Verb("ovdet2.doctor", "check the environment, or install Detectron2"),
