@@ -1,4 +1,4 @@
-"""Detic (Zhou et al., ECCV 2022): CenterNet proposals and a cascade that classifies by words. See README.md."""
+"""Detic (Zhou et al., ECCV 2022): networks that classify regions by words. See README.md."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from detectron2.config import CfgNode as CN
 
 from ovdet2.config.method import Method
 from ovdet2.errors import UsageError
+
+# RoI heads: the proposals whose scores they read.
+_HEADS = {"DeticCascadeROIHeads": "CenterNetProposals", "DeticRes5ROIHeads": "RPN"}
 
 
 class Detic(Method):
@@ -17,7 +20,7 @@ class Detic(Method):
 
     def add_keys(self, cfg: CfgNode) -> None:
         """MODEL.DETIC.*"""
-        # Networks of Detic; switched on by MODEL.ROI_HEADS.NAME "DeticCascadeROIHeads".
+        # Networks of Detic; switched on by MODEL.ROI_HEADS.NAME "DeticCascadeROIHeads" (LVIS) or "DeticRes5ROIHeads" (COCO).
         cfg.MODEL.DETIC = CN()
         # timm name of the trunk of MODEL.BACKBONE.NAME "build_detic_fpn_backbone": "resnet18", "resnet50",
         # "convnext_tiny", "swin_base_patch4_window7_224", or another ResNet, ConvNeXt or Swin Transformer.
@@ -28,7 +31,7 @@ class Detic(Method):
 
     def is_on(self, cfg: CfgNode) -> bool:
         """Whether the RoI heads are Detic's."""
-        return cfg.MODEL.ROI_HEADS.NAME == "DeticCascadeROIHeads"
+        return cfg.MODEL.ROI_HEADS.NAME in _HEADS
 
     def check(self, cfg: CfgNode) -> None:
         """Refuse settings that the networks do not read.
@@ -50,10 +53,11 @@ class Detic(Method):
             raise UsageError(
                 "class-specific masks are not available for novel words: set MODEL.ROI_MASK_HEAD.CLS_AGNOSTIC_MASK to True."
             )
-        if model.PROPOSAL_GENERATOR.NAME != "CenterNetProposals":
+        proposals = _HEADS[model.ROI_HEADS.NAME]
+        if model.PROPOSAL_GENERATOR.NAME != proposals:
             raise UsageError(
-                f"MODEL.PROPOSAL_GENERATOR.NAME is {model.PROPOSAL_GENERATOR.NAME}: {model.ROI_HEADS.NAME} multiplies by the "
-                'scores of "CenterNetProposals".'
+                f"MODEL.PROPOSAL_GENERATOR.NAME is {model.PROPOSAL_GENERATOR.NAME}: {model.ROI_HEADS.NAME} takes the proposals "
+                f'of "{proposals}".'
             )
         if not 0 <= model.DETIC.PROPOSAL_SCORE_THRESH < 1:
             raise UsageError(
@@ -62,7 +66,7 @@ class Detic(Method):
 
     def register(self) -> None:
         """Import the trunks, the proposals and the RoI heads."""
-        from ovdet2.methods.detic import cascade, centernet, trunk  # noqa: F401
+        from ovdet2.methods.detic import cascade, centernet, res5, trunk  # noqa: F401
 
 
 METHOD = Detic()

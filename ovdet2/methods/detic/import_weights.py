@@ -17,7 +17,7 @@ _SHOWN = 5  # entries named in an error message
 
 # (pattern of an official name, its name here)
 _RENAMED = (
-    (r"(roi_heads\.box_predictor\.\d\.cls_score)\.linear\.(weight|bias)", r"\1.projection.\2"),
+    (r"(roi_heads\.box_predictor\.(?:\d\.)?cls_score)\.linear\.(weight|bias)", r"\1.projection.\2"),
     (r"(backbone\.bottom_up)\.(patch_embed\..*)", r"\1.trunk.\2"),
     (r"(backbone\.bottom_up)\.(layers\.\d\.blocks\..*)", r"\1.trunk.\2"),
 )
@@ -25,11 +25,11 @@ _RENAMED = (
 UNUSED = (
     (r"backbone\.bottom_up\.base\.fc\.(weight|bias)", "classes of the trunk's pre-training"),
     (r"backbone\.bottom_up\.layers\.\d\.blocks\.\d+\.attn\.relative_position_index", "constants of the window size"),
-    (r"roi_heads\.box_predictor\.\d\.cls_score\.zs_weight", "text embeddings of the words of the training"),
-    (r"roi_heads\.box_predictor\.\d\.freq_weight", "image counts of the federated loss"),
-    (r"roi_heads\.box_predictor\.\d\.cls_score\.detection_weight", "embeddings for the losses of CoDet and VLDet"),
-    (r"roi_heads\.box_predictor\.\d\.fc[12]\.(weight|bias)", "weights of proposals in CoDet's loss"),
-    (r"roi_heads\.box_predictor\.\d\.prop_score\..*", "scores of proposals in losses on image labels"),
+    (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.zs_weight", "text embeddings of the words of the training"),
+    (r"roi_heads\.box_predictor\.(?:\d\.)?freq_weight", "image counts of the federated loss"),
+    (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.detection_weight", "embeddings for the losses of CoDet and VLDet"),
+    (r"roi_heads\.box_predictor\.(?:\d\.)?fc[12]\.(weight|bias)", "weights of proposals in CoDet's loss"),
+    (r"roi_heads\.box_predictor\.(?:\d\.)?prop_score\..*", "scores of proposals in losses on image labels"),
     (r"text_encoder\..*", "the text tower of the caption loss"),
     (r"freq_weight", "image counts of the sampled words"),
     (r"pixel_(mean|std)", "pixel normalisation, which the configuration gives"),

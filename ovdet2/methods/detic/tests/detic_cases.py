@@ -38,8 +38,14 @@ def own_weights(detector):
 
 def published(trunk):
     """A detector with the weights of a case of parity, imported."""
-    overrides = ["MODEL.DETIC.TRUNK", TIMM_NAMES.get(trunk, trunk), "TEST.DETECTIONS_PER_IMAGE", detic_cases.DETECTIONS]
-    detector = OpenVocabularyRCNN(config(*overrides), vocabulary=words(detic_cases.text())).eval()
+    if trunk == detic_cases.C4:
+        few = ["MODEL.RPN.POST_NMS_TOPK_TEST", detic_cases.C4_PROPOSALS, "TEST.DETECTIONS_PER_IMAGE",
+               detic_cases.C4_DETECTIONS]  # fmt: skip
+        cfg = load_config("ovcoco/detic_r50.yaml", ["MODEL.DEVICE", "cpu", *few])
+    else:
+        name = TIMM_NAMES.get(trunk, trunk)
+        cfg = config("MODEL.DETIC.TRUNK", name, "TEST.DETECTIONS_PER_IMAGE", detic_cases.DETECTIONS)
+    detector = OpenVocabularyRCNN(cfg, vocabulary=words(detic_cases.text())).eval()
     imported = import_weights(detic_cases.weights(trunk), own_weights(detector))
     assert not detector.load_state_dict(imported, strict=False).unexpected_keys
     return detector
@@ -49,6 +55,7 @@ def published(trunk):
 def detect(detector, jpeg, short_side):
     """Detections of JPEG bytes."""
     pixels = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    pixels = pixels if detector.input_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
     resized = T.ResizeShortestEdge([short_side] * 2, 1333).get_transform(pixels).apply_image(pixels)
     image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
     return detector([Sample(image=image, height=pixels.shape[0], width=pixels.shape[1])])[0]["instances"]

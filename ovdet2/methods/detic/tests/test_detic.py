@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ovdet2.config import check_methods
+from ovdet2.config import check_methods, load_config
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.methods.detic.centernet import best_cells, boxes_of_cells, cell_centres, select_proposals
 from ovdet2.methods.detic.tests.detic_cases import config, images, micro, words
@@ -170,6 +170,27 @@ class TestTrunk:
 def test_settings_that_are_not_read_are_refused(overrides, message):
     with pytest.raises(UsageError, match=message):
         check_methods(config(*overrides))
+
+
+class TestRes5Heads:
+    @staticmethod
+    def of(*overrides):
+        narrow = ["MODEL.DEVICE", "cpu", "MODEL.RPN.POST_NMS_TOPK_TEST", 10, *overrides]
+        rows = F.normalize(2 * uniform("rows", (5, 8)).float() - 1, dim=1)
+        return OpenVocabularyRCNN(load_config("ovcoco/detic_r50.yaml", narrow), vocabulary=words(rows)).eval()
+
+    def test_training_is_refused(self):
+        with pytest.raises(UsageError, match="published weights for detection only"):
+            self.of().roi_heads.train()(None, {}, [])
+
+    def test_no_word_competes(self):
+        detector = self.of()
+        assert not detector.words_compete and detector.roi_heads.num_classes == 5
+        assert detector.roi_heads.classifier.temperature == 0.02 and detector.roi_heads.classifier.bias is None
+
+    def test_other_proposals_are_refused(self):
+        with pytest.raises(UsageError, match='takes the proposals of "RPN"'):
+            self.of("MODEL.PROPOSAL_GENERATOR.NAME", "CenterNetProposals")
 
 
 def test_an_unknown_level_is_refused():

@@ -15,24 +15,29 @@ def require_equal(detections, expected):
     assert torch.equal(detections.pred_classes, expected["classes"])
     assert torch.allclose(detections.pred_boxes.tensor, expected["boxes"], atol=1e-3, rtol=0)
     assert torch.allclose(detections.scores, expected["scores"], atol=1e-5, rtol=0)
-    assert (detections.pred_masks != expected["masks"]).double().mean() < 1e-5
+    assert detections.has("pred_masks") == ("masks" in expected)
+    if "masks" in expected:
+        assert (detections.pred_masks != expected["masks"]).double().mean() < 1e-5
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", *HEAVY])
+@pytest.mark.parametrize("trunk", ["resnet18", detic_cases.C4, *HEAVY])
 def test_detections_equal_the_oracle(trunk):
     detections = detect(published(trunk), detic_cases.picture(), detic_cases.SHORT_SIDE[trunk])
     require_equal(detections, detic_cases.golden(trunk))
-    assert 0.001 < detections.pred_masks.double().mean() < 0.9 and len(detections.pred_classes.unique()) > 1
+    assert len(detections.pred_classes.unique()) > 1
+    assert trunk == detic_cases.C4 or (
+        detections.pred_masks.flatten(1).any(dim=1).all() and detections.has("pred_masks")
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trunk", detic.TRUNKS)
+@pytest.mark.parametrize("trunk", [*detic.TRUNKS, detic_cases.C4])
 def test_the_stored_outputs_are_those_of_the_oracle(trunk):
     now, stored = detic_cases.oracle(trunk), detic_cases.golden(trunk)
     assert torch.equal(now["classes"], stored["classes"])
     assert torch.allclose(now["boxes"], stored["boxes"], atol=1e-3, rtol=0)
     assert torch.allclose(now["scores"], stored["scores"], atol=1e-5, rtol=0)
-    assert (now["masks"] != stored["masks"]).double().mean() < 1e-5
+    assert trunk == detic_cases.C4 or (now["masks"] != stored["masks"]).double().mean() < 1e-5
 
 
 @pytest.mark.parametrize("fault", ["colours", "padding", "size"])
