@@ -51,7 +51,7 @@ VERBS = {
     "report queries": Verb("ovdet2.programs.draw_queries", "draw the best queries of a Deformable DETR"),
     "report score-maps": Verb("ovdet2.programs.draw_score_maps", "draw the encoder features of a Deformable DETR"),
     "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify ground-truth boxes with a CLIP (zero-shot)"),
-    "import-weights": Verb("ovdet2.programs.import_deformable_detr", "import published Deformable DETR weights"),
+    "import-weights": Verb("ovdet2.programs.import_weights", "import published weights of Deformable DETR or Detic"),
     "zoo list": Verb("ovdet2.programs.zoo", "list the published detectors, their licences and figures", "list_main"),
     "zoo fetch": Verb("ovdet2.programs.zoo", "download a published detector and convert it", "fetch_main"),
     "zoo import": Verb("ovdet2.programs.zoo", "convert the downloaded file of a published detector", "import_main"),

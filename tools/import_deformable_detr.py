@@ -2,7 +2,7 @@
 """The same as ``ovdet2 import-weights``."""
 
 from ovdet2.errors import exit_on_error
-from ovdet2.programs.import_deformable_detr import main
+from ovdet2.programs.import_weights import main
 
 if __name__ == "__main__":
     with exit_on_error():

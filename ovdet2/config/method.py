@@ -79,6 +79,10 @@ class Method:
         """Sources of training images that the method adds to DATASETS.TRAIN and DATASETS.SOURCES."""
         return []
 
+    def register(self) -> None:
+        """Import the modules that add to Detectron2's registries; called before a detector that uses the method is
+        built."""
+
     def build(self, cfg: CfgNode, host: Host) -> Part | None:
         """Build the method's part of the detector; None if the method is off.
 

@@ -52,6 +52,8 @@ def _with_background(cfg):
 def check_methods(cfg: CfgNode) -> None:
     """Refuse contradictory settings of methods, and methods that the meta-architecture does not support.
 
+    What the methods in use add to Detectron2's registries is imported.
+
     Raises:
         UsageError: the message names the keys.
     """
@@ -74,6 +76,8 @@ def check_methods(cfg: CfgNode) -> None:
                 f"the configuration switches on {method.name}, which is for {' and '.join(method.hosts)}: {host} "
                 "would ignore it. Set its keys to their defaults, or choose another MODEL.META_ARCHITECTURE."
             )
+        if method.is_on(cfg):
+            method.register()
 
 
 @functools.lru_cache(maxsize=1)

@@ -17,6 +17,8 @@ r"""Import the weights of a published Deformable DETR: official ones, H-Deformab
 The output is a file for MODEL.WEIGHTS. The variant (one_stage, refine, two_stage, plus_plus) is inferred from the weights
 and printed: set MODEL.DETR.VARIANT to it, with plus_plus also MODEL.DETR.WIDE_POSITION to True. A file with unknown or missing weights is refused.
 
+Weights of Detic, CoDet and VLDet: ``ovdet2 import-weights --kind detic --help``.
+
 Exit codes: 2 usage, 3 data.
 """
 

@@ -200,27 +200,47 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
         Raises:
             NumericalError: a score or box is not finite. (Detectron2 drops such detections silently, which lowers AP.)
         """
+        boxes = self.predict_boxes(predictions, proposals)
+        return self.select(boxes, self.predict_probs(predictions, proposals), [image.image_size for image in proposals])
+
+    def select(
+        self,
+        boxes_of_images: Sequence[Tensor],
+        probs_of_images: Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> tuple[list[Instances], list[Tensor]]:
+        """Detections of scored boxes: boxes are clipped, then come the score threshold, NMS and the best scores.
+
+        Args:
+            boxes_of_images: for each image, XYXY Tensor [R, 4].
+            probs_of_images: for each image, Tensor [R, K + 1] with background last.
+            image_sizes: (height, width) of each image.
+
+        Returns, raises:
+            As of :meth:`inference`.
+        """
         results, kept = [], []
-        boxes_of_images = self.predict_boxes(predictions, proposals)
-        for boxes, probs, image in zip(boxes_of_images, self.predict_probs(predictions, proposals), proposals):
-            if not (torch.isfinite(probs).all() and torch.isfinite(boxes).all()):
-                raise NumericalError(
-                    "a detection has a score or box that is not finite: the training has diverged; "
-                    "use an earlier checkpoint."
-                )
+        for boxes, probs, size in zip(boxes_of_images, probs_of_images, image_sizes):
+            require_finite(probs, boxes)  # before clipping, which fails with an assertion
             clipped = Boxes(boxes.float())
-            clipped.clip(image.image_size)
+            clipped.clip(size)
             scores = probs[:, : self.cls_score.vocabulary.num_detectable]  # without competitors and background
             regions, classes = class_wise_nms(
                 clipped.tensor, scores, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
             )
             results.append(
-                Instances(
-                    image.image_size, pred_boxes=clipped[regions], scores=scores[regions, classes], pred_classes=classes
-                )
+                Instances(size, pred_boxes=clipped[regions], scores=scores[regions, classes], pred_classes=classes)
             )
             kept.append(regions)
         return results, kept
+
+
+def require_finite(*values: Tensor) -> None:
+    """Raise :class:`NumericalError` if a score or box is not finite."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NumericalError(
+            "a detection has a score or box that is not finite: the training has diverged; use an earlier checkpoint."
+        )
 
 
 def _require_choice(key: str, value: str, choices: Sequence[str]) -> None:
