@@ -58,6 +58,21 @@ def as_official(weights):
     return renamed
 
 
+def as_detic(weights):
+    """The same weights under the names of Detic's files: the official ones below "detr.", Detectron2's of the trunk."""
+    renamed = {"criterion.fed_loss_weight": torch.ones(CLASSES)}
+    for name, value in as_official(weights).items():
+        if ".fc." in name or name.endswith("num_batches_tracked"):
+            continue
+        if trunk := re.fullmatch(r"backbone\.0\.body\.(.*)", name):
+            inner = re.sub(r"layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", trunk[1])
+            inner = re.sub(r"^(conv1|bn1)", r"stem.\1", inner)
+            inner = inner.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+            name = "backbone.0.backbone." + re.sub(r"\bbn(\d)", r"conv\1.norm", inner)
+        renamed[f"detr.{name}" if not name.startswith("criterion") else name] = value
+    return renamed
+
+
 def as_before_version_5(weights):
     """The names ``transformers`` wrote before its version 5, which are those of the files to download."""
     return {
@@ -76,7 +91,7 @@ def test_the_dialects_give_the_same_weights(state):
     variant, weights = state
     imported, found = import_weights(weights)
     assert found == variant
-    for dialect in (as_official, as_before_version_5):
+    for dialect in (as_official, as_before_version_5, as_detic):
         renamed = dialect(weights)
         assert renamed.keys() != weights.keys()
         other, found = import_weights(renamed)
@@ -175,6 +190,34 @@ def test_the_tool_writes_what_the_checkpointer_loads(tmp_path, capsys, kind):
     assert same(model.network.state_dict(), wanted)
     with pytest.raises(SystemExit):
         tool.main([str(source), "--output", str(output), "--dataset", "x", "--without-classes"])
+
+
+def test_detic_names_are_those_of_its_files(state):
+    names = as_detic(state[1])
+    for name in (
+        "detr.backbone.0.backbone.stem.conv1.norm.running_var",
+        "detr.backbone.0.backbone.res2.0.shortcut.weight",
+        "detr.backbone.0.backbone.res5.2.conv3.norm.bias",
+        "detr.transformer.decoder.layers.0.norm3.weight",
+        "detr.input_proj.3.1.weight",
+    ):
+        assert name in names, name
+
+
+def test_detic_has_a_row_per_class(tmp_path, monkeypatch):
+    """By ascending category id; the official files have a row per id."""
+    weights = {name: value.float() for name, value in published("two_stage").state_dict().items()}
+    ids = (9, 2, 40)
+    monkeypatch.setattr(tool, "split_of", lambda name: argparse.Namespace(category_ids=ids))
+    torch.save({"model": as_detic(weights)}, tmp_path / "source.pth")
+    tool.main([str(tmp_path / "source.pth"), "--output", str(tmp_path / "out.safetensors"), "--dataset", "any"])
+    tensors, manifest = read_safetensors(tmp_path / "out.safetensors", tool.SCHEMA)
+    assert manifest["class_rows"] == [1, 0, 2] and manifest["variant"] == "two_stage"
+    every = import_weights(weights)[0]["class_branches.1.weight"]
+    assert torch.equal(tensors["network.class_branches.1.weight"], every[[1, 0, 2]])
+    assert tool.class_rows("any") == [9, 2, 40]
+    with pytest.raises(DataError, match="1 unknown weights .detr.surprise"):
+        import_weights({**as_detic(weights), "detr.surprise": torch.zeros(1)})
 
 
 def test_sizes_are_read_off_the_weights():

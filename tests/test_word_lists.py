@@ -35,7 +35,22 @@ def lvis_root(tmp_path, monkeypatch):
         ("objects365_v1", 365, {1: "person", 48: "toy", 159: "tissue ", 247: "CD", 365: "flashlight"}),
         ("objects365_v2", 365, {1: "Person", 4: "Other Shoes", 38: "Moniter/TV", 365: "Table Tennis "}),
         ("voc", 20, {1: "aeroplane", 11: "dining table", 20: "tv monitor"}),
-        ("openimages", 601, {"/m/011k07": "Tortoise", "/m/01g317": "Person", "/m/0zvk5": "Helmet"}),
+        (
+            "openimages",
+            601,
+            {
+                "/m/011k07": "Tortoise",
+                "/m/01g317": "Person",
+                "/m/09f20": "Hippopotamus",
+                "/m/09f_2": "Crocodile",
+                "/m/0zvk5": "Helmet",
+            },
+        ),
+        (
+            "openimages_challenge",
+            500,
+            {1: "Infant bed", 9: "Crocodile", 15: "Training bench", 72: "Bench", 500: "Toilet"},
+        ),
     ],
 )
 def test_named_sets(name, count, known):

@@ -78,7 +78,7 @@ def _add_words(cfg):
     cfg.MODEL.VOCABULARY = CN()
     # A file of ovdet2 vocab; empty: the teacher embeds the class names of the data set at start-up.
     cfg.MODEL.VOCABULARY.FILE = ""
-    # Prompt template set used when FILE is empty: "single", "vild63", "openclip80", "photo12", or a template file.
+    # Prompt template set used when FILE is empty: "single", "vild63", "openclip80", "photo12", "detic", or a template file.
     cfg.MODEL.VOCABULARY.TEMPLATES = "vild63"
 
 

@@ -1,4 +1,4 @@
-r"""Import the weights of a published Deformable DETR: official ones, H-Deformable-DETR's and those of ``transformers``.
+r"""Import the weights of a published Deformable DETR: official, H-Deformable-DETR's, Detic's, those of ``transformers``.
 
     # keep the classes of a registered data set, in its order; then measure the published figure on COCO
     ovdet2 import-weights r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \
@@ -9,6 +9,9 @@ r"""Import the weights of a published Deformable DETR: official ones, H-Deformab
         --dataset closed_coco_2017_val --output h_detr.safetensors
     ovdet2 eval --config-file coco/deformable_detr_r50_plus_plus_12ep.yaml MODEL.DETR.WIDE_POSITION True \
         MODEL.WEIGHTS h_detr.safetensors
+    # Detic's, which has a row for each of the 1,203 classes of LVIS
+    ovdet2 import-weights Detic_DeformDETR_LI_R50_4x_ft4x.pth --dataset closed_lvis_v1_val --output detic_detr.safetensors
+    ovdet2 eval --config-file lvis/deformable_detr_r50_two_stage.yaml MODEL.WEIGHTS detic_detr.safetensors
     # keep all 91 rows of the class layers, one per COCO id
     ovdet2 import-weights model.safetensors --output r50_91.safetensors
     # keep everything but the class layers, for a detector with a text branch
@@ -30,7 +33,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
 from ovdet2.io.weights import read_weights
-from ovdet2.modeling.detr.import_weights import import_weights
+from ovdet2.modeling.detr.import_weights import has_row_per_class, import_weights
 
 SCHEMA = "ovdet2/imported-detr/1"
 
@@ -49,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
     keep_inputs("--output", [args.output], args.weights, dataset_files(args.dataset or ""))
-    rows = [] if args.without_classes else class_rows(args.dataset)
-    weights, variant = import_weights(read_weights(args.weights)["model"], rows, args.queries)
+    published = read_weights(args.weights)["model"]
+    rows = [] if args.without_classes else class_rows(args.dataset, has_row_per_class(published))
+    weights, variant = import_weights(published, rows, args.queries)
     manifest = {
         "schema": SCHEMA,
         "source_sha256": sha256_file(args.weights),
@@ -67,8 +71,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return manifest
 
 
-def class_rows(dataset: str | None) -> list[int] | None:
-    """Category ids of a registered data set in the order of its contiguous classes; None for no data set.
+def class_rows(dataset: str | None, row_per_class: bool = False) -> list[int] | None:
+    """Rows of the class layers for the contiguous classes of a registered data set; None for no data set.
+
+    Args:
+        dataset: its name.
+        row_per_class: whether the layers have a row per class by ascending category id; else one per id.
 
     Raises:
         UsageError: the data set has no split.
@@ -78,7 +86,10 @@ def class_rows(dataset: str | None) -> list[int] | None:
     split = split_of(dataset)
     if split is None:
         raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
-    return list(split.category_ids)
+    if not row_per_class:
+        return list(split.category_ids)
+    ranks = {category_id: rank for rank, category_id in enumerate(sorted(split.category_ids))}
+    return [ranks[category_id] for category_id in split.category_ids]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_json
 
 _ASSETS = Path(__file__).resolve().parents[1] / "assets" / "words"
-NAMED = ("coco", "lvis", "objects365_v1", "objects365_v2", "openimages", "voc")
+NAMED = ("coco", "lvis", "objects365_v1", "objects365_v2", "openimages", "openimages_challenge", "voc")
 _SUFFIXES = (".txt", ".json")  # of word lists
 # Between words in the prompts of other detectors, and in text of other keyboards.
 _OTHER_MARKS = (" . ", "|", ";", "\uff0c", "\u3001", "\uff1b", "\n", "\t", ",")
@@ -48,7 +48,7 @@ def named_words(name: str, corrected: bool = False) -> WordList:
     ``ovdet2/assets/words``, where each file names its source.
 
     Args:
-        name: one of :data:`NAMED`: 80, 1203, 365, 365, 601 and 20 classes.
+        name: one of :data:`NAMED`: 80, 1203, 365, 365, 601, 500 and 20 classes.
         corrected: correct the spelling mistakes in the names of a data set (objects365_v2 has 16).
 
     Raises:

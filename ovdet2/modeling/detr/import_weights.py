@@ -2,8 +2,8 @@
 
 Two naming schemes are read: the official repository's, and that of ``transformers``, before and after its version 5.
 H-Deformable-DETR has the official names; its queries have a learned content, and its encoding of boxes has 2 C channels,
-of which it uses the first half. All have a ResNet trunk with torchvision's names. Duplicated weights become one module
-here. Query, key and value projections become one matrix.
+of which it uses the first half. Both have a ResNet trunk with torchvision's names. Detic's Deformable DETR has the official
+names below "detr.", and a trunk with Detectron2's names. Duplicated weights become one module here. Query, key and value projections become one matrix.
 """
 
 import re
@@ -23,6 +23,7 @@ from ovdet2.modeling.detr.transformer import DeformableTransformer
 
 _DEPTHS = {6: 50, 23: 101}  # ResNet depth by the number of blocks of the third stage
 _SHOWN = 8  # names in an error message
+_DETIC = "detr."  # prefix of the names of Detic's files
 
 _TRUNK = r"(?:backbone\.0\.body|model\.backbone(?:\.conv_encoder)?\.model)\."
 _QUERIES = "transformer.query_maker."
@@ -30,6 +31,8 @@ _QUERIES = "transformer.query_maker."
 _RULES = [
     (rf"{_TRUNK}(?:fc\..*|.*num_batches_tracked)", None),
     (r"(?:.*\.)?total_(?:ops|params)", None),  # counters of the profiler thop
+    (r"criterion\.fed_loss_weight", None),  # image counts of Detic's loss
+    (r"backbone\.0\.backbone\.((?:stem|res\d)\..*)", r"backbone.\1"),  # Detic
     (rf"{_TRUNK}conv1\.(.*)", r"backbone.stem.conv1.\1"),
     (rf"{_TRUNK}bn1\.(.*)", r"backbone.stem.conv1.norm.\1"),
     (rf"{_TRUNK}layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.\4"),
@@ -78,9 +81,9 @@ def import_weights(
     """Rename the weights of a published Deformable DETR.
 
     Args:
-        weights: dict of name to Tensor, official or of ``transformers``.
+        weights: dict of name to Tensor, official, of ``transformers`` or of Detic.
         class_rows: rows of the class layers to keep, in this order: the category ids of the classes, since the
-            published models have a row per COCO id. None: all. An empty list: no class layer, for a text classifier.
+            published models have a row per COCO id; of Detic's files (:func:`has_row_per_class`) their ranks. None: all. An empty list: no class layer, for a text classifier.
         num_queries: keep only the first learned queries: those of H-Deformable-DETR after the first 300 are matched
             one-to-many and take part in training only. None: all.
 
@@ -111,6 +114,11 @@ def import_weights(
     return renamed, variant
 
 
+def has_row_per_class(weights: Mapping[str, Any]) -> bool:
+    """Whether the class layers have a row per class by ascending category id, as Detic's, instead of one per id."""
+    return any(name.startswith(_DETIC) for name in weights)
+
+
 def _rename(weights):
     """(dict with names after ``_RULES``, unknown names)."""
     official = any(".norm3." in name for name in weights)
@@ -118,7 +126,7 @@ def _rename(weights):
     for name, value in weights.items():
         new = name
         for pattern, replacement in _RULES:
-            match = re.fullmatch(pattern, name)
+            match = re.fullmatch(pattern, name.removeprefix(_DETIC))
             if match:
                 new = match.expand(replacement) if replacement is not None else None
                 break
