@@ -225,10 +225,10 @@ def test_sizes_are_read_off_the_weights():
     assert imported["transformer.level_embed"].shape == (SIZES["levels"], SIZES["dim"])
 
 
-def h_deformable_detr(rows):
+def h_deformable_detr(rows, classes=CLASSES):
     """Weights of a small H-Deformable-DETR by a formula, under its names: the official ones of two stages, a learned
     content of ``rows`` queries, and an encoding of boxes of 2 C channels."""
-    weights = as_official(published("two_stage").state_dict())
+    weights = as_official(published("two_stage", classes=classes).state_dict())
     weights["query_embed.weight"] = torch.zeros(rows, SIZES["dim"], dtype=torch.float64)
     filled = {}
     for number, (name, value) in enumerate(sorted(weights.items())):

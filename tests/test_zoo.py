@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pin_zoo
@@ -148,6 +149,8 @@ def test_a_pinned_file(record_with, host, home, capsys):
     assert store.verify(record) == store.PINNED
     with pytest.raises(DataError, match=f"made from a file of SHA-256 {good}, which is not the pinned one"):
         store.verify(record_with(sources=[source(host.url, sha256="0" * 64, bytes=5)]))
+    with pytest.raises(DataError, match="which is not the pinned one: delete .*tiny and run ovdet2 zoo fetch tiny"):
+        store.fetch(record_with(sources=[source(host.url, sha256="0" * 64, bytes=5)]))
 
 
 def test_a_file_that_is_not_the_pinned_one_is_not_opened(record_with, host, home, monkeypatch):
@@ -215,6 +218,24 @@ def test_a_wrong_length_is_refused(record_with, host, home):
     with pytest.raises(DataError, match="but 7 are expected"):
         store.fetch(record_with(sources=[source(host.url, bytes=7, sha256="0" * 64)]))
     assert files(home) == []
+
+
+def test_two_processes_download_once(tiny, host, home):
+    """The second waits for the first (here two threads, with a lock each)."""
+    host.content = saved({"model": tiny_weights(), "padding": torch.zeros(200_000)})
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: store.fetch(tiny), range(2))
+    assert first == second and len(host.requests) == 1 and files(home) == COMPLETE
+
+
+def test_an_interruption_before_the_manifest_leaves_no_entry(tiny, host, home, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_json", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch(tiny)
+    assert not store.is_here(tiny) and store.trust_of(tiny) == store.STRUCTURE
+    store.fetch(tiny)
+    assert files(home) == COMPLETE and store.verify(tiny) == store.FIRST_USE
 
 
 @pytest.mark.parametrize("case", ["html", "truncated", "pickled"])

@@ -18,7 +18,7 @@ from ovdet2.vocabulary.word_lists import named_words
 from ovdet2.zoo import records, store
 from tests.file_host import Host, serving
 from tests.micro_detr import QUERIES, SIZES, published
-from tests.test_import_deformable_detr import as_before_version_5, as_official
+from tests.test_import_deformable_detr import as_before_version_5, as_official, h_deformable_detr
 
 STRUCTURES = {record.structure: record for record in records.RECORDS.values()}
 KEYS = {"dim": "DIM", "heads": "HEADS", "levels": "LEVELS", "points": "POINTS", "ffn_dim": "FFN_DIM"}
@@ -115,6 +115,27 @@ def test_official_formats_import_and_predict(form, model, refine, micro, photo, 
     torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=1e-3, rtol=0)
     [picture] = predict.main(["--model", micro.name, "--input", str(photo), "--output", str(tmp_path / "out")])
     assert picture.is_file() and json.loads((tmp_path / "out" / "detections.json").read_text())
+
+
+def test_h_deformable_detr_imports_and_predicts(home, photo, tmp_path, monkeypatch):
+    """Of its queries, those that are matched one-to-many are dropped; WIDE_POSITION comes with the record."""
+    real = records.RECORDS["h-deformable-detr-r50-12ep"]
+    assert real.options == {"variant": "plus_plus", "num_queries": 300} and real.overrides == (
+        "MODEL.DETR.WIDE_POSITION",
+        True,
+    )
+    options = {**real.options, "num_queries": QUERIES}
+    micro = replace(real, overrides=(*real.overrides, *MICRO), structure="micro", options=options)
+    (tmp_path / "structures").mkdir()
+    monkeypatch.setattr(records, "ASSETS", tmp_path)
+    records.structure_path("micro").write_text(records.structure_text(pin_zoo.configured_structure(micro)))
+    weights = {name: value.float() for name, value in h_deformable_detr(QUERIES + 8, classes=91).items()}
+    torch.save({"model": weights}, tmp_path / "h.pth")
+    path = store.import_file(micro, tmp_path / "h.pth")
+    found = Detector(micro.config, path, micro.overrides).predict(str(photo))
+    assert len(found) == 5 and bool((found.pred_classes < 80).all())
+    with pytest.raises(DataError, match="the first 300 learned queries are requested, but the file has 20"):
+        store.check_file(replace(micro, options=real.options), tmp_path / "h.pth")
 
 
 def test_a_photograph_is_predicted_by_name_with_a_download(refine, micro, photo, tmp_path, monkeypatch):

@@ -87,6 +87,7 @@ def fetch(record: Record, accept_license: bool = False, patience: Patience | Non
     path = weights_path(record.name)
     with _only_process(record):
         if is_here(record):
+            _require_pinned(record, read_manifest(record))
             return path
         _require_licence(record, accept_license)
         for source in record.sources:
@@ -145,13 +146,23 @@ def verify(record: Record) -> str:
         raise DataError(f"{path} does not exist: run ovdet2 zoo fetch {record.name}.")
     if sha256_file(path) != manifest["weights_sha256"]:
         raise DataError(f"{path} has changed since it was converted: delete it and run ovdet2 zoo fetch {record.name}.")
+    _require_pinned(record, manifest)
+    _require_structure(record, read_weights(path)["model"])
+    return trust_of(record)
+
+
+def _require_pinned(record: Record, manifest: Mapping[str, Any] | None) -> None:
+    """Refuse weights that were fetched before their record was pinned, if they are of another file.
+
+    Raises:
+        DataError: they are.
+    """
+    assert manifest is not None  # the weights are here
     if record.pinned and manifest["source_sha256"] not in _pins(record):
         raise DataError(
             f"{record.name} was made from a file of SHA-256 {manifest['source_sha256']}, which is not the pinned one: delete "
-            f"{path.parent} and run ovdet2 zoo fetch {record.name}."
+            f"{weights_path(record.name).parent} and run ovdet2 zoo fetch {record.name}."
         )
-    _require_structure(record, read_weights(path)["model"])
-    return trust_of(record)
 
 
 def _install(record: Record, file: Path, origin: str, pins: set[str] | None) -> None:
