@@ -193,7 +193,7 @@ def test_the_index_lies_beside_the_shards(tmp_path, monkeypatch):
     assert default_index(pattern).is_file() and default_index(tmp_path / "a*" / "*.tar").parent == tmp_path
     assert len({default_index(tmp_path / part) for part in ("*.tar", "a*.tar", "a*/*.tar")}) == 3
     (tmp_path / "file").write_text("")
-    with pytest.raises(SetupError, match="cannot be written.*name another file"):
+    with pytest.raises(SetupError, match="the folder .*file cannot be made .*: choose another one"):
         TarShards(pattern, tmp_path / "file" / "index.safetensors")
 
 

@@ -97,7 +97,9 @@ class TestPseudoLabels:
         cfg = get_cfg()
         cfg.DATASETS.OWN = [own | {"name": "pseudo_refused"}, own | {"name": "pseudo_said", "pseudo_labels": True}]
         register_own(cfg)
-        with pytest.raises(DataError, match="pseudo labels, made with the names of novel classes .ring.*pseudo_labels"):
+        with pytest.raises(
+            DataError, match="pseudo labels, made with the names of novel classes .'ring'.*pseudo_labels"
+        ):
             load_records(["pseudo_refused"], "DATASETS.TRAIN", False, base_only=True)
         records = load_records(["pseudo_said"], "DATASETS.TRAIN", False, base_only=True)
         assert sum(len(record["annotations"]) for record in records) == len(written["annotations"])

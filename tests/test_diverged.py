@@ -50,7 +50,9 @@ class TestCheckpoints:
         spoil(diverged, "weight", value)
         path = tmp_path / "other.pth"
         torch.save({"model": diverged.state_dict()}, path)
-        with pytest.raises(DataError, match=r"other.pth has weights that are not finite, 1 entry \(weight\).*earlier"):
+        with pytest.raises(
+            DataError, match=r"other.pth: 1 of its 2 weights hold values that are not finite \(weight\).*earlier"
+        ):
             getattr(AtomicCheckpointer(model_of(1.0)), how)(str(path))
 
     def test_resume_falls_back(self, tmp_path, caplog):
@@ -63,7 +65,7 @@ class TestCheckpoints:
         model = model_of(0.0)
         state = AtomicCheckpointer(model, str(tmp_path)).resume_or_load("")
         assert state["iteration"] == 1 and value_of(model) == 1.0
-        assert "model_0000002.pth has weights that are not finite" in caplog.text
+        assert "model_0000002.pth: 1 of its 2 weights hold values that are not finite" in caplog.text
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ class TestWordsThatHadBoxes:
         assert tuned.vocabulary.trained_base_names == set(names)
         caplog.clear()
         trained(tmp_path / "3", names, 48, first)
-        assert not caplog.records
+        assert not [each for each in caplog.records if each.name == "ovdet2.vocabulary.bank"]
 
     @pytest.mark.parametrize("mask", [(False,) * 4, (True,) * 4, (False, False, False, True)])
     def test_words_without_a_data_set_take_their_mask_from_it(self, chain, tmp_path, mask):

@@ -202,7 +202,7 @@ def look(path: str | Path) -> str:
     try:
         with open(path, "rb") as handle:
             head = handle.read(64).lstrip().lower()
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a null byte
         return ""  # the caller names this error
     if not head:
         return ", it is empty"
