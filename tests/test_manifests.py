@@ -182,11 +182,10 @@ def test_a_header_that_is_no_manifest(name, text, tmp_path):
 def test_tensors_of_another_kind(name, tmp_path):
     file, read = ARTEFACTS[name](tmp_path)
     for key, value in file.tensors.items():
-        for other in (value[:0], value[None], value.new_zeros(()), value.bool(), value.to(torch.float8_e5m2), None):
+        kinds = [value.to(kind) for kind in (torch.bool, torch.float8_e5m2) if kind != value.dtype]
+        for other in (value[:0], value[None], value.new_zeros(()), *kinds, None):
             tensors = {**file.tensors, key: other}
             write_safetensors(file.path, {k: v for k, v in tensors.items() if v is not None}, file.manifest)
-            if key == "base_mask" and other is not None and torch.equal(value, other):
-                continue  # the mask is of this type already
             with pytest.raises(DataError, match=str(file.path)):
                 read()
 

@@ -139,9 +139,9 @@ def _make_index(path, shards, stated):
     if comm.is_main_process():
         try:
             write_safetensors(path, tensors, {"schema": SCHEMA, "identity": stated, "faults": faults})
-        except OSError as error:
+        except (OSError, SetupError) as error:
             raise SetupError(
-                f"the index of the shards cannot be written to {path} ({error.strerror}): name another file for it "
+                f"the index of the shards cannot be written to {path} ({getattr(error, 'strerror', error)}): name another file for it "
                 "(index_file)."
             ) from None
     return tensors, faults
