@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from ovdet2.config import find_config, load_config
+from ovdet2 import cli
+from ovdet2.config import find_config, get_cfg, load_config
 from ovdet2.data.datasets import register_ov_dataset
+from ovdet2.data.datasets.own import register_own
 from ovdet2.data.datasets.register import split_by_names
 from ovdet2.data.datasets.register_readers import register_image_labels
 from ovdet2.engine import Trainer
@@ -144,6 +146,58 @@ def test_names_that_are_no_list_of_text_are_refused_at_the_entry(case, key, kind
     with pytest.raises(UsageError, match=message.replace("base", key)):
         load_config(str(path))
     assert "own_odd" not in DatasetCatalog.list()
+
+
+OWN_ENTRIES = {
+    "boxes": {"name": "own_odd", "json": "a.json", "images": "images", "base": ["plum"]},
+    "captions": {"name": "own_odd", "captions": "a.json", "images": "images"},
+    "image_labels": {"name": "own_odd", "images": "images", "base": ["plum"]},
+}
+ODD_PATHS = ([], ["a.json"], {}, {"path": "a"}, 7, 1.5, True, "", "  ", "a\0b")
+ODD_FLAGS = ("yes", "True", 1, 0, None, [], {})
+ODD_VALUES = [
+    *[(kind, "name", odd) for kind in OWN_ENTRIES for odd in (*ODD_PATHS, None)],
+    *[(kind, "images", odd) for kind in OWN_ENTRIES for odd in ODD_PATHS],
+    *[("boxes", "json", odd) for odd in (*ODD_PATHS, None)],
+    *[("captions", "captions", odd) for odd in (*ODD_PATHS, None)],
+    *[("captions", "index_file", odd) for odd in ODD_PATHS],
+    *[("image_labels", "labels", odd) for odd in ODD_PATHS],
+    *[("boxes", key, odd) for key in ("base_only", "masks", "pseudo_labels") for odd in ODD_FLAGS],
+    *[("image_labels", "novel_labels", odd) for odd in ODD_FLAGS],
+    *[("boxes", "metric", odd) for odd in ("coco", "", None, 1, ["ov_coco"], {})],
+    *[("captions", "format", odd) for odd in ("json", "", None, 1, ["tar"], {})],
+    *[(kind, "max_bad", odd) for kind in ("captions", "image_labels") for odd in ("3", -1, 1.0, True, None, [])],
+    *[(kind, "kind", odd) for kind in OWN_ENTRIES for odd in ("", None, 1, ["boxes"], {}, True)],
+]
+
+
+@pytest.mark.parametrize("kind, key, odd", ODD_VALUES)
+def test_values_of_a_wrong_type_name_the_entry_and_the_key(kind, key, odd):
+    cfg = get_cfg()
+    cfg.DATASETS.OWN = [{"kind": kind, **OWN_ENTRIES[kind], key: odd}]
+    with pytest.raises(UsageError) as error:
+        register_own(cfg)
+    text = str(error.value)
+    assert "entry 0 of DATASETS.OWN" in text and key in text and repr(odd) in text and text.endswith(".")
+    assert error.value.exit_code == 2 and "own_odd" not in DatasetCatalog.list()
+
+
+def test_the_program_ends_with_2_and_one_sentence(tmp_path, capsys):
+    path = tmp_path / "own.yaml"
+    path.write_text("DATASETS:\n  OWN:\n    - {name: own_odd, json: [a.json], images: images, base: [plum]}\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--config-file", str(path)])
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and "json of entry 0 of DATASETS.OWN, 'own_odd' is ['a.json']" in output.err
+    assert "Traceback" not in output.err + output.out
+
+
+@pytest.mark.parametrize("value", ["{name: a}", "own.json", "7", "{}"])
+def test_own_that_is_no_list(value, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(f"DATASETS:\n  OWN: {value}\n")
+    with pytest.raises(UsageError, match="DATASETS.OWN"):
+        load_config(str(path))
 
 
 def test_python_callers_get_the_same_answer():

@@ -364,7 +364,7 @@ def test_a_box_of_an_annotation_outside_the_training_set_stops_the_run(micro, tm
     build(
         tmp_path / "leak",
         range(1, 13),
-        recipe=open_region_cache(micro, micro.DATASETS.TRAIN).manifest["recipe"] | {"boxes": "annotations"},
+        recipe=open_region_cache(micro, micro.DATASETS.TRAIN).manifest["recipe"] | {"boxes": {"source": "annotations"}},
         make=lambda image_id: regions(2, image_id, [3, 4]),
     )
     micro.MODEL.VILD.REGION_CACHE = str(tmp_path / "leak")

@@ -26,11 +26,35 @@ import torch
 
 from ovdet2.errors import CacheError, DataError
 from ovdet2.io.files import read_json, sha256_file
+from ovdet2.io.manifests import Optional, fault_of, parse_manifest
 from ovdet2.vlm.fingerprint import Fingerprint, require_same_teacher
 
 SCHEMA = "ovdet2/region-cache/1"
 MANIFEST = "manifest.json"
-_MANIFEST_KEYS = ("complete", "command", "recipe", "images", "planned_shards", "shards")
+_FORM = {
+    "complete": bool,
+    "command": str,
+    "recipe": {
+        "dataset": str,
+        "dataset_sha256": str,
+        "boxes": Optional({"source": str}),
+        "crops": Optional({str: object}),
+    },
+    "images": int,
+    "regions": int,
+    "planned_shards": int,
+    "shards": [
+        {
+            "file": str,
+            "first_image_id": object,  # an int, which may be negative
+            "images": int,
+            "regions": int,
+            "bytes": int,
+            "sha256": str,
+            "unreadable": Optional({str: str}),
+        }
+    ],
+}
 _TENSORS = ("embeddings", "boxes_xyxy", "image_ids", "offsets", "ann_ids", "scores")
 _BUILD = "build it with ovdet2 cache build"
 _OPEN_SHARDS = 1024  # per process: each open shard is a memory map, and Linux allows a process 65,530 of them
@@ -111,7 +135,7 @@ class RegionCache:
         self.manifest = read_manifest(self.folder)
         command = f"complete it with: {self.manifest['command']}"
         if not self.manifest["complete"]:
-            written = sum((self.folder / shard_name(i)).is_file() for i in range(self.manifest["planned_shards"]))
+            written = len(list(self.folder.glob("shard-*.safetensors")))
             raise CacheError(
                 f"the region cache {folder} is incomplete, {written} of {self.manifest['planned_shards']} shards are "
                 f"written: {command}"
@@ -238,15 +262,16 @@ class Shard:
         self.path = path
         try:
             with safe_open(str(path), framework="pt") as file:
-                self.manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+                self.manifest = parse_manifest(file.metadata())
                 self.tensors = {name: file.get_tensor(name) for name in _TENSORS}  # views of the mapped file
             self.image_ids = self.tensors["image_ids"].tolist()
             self._offsets = self.tensors["offsets"].tolist()
         except (SafetensorError, OSError, ValueError) as error:
             raise CacheError(f"{path} is not a complete shard ({error}): {remedy}.") from None
-        if self.manifest.get("schema") != SCHEMA or self.manifest.get("recipe_sha256") != digest:
+        stated = self.manifest if isinstance(self.manifest, dict) else {}
+        if stated.get("schema") != SCHEMA or stated.get("recipe_sha256") != digest:
             raise CacheError(
-                f"{path} (schema {self.manifest.get('schema')!r}) is not a shard of this cache, whose schema is "
+                f"{path} (schema {stated.get('schema')!r}) is not a shard of this cache, whose schema is "
                 f"{SCHEMA!r}: {remedy}."
             )
         self._rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -290,7 +315,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         raise CacheError(f"{path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD} again.")
-    missing = [key for key in _MANIFEST_KEYS if key not in manifest]
-    if missing:
-        raise CacheError(f"{path} has no {', '.join(missing)}: remove the folder and {_BUILD}.")
+    fault = fault_of(manifest, _FORM) or _fault_of_shards(manifest)
+    if fault:
+        raise CacheError(f"{path} is damaged ({fault}): remove the folder and {_BUILD}.")
     return manifest
+
+
+def _fault_of_shards(manifest):
+    """What is wrong with the list of shards of a manifest that has the form; None if nothing is."""
+    shards = manifest["shards"]
+    if manifest["complete"] and len(shards) != manifest["planned_shards"]:
+        return f"it lists {len(shards)} of {manifest['planned_shards']} shards"
+    for index, shard in enumerate(shards):
+        if shard["file"] != shard_name(index):  # also a path that leads out of the folder
+            return f"shards[{index}].file is {shard['file']!r}, not {shard_name(index)!r}"
+    firsts = [shard["first_image_id"] for shard in shards]
+    if not all(type(first) is int for first in firsts) or firsts != sorted(firsts):
+        return "the first image ids of its shards are no ascending whole numbers"
+    return None

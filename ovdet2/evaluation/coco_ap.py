@@ -19,6 +19,7 @@ from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.federation import Federation
 
 _CATEGORY = 1  # the one class of an evaluation, as the engine sees it
+_MANY = 300_000  # detections of a class whose area ranges are evaluated one by one
 _AREAS = ("", "s", "m", "l")  # the engine's area ranges: all, up to 32², up to 96², larger, in square pixels
 
 
@@ -62,11 +63,8 @@ def evaluate_classes(
         if federation is not None:
             evaluated, exempt = federation.images_of(category_id, truth.image_ids[rows])
             found = found[np.isin(detections.image_ids[found], evaluated)]
-        engine = _OneClass(
-            _truth_of(truth, rows, task), _found_of(detections, found, task, exempt), task, limits, crowds
-        )
-        engine.evaluate()
-        figures[category_id] = _figures_of(engine.eval, limits)
+        columns = _truth_of(truth, rows, task), _found_of(detections, found, task, exempt)
+        figures[category_id] = _figures_of(_evaluate(*columns, task, limits, crowds), limits)
     return figures
 
 
@@ -74,6 +72,22 @@ def mean_of(values: Iterable[float]) -> float:
     """Mean of the values that are not nan; nan when there is none."""
     values = [value for value in values if not math.isnan(value)]
     return math.fsum(values) / len(values) if values else math.nan
+
+
+def _evaluate(truth, found, task, limits, crowds):
+    """The engine's precision and recall of one class; of many detections one area range after the other.
+
+    The engine holds the matches of all its ranges, some 360 bytes for a detection, so this bounds the memory.
+    """
+    parts = []
+    for area in range(len(_AREAS)) if len(found["score"]) > _MANY else [None]:
+        engine = _OneClass(truth, found, task, limits, crowds)
+        if area is not None:
+            engine.params.areaRng = [engine.params.areaRng[area]]
+        engine.evaluate()
+        parts.append((engine.eval["precision"], engine.eval["recall"]))
+    precisions, recalls = zip(*parts)
+    return {"precision": np.concatenate(precisions, axis=3), "recall": np.concatenate(recalls, axis=2)}
 
 
 class _RowsByClass:

@@ -5,6 +5,7 @@ Shapes: R detections of all images. Names: ``_xyxy`` boxes (left, top, right, bo
 
 import mmap
 import tempfile
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,19 +40,12 @@ def read_predictions(path: str | Path) -> Predictions:
     Raises:
         DataError: proposals of some images only, or masks of some images with detections only.
     """
-    parts, covered, masks = [], {}, _MaskWriter(Path(path).parent)
+    columns, covered, masks = _Columns(), {}, _MaskWriter(Path(path).parent)
     images, with_proposals, with_masks, without_masks, distractor_detections = 0, 0, 0, 0, 0
     for record in read_merged(path):
         images += 1
         distractor_detections += record.get("distractor_detections", 0)
-        parts.append(
-            (
-                np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
-                np.array(record["category_ids"], dtype=np.int64),
-                np.array(record["scores"], dtype=np.float32),
-                np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
-            )
-        )
+        columns.add(record)
         if "masks" in record:
             with_masks += 1
             masks.add(record["mask_size"], record["masks"])
@@ -66,10 +60,35 @@ def read_predictions(path: str | Path) -> Predictions:
     ):
         if count and others:
             raise DataError(f"{count} of {count + others} images have {kind}: give them for all images or for none.")
-    columns = (np.concatenate(column) for column in zip(*parts))
     recall = {key: average_recall(np.concatenate(values)) for key, values in covered.items()}
-    detections = Detections(*columns, masks=masks.finish() if with_masks else None)
+    detections = Detections(*columns.finish(), masks=masks.finish() if with_masks else None)
     return Predictions(detections, recall, distractor_detections)
+
+
+class _Columns:
+    """Collects detections image by image in one growing buffer per column, so that no second copy of all is made."""
+
+    def __init__(self):
+        self._buffers = {"image_ids": array("q"), "category_ids": array("q"), "scores": array("f"), "boxes": array("f")}
+
+    def add(self, record):
+        """Append the detections of one image."""
+        rows = {
+            "image_ids": np.full(len(record["scores"]), record["image_id"], dtype=np.int64),
+            "category_ids": np.array(record["category_ids"], dtype=np.int64),
+            "scores": np.array(record["scores"], dtype=np.float32),
+            "boxes": np.array(record["boxes_xyxy"], dtype=np.float32).reshape(-1, 4),
+        }
+        for name, values in rows.items():
+            self._buffers[name].frombytes(values.tobytes())
+
+    def finish(self):
+        """(image_ids, category_ids, scores, boxes_xyxy) of :class:`~ovdet2.evaluation.columns.Detections`."""
+        image_ids, category_ids, scores, boxes = (
+            np.frombuffer(buffer, dtype=np.int64 if buffer.typecode == "q" else np.float32)
+            for buffer in self._buffers.values()
+        )
+        return image_ids, category_ids, scores, boxes.reshape(-1, 4)
 
 
 class MaskColumn(Sequence):

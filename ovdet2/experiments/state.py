@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ovdet2.caches.region_cache import read_manifest
 from ovdet2.errors import DataError
 from ovdet2.io.files import read_json, sha256_file, write_json
 
@@ -62,7 +63,7 @@ def content_hash(source: Path | Callable[[], str]) -> str:
     if not isinstance(source, Path):
         return source()
     if source.is_dir():
-        shards = [shard["sha256"] for shard in read_json(source / "manifest.json")["shards"]]
+        shards = [shard["sha256"] for shard in read_manifest(source)["shards"]]
         return text_hash("".join(shards))
     if not source.is_file():
         raise DataError(f"{source} does not exist: check the path.")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ovdet2.errors import DataError, SetupError, full_disk
+from ovdet2.io.manifests import parse_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -146,12 +147,13 @@ def read_safetensors(
         raise DataError(f"{path} does not exist: {remedy}.")
     try:
         with safe_open(str(path), framework="pt") as handle:
-            manifest = json.loads((handle.metadata() or {}).get("manifest", "{}"))
+            manifest = parse_manifest(handle.metadata())
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a manifest that is not JSON
         raise DataError(f"{path} is not a complete safetensors file ({error}): {remedy}.") from None
-    if manifest.get("schema") != schema:
-        raise DataError(f"{path} has schema {manifest.get('schema')!r}, expected {schema!r}: {remedy}.")
+    found = manifest.get("schema") if isinstance(manifest, dict) else None
+    if found != schema:
+        raise DataError(f"{path} has schema {found!r}, expected {schema!r}: {remedy}.")
     return tensors, manifest
 
 

@@ -12,7 +12,6 @@ score, ties by ascending word index.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 from ovdet2.errors import CacheError
 from ovdet2.io.files import sha256_file, write_safetensors
+from ovdet2.io.manifests import fault_of, parse_manifest
 from ovdet2.vocabulary import check_words
 from ovdet2.vocabulary.templates import clean_name
 
@@ -33,7 +33,15 @@ logger = logging.getLogger(__name__)
 SCHEMA = "ovdet2/concept-prior/1"
 KINDS = ("prediction", "ground truth", "simulation", "control")
 _DTYPES = {"image_ids": torch.int64, "offsets": torch.int64, "word_index": torch.int32, "score": torch.float32}
-_MANIFEST_KEYS = ("words", "kind", "source", "dataset", "dataset_sha256", "missing_image_ids", "content_sha256")
+_FORM = {
+    "words": [str],
+    "kind": str,
+    "source": {str: object},
+    "dataset": str,
+    "dataset_sha256": str,
+    "missing_image_ids": [object],
+    "content_sha256": str,
+}
 _BUILD = "build it with ovdet2 prior"
 
 
@@ -311,16 +319,17 @@ class ConceptPriors:
             raise CacheError(f"the concept prior {self.path} does not exist: {_BUILD}.")
         try:
             self._file = file = safe_open(str(self.path), framework="pt")
-            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+            manifest = parse_manifest(file.metadata())
             names = set(file.keys())
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        except (SafetensorError, OSError, ValueError) as error:  # ValueError: a manifest that is not JSON
             raise CacheError(f"{self.path} is not a complete concept prior ({error}): {_BUILD} again.") from None
         schema = manifest.get("schema") if isinstance(manifest, dict) else None
         if schema != SCHEMA:
             raise CacheError(f"{self.path} has schema {schema!r}, this version reads {SCHEMA!r}: {_BUILD}.")
-        lacking = [key for key in _MANIFEST_KEYS if key not in manifest] + sorted(set(_DTYPES) - names)
-        if lacking:
-            raise CacheError(f"{self.path} has no {', '.join(lacking)}: {_BUILD} again.")
+        lacking = sorted(set(_DTYPES) - names)
+        fault = f"it has no {', '.join(lacking)}" if lacking else _fault_of_manifest(manifest)
+        if fault:
+            raise CacheError(f"{self.path} is damaged ({fault}): {_BUILD} again.")
         return file, manifest
 
     def __getstate__(self):
@@ -333,6 +342,18 @@ def content_sha256(tensors: dict[str, torch.Tensor], words: Sequence[str]) -> st
     for name in sorted(_DTYPES):
         digest.update(tensors[name].contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def _fault_of_manifest(manifest):
+    """What is wrong with the manifest of a file, or None."""
+    fault = fault_of(manifest, _FORM)
+    if fault:
+        return fault
+    if manifest["kind"] not in KINDS:
+        return f"its kind is {manifest['kind']!r}, none of {', '.join(KINDS)}"
+    if not all(type(image_id) is int for image_id in manifest["missing_image_ids"]):
+        return "missing_image_ids holds what is no whole number"
+    return None
 
 
 def _fault(tensors, num_words):

@@ -139,7 +139,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def find_images(inputs: Sequence[str], output: Path | None = None) -> list[Path]:
     """Image paths of files, folders (sorted, with subfolders) and glob patterns ("**" too), in the order given, each once.
 
-    What a folder or pattern holds besides images is counted and printed.
+    What a folder or pattern holds besides images is counted and printed. Hidden files and folders, such as the "._a.jpg"
+    that macOS puts beside "a.jpg", are read only if an input names them, or their folder.
 
     Args:
         inputs: files, folders and patterns.
@@ -156,7 +157,9 @@ def find_images(inputs: Sequence[str], output: Path | None = None) -> list[Path]
             paths.append(path)
             continue
         if path.is_dir():
-            files = sorted(each for each in path.rglob("*") if each.is_file() and not _is_within(each, output, path))
+            every = sorted(each for each in path.rglob("*") if each.is_file() and not _is_within(each, output, path))
+            files = [each for each in every if not _is_hidden(each, path)]
+            others.update({"hidden": len(every) - len(files)} if len(every) > len(files) else ())
         else:
             files = sorted(each for each in map(Path, glob.glob(item, recursive=True)) if each.is_file())
         matches = [each for each in files if _is_image(each)]
@@ -176,6 +179,11 @@ def find_images(inputs: Sequence[str], output: Path | None = None) -> list[Path]
 
 def _is_image(path):
     return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _is_hidden(path, searched):
+    """Whether a name below the searched folder starts with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(searched).parts)
 
 
 def _is_within(path, output, searched):

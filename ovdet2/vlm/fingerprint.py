@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ovdet2.errors import DataError
+from ovdet2.io.manifests import fault_of
 from ovdet2.vlm.weight_files import file_architecture
+
+_FORM = {"architecture": str, "pretrained": str, "weights_sha256": (str, None)}
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,10 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> "Fingerprint":
-        """Read a manifest entry. Raises :class:`DataError` that names ``source`` if a field is missing."""
-        try:
-            return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
-        except (KeyError, TypeError):
-            raise DataError(f"{source} has no teacher fingerprint: rebuild it with this version of ovdet2.") from None
+        """Read a manifest entry. Raises :class:`DataError` that names ``source`` if a field is missing or no text."""
+        if fault_of(values, _FORM):
+            raise DataError(f"{source} has no teacher fingerprint: rebuild it with this version of ovdet2.")
+        return cls(values["architecture"], values["pretrained"], values["weights_sha256"])
 
     def __str__(self):
         digest = self.weights_sha256[:12] if self.weights_sha256 else "weights not hashed"

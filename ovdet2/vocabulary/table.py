@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ovdet2.errors import DataError, OVDetError, UsageError
 from ovdet2.io.files import read_safetensors, write_safetensors
+from ovdet2.io.manifests import Optional, fault_of
 from ovdet2.io.progress import progress_bar
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.templates import (
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
     from ovdet2.vlm.teacher import Teacher
 
 SCHEMA = "ovdet2/vocabulary/1"
+_FORM = {
+    "names": [str],
+    "templates": str,
+    "category_ids": (None, [object]),
+    "synonyms": Optional((None, [[str]])),
+    "templates_sha256": Optional((None, str)),
+}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FURTHER = "further_trained_names"  # key of a checkpoint's manifest
 PROMPTS_AT_ONCE = 1024  # prompts per call of the text encoder
 _SHOWN = 10  # repeated words in a message
@@ -395,6 +404,13 @@ def _manifest_of(buffer):
 
 
 def _from_parts(manifest, base_mask, embeddings, source):
+    fault = fault_of(manifest, _FORM)
+    if not fault and any(type(value) not in (int, str) for value in manifest["category_ids"] or ()):
+        fault = "category_ids holds what is neither a whole number nor a text"
+    if not fault and (embeddings.dtype not in _FLOATS or base_mask.dtype != torch.bool):
+        fault = f"the embeddings are {embeddings.dtype} and the base mask is {base_mask.dtype}"
+    if fault:
+        raise DataError(f"the manifest is damaged: {fault}.")
     teacher = Fingerprint.from_dict(manifest.get("teacher"), source)
     return Vocabulary(
         manifest["names"],

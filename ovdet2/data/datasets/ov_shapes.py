@@ -25,6 +25,7 @@ from ovdet2.data.datasets.register import data_root, register_dataset
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import read_json, write_json
+from ovdet2.io.manifests import fault_of
 from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES, NOVEL_NAMES, UNSEEN_COMBINATIONS, UNSEEN_NOUNS
 from ovdet2.ov_shapes.world.draw import annotations_hash, draw_split
 from ovdet2.ov_shapes.world.lvis import lvis_json
@@ -33,6 +34,7 @@ from ovdet2.ov_shapes.world.scenes import IMAGE_COUNTS
 # The number is raised whenever the images or boxes of a seed change: results on two versions are not comparable.
 SCHEMA = "ovdet2/ov-shapes/2"
 FOLDER = "ov_shapes"
+_FORM = {"schema": str, "seed": int, "images": dict.fromkeys(IMAGE_COUNTS, int)}
 ANNOTATION_FILES = (
     "instances_train2017.json",
     "instances_val2017.json",
@@ -87,7 +89,7 @@ def ensure_generated(
         fcntl.flock(lock, fcntl.LOCK_EX)
         manifest_file = folder / "manifest.json"
         if manifest_file.is_file():
-            manifest = read_json(manifest_file, _REDO)
+            manifest = _read_manifest(manifest_file)
             found = {key: manifest.get(key) for key in ("schema", "seed", "images")}
             if found != {"schema": SCHEMA, "seed": seed, "images": counts}:
                 raise DataError(f"{folder} holds OV-Shapes of {found}, not of seed {seed} with {counts}: {_REDO}.")
@@ -108,13 +110,27 @@ def ensure_current(root: str | Path) -> None:
     if not manifest_file.is_file():
         ensure_generated(root)
         return
-    manifest = read_json(manifest_file, _REDO)
+    manifest = _read_manifest(manifest_file)
     if manifest.get("schema") != SCHEMA:
         raise DataError(
             f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
         )
     if not _has_annotations(manifest_file.parent):  # a complete folder may be read-only: not even a lock is written
         ensure_generated(root, manifest["seed"], manifest["images"])
+
+
+def _read_manifest(path):
+    """The manifest of this or of another version.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    manifest = read_json(path, _REDO)
+    current = isinstance(manifest, dict) and manifest.get("schema") == SCHEMA
+    fault = fault_of(manifest, _FORM if current else {"schema": str})
+    if fault:
+        raise DataError(f"{path} is damaged ({fault}): {_REDO}.")
+    return manifest
 
 
 def _has_annotations(folder):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from ovdet2.data.datasets.register import register_ov_dataset, require_names
-from ovdet2.data.datasets.register_readers import register_captions, register_image_labels
+from ovdet2.data.datasets.register import METRICS, register_ov_dataset, require_names
+from ovdet2.data.datasets.register_readers import FORMATS, register_captions, register_image_labels
 from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, KINDS
 from ovdet2.errors import UsageError, did_you_mean
 
@@ -17,6 +18,34 @@ _KEYS = {
     BOXES: (("name", "json", "images", "base"), ("novel", "base_only", "masks", "metric", "pseudo_labels")),
     CAPTIONS: (("name", "captions"), ("images", "format", "max_bad", "index_file")),
     IMAGE_LABELS: (("name", "images", "base"), ("labels", "novel", "novel_labels", "max_bad")),
+}
+_Rule = tuple[Callable[[Any], bool], str]  # (whether a value fits, what to give instead)
+
+
+def _is_text(value):
+    return isinstance(value, (str, Path)) and bool(str(value).strip()) and "\0" not in str(value)
+
+
+def _one_of(values) -> _Rule:
+    return lambda value: isinstance(value, str) and value in values, f"one of {', '.join(values)}"
+
+
+_PATH: _Rule = _is_text, "the path as text, in quotes if it looks like a number, for example 'my_data/train'"
+_OPTIONAL_PATH: _Rule = lambda value: value is None or _is_text(value), f"{_PATH[1]}, or leave the key out"
+_FLAG: _Rule = lambda value: isinstance(value, bool), "True or False, without quotes"
+_ANY: _Rule = lambda value: True, "any value"
+# key -> rule of its value; class names have :func:`require_names`
+_RULES: dict[str, _Rule] = {
+    "name": (lambda value: isinstance(value, str) and _is_text(value), "a text, in quotes if it looks like a number"),
+    "json": _PATH,
+    "images": _PATH,
+    "captions": _PATH,
+    "labels": _OPTIONAL_PATH,
+    "index_file": _OPTIONAL_PATH,
+    **dict.fromkeys(("base_only", "masks", "pseudo_labels", "novel_labels"), _FLAG),
+    "metric": _one_of(METRICS),
+    "format": _one_of(FORMATS),
+    "max_bad": (lambda value: type(value) is int and value >= 0, "a whole number of images, 0 or more, without quotes"),
 }
 _ENTRIES: dict[str, dict[str, Any]] = {}  # name -> entry that the data set was registered from
 
@@ -35,7 +64,7 @@ def register_own(cfg: CfgNode) -> None:
               and "max_bad", as of :func:`register_image_labels`.
 
     Raises:
-        UsageError: an entry of another form, or another data set has the name.
+        UsageError: an entry of another form or with a value of a wrong type, or another data set has the name.
     """
     for number, entry in enumerate(cfg.DATASETS.OWN):
         named = isinstance(entry, Mapping) and entry.get("name")
@@ -63,6 +92,11 @@ def _require_keys(entry, kind, where):
     for key in ("base", "novel"):
         if key in entry:
             require_names(entry[key], f"{key} of {where.removesuffix(',')}")
+    for key, value in entry.items():
+        # Captions in tar shards have no folder of images.
+        fits, wanted = _OPTIONAL_PATH if (kind, key) == (CAPTIONS, "images") else _RULES.get(key, _ANY)
+        if not fits(value):
+            raise UsageError(f"{key} of {where.removesuffix(',')} is {value!r}: give {wanted}.")
 
 
 def _options(entry, *keys):

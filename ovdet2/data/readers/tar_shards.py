@@ -26,10 +26,12 @@ from ovdet2.data.readers.packed import as_int64, require_index
 from ovdet2.data.readers.reader import CaptionReader
 from ovdet2.errors import DataError, SetupError
 from ovdet2.io.files import read_safetensors, write_safetensors
+from ovdet2.io.manifests import fault_of
 from ovdet2.io.members import member_address, read_bytes
 from ovdet2.io.progress import progress_bar
 
 SCHEMA = "ovdet2/clim-shards/1"  # the schema name of earlier versions, so that their indices are still read
+_FORM = {"identity": object, "faults": [str]}
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
 _END = 1 << 16
@@ -105,7 +107,22 @@ def _read_index(path, stated):
     if not path.is_file():
         return None
     tensors, manifest = read_safetensors(path, SCHEMA, "delete it")
+    fault = fault_of(manifest, _FORM) or _fault_of_tensors(tensors)
+    if fault:
+        raise DataError(f"the index of shards {path} is damaged ({fault}): delete it.")
     return (tensors, manifest["faults"]) if manifest["identity"] == stated else None
+
+
+def _fault_of_tensors(tensors):
+    shapes = {"shard": (), "image": (2,), "text": (3,)}
+    lacking = [name for name in shapes if name not in tensors]
+    if lacking:
+        return f"it has no {', '.join(lacking)}"
+    rows = len(tensors["shard"]) if tensors["shard"].ndim else 0
+    for name, shape in shapes.items():
+        if tensors[name].shape != (rows, *shape) or tensors[name].dtype not in (torch.int32, torch.int64):
+            return f"{name} is {tensors[name].dtype} of shape {list(tensors[name].shape)}"
+    return None
 
 
 def _make_index(path, shards, stated):
@@ -122,9 +139,9 @@ def _make_index(path, shards, stated):
     if comm.is_main_process():
         try:
             write_safetensors(path, tensors, {"schema": SCHEMA, "identity": stated, "faults": faults})
-        except OSError as error:
+        except (OSError, SetupError) as error:
             raise SetupError(
-                f"the index of the shards cannot be written to {path} ({error.strerror}): name another file for it "
+                f"the index of the shards cannot be written to {path} ({getattr(error, 'strerror', error)}): name another file for it "
                 "(index_file)."
             ) from None
     return tensors, faults
