@@ -3,6 +3,7 @@
 # make lint     check style, format and types
 # make install  make .venv, which the three above do too
 # make doctor   say what of the environment is missing or mismatched
+# make versions run tests with the oldest and the newest torch that setup.py allows, each in an environment (.venv-torch)
 # make clean    remove what the commands above have built, .venv included
 #
 # demo, test and lint first create .venv (6 GB) and install what is missing; the next time there is nothing to install.
@@ -19,7 +20,7 @@ STAMP := $(VENV)/.ovdet2-$(shell (pwd; cat $(INPUTS)) | sha256sum | cut -c1-16)
 CONSTRAINTS := $(if $(filter .venv,$(VENV)),-c constraints.txt)
 PIP := $(PY) -m pip --disable-pip-version-check
 
-.PHONY: demo test lint install doctor clean
+.PHONY: demo test lint install doctor versions clean
 
 demo: $(STAMP)
 	@$(PY) -m ovdet2 doctor --quiet
@@ -39,9 +40,12 @@ install: $(STAMP)
 doctor:
 	@$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m ovdet2 doctor
 
+versions:
+	$(PYTHON) tools/torch_versions.py $(TESTS)
+
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .ruff_cache ovdet2.egg-info
-	$(if $(filter .venv,$(VENV)),rm -rf .venv)
+	$(if $(filter .venv,$(VENV)),rm -rf .venv .venv-torch)
 
 # Every step does nothing where its work is done, so an interrupted installation goes on where it stopped.
 # Detectron2 comes last because pip needs torch to read the description of its source.

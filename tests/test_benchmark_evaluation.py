@@ -59,4 +59,4 @@ def test_ranges_of_areas_one_by_one_give_the_same_figures(tool, monkeypatch, tmp
 @pytest.mark.slow
 def test_memory_of_six_million_detections(tool):
     ((_, row),) = tool.main(["--memory", "--images", "20000", "--classes", "65", "--detections", "300"]).items()
-    assert row.peak < 1500  # MiB besides the ground truth and the libraries, which take some 500
+    assert row.peak < 2000  # MiB besides the ground truth and the libraries, which take some 500

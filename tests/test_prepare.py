@@ -38,6 +38,10 @@ needs_lvis_fixture = pytest.mark.skipif(not LVIS_FIXTURE.is_file(), reason="need
 BASE, NOVEL = dict(OV_COCO.base), dict(OV_COCO.novel)
 ALL = BASE | NOVEL
 TRAIN, VAL = "ov_coco_train_base.json", "ov_coco_val_all.json"
+HASHES = {
+    TRAIN: "37e458a92a6db65432e84666959c0c79ab4c9bcd3e076c90d27bfcc688dc74f9",
+    VAL: "b39b9c3fc7a7e75e4d650ae3e79715038d11887463b27bcc8cf3900e8e840a2f",
+}
 UNCHECKED = {TRAIN: Official(0, 0, {"images": 0}), VAL: Official(0, 0, {"images": 0})}
 
 
@@ -356,10 +360,42 @@ def test_a_file_of_the_official_size_must_leave_the_published_counts(official, t
     assert f"{tmp_path / TRAIN}: already up to date" in printed and f"{tmp_path / VAL}: written" in printed
 
 
+@pytest.mark.parametrize("key", ["base_images", "novel_images"])
+def test_images_with_base_and_with_novel_classes_must_be_those_published(key, official, tmp_path, monkeypatch, capsys):
+    """Of coco_mini, counted here image by image; one image fewer is refused."""
+    script, data = load_script("prepare_ov_coco"), official["val2017"]
+    for subset in official:
+        write(tmp_path / f"instances_{subset}.json", official[subset])
+    counts = {"images": 0, "base_images": 0, "novel_images": 0}
+    for image in data["images"]:
+        present = {entry["category_id"] for entry in data["annotations"] if entry["image_id"] == image["id"]}
+        counts["images"] += bool(present & set(ALL))
+        counts["base_images"] += bool(present & set(BASE))
+        counts["novel_images"] += bool(present & set(NOVEL))
+    assert counts["images"] < counts["base_images"] + counts["novel_images"]  # some images have both
+    size = len(data["images"]), len(data["annotations"])
+    monkeypatch.setitem(script.OFFICIAL, VAL, Official(*size, {**counts, key: counts[key] + 1}))
+    with pytest.raises(DataError, match=f"{counts[key]} {key.replace('_', ' ')}.* where .*{counts[key] + 1} {key[:4]}"):
+        script.main(["--json", str(tmp_path)])
+    assert not (tmp_path / VAL).exists()
+    monkeypatch.setitem(script.OFFICIAL, VAL, Official(*size, counts))
+    script.main(["--json", str(tmp_path)])
+    stated = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    assert f"as published: {stated}" in capsys.readouterr().out
+
+
+def test_the_files_made_of_a_part_of_coco_are_known_by_their_hash(official, tmp_path):
+    """SHA-256 of the files that coco_mini gives, whose source is written with the same characters everywhere."""
+    for subset in official:
+        write(tmp_path / f"instances_{subset}.json", official[subset])
+    made = {path.name: files.sha256_file(path) for path, _ in prepare_split(tmp_path, "ov_coco", OV_COCO)}
+    assert made == HASHES
+
+
 def test_the_published_counts_are_those_of_the_papers():
     coco, lvis = load_script("prepare_ov_coco").OFFICIAL, load_script("prepare_ov_lvis").OFFICIAL
     assert coco[TRAIN] == Official(118_287, 860_001, {"images": 107_761})
-    assert coco[VAL] == Official(5_000, 36_781, {"images": 4_836})
+    assert coco[VAL] == Official(5_000, 36_781, {"images": 4_836, "base_images": 4_533, "novel_images": 2_064})
     train = lvis["lvis_v1_train.json"]
     assert (train.images, train.annotations) == (100_170, 1_270_141)
     assert train.filtered_counts == {
@@ -428,7 +464,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_part_of_the_new_one(prepared, mo
             yield piece
 
     monkeypatch.setattr(prepare, "_pieces", disk_full)
-    with pytest.raises(SetupError, match="ov_coco_train_base.json cannot be written: .*(full|No space).*: free space"):
+    with pytest.raises(SetupError, match="file system is full.*No space"):
         list(prepare_split(folder, "ov_coco", OV_COCO))
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(path.name for path in folder.iterdir()) == sorted(

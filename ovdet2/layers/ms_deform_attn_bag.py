@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# Stated, since torch 2.6 cannot infer them from list[int].
+FORWARD_SCHEMA = "(Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> Tensor"
+BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor value, SymInt[] shapes, Tensor locations, Tensor weights) -> (Tensor, Tensor, Tensor)"
+)
 
-@torch.library.custom_op("ovdet2::ms_deform_attn_bag", mutates_args=())
+
+@torch.library.custom_op("ovdet2::ms_deform_attn_bag", mutates_args=(), schema=FORWARD_SCHEMA)
 def ms_deform_attn_bag(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Forward pass.
 
@@ -45,7 +51,7 @@ def ms_deform_attn_bag(value: Tensor, shapes: list[int], locations: Tensor, weig
     return rows.view(b, q, -1)
 
 
-@torch.library.custom_op("ovdet2::ms_deform_attn_bag_backward", mutates_args=())
+@torch.library.custom_op("ovdet2::ms_deform_attn_bag_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def ms_deform_attn_bag_backward(
     grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

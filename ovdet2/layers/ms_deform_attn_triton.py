@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ovdet2.layers.ms_deform_attn_bag import BACKWARD_SCHEMA, FORWARD_SCHEMA
+
 _ROWS = 32  # (query, head) rows per program: tiles of 32 x 32 for the usual 32 channels
 
 
@@ -141,7 +143,7 @@ def _backward(
             tl.store(grad_locations + 2 * at + 1, along_y * weight * height, mask=live)
 
 
-@torch.library.custom_op("ovdet2::ms_deform_attn_triton", mutates_args=())
+@torch.library.custom_op("ovdet2::ms_deform_attn_triton", mutates_args=(), schema=FORWARD_SCHEMA)
 def ms_deform_attn_triton(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> Tensor:
     """Forward pass.
 
@@ -163,7 +165,7 @@ def ms_deform_attn_triton(value: Tensor, shapes: list[int], locations: Tensor, w
     return output
 
 
-@torch.library.custom_op("ovdet2::ms_deform_attn_triton_backward", mutates_args=())
+@torch.library.custom_op("ovdet2::ms_deform_attn_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def ms_deform_attn_triton_backward(
     grad: Tensor, value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,10 +25,11 @@ from ovdet2.data.datasets.register import data_root
 from ovdet2.data.datasets.splits import OV_COCO
 from ovdet2.errors import exit_on_error
 
-# Sizes of COCO 2017, and the images of OV-COCO as published since OVR-CNN (Zareian et al. 2021).
+# Sizes of COCO 2017, and the images of OV-COCO as published since OVR-CNN (Zareian et al. 2021). Those with base and with
+# novel classes are in issues 7 and 17 of its repository.
 OFFICIAL = {
     "ov_coco_train_base.json": Official(118_287, 860_001, {"images": 107_761}),
-    "ov_coco_val_all.json": Official(5_000, 36_781, {"images": 4_836}),
+    "ov_coco_val_all.json": Official(5_000, 36_781, {"images": 4_836, "base_images": 4_533, "novel_images": 2_064}),
 }
 REMEDY = "download annotations_trainval2017.zip from cocodataset.org and unpack it there (datasets/README.md)"
 

@@ -78,8 +78,8 @@ def prepare_split(
         official: published counts by name of the written file, if any.
 
     Yields:
-        (path, report) per file after it is written; report as of ``filter_coco_json`` plus "written" and
-        "verdict" (of :func:`check_counts`).
+        (path, report) per file after it is written; report as of ``filter_coco_json`` plus :func:`images_by_status`,
+        "written" and "verdict" (of :func:`check_counts`).
 
     Raises:
         DataError: an official file is missing, damaged or has other category ids, or see :func:`check_counts`.
@@ -91,8 +91,20 @@ def prepare_split(
     ):
         source, target = Path(annotations) / name, Path(annotations) / target
         data, report = filter_coco_json(read_annotations(source, remedy), category_ids, source=source)
+        report |= images_by_status(data, split)
         report["verdict"] = check_counts(report, source, (official or {}).get(target.name))
         yield target, write_prepared(target, data, report, split, source_of(source))
+
+
+def images_by_status(data: Mapping[str, Any], split: Split) -> dict[str, int]:
+    """The counts "base_images" and "novel_images": images with an annotation of a base class, of a novel class.
+
+    An image that has both counts in both, so their sum is above the number of images.
+    """
+    return {
+        f"{status}_images": len({box["image_id"] for box in data["annotations"] if box["category_id"] in category_ids})
+        for status, category_ids in (("base", dict(split.base)), ("novel", dict(split.novel)))
+    }
 
 
 def read_annotations(path: str | Path, remedy: str) -> Any:

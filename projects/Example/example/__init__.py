@@ -28,8 +28,10 @@ class Example(Method):
         from ovdet2.data.steps.regions import AttachCachedRegions
         from projects.Example.example.relations import RelatedRegions
 
-        keys = "MODEL.EXAMPLE.REGION_CACHE", "MODEL.EXAMPLE.WEIGHT"  # for messages
-        cache = open_training_cache(cfg.MODEL.EXAMPLE.REGION_CACHE, source.datasets, cfg, *keys)
+        # For messages: the keys, and how to build the cache.
+        keys = "MODEL.EXAMPLE.REGION_CACHE", "MODEL.EXAMPLE.WEIGHT"
+        build = "--config-file FILE MODEL.WEIGHTS DETECTOR, of a detector trained on base boxes"
+        cache = open_training_cache(cfg.MODEL.EXAMPLE.REGION_CACHE, source.datasets, cfg, *keys, build)
         return [AttachCachedRegions(cache, kind=RelatedRegions)]
 
     def build(self, cfg, host):

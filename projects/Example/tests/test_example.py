@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from ovdet2.config import check_methods, get_cfg, load_config
 from ovdet2.data.samples import as_samples
-from ovdet2.errors import UsageError
+from ovdet2.data.source_spec import source_specs
+from ovdet2.errors import CacheError, UsageError
 from ovdet2.modeling.rcnn.part import RCNNPart
 from projects.Example.example import METHOD
 from projects.Example.example.relations import RelatedRegions, Relations, relational_loss
@@ -82,6 +83,16 @@ def test_mixed_precision_on_a_cpu():
 def test_negative_weight_is_refused():
     with pytest.raises(UsageError, match="MODEL.EXAMPLE.WEIGHT is -1.0"):
         check_methods(configured(-1.0))
+
+
+def test_a_missing_cache_is_answered_with_how_to_build_it(tmp_path):
+    cfg = configured()
+    cfg.MODEL.EXAMPLE.REGION_CACHE = str(tmp_path / "none")
+    [source] = source_specs(cfg)
+    with pytest.raises(
+        CacheError, match="(?s)MODEL.EXAMPLE.REGION_CACHE: there is no region cache.*ovdet2 cache build"
+    ):
+        METHOD.steps(cfg, source, True)
 
 
 def test_configuration_finds_it_by_its_import_path():
