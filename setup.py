@@ -44,6 +44,7 @@ setup(
         "opencv-python-headless>=4.9,<6",
         "packaging>=23",
         "pydot>=2.0,<5",
+        "shapely>=2.0,<3",  # to crop polygons (large-scale jitter with masks)
         "tabulate>=0.9,<1",
         "tensorboard>=2.16,<3",
         "termcolor>=2.4,<4",

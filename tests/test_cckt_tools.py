@@ -225,7 +225,7 @@ class TestSweeps:
             path = Path(words[words.index("OUTPUT_DIR" if "OUTPUT_DIR" in words else "--output") + 1])
             (path if "--boxes" in words or "OUTPUT_DIR" in words else path.parent).mkdir(parents=True, exist_ok=True)
             if "--boxes" in words:
-                write_json(path / "manifest.json", {"shards": []})
+                write_json(path / "manifest.json", {"schema": "ovdet2/region-cache/1", "shards": []})
             elif "OUTPUT_DIR" in words:
                 figures = {"AP50-novel": 3.0 + len(asked), "AP50-base": 2.0, "AP50-all": 1.0}
                 write_json(path / "inference" / "ov_shapes_val_all" / "report.json", {"bbox": figures})

@@ -323,6 +323,7 @@ OTHERS = {"tools/bench_cache.py"}
 DEVELOPMENT = {
     "tools/check_types.py",
     "tools/pin_zoo.py",
+    "tools/torch_versions.py",
 }  # programs for the developers of ovdet2, which are no wrappers
 
 

@@ -15,7 +15,13 @@ from ovdet2.vocabulary.templates import article, clean_name, get_templates, rend
 from tests import micro
 
 ROOT = Path(__file__).resolve().parents[1]
-HASHES = {"openclip80": "4f976686fb65", "photo12": "9689bee84535", "single": "1f9df4a09f4f", "vild63": "93950afe1b68"}
+HASHES = {
+    "detic": "9a4487ccbedf",
+    "openclip80": "4f976686fb65",
+    "photo12": "9689bee84535",
+    "single": "1f9df4a09f4f",
+    "vild63": "93950afe1b68",
+}
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -30,7 +36,7 @@ class LengthTeacher:
 
 
 def test_template_sets():
-    assert template_set_names() == ["openclip80", "photo12", "single", "vild63"]
+    assert template_set_names() == ["detic", "openclip80", "photo12", "single", "vild63"]
     assert [len(get_templates(name)) for name in template_set_names()] == [80, 12, 1, 63]
     for name in template_set_names():
         assert all(template.count("{}") == 1 for template in get_templates(name))
