@@ -31,6 +31,7 @@ from ovdet2.programs import predict as demo
 from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.bank import WordBank
 from tests import micro
+from tests.cache_cases import manifest
 from tests.micro_training import SPLIT, write_data
 from tests.test_cckt_data import priors
 from tests.test_detr_build import SMALL
@@ -225,7 +226,7 @@ class TestSweeps:
             path = Path(words[words.index("OUTPUT_DIR" if "OUTPUT_DIR" in words else "--output") + 1])
             (path if "--boxes" in words or "OUTPUT_DIR" in words else path.parent).mkdir(parents=True, exist_ok=True)
             if "--boxes" in words:
-                write_json(path / "manifest.json", {"schema": "ovdet2/region-cache/1", "shards": []})
+                write_json(path / "manifest.json", manifest())
             elif "OUTPUT_DIR" in words:
                 figures = {"AP50-novel": 3.0 + len(asked), "AP50-base": 2.0, "AP50-all": 1.0}
                 write_json(path / "inference" / "ov_shapes_val_all" / "report.json", {"bbox": figures})

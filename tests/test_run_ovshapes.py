@@ -14,6 +14,7 @@ from ovdet2.experiments.runner import Runner
 from ovdet2.io.files import sha256_file
 from ovdet2.ov_shapes import rows
 from ovdet2.ov_shapes.rows import OV_SHAPES_ROWS, TEST_SET
+from tests.cache_cases import manifest
 
 METRICS = {
     "AP50-novel": 10.0,
@@ -36,9 +37,7 @@ def runs(monkeypatch):
         folder = Path(words[words.index(option) + 1])
         folder.mkdir(parents=True, exist_ok=True)
         if "build_region_cache" in words[0]:
-            (folder / "manifest.json").write_text(
-                json.dumps({"schema": "ovdet2/region-cache/1", "shards": [{"sha256": "1" * 64}]})
-            )
+            (folder / "manifest.json").write_text(json.dumps(manifest("1" * 64)))
             return
         if "CLIM" in words[0]:
             (folder / "clim_a1.safetensors").write_text("clim")
@@ -158,9 +157,7 @@ def test_results_of_something_else_are_refused(runs, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="region_cache was made with another detector: remove it"):
         run_row("vild", 0, tmp_path)
     weights.write_text(trained)
-    (tmp_path / "region_cache" / "manifest.json").write_text(
-        json.dumps({"schema": "ovdet2/region-cache/1", "shards": [{"sha256": "2" * 64}]})
-    )
+    (tmp_path / "region_cache" / "manifest.json").write_text(json.dumps(manifest("2" * 64)))
     with pytest.raises(DataError, match="vild.seed0 holds a row made with another region cache: remove it"):
         run_row("vild", 0, tmp_path)
     monkeypatch.setattr(rows, "ensure_generated", lambda _: {"pixels_sha256": {"train2017": "1" * 64}})
