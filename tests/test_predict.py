@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ovdet2.errors import UsageError
-from ovdet2.programs.predict import find_images, picture_paths
+from ovdet2.programs.predict import find_images, main, picture_paths
 
 
 @pytest.fixture
@@ -80,6 +80,7 @@ def test_no_input_is_replaced(output, tmp_path, monkeypatch):
     (here / "mine.png").write_bytes(b"a photograph")
     (here / "link").symlink_to(here)
     monkeypatch.chdir(here)
-    with pytest.raises(UsageError, match="mine.png would replace an input. Give another folder"):
-        picture_paths(find_images(["mine.png"]), Path(output))
+    with pytest.raises(UsageError, match="mine.png would replace an input.*: give another name or folder"):
+        main(["--config-file", "ovshapes/vild_text_r18.yaml", "--input", "mine.png", "--output", output])
+    assert (here / "mine.png").read_bytes() == b"a photograph"
     assert picture_paths([Path("mine.jpg")], Path(output))  # its picture has another name

@@ -36,7 +36,7 @@ _SHOWN = 5  # keys named in an error message
 
 
 class DivergedWeights(DamagedFile):
-    """A file whose weights are not all finite."""
+    """A checkpoint whose state of the training is not finite; :func:`read_weights` refuses such weights."""
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -263,11 +263,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._incompatible = incompatible
         if self._exact:
             self._require_parameters(incompatible)
-        if bad := not_finite(self.model.state_dict()):
-            raise DivergedWeights(
-                f"{self.loaded} has weights that are not finite, {listed(bad)}: the training that wrote it has diverged; "
-                "use an earlier checkpoint or another file."
-            )
         return incompatible
 
     def _require_parameters(self, incompatible):

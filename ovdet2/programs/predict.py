@@ -194,12 +194,7 @@ def _is_within(path, output, searched):
 
 
 def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
-    """{image: its picture in the folder ``output``}, no two the same.
-
-    Raises:
-        UsageError: a picture would replace an image.
-    """
-    inputs = {image.resolve() for image in images}
+    """{image: its picture in the folder ``output``}, no two the same."""
     names = [image.stem for image in images]
     repeated = {name for name, count in Counter(names).items() if count > 1}
     used = set(names) - repeated
@@ -210,10 +205,7 @@ def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
             further = (f"{with_folder}_{number}" for number in itertools.count(2))
             name = next(each for each in itertools.chain([name, with_folder], further) if each not in used)
             used.add(name)
-        picture = output / f"{name}.png"
-        if picture.resolve() in inputs:
-            raise UsageError(f"--output {output}: the picture {picture} would replace an input. Give another folder.")
-        pictures[image] = picture
+        pictures[image] = output / f"{name}.png"
     return pictures
 
 
