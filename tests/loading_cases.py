@@ -23,6 +23,9 @@ class Failing(Dataset):
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "stopped":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if self.how.endswith("after a batch"):  # which is about to be fetched from it
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGSTOP if self.how.startswith("stopped") else signal.SIGKILL)
             if self.how == "bus error":  # of shared memory that is full
                 os.kill(os.getpid(), signal.SIGBUS)
             if self.how == "hangs":

@@ -4,8 +4,10 @@ import multiprocessing
 import re
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from torch.multiprocessing import reductions
 
 from ovdet2 import doctor
 from ovdet2.engine import start
@@ -14,6 +16,19 @@ from ovdet2.io import loading, shared_memory
 from ovdet2.io.loading import WatchedLoader, WorkerError
 from tests.loading_cases import Failing
 from tests.micro_training import micro_cfg
+
+
+@pytest.fixture
+def slow_fetch(monkeypatch):
+    """The file descriptor of a sample is fetched late from its process."""
+    rebuild = reductions.rebuild_storage_fd
+
+    def late(*arguments):
+        time.sleep(0.5)
+        return rebuild(*arguments)
+
+    late.__module__, late.__qualname__ = rebuild.__module__, rebuild.__qualname__
+    monkeypatch.setattr(reductions, "rebuild_storage_fd", late)
 
 
 @pytest.fixture
@@ -44,6 +59,22 @@ def test_failures_end_with_the_remedy(quick, how, patience, words, capfd):
     assert handler is None or signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     if how == "full":
         assert "No space left on device" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+@pytest.mark.parametrize("how, words", [("stopped", "is stopped"), ("killed", "was killed by SIGKILL")])
+def test_a_process_that_fails_while_a_sample_is_fetched_from_it(quick, slow_fetch, how, words, thread):
+    def load():
+        with pytest.raises(WorkerError, match=words):
+            list(WatchedLoader(Failing(f"{how} after a batch"), 2, batch_size=2, collate_fn=list))
+        return "told"
+
+    if thread == "main":
+        assert load() == "told"
+    else:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(load).result(timeout=60) == "told"
+    assert not multiprocessing.active_children()
 
 
 def test_the_next_loader_works(quick):

@@ -39,10 +39,7 @@ class WatchedLoader:
             arguments: of torch's DataLoader.
         """
         self.patience = patience
-        look = min(_LOOK_SECONDS, patience) if num_workers else 0
-        self.loader = DataLoader(
-            dataset, num_workers=num_workers, timeout=look, worker_init_fn=_prepare_worker, **arguments
-        )
+        self.loader = DataLoader(dataset, num_workers=num_workers, worker_init_fn=_prepare_worker, **arguments)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -54,44 +51,97 @@ class WatchedLoader:
         """
         batches: Any = iter(self.loader)
         workers = getattr(batches, "_workers", [])
-        try:
-            while (batch := self._next(batches, workers)) is not None:
-                yield batch[0]
-        finally:
-            if workers:
-                batches._shutdown_workers()
-
-    def _next(self, batches: Any, workers: Sequence[Any]) -> tuple[Any] | None:
-        """The next batch, in a tuple; None at the end."""
-        since = time.monotonic()
-        while True:
+        with _Watch(workers, self.patience) if workers else contextlib.nullcontext() as watch:
             try:
-                return (next(batches),)
-            except StopIteration:
-                return None
-            except RuntimeError as error:
-                reason = str(error).partition("\n")[0]
-                if not workers or isinstance(error, OVDetError) or "DataLoader" not in reason:
-                    raise
-                fault = _fault(workers, reason, time.monotonic() - since > self.patience)
-                if fault is not None:  # else torch's loader has lost nothing
-                    _end(workers, batches)
-                    raise WorkerError(f"{fault} {remedy()}") from None
+                while (batch := _next(batches, watch)) is not None:
+                    yield batch[0]
+            finally:
+                if workers:
+                    batches._shutdown_workers()
 
 
-def _fault(workers: Sequence[Any], reason: str, impatient: bool) -> str | None:
-    """What is wrong with the loading processes, in a sentence; None if they may only be slow."""
-    if "timed out" not in reason:
-        ended = [(worker.pid, worker.exitcode) for worker in workers if not worker.is_alive() and worker.exitcode]
+def _next(batches, watch):
+    """The next batch, in a tuple; None at the end."""
+    try:
+        if watch is None:
+            return (next(batches),)
+        with watch.waiting():
+            return (next(batches),)
+    except StopIteration:
+        return None
+    except (RuntimeError, OSError, EOFError) as error:
+        # The others arise where the connection to a process ends that was about to hand a sample over.
+        fault = None if watch is None or isinstance(error, OVDetError) else watch.fault(error)
+        if fault is None:
+            raise
+        _end(watch.workers, batches)
+        raise WorkerError(f"{fault} {remedy()}") from None
+
+
+class _Watch:
+    """A thread that looks at the loading processes while a batch is waited for, and kills those that give none.
+
+    torch's DataLoader notices those that have ended, but it waits for ever for one that is stopped while the file
+    descriptor of a sample is fetched from it. When that one is killed, the connection ends, and so does the wait.
+    """
+
+    def __init__(self, workers: Sequence[Any], patience: float) -> None:
+        self.workers, self._patience = workers, patience
+        self._since: float | None = None  # when the wait for a batch began
+        self._found: str | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> "_Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Generator[None, None, None]:
+        """Inside, a batch is waited for."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def fault(self, error: BaseException) -> str | None:
+        """What is wrong with the loading processes after an error, in a sentence; None: it is an error of the data."""
+        if self._found is not None:
+            return self._found
+        ended = [(worker.pid, worker.exitcode) for worker in self.workers if not worker.is_alive() and worker.exitcode]
         if any(code == _NOT_HANDED_OVER for _, code in ended):
             return "A loading process could not hand over a sample (its error is printed above)."
         for pid, code in ended:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return f"Loading process {pid} {how}."
-        return f"A loading process has ended ({reason.rstrip('.')})."
-    if stopped := [worker.pid for worker in workers if _is_stopped(worker.pid)]:
-        return f"Loading process {stopped[0]} is stopped (continue it with kill -CONT {stopped[0]} before a run)."
-    return f"{len(workers)} loading processes gave no batch for a long time." if impatient else None
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "DataLoader" in reason:
+            return f"A loading process has ended ({reason.rstrip('.')})."
+        return None
+
+    def _look(self) -> None:
+        before: set[int] = set()
+        left = list(self.workers)
+        while not self._over.wait(min(_LOOK_SECONDS, self._patience)):
+            since = self._since
+            stopped = {worker.pid for worker in left if since is not None and _is_stopped(worker.pid)}
+            # Twice: after Ctrl-Z and fg, the processes of a run continue one after another.
+            if lasting := sorted(stopped & before):
+                self._found = self._found or (
+                    f"Loading process {lasting[0]} is stopped (continue it with kill -CONT {lasting[0]} before a run)."
+                )
+            elif since is not None and time.monotonic() - since > self._patience:
+                self._found = self._found or f"{len(self.workers)} loading processes gave no batch for a long time."
+            before = stopped
+            if self._found is not None and left:
+                # One in each turn: the main thread is told by a signal, and two signals would raise two errors.
+                left.sort(key=lambda worker: worker.pid not in lasting)
+                left.pop(0).kill()
 
 
 def _is_stopped(pid: int) -> bool:
