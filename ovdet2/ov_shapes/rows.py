@@ -1,22 +1,30 @@
 """The rows of the OV-Shapes benchmark as entries of an experiment, and the artefacts that they read.
 
 ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
+ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2 --split test
+
+A row is trained once. Its settings are chosen on the validation set; the final table is of the test set.
 """
 
+from argparse import ArgumentParser
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 
 import ovdet2
-from ovdet2.data.datasets.ov_shapes import ensure_generated
+from ovdet2.data.datasets.ov_shapes import ensure_generated, ensure_test
 from ovdet2.data.datasets.register import data_root
 from ovdet2.experiments import Artefact, Column, Entry, Experiment, Plan
 from ovdet2.experiments.command import CHECKOUT, checkout_file
 from ovdet2.experiments.state import content_hash, settings_hash
+from ovdet2.ov_shapes.world.scenes import TEST_SPLIT
 
 OUTPUT = "output/ovshapes"
-TRAINING_SET, TEST_SET = "ov_shapes_train_base", "ov_shapes_val_all"
+TRAINING_SET = "ov_shapes_train_base"
+SETS = {"val": "ov_shapes_val_all", "test": "ov_shapes_test"}  # of --split
+TEST_SET = SETS["val"]  # DATASETS.TEST of the rows' configurations
 TEACHER = "ovshapes-resnet"
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 CLIM_CONFIG = "projects/CLIM/configs/ovshapes_vit.yaml"
@@ -35,24 +43,28 @@ _OF_TEACHER = {"teacher": _teacher_weights(TEACHER)}
 _REGION_CACHE = ("ovdet2.programs.build_region_cache", "--dataset", TRAINING_SET, "--output", "{path}", "--config-file")
 _CLIP = ("--architecture", TEACHER, "--pretrained", "embedded")
 
+
+def _clip_priors(split: str) -> Artefact:
+    """The concept prior of the images of a split."""
+    words = ("ovdet2.programs.build_concept_priors", "--backend", "clip", *_CLIP, "--tiles", "3")
+    command = (*words, "--dataset", SETS[split], "--output", "{path}")
+    return Artefact("concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors", command, _OF_TEACHER)
+
+
 ARTEFACTS = {
     # From the proposals of ViLD-text. The paper uses 300 regions per image; here the 10 best after a stricter NMS,
     # which are embedded in minutes.
     "region_cache": Artefact(
         "region cache", "MODEL.VILD.REGION_CACHE", "region_cache",
         (*_REGION_CACHE, "ovshapes/vild_text_r18.yaml", "--top", "10", "--nms", "0.5", "MODEL.WEIGHTS", "{weights}"),
-        _OF_TEACHER, weights_of="vild_text",
+        _OF_TEACHER, weights_of="vild_text", training_only=True,
     ),
     "annotation_cache": Artefact(
         "cache of annotated boxes", "MODEL.CCKT.REGION_CACHE", "annotation_cache",
         (*_REGION_CACHE, "ovshapes/detr_text_r18.yaml", "--boxes", "annotations"), _OF_TEACHER,
+        training_only=True,
     ),
-    "clip_priors": Artefact(
-        "concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors",
-        ("ovdet2.programs.build_concept_priors", "--backend", "clip", *_CLIP, "--tiles", "3", "--dataset", TEST_SET,
-         "--output", "{path}"),
-        _OF_TEACHER,
-    ),
+    "clip_priors": _clip_priors("val"),
     "clim": Artefact(
         "training by CLIM", "MODEL.TEACHER.PRETRAINED", "clim/clim_a1.safetensors",
         ("projects/CLIM/train.py", "--config-file", str(CHECKOUT / CLIM_CONFIG), "--resume", "OUTPUT_DIR", "{folder}"),
@@ -113,12 +125,16 @@ def _on(row: str, title: str, config: str) -> Entry:
     return Entry(title, config, weights_of=row)
 
 
-ENTRIES = {
-    "teacher": Entry(
+def _teacher(split: str) -> Entry:
+    return Entry(
         "CLIP on ground-truth boxes (upper bound of the teacher)",
-        command=("ovdet2.programs.evaluate_teacher", "--dataset", TEST_SET, *_CLIP, "--output", "{folder}"),
+        command=("ovdet2.programs.evaluate_teacher", "--dataset", SETS[split], *_CLIP, "--output", "{folder}"),
         folder="{name}/seed0",  # nothing in it is random
-    ),
+    )
+
+
+_ROWS = {
+    "teacher": _teacher("val"),
     "closed_set": Entry("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Entry("ViLD-text", "ovshapes/vild_text_r18.yaml"),
     "vild_image": Entry("ViLD-image", "ovshapes/vild_image_r18.yaml", needs=("region_cache",)),
@@ -147,6 +163,7 @@ ENTRIES = {
     "fvlm_vit": Entry("F-VLM on the ViT", "ovshapes/fvlm_vit.yaml"),
     "fvlm_vit_clim": Entry("F-VLM on the ViT after CLIM", "ovshapes/fvlm_vit_clim.yaml", needs=("clim",)),
 }
+ENTRIES = {name: replace(entry, settings_by="val") for name, entry in _ROWS.items()}
 
 COLUMNS = {
     "novel AP50": Column(("bbox", "AP50-novel")),
@@ -157,6 +174,7 @@ COLUMNS = {
     "all AP50": Column(("bbox", "AP50-all")),
     "novel AR@100": Column(("proposals", "AR@100-novel")),
     "base AR@100": Column(("proposals", "AR@100-base")),
+    "settings by": Column(("settings_by",), str),
 }
 
 
@@ -172,9 +190,48 @@ def inputs_of(cfg: CfgNode | None) -> dict[str, str]:
 
 OV_SHAPES_ROWS = Experiment(ENTRIES, COLUMNS, ARTEFACTS, inputs_of, marker="ov-shapes")
 
+
+def _on_test(name: str, entry: Entry) -> Entry:
+    """The evaluation of a row's weights on the test set."""
+    if entry.command:
+        return replace(_teacher("test"), settings_by=entry.settings_by)
+    return replace(
+        entry,
+        overrides=(*entry.overrides, "DATASETS.TEST", f"('{SETS['test']}',)", "TEST.EXPECTED_RESULTS", "[]"),
+        needs=tuple(need for need in entry.needs if not ARTEFACTS[need].training_only),
+        weights_of=entry.weights_of or name,
+    )
+
+
+def _inputs_on_test(cfg: CfgNode | None) -> dict[str, str]:
+    return inputs_of(cfg) | {"test images": ensure_test(data_root())["pixels_sha256"][TEST_SPLIT]}
+
+
+FINAL_TABLE = Experiment(
+    {name: _on_test(name, entry) for name, entry in ENTRIES.items()},
+    COLUMNS | {"times read": Column(("readings",), str)},
+    {"clip_priors": _clip_priors("test")},
+    _inputs_on_test,
+    marker="ov-shapes-test",
+    weights_from=OV_SHAPES_ROWS,
+    folder="test",
+)
+
+
+def _add_split(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--split",
+        choices=SETS,
+        default="val",
+        help="val chooses settings; test is for the final table: it evaluates the weights of the same runs on "
+        "ov_shapes_test, writes below OUTPUT/test and logs each reading in OUTPUT/test_readings.jsonl (val)",
+    )
+
+
 PLAN = Plan(
     "Run rows of the OV-Shapes benchmark, and write their table. A row that is done is not run again; an interrupted one "
     "goes on where it stopped.",
-    lambda args: OV_SHAPES_ROWS,
+    lambda args: FINAL_TABLE if args.split == "test" else OV_SHAPES_ROWS,
+    _add_split,
     output=OUTPUT,
 )
