@@ -26,7 +26,7 @@ def log_reading(folder: Path, row: str, seed: int | None, weights_sha256: str, c
         command: the program and its arguments.
     """
     line = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "row": row,
         "seed": seed,
         "weights_sha256": weights_sha256,

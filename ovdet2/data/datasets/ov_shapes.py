@@ -205,7 +205,7 @@ def _locked(folder):
         SetupError: it cannot.
     """
     try:
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  closed below
+        lock = open(folder / ".lock", "w")
     except OSError as error:
         raise SetupError(
             f"{folder} lacks files of OV-Shapes and cannot be written ({error.strerror}): run ovdet2 dataset prepare "
