@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = "ovdet2/ov-shapes/2"
 FOLDER = "ov_shapes"
 _FORM = {"schema": str, "seed": int, "images": dict.fromkeys(IMAGE_COUNTS, int)}
-_TEST_FORM = {"schema": str, "seed": int, "images": {TEST_SPLIT: int}}
+_TEST_FORM = {"schema": str, "seed": int, "images": {TEST_SPLIT: int}, "pixels_sha256": {TEST_SPLIT: str}}
 # Hashes of the pixels and annotations of the benchmark, seed 0: of each split, and of single test images.
 HASHES = Path(__file__).resolve().parents[2] / "assets" / "ov_shapes" / "hashes.json"
 ANNOTATION_FILES = (
