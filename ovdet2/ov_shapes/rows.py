@@ -7,6 +7,7 @@ A row is trained once. Its settings are chosen on the validation set; the final 
 """
 
 from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,14 +44,6 @@ _OF_TEACHER = {"teacher": _teacher_weights(TEACHER)}
 _REGION_CACHE = ("ovdet2.programs.build_region_cache", "--dataset", TRAINING_SET, "--output", "{path}", "--config-file")
 _CLIP = ("--architecture", TEACHER, "--pretrained", "embedded")
 
-
-def _clip_priors(split: str) -> Artefact:
-    """The concept prior of the images of a split."""
-    words = ("ovdet2.programs.build_concept_priors", "--backend", "clip", *_CLIP, "--tiles", "3")
-    command = (*words, "--dataset", SETS[split], "--output", "{path}")
-    return Artefact("concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors", command, _OF_TEACHER)
-
-
 ARTEFACTS = {
     # From the proposals of ViLD-text. The paper uses 300 regions per image; here the 10 best after a stricter NMS,
     # which are embedded in minutes.
@@ -64,7 +57,12 @@ ARTEFACTS = {
         (*_REGION_CACHE, "ovshapes/detr_text_r18.yaml", "--boxes", "annotations"), _OF_TEACHER,
         training_only=True,
     ),
-    "clip_priors": _clip_priors("val"),
+    "clip_priors": Artefact(
+        "concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors",
+        ("ovdet2.programs.build_concept_priors", "--backend", "clip", *_CLIP, "--tiles", "3", "--dataset", TEST_SET,
+         "--output", "{path}"),
+        _OF_TEACHER,
+    ),
     "clim": Artefact(
         "training by CLIM", "MODEL.TEACHER.PRETRAINED", "clim/clim_a1.safetensors",
         ("projects/CLIM/train.py", "--config-file", str(CHECKOUT / CLIM_CONFIG), "--resume", "OUTPUT_DIR", "{folder}"),
@@ -125,16 +123,12 @@ def _on(row: str, title: str, config: str) -> Entry:
     return Entry(title, config, weights_of=row)
 
 
-def _teacher(split: str) -> Entry:
-    return Entry(
-        "CLIP on ground-truth boxes (upper bound of the teacher)",
-        command=("ovdet2.programs.evaluate_teacher", "--dataset", SETS[split], *_CLIP, "--output", "{folder}"),
-        folder="{name}/seed0",  # nothing in it is random
-    )
-
-
 _ROWS = {
-    "teacher": _teacher("val"),
+    "teacher": Entry(
+        "CLIP on ground-truth boxes (upper bound of the teacher)",
+        command=("ovdet2.programs.evaluate_teacher", "--dataset", TEST_SET, *_CLIP, "--output", "{folder}"),
+        folder="{name}/seed0",  # nothing in it is random
+    ),
     "closed_set": Entry("closed-set head (sanity: novel must be about 0)", "ovshapes/closed_set_r18.yaml"),
     "vild_text": Entry("ViLD-text", "ovshapes/vild_text_r18.yaml"),
     "vild_image": Entry("ViLD-image", "ovshapes/vild_image_r18.yaml", needs=("region_cache",)),
@@ -191,34 +185,50 @@ def inputs_of(cfg: CfgNode | None) -> dict[str, str]:
 OV_SHAPES_ROWS = Experiment(ENTRIES, COLUMNS, ARTEFACTS, inputs_of, marker="ov-shapes")
 
 
-def _on_test(name: str, entry: Entry) -> Entry:
-    """The evaluation of a row's weights on the test set."""
+def final_table(rows: Experiment) -> Experiment:
+    """The evaluation of the weights of ``rows`` on the test set.
+
+    Programs of rows and artefacts whose command names the validation set are run with the test set in its place.
+
+    Args:
+        rows: of OV-Shapes, evaluated on the validation set.
+    """
+    return replace(
+        rows,
+        entries={name: _on_test(name, entry, rows.artefacts) for name, entry in rows.entries.items()},
+        columns=rows.columns | {"times read": Column(("readings",), str)},
+        artefacts={
+            name: replace(artefact, command=_naming_test(artefact.command))
+            for name, artefact in rows.artefacts.items()
+            if SETS["val"] in artefact.command
+        },
+        inputs=lambda cfg: rows.inputs(cfg) | {"test images": ensure_test(data_root())["pixels_sha256"][TEST_SPLIT]},
+        marker="ov-shapes-test",
+        weights_from=rows,
+        folder="test",
+    )
+
+
+def _on_test(name: str, entry: Entry, artefacts: Mapping[str, Artefact]) -> Entry:
     if entry.command:
-        return replace(_teacher("test"), settings_by=entry.settings_by)
+        return replace(entry, command=_naming_test(entry.command))
     return replace(
         entry,
         overrides=(*entry.overrides, "DATASETS.TEST", f"('{SETS['test']}',)", "TEST.EXPECTED_RESULTS", "[]"),
-        needs=tuple(need for need in entry.needs if not ARTEFACTS[need].training_only),
+        needs=tuple(need for need in entry.needs if not artefacts[need].training_only),
         weights_of=entry.weights_of or name,
     )
 
 
-def _inputs_on_test(cfg: CfgNode | None) -> dict[str, str]:
-    return inputs_of(cfg) | {"test images": ensure_test(data_root())["pixels_sha256"][TEST_SPLIT]}
+def _naming_test(command: Sequence[str]) -> tuple[str, ...]:
+    return tuple(SETS["test"] if word == SETS["val"] else word for word in command)
 
 
-FINAL_TABLE = Experiment(
-    {name: _on_test(name, entry) for name, entry in ENTRIES.items()},
-    COLUMNS | {"times read": Column(("readings",), str)},
-    {"clip_priors": _clip_priors("test")},
-    _inputs_on_test,
-    marker="ov-shapes-test",
-    weights_from=OV_SHAPES_ROWS,
-    folder="test",
-)
+FINAL_TABLE = final_table(OV_SHAPES_ROWS)
 
 
-def _add_split(parser: ArgumentParser) -> None:
+def add_split(parser: ArgumentParser) -> None:
+    """Add --split, val or test, to the options of an experiment."""
     parser.add_argument(
         "--split",
         choices=SETS,
@@ -232,6 +242,6 @@ PLAN = Plan(
     "Run rows of the OV-Shapes benchmark, and write their table. A row that is done is not run again; an interrupted one "
     "goes on where it stopped.",
     lambda args: FINAL_TABLE if args.split == "test" else OV_SHAPES_ROWS,
-    _add_split,
+    add_split,
     output=OUTPUT,
 )
