@@ -196,7 +196,7 @@ def final_table(rows: Experiment) -> Experiment:
     return replace(
         rows,
         entries={name: _on_test(name, entry, rows.artefacts) for name, entry in rows.entries.items()},
-        columns=rows.columns | {"times read": Column(("readings",), str)},
+        columns={**rows.columns, "times read": Column(("readings",), str)},
         artefacts={
             name: replace(artefact, command=_naming_test(artefact.command))
             for name, artefact in rows.artefacts.items()
