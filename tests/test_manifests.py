@@ -70,10 +70,10 @@ class InHeader:
 
 
 class InFolder:
-    """A folder with manifest.json."""
+    """A folder with a manifest as a file."""
 
-    def __init__(self, folder):
-        self.path = folder / "manifest.json"
+    def __init__(self, folder, name="manifest.json"):
+        self.path = folder / name
         self.manifest = json.loads(self.path.read_text())
 
     def put(self, manifest):
@@ -116,13 +116,23 @@ def shapes(folder):
     return InFolder(folder / "ov_shapes"), read
 
 
+def shapes_test(folder):
+    ov_shapes.ensure_generated(folder, counts={"train2017": 2, "val2017": 1}, workers=1)
+    ov_shapes.ensure_test(folder, count=2, workers=1)
+    return InFolder(folder / "ov_shapes", "manifest_test.json"), lambda: ov_shapes.ensure_test(
+        folder, count=2, workers=1
+    )
+
+
 def tar_index(folder):
     make_shards(folder)
     TarShards(folder / "*.tar", folder / "i.safetensors")
     return InHeader(folder / "i.safetensors"), lambda: len(TarShards(folder / "*.tar", folder / "i.safetensors"))
 
 
-ARTEFACTS = {maker.__name__: maker for maker in (region_cache, vocabulary, concept_prior, shapes, tar_index)}
+ARTEFACTS = {
+    maker.__name__: maker for maker in (region_cache, vocabulary, concept_prior, shapes, shapes_test, tar_index)
+}
 
 
 @pytest.fixture(scope="module", params=ARTEFACTS)

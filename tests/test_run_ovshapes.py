@@ -1,6 +1,7 @@
 """The rows of OV-Shapes as entries: what runs, in which order, what is refused, and the table. No row is really run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,14 @@ def runs(monkeypatch):
             folder.rmdir()
             folder.write_text("priors")
             return
-        (folder / "model_final.pth").write_text(run.commands[-1])
+        if "evaluate_teacher" in words[0]:
+            (folder / "report.json").write_text(json.dumps({"bbox": METRICS}))
+            return
+        if "--eval-only" not in words:
+            (folder / "model_final.pth").write_text(run.commands[-1])
         seed = int(words[words.index("SEED") + 1])
-        report = folder / "inference" / TEST_SET / "report.json"
+        report = folder / "inference" / ("ov_shapes_test" if "ov_shapes_test" in run.commands[-1] else TEST_SET)
+        report = report / "report.json"
         report.parent.mkdir(parents=True, exist_ok=True)
         box = {key: value + seed for key, value in METRICS.items()} | {"AP50-all": 40.0}
         report.write_text(json.dumps({"bbox": box, "proposals": {"AR@100-novel": 60.0, "AR@100-base": 61.0}}))
@@ -56,6 +62,7 @@ def runs(monkeypatch):
     run.commands, run.failing = [], ""
     monkeypatch.setattr(command, "run_program", run)
     monkeypatch.setattr(rows, "ensure_generated", lambda _: {"pixels_sha256": {"train2017": "0" * 64}})
+    monkeypatch.setattr(rows, "ensure_test", lambda _: {"pixels_sha256": {"test2017": "3" * 64}})
     return run
 
 
@@ -201,6 +208,86 @@ def test_table_has_mean_and_spread_of_the_seeds_that_are_done(runs, tmp_path):
     document.write_text("no markers")
     with pytest.raises(DataError, match="R.md has no lines"):
         run_ovshapes.main([*chosen, "--output", str(tmp_path), "--table", str(document)])
+
+
+def readings(output):
+    return [json.loads(line) for line in (output / "test_readings.jsonl").read_text().splitlines()]
+
+
+def test_the_final_table_evaluates_the_weights_of_the_runs_and_logs_it(runs, tmp_path):
+    """Trained once; below test/ with the prior of the test images; each reading has a line before it begins."""
+    chosen = ["--rows", "teacher", "cckt_full", "cckt_full_class", "--seeds", "0", "1", "--output", str(tmp_path)]
+    run_ovshapes.main(chosen)
+    assert not (tmp_path / "test_readings.jsonl").exists() and not (tmp_path / "test").exists()
+    trained, table = len(runs.commands), (tmp_path / "table.md").read_text()
+    document = tmp_path / "R.md"
+    document.write_text("<!-- ov-shapes-test table -->\n<!-- end of ov-shapes-test table -->\n")
+    results = run_ovshapes.main([*chosen, "--split", "test", "--table", str(document)])
+    new = runs.commands[trained:]
+    assert kinds(runs)[trained:] == ["evaluate_teacher", "build_concept_priors", *["train"] * 4]
+    assert all("ov_shapes_test" in words and TEST_SET not in words for words in new)
+    priors = tmp_path / "test" / "priors" / "clip.safetensors"
+    assert new[0].endswith(f"--output {tmp_path / 'test' / 'teacher' / 'seed0'}") and f"--output {priors}" in new[1]
+    weights = tmp_path / "cckt_full" / "seed0" / "model_final.pth"
+    for words, row in zip(new[2:4], ("cckt_full", "cckt_full_class"), strict=True):
+        assert "--eval-only DATASETS.TEST ('ov_shapes_test',) TEST.EXPECTED_RESULTS [] SEED 0" in words
+        assert f"OUTPUT_DIR {tmp_path / 'test' / row / 'seed0'} MODEL.WEIGHTS {weights}" in words
+        assert words.endswith(f"MODEL.CCKT.PRIOR_FILE {priors}") and "REGION_CACHE" not in words
+    lines = readings(tmp_path)
+    assert [(line["row"], line["seed"]) for line in lines] == [
+        ("teacher", None), ("clip_priors", None), ("cckt_full", 0), ("cckt_full_class", 0), ("cckt_full", 1),
+        ("cckt_full_class", 1),
+    ]  # fmt: skip
+    assert lines[2]["weights_sha256"] == lines[3]["weights_sha256"] == sha256_file(weights)
+    assert set(lines[2]) == {"date", "row", "seed", "weights_sha256", "commit", "command"}
+    assert lines[2]["command"].startswith("ovdet2.programs.train --config-file ovshapes/cckt_full_r18.yaml --eval-only")
+    assert (tmp_path / "table.md").read_text() == table and "settings by" in table and "times read" not in table
+    final = (tmp_path / "test" / "table.md").read_text().splitlines()
+    assert final[0].endswith("| settings by | times read | minutes | seeds |")
+    assert "| val | 2 | " in final[3] and final[3].startswith("| CCKT-Det: priors, contrast, similarity | 10.5 ± 0.7 |")
+    assert final[2].startswith("| CLIP on ground-truth boxes") and "| val | 1 | " in final[2]
+    assert {(row["settings_by"], row["readings"]) for row in results} == {("val", 1), ("val", 2)}
+    assert "--seeds 0 1 --split test`" in document.read_text() and final[3] in document.read_text()
+
+
+def test_a_test_set_that_is_read_again_is_counted(runs, tmp_path):
+    """Removing the results does not remove the log; an interrupted evaluation counts."""
+    chosen = ["--rows", "vild_text", "--split", "test", "--output", str(tmp_path)]
+    [row] = run_ovshapes.main(chosen)
+    assert kinds(runs) == ["train", "train"] and "--resume" in runs.commands[0]  # trained and evaluated on val first
+    assert row["readings"] == 1 and run_ovshapes.main(chosen) == [row] and len(readings(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "test")
+    runs.failing = "ov_shapes_test"
+    with pytest.raises(KeyboardInterrupt):
+        run_ovshapes.main(chosen)
+    runs.failing = ""
+    assert run_ovshapes.main(chosen)[0]["readings"] == 3 and len(runs.commands) == 4
+    minutes = json.loads((tmp_path / "vild_text" / "seed0" / "row.json").read_text())
+    (tmp_path / "vild_text" / "seed0" / "row.json").write_text(json.dumps(minutes | {"minutes": 17.0}))
+    assert run_ovshapes.main(chosen)[0]["minutes"] == 17.0  # of the training
+    (tmp_path / "test_readings.jsonl").write_text("[]\n")
+    with pytest.raises(DataError, match="test_readings.jsonl is damaged"):
+        run_ovshapes.main(chosen)
+
+
+def test_weights_or_test_images_that_changed_are_refused(runs, tmp_path, monkeypatch):
+    chosen = ["--rows", "vild_text", "--split", "test", "--output", str(tmp_path)]
+    run_ovshapes.main(chosen)
+    (tmp_path / "vild_text" / "seed0" / "model_final.pth").write_text("others")
+    with pytest.raises(DataError, match="test.vild_text.seed0 holds a row made with another weights"):
+        run_ovshapes.main(chosen)
+    monkeypatch.setattr(rows, "ensure_test", lambda _: {"pixels_sha256": {"test2017": "4" * 64}})
+    with pytest.raises(DataError, match="test.vild_text.seed0 holds a row made with another test images, weights"):
+        run_ovshapes.main(chosen)
+
+
+def test_every_row_states_which_set_chose_its_settings():
+    assert {entry.settings_by for entry in (*rows.ENTRIES.values(), *rows.FINAL_TABLE.entries.values())} == {"val"}
+    assert list(rows.FINAL_TABLE.entries) == list(rows.ENTRIES)
+    for name, entry in rows.FINAL_TABLE.entries.items():
+        words = (*entry.command, *entry.overrides)
+        assert any("ov_shapes_test" in word for word in words) and TEST_SET not in words, name
+        assert entry.command or entry.weights_of in rows.ENTRIES, name
 
 
 def test_unknown_row(tmp_path):

@@ -24,6 +24,7 @@ class Artefact:
             "{weights}" for those of ``weights_of``. Empty: the user provides the artefact.
         inputs: what the result depends on, {name: a file, or a function that returns a hash}.
         weights_of: entry whose weights, trained with seed 0, are another input, named "detector".
+        training_only: it is read in training, not when the trained weights are evaluated.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Artefact:
     command: tuple[str, ...] = ()
     inputs: Mapping[str, Path | Callable[[], str]] = field(default_factory=dict)
     weights_of: str = ""
+    training_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Entry:
             seed of the command line.
         facts: function of the entry's configuration, artefacts included, that gives further values for columns and
             results.json, ready for json.
+        settings_by: the set on which its settings were chosen, "val"; a column ("settings_by",) shows it.
     """
 
     title: str
@@ -62,6 +65,7 @@ class Entry:
     command: tuple[str, ...] = ()
     folder: str = "{name}/seed{seed}"
     facts: Callable[[CfgNode], dict[str, Any]] | None = None
+    settings_by: str = ""
 
     @property
     def is_seeded(self) -> bool:
@@ -74,7 +78,8 @@ class Column:
     """A column of the table.
 
     Attributes:
-        path: of the value within the report, ("bbox", "AP50-novel"), or within the entry's facts, ("facts", "rho").
+        path: of the value within the report, ("bbox", "AP50-novel"), or within the entry's facts, ("facts", "rho"). Also
+            ("settings_by",) of the entry and ("readings",) of :attr:`Experiment.weights_from`.
         show: the text of a value; None: mean and standard deviation over the seeds, with one decimal.
         required: a report without this figure is an error, because the user requested it; otherwise the cell is "-".
     """
@@ -105,6 +110,12 @@ class Experiment:
             once, in this process. Nothing is trained: a row of other inputs is evaluated again instead of refused.
         accept_unmarked: finished runs and artefacts that do not record their inputs are accepted.
         pictures: {file name: function of the rows of results.json and a path that draws it}.
+        weights_from: the experiment that trains, given for one that makes the final table: the entries named in
+            ``weights_of`` and the artefacts that are not in ``artefacts`` are those of ``weights_from``, in the folder
+            of the command. Only such an experiment may read held-out test sets
+            (:func:`~ovdet2.data.datasets.register.validation_set_of`); each reading is logged
+            (:mod:`ovdet2.experiments.readings`).
+        folder: of its files, below the folder of the command.
     """
 
     entries: Mapping[str, Entry]
@@ -116,6 +127,8 @@ class Experiment:
     shared_detector: bool = False
     accept_unmarked: bool = False
     pictures: Mapping[str, Callable[[Sequence[dict[str, Any]], Path], None]] = field(default_factory=dict)
+    weights_from: Experiment | None = None
+    folder: str = ""
 
 
 @dataclass(frozen=True)

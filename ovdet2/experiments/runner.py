@@ -7,10 +7,12 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from ovdet2.config import load_config
+from ovdet2.data.datasets.register import require_choice_allowed
 from ovdet2.errors import DataError
 from ovdet2.experiments import command
 from ovdet2.experiments.entry import Artefact, Entry, Experiment
 from ovdet2.experiments.evaluation import SharedDetector
+from ovdet2.experiments.readings import count_readings, log_reading
 from ovdet2.experiments.state import content_hash, differing, is_complete, read_state, recorded, text_hash
 from ovdet2.experiments.table import make_table, value_of
 from ovdet2.io.files import read_json
@@ -26,10 +28,12 @@ class Runner:
         """
         Args:
             experiment: the entries.
-            output: folder of their files.
+            output: folder of their files, or that ``experiment.folder`` is in.
             passed_on: further arguments of the training program, "--num-gpus 8 KEY VALUE".
         """
-        self.experiment, self.output, self._passed_on = experiment, Path(output), list(passed_on)
+        self.experiment, self.output, self._passed_on = experiment, Path(output) / experiment.folder, list(passed_on)
+        source = experiment.weights_from
+        self._source = Runner(source, output, passed_on) if source else None
         self._overrides = command.overrides_in(passed_on)
         self._artefacts: dict[str, Path] = {}
         self._configs: dict[tuple[str, int], tuple[CfgNode | None, dict[str, str]]] = {}
@@ -40,9 +44,11 @@ class Runner:
 
         Raises:
             DataError: its folder, or an artefact, was made with other inputs, which are named, or does not record them.
+            UsageError: it would read a held-out test set and the experiment makes no final table.
             SystemExit: a program failed; with its exit code.
         """
         entry, folder = self.experiment.entries[name], self.folder(name, seed)
+        self._require_choice_allowed(name, seed)
         weights = self._weights(entry, seed)
         artefacts = {need: self.artefact(need) for need in entry.needs}
         inputs = self._inputs(name, seed, weights, artefacts)
@@ -53,7 +59,7 @@ class Runner:
         state = {key: value for key, value in state.items() if key != "done"}
         with recorded(folder / "row.json", state, inputs) as current:
             given = ["OUTPUT_DIR", str(folder), *self._given(weights, artefacts)]
-            self._execute(name, seed, given)
+            self._execute(name, seed, given, inputs.get("weights", ""))
             if entry.facts is not None:
                 current["facts"] = entry.facts(self._load(name, seed, given))
         return folder
@@ -64,11 +70,13 @@ class Runner:
         Raises:
             DataError: it was made with other inputs, or one that the user provides does not exist.
         """
+        if name not in self.experiment.artefacts and self._source:
+            return self._source.artefact(name)
         if name not in self._artefacts:
             artefact = self.experiment.artefacts[name]
             path = self.output / artefact.path
             if artefact.command:
-                self._make(artefact, path)
+                self._make(name, artefact, path)
             elif not is_complete(path):
                 raise DataError(f"the {artefact.title} {path} does not exist: check the path.")
             self._artefacts[name] = path
@@ -84,12 +92,22 @@ class Runner:
 
         Raises:
             DataError: it is of another configuration, or does not record its configuration.
+            UsageError: as of :meth:`run`.
         """
+        self._require_choice_allowed(name, seed)
         state = self._state(name, seed, self._config(name, seed)[1])
         if not self._is_done(name, seed, state):
             return None
         known = {key: state[key] for key in ("minutes", "facts") if key in state}
-        return read_json(self._report(name, seed)) | known
+        if self._source:
+            known["readings"] = count_readings(self._source.output, name)
+            known |= self._source.recorded_minutes(name, seed)
+        return read_json(self._report(name, seed)) | known | {"settings_by": self.experiment.entries[name].settings_by}
+
+    def recorded_minutes(self, name: str, seed: int) -> dict[str, float]:
+        """{"minutes": those recorded for an entry}; empty if it was not run."""
+        state = read_state(self.folder(name, seed) / "row.json") or {}
+        return {key: state[key] for key in ("minutes",) if key in state}
 
     def results(self, names: Iterable[str], seeds: Sequence[int]) -> Results:
         """{name: results of the seeds that are done}, each with its "seed"."""
@@ -126,7 +144,7 @@ class Runner:
                 rows.append(row | result.get("facts", {}) | figures)
         return rows
 
-    def _make(self, artefact: Artefact, path: Path) -> None:
+    def _make(self, name: str, artefact: Artefact, path: Path) -> None:
         """Run the program of an artefact, unless that is done. One that was interrupted goes on."""
         inputs = {name: content_hash(source) for name, source in artefact.inputs.items()}
         values = {"path": path, "folder": path.parent}
@@ -141,7 +159,9 @@ class Runner:
         if is_complete(path) and (state["done"] if state and "done" in state else self._accepts(state)):
             return
         with recorded(times, {"minutes": (state or {}).get("minutes", 0.0)}, inputs):
-            command.run_program(command.fill(artefact.command, values))
+            words = command.fill(artefact.command, values)
+            self._log_reading(name, None, inputs.get("detector", ""), words)
+            command.run_program(words)
             if not is_complete(path):
                 raise DataError(
                     f"{path} is not complete yet: run the same command again once other processes are done."
@@ -157,6 +177,8 @@ class Runner:
         return self._trained(entry.weights_of, seed) if entry.weights_of else None
 
     def _trained(self, name: str, seed: int) -> Path:
+        if self._source:
+            return self._source._trained(name, seed)
         weights = self.run(name, seed) / "model_final.pth"
         if not weights.is_file():
             raise DataError(
@@ -182,7 +204,7 @@ class Runner:
         cfg, inputs = self._config(name, seed)
         inputs = inputs | self.experiment.inputs(cfg)
         inputs |= {"weights": content_hash(weights)} if weights else {}
-        titles = {need: self.experiment.artefacts[need].title for need in artefacts}
+        titles = {need: self._artefact_named(need).title for need in artefacts}
         return inputs | {titles[need]: content_hash(path) for need, path in artefacts.items()}
 
     def _state(self, name: str, seed: int, inputs: dict[str, str]) -> dict[str, Any]:
@@ -224,20 +246,46 @@ class Runner:
         """Overrides that name the files of an entry."""
         words = ["MODEL.WEIGHTS", str(weights)] if weights else []
         return words + [
-            word for need, path in artefacts.items() for word in (self.experiment.artefacts[need].key, str(path))
+            word for need, path in artefacts.items() for word in (self._artefact_named(need).key, str(path))
         ]
 
-    def _execute(self, name: str, seed: int, given: list[str]) -> None:
-        """Train and evaluate, or evaluate, or run the program of an entry."""
+    def _artefact_named(self, name: str) -> Artefact:
+        own = self.experiment.artefacts
+        return own[name] if name in own or self._source is None else self._source._artefact_named(name)
+
+    def _require_choice_allowed(self, name: str, seed: int) -> None:
+        """Refuse an entry that would read a held-out test set.
+
+        Raises:
+            UsageError: it would, and the experiment makes no final table.
+        """
+        if self._source:
+            return
+        entry, (cfg, _) = self.experiment.entries[name], self._config(name, seed)
+        artefacts = (self._artefact_named(need) for need in entry.needs)
+        words = [word for artefact in artefacts for word in artefact.command]
+        for dataset in (*(cfg.DATASETS.TEST if cfg else ()), *entry.command, *words):
+            require_choice_allowed(dataset, f"the row {name} reads")
+
+    def _log_reading(self, name: str, seed: int | None, weights: str, words: Sequence[str]) -> None:
+        if self._source:
+            log_reading(self._source.output, name, seed, weights, words)
+
+    def _execute(self, name: str, seed: int, given: list[str], weights: str) -> None:
+        """Train and evaluate, or evaluate, or run the program of an entry; ``weights`` is the hash of evaluated ones."""
         entry = self.experiment.entries[name]
         if entry.command:
-            command.run_program(command.fill(entry.command, {"folder": self.folder(name, seed)}))
+            words = command.fill(entry.command, {"folder": self.folder(name, seed)})
+            self._log_reading(name, None, weights, words)
+            command.run_program(words)
         elif self.experiment.shared_detector:
+            self._log_reading(name, seed if entry.is_seeded else None, weights, given)
             self._detector.evaluate(self._load(name, seed, given))
         else:
             trains = not (entry.weights_of or entry.weights)
             words = [TRAINING_PROGRAM, "--config-file", entry.config, "--resume" if trains else "--eval-only"]
             words += [*self._passed_on, *entry.overrides, *(["SEED", str(seed)] if entry.is_seeded else []), *given]
+            self._log_reading(name, seed if entry.is_seeded else None, weights, words)
             command.run_program(words)
 
 

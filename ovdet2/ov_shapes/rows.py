@@ -1,22 +1,31 @@
 """The rows of the OV-Shapes benchmark as entries of an experiment, and the artefacts that they read.
 
 ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
+ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2 --split test
+
+A row is trained once. Its settings are chosen on the validation set; the final table is of the test set.
 """
 
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
 
 import ovdet2
-from ovdet2.data.datasets.ov_shapes import ensure_generated
+from ovdet2.data.datasets.ov_shapes import ensure_generated, ensure_test
 from ovdet2.data.datasets.register import data_root
 from ovdet2.experiments import Artefact, Column, Entry, Experiment, Plan
 from ovdet2.experiments.command import CHECKOUT, checkout_file
 from ovdet2.experiments.state import content_hash, settings_hash
+from ovdet2.ov_shapes.world.scenes import TEST_SPLIT
 
 OUTPUT = "output/ovshapes"
-TRAINING_SET, TEST_SET = "ov_shapes_train_base", "ov_shapes_val_all"
+TRAINING_SET = "ov_shapes_train_base"
+SETS = {"val": "ov_shapes_val_all", "test": "ov_shapes_test"}  # of --split
+TEST_SET = SETS["val"]  # DATASETS.TEST of the rows' configurations
 TEACHER = "ovshapes-resnet"
 ASSETS = Path(ovdet2.__file__).parent / "assets"
 CLIM_CONFIG = "projects/CLIM/configs/ovshapes_vit.yaml"
@@ -41,11 +50,12 @@ ARTEFACTS = {
     "region_cache": Artefact(
         "region cache", "MODEL.VILD.REGION_CACHE", "region_cache",
         (*_REGION_CACHE, "ovshapes/vild_text_r18.yaml", "--top", "10", "--nms", "0.5", "MODEL.WEIGHTS", "{weights}"),
-        _OF_TEACHER, weights_of="vild_text",
+        _OF_TEACHER, weights_of="vild_text", training_only=True,
     ),
     "annotation_cache": Artefact(
         "cache of annotated boxes", "MODEL.CCKT.REGION_CACHE", "annotation_cache",
         (*_REGION_CACHE, "ovshapes/detr_text_r18.yaml", "--boxes", "annotations"), _OF_TEACHER,
+        training_only=True,
     ),
     "clip_priors": Artefact(
         "concept prior", "MODEL.CCKT.PRIOR_FILE", "priors/clip.safetensors",
@@ -113,7 +123,7 @@ def _on(row: str, title: str, config: str) -> Entry:
     return Entry(title, config, weights_of=row)
 
 
-ENTRIES = {
+_ROWS = {
     "teacher": Entry(
         "CLIP on ground-truth boxes (upper bound of the teacher)",
         command=("ovdet2.programs.evaluate_teacher", "--dataset", TEST_SET, *_CLIP, "--output", "{folder}"),
@@ -147,6 +157,7 @@ ENTRIES = {
     "fvlm_vit": Entry("F-VLM on the ViT", "ovshapes/fvlm_vit.yaml"),
     "fvlm_vit_clim": Entry("F-VLM on the ViT after CLIM", "ovshapes/fvlm_vit_clim.yaml", needs=("clim",)),
 }
+ENTRIES = {name: replace(entry, settings_by="val") for name, entry in _ROWS.items()}
 
 COLUMNS = {
     "novel AP50": Column(("bbox", "AP50-novel")),
@@ -157,6 +168,7 @@ COLUMNS = {
     "all AP50": Column(("bbox", "AP50-all")),
     "novel AR@100": Column(("proposals", "AR@100-novel")),
     "base AR@100": Column(("proposals", "AR@100-base")),
+    "settings by": Column(("settings_by",), str),
 }
 
 
@@ -172,9 +184,64 @@ def inputs_of(cfg: CfgNode | None) -> dict[str, str]:
 
 OV_SHAPES_ROWS = Experiment(ENTRIES, COLUMNS, ARTEFACTS, inputs_of, marker="ov-shapes")
 
+
+def final_table(rows: Experiment) -> Experiment:
+    """The evaluation of the weights of ``rows`` on the test set.
+
+    Programs of rows and artefacts whose command names the validation set are run with the test set in its place.
+
+    Args:
+        rows: of OV-Shapes, evaluated on the validation set.
+    """
+    return replace(
+        rows,
+        entries={name: _on_test(name, entry, rows.artefacts) for name, entry in rows.entries.items()},
+        columns={**rows.columns, "times read": Column(("readings",), str)},
+        artefacts={
+            name: replace(artefact, command=_naming_test(artefact.command))
+            for name, artefact in rows.artefacts.items()
+            if SETS["val"] in artefact.command
+        },
+        inputs=lambda cfg: rows.inputs(cfg) | {"test images": ensure_test(data_root())["pixels_sha256"][TEST_SPLIT]},
+        marker="ov-shapes-test",
+        weights_from=rows,
+        folder="test",
+    )
+
+
+def _on_test(name: str, entry: Entry, artefacts: Mapping[str, Artefact]) -> Entry:
+    if entry.command:
+        return replace(entry, command=_naming_test(entry.command))
+    return replace(
+        entry,
+        overrides=(*entry.overrides, "DATASETS.TEST", f"('{SETS['test']}',)", "TEST.EXPECTED_RESULTS", "[]"),
+        needs=tuple(need for need in entry.needs if not artefacts[need].training_only),
+        weights_of=entry.weights_of or name,
+    )
+
+
+def _naming_test(command: Sequence[str]) -> tuple[str, ...]:
+    return tuple(SETS["test"] if word == SETS["val"] else word for word in command)
+
+
+FINAL_TABLE = final_table(OV_SHAPES_ROWS)
+
+
+def add_split(parser: ArgumentParser) -> None:
+    """Add --split, val or test, to the options of an experiment."""
+    parser.add_argument(
+        "--split",
+        choices=SETS,
+        default="val",
+        help="val chooses settings; test is for the final table: it evaluates the weights of the same runs on "
+        "ov_shapes_test, writes below OUTPUT/test and logs each reading in OUTPUT/test_readings.jsonl (val)",
+    )
+
+
 PLAN = Plan(
     "Run rows of the OV-Shapes benchmark, and write their table. A row that is done is not run again; an interrupted one "
     "goes on where it stopped.",
-    lambda args: OV_SHAPES_ROWS,
+    lambda args: FINAL_TABLE if args.split == "test" else OV_SHAPES_ROWS,
+    add_split,
     output=OUTPUT,
 )

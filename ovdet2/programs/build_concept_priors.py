@@ -38,6 +38,7 @@ from ovdet2.command_line import command_parser, dataset_files, keep_inputs, opti
 from ovdet2.config import get_cfg
 from ovdet2.data.datasets import split_of
 from ovdet2.data.datasets.coco_json import Split
+from ovdet2.data.datasets.register import validation_set_of
 from ovdet2.data.records import load_records
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
 def report(
     args: argparse.Namespace, backend: Backend, split: Split, truth: dict[int, Truth], skipped: Skipped
 ) -> list[dict[str, Any]]:
-    """Print what was written and how good it is; returns the rows of the table."""
+    """Print what was written and how good it is; returns the rows of the table, which a held-out test set has not."""
     priors = ConceptPriors(args.output)
     entries = priors.manifest["entries"]
     print(f"{priors}; {entries} entries, {entries / max(1, len(priors)):.1f} per image")
@@ -146,6 +147,11 @@ def report(
             f"Of the {len(split.names)} classes of {args.dataset}, {len(coverage.unknown)} are not among the words; "
             f"{len(coverage.dropped)} words are no class of it and are not judged."
         )
+    if validation_set := validation_set_of(args.dataset):
+        print(
+            f"{args.dataset} is held out for final tables, so rho and L are not compared on it: use {validation_set}."
+        )
+        return []
     rows = quality(priors, truth, split, args.rho, args.top_l)
     print(f"Precision P and recall R, percent, over {len(truth)} images of {args.dataset}:\n{as_table(rows)}")
     return rows

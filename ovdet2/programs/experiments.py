@@ -4,12 +4,15 @@ r"""Run an experiment: train and evaluate the entries of a table, and write the 
     ovdet2 experiment
     ovdet2 experiment clip_detr.ablations --help
     ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2
+    # the final table of the same runs, on the test set; each reading of it is logged
+    ovdet2 experiment ov-shapes --rows vild_text vild --seeds 0 1 2 --split test
     # arguments of the training program come after --
     ovdet2 experiment ov-shapes --rows vild_text -- --num-gpus 8 SOLVER.MAX_ITER 100
 
 An experiment is named <method>.<name> (PLANS in experiments.py of a method's directory), or by an import path. Inputs
 that entries share are made once. A finished entry is not run again, an interrupted one continues, and an entry whose
-folder was made from other inputs is refused. Writes <output>/table.md and <output>/results.json.
+folder was made from other inputs is refused. Sweeps, ablations and all rows that settings are chosen with refuse a
+held-out test set. Writes <output>/table.md and <output>/results.json.
 
 Exit codes: those of ovdet2 train.
 """
@@ -53,19 +56,21 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     if unknown:
         raise UsageError(f"unknown rows {unknown}; there are {', '.join(experiment.entries)}.")
     if args.table and not experiment.marker:
-        raise UsageError(f"the table of {name} goes to no file: remove --table, and use {args.output}/table.md.")
-    written = [args.output / name for name in ("table.md", "results.json", *experiment.pictures)]
-    keep_inputs("--output", written, options_but(args, "output"))
+        raise UsageError(
+            f"the table of {name} goes to no file: remove --table, and use {args.output / experiment.folder}/table.md."
+        )
     runner = Runner(experiment, args.output, args.passed_on)
+    written = [runner.output / name for name in ("table.md", "results.json", *experiment.pictures)]
+    keep_inputs("--output", written, options_but(args, "output"))
     for seed in () if args.tabulate else args.seeds:
         for row in names:
             runner.run(row, seed)
     results = runner.results(names, args.seeds)
     table, rows = runner.table(results), runner.rows(results)
-    write_text(args.output / "table.md", table + "\n")
-    write_json(args.output / "results.json", {"rows": rows}, indent=1)
+    write_text(runner.output / "table.md", table + "\n")
+    write_json(runner.output / "results.json", {"rows": rows}, indent=1)
     for file, draw in experiment.pictures.items():
-        draw(rows, args.output / file)
+        draw(rows, runner.output / file)
     print(table)
     left = [row for row in names if not results[row]]
     if left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,38 @@ def prepare_split(
         ("instances_val2017.json", f"{prefix}_val_all.json", split.category_ids),
     ):
         source, target = Path(annotations) / name, Path(annotations) / target
-        data, report = filter_coco_json(read_annotations(source, remedy), category_ids, source=source)
-        report |= images_by_status(data, split)
-        report["verdict"] = check_counts(report, source, (official or {}).get(target.name))
-        yield target, write_prepared(target, data, report, split, source_of(source))
+        published = (official or {}).get(target.name)
+        yield target, prepare_file(source, target, split, category_ids, remedy, published)
+
+
+def prepare_file(
+    source: Path,
+    target: Path,
+    split: Split,
+    category_ids: Sequence[int],
+    remedy: str = "check the folder",
+    official: Official | None = None,
+) -> dict[str, Any]:
+    """Write one file of a benchmark; see :func:`prepare_split`.
+
+    Args:
+        source: COCO json with all annotations.
+        target: file to write.
+        split: of the benchmark.
+        category_ids: of the classes whose annotations are kept.
+        remedy: what the user should do when ``source`` is missing.
+        official: published counts of ``target``, if any.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: see :func:`prepare_split`.
+    """
+    data, report = filter_coco_json(read_annotations(source, remedy), category_ids, source=source)
+    report |= images_by_status(data, split)
+    report["verdict"] = check_counts(report, source, official)
+    return write_prepared(target, data, report, split, source_of(source))
 
 
 def images_by_status(data: Mapping[str, Any], split: Split) -> dict[str, int]:

@@ -66,11 +66,12 @@ def register_dataset(
     base_only: bool = False,
     masks: bool = False,
     pseudo_labels: bool = False,
+    validation_set: str = "",
     remedy: str = CHECK_PATH,
 ) -> None:
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
 
-    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, and ov_files, a callable that returns the
+    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, ov_validation_set, and ov_files, a callable that returns the
     current (json path, image root). If ``split`` is a Split, and otherwise once the data set is loaded: thing_classes
     (K names, base first) and thing_dataset_id_to_contiguous_id. Once it is loaded also json_file, image_root and
     ov_image_counts (number of images with each class). :func:`split_of` returns the split.
@@ -88,6 +89,8 @@ def register_dataset(
         masks: load segmentations as well.
         pseudo_labels: accept a json with annotations that a detector made from the names of novel classes (ovdet2
             dataset pseudo-labels); otherwise such a json is refused.
+        validation_set: given for a test set, which no setting may be chosen on: the data set that settings are chosen
+            on in its place. See :func:`validation_set_of`.
         remedy: what to do when the data set is missing, such as the command that makes it.
 
     Raises:
@@ -110,6 +113,7 @@ def register_dataset(
     DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name)
     metadata.set(ov_kind=BOXES, evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
+    metadata.set(ov_validation_set=validation_set)
     if not callable(split):
         metadata.set(**class_metadata(split))
 
@@ -159,6 +163,28 @@ def require_metric(name: str) -> str:
             "register it with ovdet2.data.datasets.register_ov_dataset."
         )
     return kind
+
+
+def validation_set_of(name: str) -> str:
+    """The data set that settings are chosen on in place of a held-out test set; "" for any other name."""
+    return MetadataCatalog.get(name).get("ov_validation_set", "") if name in DatasetCatalog.list() else ""
+
+
+def require_choice_allowed(name: str, what: str) -> None:
+    """Refuse to choose settings on a held-out test set.
+
+    Args:
+        name: of a data set.
+        what: what chooses, the start of the message.
+
+    Raises:
+        UsageError: it is held out.
+    """
+    if validation_set := validation_set_of(name):
+        raise UsageError(
+            f"{what} {name}, which is held out for final tables: what is compared on it would be chosen on it. "
+            f"Use {validation_set}."
+        )
 
 
 def split_of(name: str) -> Split | None:

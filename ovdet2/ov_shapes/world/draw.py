@@ -40,7 +40,7 @@ def draw_split(
         (data, pixel_hash, masks): COCO json of all 65 classes, the SHA-256 over the pixels of the images in order, and
         the run-length codes of the objects' visible pixels, in the order of the annotations.
     """
-    draw = partial(_draw_one, seed, split, category_ids, folder)
+    draw = partial(draw_image, seed, split, category_ids, folder)
     if workers > 1:
         # fork: the children only draw (no torch), and a script without a __main__ guard works too.
         with multiprocessing.get_context("fork").Pool(workers) as pool:
@@ -71,7 +71,15 @@ def categories(category_ids: Sequence[int]) -> list[dict[str, Any]]:
     return [{"id": number, "name": name, "supercategory": name.split()[1]} for number, name in pairs]
 
 
-def _draw_one(seed, split, category_ids, folder, index):
+def draw_image(
+    seed: int, split: str, category_ids: Sequence[int], folder: str | Path | None, index: int
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], bytes]:
+    """Draw one image of a split; arguments as of :func:`draw_split`, ``index`` from 0.
+
+    Returns:
+        (image, objects, masks, digest): COCO records of the image and of its objects (without ids), the run-length
+        codes of the objects' visible pixels, and the SHA-256 of the (H, W, 3) uint8 RGB pixels as drawn.
+    """
     scene = detection_scene(seed, split, index)
     name = f"{index + 1:012d}.jpg"
     if folder is not None:

@@ -25,7 +25,7 @@ def lvis_json(
         masks: run-length codes of its annotations, in their order.
         train: COCO json of the training split, which the counts and frequencies come from.
         rare_ids: novel category ids.
-        split: "train2017" or "val2017", the folder of the images.
+        split: "train2017", "val2017" or "test2017", the folder of the images.
 
     Returns:
         images (neg_category_ids: classes verified absent; not_exhaustive_category_ids: classes of which not

@@ -14,8 +14,17 @@ from ovdet2.ov_shapes.world.classes import BASE_NAMES, CLASS_NAMES
 from ovdet2.ov_shapes.world.render import PlacedObject, Scene, render_scene
 
 # The number of a split is part of its images' seeds: captions never share one with the detection images.
-_STREAMS = {"train2017": 0, "val2017": 1, "captions": 2, "single": 3, "pretraining": 4, "further captions": 5}
+_STREAMS = {
+    "train2017": 0,
+    "val2017": 1,
+    "captions": 2,
+    "single": 3,
+    "pretraining": 4,
+    "further captions": 5,
+    "test2017": 6,
+}
 IMAGE_COUNTS = {"train2017": 2000, "val2017": 500}
+TEST_SPLIT, TEST_COUNT = "test2017", 1000
 # (width, height) of the detection images with their shares; not all are square, so code that assumes it fails.
 _SIZES = ((224, 224), (256, 192), (192, 256))
 _SIZE_SHARES = (0.5, 0.25, 0.25)
@@ -29,7 +38,7 @@ def stream(seed: int, split: str, index: int) -> np.random.Generator:
 
     Args:
         seed: of the data set, >= 0.
-        split: "train2017", "val2017", "captions", "single", "pretraining" or "further captions".
+        split: "train2017", "val2017", "test2017", "captions", "single", "pretraining" or "further captions".
         index: of the image in its split, >= 0.
 
     Returns:
@@ -39,7 +48,7 @@ def stream(seed: int, split: str, index: int) -> np.random.Generator:
 
 
 def class_weights(split: str) -> np.ndarray:
-    """(65,) probabilities of the classes: uniform for validation; in training base has a mild long tail, 3 to 1."""
+    """(65,) probabilities of the classes: uniform for validation and test; in training base has a mild long tail, 3 to 1."""
     weights = np.ones(len(CLASS_NAMES))
     if split == "train2017":
         count = len(BASE_NAMES)
@@ -52,7 +61,7 @@ def class_weights(split: str) -> np.ndarray:
 def detection_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of one detection image: 1 to 6 objects (2 to 6 are tried) of 36 to 130 pixels.
 
-    Args: as of :func:`stream`; split is "train2017" or "val2017".
+    Args: as of :func:`stream`; split is "train2017", "val2017" or "test2017".
 
     Returns:
         With at least one object.

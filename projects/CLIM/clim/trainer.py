@@ -17,6 +17,7 @@ from clim.model import MAX_LOG_SCALE, CLIMPretraining, stacked
 from clim.sources import build_source
 from clim.text_table import TextTable, build_text_table
 from ovdet2.data.datasets import split_of
+from ovdet2.data.datasets.register import require_choice_allowed
 from ovdet2.data.mosaic import draw_mosaics
 from ovdet2.engine import Trainer
 from ovdet2.engine.optimizer import full_model_norm, mixed_precision
@@ -188,6 +189,7 @@ def check(cfg, processes):
                 f"CLIM.EVALUATION.DATASET {dataset!r} is not a registered open-vocabulary data set: see "
                 "datasets/README.md."
             )
+        require_choice_allowed(dataset, "CLIM.EVALUATION.DATASET is")
         DatasetCatalog.get(dataset)  # a missing or faulty file is found now, not after training
     mosaics, _ = draw_mosaics(cfg.SOLVER.IMS_PER_BATCH // processes, clim.GRIDS, clim.SINGLES)
     missing = set(clim.GRIDS) - {len(mosaic) for mosaic in mosaics}

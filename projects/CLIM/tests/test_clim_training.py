@@ -345,6 +345,7 @@ def test_a_moving_average_is_what_is_published(tmp_path, weights, captioned, dec
 @pytest.mark.parametrize("override, words", [
     (("SOLVER.OPTIMIZER", "SGD"), "CLIM has AdamW"), (("SOLVER.LR_FACTORS", [["visual", 0.1]]), "one learning rate"),
     (("CLIM.AVERAGE", 1.5), "AVERAGE is 1.5"), (("CLIM.EVALUATION.DATASET", "coco"), "'coco' is not a registered"),
+    (("CLIM.EVALUATION.DATASET", "ov_shapes_test"), "ov_shapes_test, which is held out .* Use ov_shapes_val_all"),
     (("CLIM.SINGLES", 5), "a batch of 7 images is smaller"), (("CLIM.CAPTIONS_EACH", 0), "an image needs a caption"),
     (("CLIM.GRIDS", [2, 3, 4]), "no mosaic of 3x3 or 4x4: give each process 32 images"),
     (("CLIM.FLIP", 2.0), "a chance"), (("CLIM.CROP_SCALE", [0.9, 0.5]), "the lower first"),
