@@ -3,9 +3,12 @@
     python -m ovdet2.ov_shapes.teachers --model ovshapes-resnet --output ovdet2/assets/open_clip
 
 Only image-level captions are used: no box, no detection image. Most steps run on small images, which are cheap, the
-last ones at the model's own size. The output is ``<model>.safetensors`` (float16 weights, loadable by
-``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data hash, zero-shot
-accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
+last ones at the model's own size, where the weights are averaged. The output is ``<model>.safetensors`` (float16
+weights, loadable by ``open_clip.create_model(model, pretrained=path)``) and ``<model>.manifest.json`` (arguments, data
+hash, zero-shot accuracies of the weights as written). An interrupted run continues from ``<model>.resume.pt``.
+
+With ``--distil ovshapes-resnet`` the image tower also learns the image embeddings of that embedded model, and starts
+with its text tower (feature distillation of CLIP, as in CLIP-KD).
 """
 
 import argparse
@@ -21,6 +24,7 @@ from typing import Any, cast
 import open_clip
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ovdet2.errors import NumericalError, UsageError, exit_on_error
 from ovdet2.io.files import atomic_path, write_json
@@ -91,12 +95,14 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
         # open_clip initialises residual branches at zero, too slow to train from in a short run.
         if name.endswith("bn3.weight"):
             torch.nn.init.constant_(parameter, 0.5)
+    guide = Guide(args.distil, model) if args.distil else None
     if first > args.small_steps:
         model = grow(model, args.model)
-    optimizer = _optimizer(model, args)
+    optimizer, average = _optimizer(model, args), _average(model, args)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
+        average.load_state_dict(saved["average"])
     tokens = open_clip.get_tokenizer(args.model)(captions)
     mean = torch.tensor(_visual(model).preprocess_cfg["mean"]).view(3, 1, 1)
     std = torch.tensor(_visual(model).preprocess_cfg["std"]).view(3, 1, 1)
@@ -107,14 +113,17 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
     for step in progress:
         if step == args.small_steps:
             model = _fast_layout(grow(model, args.model))
-            optimizer = _optimizer(model, args)
+            optimizer, average = _optimizer(model, args), _average(model, args)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * _schedule(step, args)
         chosen = batches.batch(step)
         random = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pixels = augment(images[chosen].float() / 255.0, _side(model), random, coarsen=step >= args.small_steps)
-        image_features, text_features, scale = model((pixels - mean) / std, tokens[chosen])[:3]
+        side = guide.side if guide else _side(model)
+        pixels = (augment(images[chosen].float() / 255.0, side, random, coarsen=step >= args.small_steps) - mean) / std
+        image_features, text_features, scale = model(resized(pixels, _side(model)), tokens[chosen])[:3]
         loss = loss_of(image_features, text_features, scale)
+        if guide:
+            loss = loss + args.distil_weight * guide.loss(image_features, pixels)
         if not torch.isfinite(loss):
             raise NumericalError(f"the loss is {loss.item()} at step {step}: lower --lr.")
         optimizer.zero_grad()
@@ -123,10 +132,49 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
         optimizer.step()
         with torch.no_grad():
             cast(torch.Tensor, model.logit_scale).clamp_(0.0, math.log(100.0))
+        average.update_parameters(model)
         progress.set_postfix(loss=f"{loss.item():.3f}", scale=f"{scale.item():.1f}", refresh=False)
         if (step + 1) % _SAVE_EVERY == 0 and step + 1 < args.steps:
-            _save_resume(resume, model, optimizer, step + 1, args)
-    return model.eval()
+            _save_resume(resume, model, optimizer, average, step + 1, args)
+    return average.module.eval()
+
+
+class Guide:
+    """An embedded model whose image embeddings another one learns.
+
+    Args:
+        name: of the embedded model.
+        model: the open_clip model that learns; the weights of its text tower become those of the guide.
+
+    Attributes:
+        side: of the guide's images.
+    """
+
+    def __init__(self, name: str, model: torch.nn.Module) -> None:
+        teacher = Teacher.load(name, "embedded")
+        self._clip, self.side = teacher.clip, teacher.image_size
+        text = {key: value for key, value in self._clip.state_dict().items() if not key.startswith("visual.")}
+        missing, unknown = model.load_state_dict(text, strict=False)
+        if unknown or any(not key.startswith("visual.") for key in missing):
+            raise UsageError(f"--distil {name}: its text tower is not that of --model.")
+
+    def loss(self, features: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Squared distance of unit embeddings ``features`` [N, D] from those of ``pixels`` [N, 3, side, side]."""
+        with torch.no_grad():
+            goal = F.normalize(self._clip.encode_image(pixels), dim=1)
+        return (features - goal).square().sum(dim=1).mean()
+
+
+def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """Images [N, 3, H, H] at another side, smoothed before they shrink."""
+    if pixels.shape[-1] == side:
+        return pixels
+    return F.interpolate(pixels, size=(side, side), mode=INTERPOLATION, antialias=True, align_corners=False)
+
+
+def _average(model, args):
+    """The moving average of the weights and of the batch norms' statistics."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average), use_buffers=True)
 
 
 def grow(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -185,8 +233,9 @@ def _run_of(args):
     return json.dumps({key: value for key, value in sorted(vars(args).items()) if key not in ("output", "threads")})
 
 
-def _save_resume(path, model, optimizer, step, args):
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "run": _run_of(args)}
+def _save_resume(path, model, optimizer, average, step, args):
+    parts = {"model": model, "optimizer": optimizer, "average": average}
+    state = {name: part.state_dict() for name, part in parts.items()} | {"step": step, "run": _run_of(args)}
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
 
@@ -211,6 +260,9 @@ def _parse(arguments):
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--average", type=float, default=0.998, help="decay of the average of the weights")
+    parser.add_argument("--distil", metavar="NAME", help="embedded model whose image embeddings are learned")
+    parser.add_argument("--distil-weight", type=float, default=4.0)
     parser.add_argument("--pairs", type=int, default=CAPTION_COUNT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="changes the last digits of the result")
