@@ -20,17 +20,23 @@ from tests.file_host import Host, serving
 from tests.micro_detr import QUERIES, SIZES, published
 from tests.test_import_deformable_detr import as_before_version_5, as_official, h_deformable_detr
 
-STRUCTURES = {record.structure: record for record in records.RECORDS.values()}
+# One record of each network: others have the same configuration and structure.
+NETWORKS = {(record.config, str(record.overrides), record.structure): record for record in records.RECORDS.values()}
 KEYS = {"dim": "DIM", "heads": "HEADS", "levels": "LEVELS", "points": "POINTS", "ffn_dim": "FFN_DIM"}
 KEYS |= {"encoder_layers": "ENCODER_LAYERS", "decoder_layers": "DECODER_LAYERS"}
 MICRO = [part for size, key in KEYS.items() for part in (f"MODEL.DETR.{key}", SIZES[size])]
 MICRO += ["MODEL.DETR.NUM_QUERIES", QUERIES, "INPUT.MIN_SIZE_TEST", 96, "TEST.DETECTIONS_PER_IMAGE", 5]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_committed_structures_are_those_of_the_configurations(structure):
+@pytest.mark.parametrize("record", NETWORKS.values(), ids=lambda record: record.name)
+def test_committed_structures_are_those_of_the_configurations(record):
     """A change of the network or of a configuration that published weights would no longer fit is found here."""
-    assert pin_zoo.configured_structure(STRUCTURES[structure]) == records.read_structure(structure)
+    assert pin_zoo.configured_structure(record) == records.read_structure(record.structure)
+
+
+def test_every_committed_structure_is_of_a_record():
+    committed = {path.stem for path in (records.ASSETS / "structures").glob("*.txt")}
+    assert committed == {record.structure for record in records.RECORDS.values()}
 
 
 @pytest.fixture

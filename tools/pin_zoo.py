@@ -80,7 +80,9 @@ def placeholder(cfg, count):
     dimensions = open_clip.get_model_config(cfg.MODEL.TEACHER.ARCHITECTURE)["embed_dim"]
     rows = torch.nn.functional.normalize(torch.ones(count, dimensions), dim=1)
     teacher = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
-    return Vocabulary([f"word {number}" for number in range(count)], torch.ones(count, dtype=torch.bool), rows, teacher, "-")
+    return Vocabulary(
+        [f"word {number}" for number in range(count)], torch.ones(count, dtype=torch.bool), rows, teacher, "-"
+    )
 
 
 def pin(record, file=None):

@@ -16,7 +16,7 @@ Exit codes: 2 usage, 3 data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch

@@ -29,7 +29,10 @@ UNUSED = (
     (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.zs_weight", "text embeddings of the words of the training"),
     (r"roi_heads\.box_predictor\.(?:\d\.)?freq_weight", "image counts of the federated loss"),
     (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.detection_weight", "embeddings for the losses of CoDet and VLDet"),
-    (r"roi_heads\.box_predictor\.(?:\d\.)?(fc[12]|weight_transform\.\d)\.(weight|bias)", "weights of proposals in CoDet's loss"),
+    (
+        r"roi_heads\.box_predictor\.(?:\d\.)?(fc[12]|weight_transform\.\d)\.(weight|bias)",
+        "weights of proposals in CoDet's loss",
+    ),
     (r"roi_heads\.box_predictor\.(?:\d\.)?prop_score\..*", "scores of proposals in losses on image labels"),
     (r"(text_encoder|rn50_model)\..*", "the CLIP of the caption loss"),
     (r"freq_weight", "image counts of the sampled words"),
