@@ -12,8 +12,8 @@ _HEAD = """<!-- Written by `python tools/pin_zoo.py --page` from ovdet2/assets/z
 ```python
 from ovdet2 import Detector
 
-detector = Detector("detic-swinb-21k")         # downloads, checks and converts on the first use
-found = detector.predict("photo.jpg")          # the default words: LVIS's 1,203 classes
+detector = Detector("detic-swinb-21k")  # downloads, checks and converts on the first use
+found = detector.predict("photo.jpg")  # the default words: LVIS's 1,203 classes
 detector.set_vocabulary("striped cat, teapot")  # own words: CLIP embeds them
 ```
 

@@ -80,7 +80,6 @@ class TestProgram:
     def test_from_file_to_detections(self, tmp_path, capsys, monkeypatch):
         """The parity of test_detic_parity.py through files, with the words in the file."""
         vocabulary = words(detic_cases.text())
-        weights = detic_cases.weights("resnet18")
         table = torch.cat([vocabulary.embeddings.T, torch.zeros(512, 1)], dim=1)
         # As CoDet and VLDet: the words of the detection are in a second table.
         extra = {name: table if "detection_weight" in name else torch.zeros(shape) for name, shape in EXTRA.items()}
