@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ovdet2.errors import DataError
-
-_SHOWN = 5  # entries named in an error message
+from ovdet2.io.matching import matched_weights
 
 # (pattern of an official name, its name here)
 _RENAMED = (
@@ -55,19 +54,7 @@ def import_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         DataError: an entry is unknown, missing, or of another shape; the message names the first ones.
     """
     renamed = {ours: (name, value) for name, value in weights.items() if (ours := our_name(name)) is not None}
-    unknown = [name for ours, (name, _) in renamed.items() if ours not in expected]
-    missing = [name for name in expected if name not in renamed]
-    misshaped = [
-        f"{name} ({list(value.shape)} in the file, {list(expected[ours].shape)} in the detector)"
-        for ours, (name, value) in renamed.items()
-        if ours in expected and value.shape != expected[ours].shape
-    ]
-    faults = [("has unknown entries", unknown), ("lacks weights", missing), ("has other shapes", misshaped)]
-    told = [f"{what}: {_few(names)}" for what, names in faults if names]
-    if told:
-        raise DataError(f"the file is not of this detector; it {'; it '.join(told)}. Choose its configuration.")
-    # Clones: tied or sliced tensors share storage, which safetensors refuses.
-    return {ours: value.detach().clone() for ours, (_, value) in renamed.items()}
+    return matched_weights(renamed, expected)
 
 
 def unused_entries(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -117,8 +104,3 @@ def our_name(name: str) -> str | None:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, ours, name)
     return name
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -77,6 +77,10 @@ class ViLD(Method):
 
         return build_part(cfg, host)
 
+    def register(self) -> None:
+        """Import the RoI heads of CLIP on the boxes of a published detector."""
+        from ovdet2.methods.vild import crop_heads  # noqa: F401
+
     def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
         """Steps that attach cached regions to training images with boxes, if the weight is above 0."""
         from ovdet2.data.samples import BOXES
