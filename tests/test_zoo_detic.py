@@ -136,8 +136,12 @@ def photo():
 
 
 # A record, the form of its file, and how many of the default words had boxes.
-FORMS = [("detic-r18-21k", "detectron2", 1203), ("detic-ovcoco-r50-image", "pkl", 48), ("codet-ovcoco-r50", "parallel", 48),
-         ("vldet-ovcoco-r50", "bare", 48)]  # fmt: skip
+FORMS = [
+    ("detic-r18-21k", "detectron2", 1203),
+    ("vldet-ovcoco-r50", "bare", 48),
+    pytest.param("detic-ovcoco-r50-image", "pkl", 48, marks=pytest.mark.slow),
+    pytest.param("codet-ovcoco-r50", "parallel", 48, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("name, form, with_boxes", FORMS)
@@ -218,7 +222,7 @@ def test_class_lists():
     assert all(pairs[number] == name for number, name in zip(open_coco.category_ids, open_coco.names))
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_teacher_of_own_words_may_be_a_file(same, narrow, tmp_path):
     """Without network, a weight file of CLIP is compared with the embeddings that the detector's file has."""
     record = narrow("vldet-ovcoco-r50")

@@ -1,12 +1,12 @@
 r"""Import a Faster or Mask R-CNN of Detectron2's model zoo (R-FPN, COCO), whose boxes CLIP classifies.
 
     ovdet2 import-weights --kind detectron2 --config-file coco/clip_on_crops_r50.yaml \
-        model_final_280758.pkl --output faster.safetensors
+        --output faster.safetensors model_final_280758.pkl
     ovdet2 predict --config-file coco/clip_on_crops_r50.yaml --vocabulary "cat, red mug" --input photo.jpg --output out \
         MODEL.WEIGHTS faster.safetensors
     # without network: CLIP's weights from a file
     ovdet2 import-weights --kind detectron2 --config-file coco/clip_on_crops_r50.yaml \
-        model_final_280758.pkl --output faster.safetensors MODEL.TEACHER.PRETRAINED ViT-B-32.pt
+        --output faster.safetensors model_final_280758.pkl MODEL.TEACHER.PRETRAINED ViT-B-32.pt
 
 The output holds the weights and, as default words, the 80 classes of COCO, which CLIP embeds now. Its class layers stay: a
 box is that of the class with the highest probability. Masks are not used: each is of one class. A file with other unknown,
@@ -25,7 +25,7 @@ import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
 import ovdet2.modeling  # noqa: F401  registers the architectures
-from ovdet2.command_line import add_config_file, add_overrides, command_parser
+from ovdet2.command_line import add_config_file, add_overrides, command_parser, keep_inputs
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
@@ -36,7 +36,9 @@ from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.word_lists import named_words
 
 SCHEMA = "ovdet2/imported-detectron2/1"
-_UNUSED = re.compile(r"roi_heads\.mask_head\..*|pixel_(mean|std)|proposal_generator\.anchor_generator\.cell_anchors\.\d")
+_UNUSED = re.compile(
+    r"roi_heads\.mask_head\..*|pixel_(mean|std)|proposal_generator\.anchor_generator\.cell_anchors\.\d"
+)
 _WORDS = ".vocabulary."  # in the names of the buffers of a word bank
 
 
@@ -50,9 +52,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
-    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.overrides])
+    cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu", *args.opts])
+    keep_inputs("--output", [args.output], args.weights, cfg)
     if cfg.MODEL.ROI_HEADS.NAME != "CropROIHeads":
-        raise UsageError(f"--config-file {args.config_file} has not MODEL.ROI_HEADS.NAME CropROIHeads: see coco/clip_on_crops_r50.yaml.")
+        raise UsageError(
+            f"--config-file {args.config_file} has not MODEL.ROI_HEADS.NAME CropROIHeads: see coco/clip_on_crops_r50.yaml."
+        )
     weights = {name: torch.as_tensor(value) for name, value in read_weights(args.weights)["model"].items()}
     coco = named_words("coco")
     words = Vocabulary.build(
@@ -72,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "tensors": len(imported),
     }
     write_safetensors(args.output, imported, manifest)
-    print(f"{args.output}: {len(imported)} tensors; not used: {len(unused)} entries of masks, anchors and pixel normalisation")
+    print(
+        f"{args.output}: {len(imported)} tensors; not used: {len(unused)} entries of masks, anchors and pixel normalisation"
+    )
     return manifest
 
 

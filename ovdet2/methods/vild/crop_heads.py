@@ -1,6 +1,7 @@
 """RoI heads of "CLIP on cropped regions" with the boxes of a published closed-set Faster or Mask R-CNN of Detectron2.
 
 Shapes: R proposals, C closed classes, K words.
+Names: ``pred_`` predicted, ``_probs`` probabilities in [0, 1].
 """
 
 from __future__ import annotations
@@ -84,13 +85,7 @@ class CropROIHeads(StandardROIHeads):
     def from_config(  # pyrefly: ignore[bad-override]  `configurable` passes on all arguments
         cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec], vocabulary: WordBank
     ) -> dict[str, Any]:
-        """Arguments from a configuration, with the word bank of the detector.
-
-        Raises:
-            UsageError: class-specific masks are switched on.
-        """
-        if cfg.MODEL.MASK_ON:
-            raise UsageError("the masks of a closed set are those of its classes: set MODEL.MASK_ON to False.")
+        """Arguments from a configuration, with the word bank of the detector."""
         arguments: dict[str, Any] = super().from_config(cfg, input_shape)
         return arguments | {
             "words": CropWords(vocabulary),
@@ -170,6 +165,6 @@ def best_class_boxes(class_boxes: Tensor, probs: Tensor) -> tuple[Tensor, Tensor
         (Tensor [R, 4], the box of the class with the highest probability; Tensor [R], 1 minus the probability of the
         background).
     """
-    boxes = class_boxes.view(len(class_boxes), -1, 4)
+    boxes = class_boxes.view(len(class_boxes), class_boxes.shape[1] // 4, 4)
     best = probs[:, :-1].argmax(dim=1)
     return boxes[torch.arange(len(boxes), device=boxes.device), best], 1 - probs[:, -1]
