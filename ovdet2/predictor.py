@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,23 @@ from torch import Tensor
 from ovdet2.config import load_config, settle_device, without_training_parts
 from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
-from ovdet2.errors import OVDetError, SetupError, UsageError, counted
+from ovdet2.errors import DataError, OVDetError, SetupError, UsageError, counted
 from ovdet2.io.images import MIN_SIDE, pixels_of, read_image
 from ovdet2.io.weights import read_weights
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
 from ovdet2.vocabulary import Vocabulary, from_buffers
-from ovdet2.vocabulary.templates import clean_name
+from ovdet2.vocabulary.templates import clean_name, template_set_names
 from ovdet2.vocabulary.word_lists import Words
 from ovdet2.zoo.records import RECORDS
 from ovdet2.zoo.store import fetch
 
 FEW_WORDS = 8  # from so many words on, they compete with each other only
+SAME_TEACHER = (
+    0.95  # cosine of the embeddings of a word by one teacher in nearly the same prompts; another gives about 0
+)
+_COMPARED = 8  # words that are embedded again to compare teachers
 # A path, a PIL image, or an array [H, W, 3] uint8 RGB.
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -118,10 +123,39 @@ class Detector:
         Raises:
             UsageError: no word, a duplicate word, an unknown template set.
             DataError: a file that cannot be read, or a vocabulary of another teacher.
+            SetupError: MODEL.TEACHER must embed the words, and its weights cannot be downloaded.
         """
         competitors = self.competitors if competitors is None else _checked(competitors)
         words = words_to_vocabulary(self.cfg, words, templates)
+        self._verify_teacher(words)
         self._set(words, background_of(self.cfg, words, templates), competitors)
+
+    def _verify_teacher(self, words: Vocabulary) -> None:
+        """Compare MODEL.TEACHER with the embeddings of a checkpoint that states its teacher by name only.
+
+        A published detector does: its embeddings come from a file without the teacher. If MODEL.TEACHER is a weight file,
+        names cannot show that both are the same, so some words of the checkpoint are embedded again.
+
+        Raises:
+            DataError: their embeddings differ; the message names both teachers.
+        """
+        stated, given, known = self.model.vocabulary.teacher, words.teacher, self._known_words
+        if stated.weights_sha256 or not given.weights_sha256 or stated.pretrained == given.pretrained:
+            return  # WordBank.set compares the fingerprints
+        rows = [row for row, name in enumerate(known.names) if name.isalpha()][:_COMPARED]
+        if not rows or given.architecture != stated.architecture or build_teacher(self.cfg).fingerprint != given:
+            return
+        templates = known.templates if known.templates in template_set_names() else self.cfg.MODEL.VOCABULARY.TEMPLATES
+        again = Vocabulary.build([known.names[row] for row in rows], build_teacher(self.cfg), templates)
+        cosines = (again.embeddings * known.embeddings[rows]).sum(dim=1)
+        if bool((cosines < SAME_TEACHER).any()):
+            worst = int(cosines.argmin())
+            raise DataError(
+                f"the model has words of teacher {stated}, but {given} embeds {again.names[worst]!r} in another way (cosine "
+                f"{cosines[worst]:.3f}): give the weights of {stated.architecture}, {stated.pretrained}, as MODEL.TEACHER.PRETRAINED."
+            )
+        self.model.vocabulary.confirm_teacher(given)
+        self._known_words = replace(known, teacher=given)
 
     def _set(self, words: Vocabulary, background: Tensor | None, competitors: str) -> None:
         wanted = competitors == "auto" and len(words) < FEW_WORDS and self.model.words_compete

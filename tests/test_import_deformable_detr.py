@@ -73,6 +73,45 @@ def as_detic(weights):
     return renamed
 
 
+_DETREX_NAMES = [
+    (r"^backbone\.0\.body\.", "backbone."),
+    (r"^backbone\.(conv1|bn1)\.", r"backbone.stem.\1."),
+    (r"^(backbone.*)\bbn(\d)\.", r"\1conv\2.norm."),
+    (r"^(backbone.*)\.downsample\.0\.", r"\1.shortcut."),
+    (r"^(backbone.*)\.downsample\.1\.", r"\1.shortcut.norm."),
+    (r"^input_proj\.3\.", "neck.extra_convs.0."),
+    (r"^input_proj\.", "neck.convs."),
+    (r"^(neck\.\w+\.\d)\.0\.", r"\1.conv."),
+    (r"^(neck\.\w+\.\d)\.1\.", r"\1.norm."),
+    (r"(encoder\.layers\.\d)\.self_attn\.", r"\1.attentions.0."),
+    (r"(decoder\.layers\.\d)\.self_attn\.", r"\1.attentions.0.attn."),
+    (r"(decoder\.layers\.\d)\.cross_attn\.", r"\1.attentions.1."),
+    (r"\.linear1\.", ".ffns.0.layers.0.0."),
+    (r"\.linear2\.", ".ffns.0.layers.1."),
+    (r"(encoder\.layers\.\d)\.norm1\.", r"\1.norms.0."),
+    (r"(encoder\.layers\.\d)\.norm2\.", r"\1.norms.1."),
+    (r"(decoder\.layers\.\d)\.norm1\.", r"\1.norms.1."),  # its first norm follows the self-attention
+    (r"(decoder\.layers\.\d)\.norm2\.", r"\1.norms.0."),
+    (r"(decoder\.layers\.\d)\.norm3\.", r"\1.norms.2."),
+    (r"level_embed$", "level_embeds"),
+    (r"^query_embed\.", "query_embedding."),
+]
+
+
+def as_detrex(weights):
+    """The same weights under the names of detrex, with Detectron2's of the trunk."""
+    renamed = {}
+    for name, value in as_official(weights).items():
+        if ".fc." in name or name.endswith("num_batches_tracked"):
+            continue
+        if name.startswith("backbone"):
+            name = re.sub(r"layer(\d)", lambda stage: f"res{int(stage[1]) + 1}", name)
+        for pattern, replacement in _DETREX_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = value
+    return renamed
+
+
 def as_before_version_5(weights):
     """The names ``transformers`` wrote before its version 5, which are those of the files to download."""
     return {
@@ -91,7 +130,7 @@ def test_the_dialects_give_the_same_weights(state):
     variant, weights = state
     imported, found = import_weights(weights)
     assert found == variant
-    for dialect in (as_official, as_before_version_5, as_detic):
+    for dialect in (as_official, as_before_version_5, as_detic, as_detrex):
         renamed = dialect(weights)
         assert renamed.keys() != weights.keys()
         other, found = import_weights(renamed)

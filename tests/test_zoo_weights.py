@@ -18,19 +18,25 @@ from ovdet2.vocabulary.word_lists import named_words
 from ovdet2.zoo import records, store
 from tests.file_host import Host, serving
 from tests.micro_detr import QUERIES, SIZES, published
-from tests.test_import_deformable_detr import as_before_version_5, as_official, h_deformable_detr
+from tests.test_import_deformable_detr import as_before_version_5, as_detic, as_detrex, as_official, h_deformable_detr
 
-STRUCTURES = {record.structure: record for record in records.RECORDS.values()}
+# One record of each network: others have the same configuration and structure.
+NETWORKS = {(record.config, str(record.overrides), record.structure): record for record in records.RECORDS.values()}
 KEYS = {"dim": "DIM", "heads": "HEADS", "levels": "LEVELS", "points": "POINTS", "ffn_dim": "FFN_DIM"}
 KEYS |= {"encoder_layers": "ENCODER_LAYERS", "decoder_layers": "DECODER_LAYERS"}
 MICRO = [part for size, key in KEYS.items() for part in (f"MODEL.DETR.{key}", SIZES[size])]
 MICRO += ["MODEL.DETR.NUM_QUERIES", QUERIES, "INPUT.MIN_SIZE_TEST", 96, "TEST.DETECTIONS_PER_IMAGE", 5]
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_committed_structures_are_those_of_the_configurations(structure):
+@pytest.mark.parametrize("record", NETWORKS.values(), ids=lambda record: record.name)
+def test_committed_structures_are_those_of_the_configurations(record):
     """A change of the network or of a configuration that published weights would no longer fit is found here."""
-    assert pin_zoo.configured_structure(STRUCTURES[structure]) == records.read_structure(structure)
+    assert pin_zoo.configured_structure(record) == records.read_structure(record.structure)
+
+
+def test_every_committed_structure_is_of_a_record():
+    committed = {path.stem for path in (records.ASSETS / "structures").glob("*.txt")}
+    assert committed == {record.structure for record in records.RECORDS.values()}
 
 
 @pytest.fixture
@@ -85,13 +91,20 @@ def write_as(form, weights, folder):
         save_file(kept, folder / "model.safetensors")
         return folder / "model.safetensors"
     official = as_official(weights)
-    if form == "official":
+    if form == "detrex":  # a row for each of the 80 classes instead of one for each category id
+        rows = [int(number) for number in named_words("coco").category_ids]
+        renamed = as_detrex(weights).items()
+        official = {
+            "model": {name: value[rows] if "class_embed" in name else value for name, value in renamed},
+            "iteration": 9,
+        }
+    elif form == "official":
         official = {"model": official, "epoch": 49, "args": argparse.Namespace(lr=2e-4)}
     torch.save(official, folder / "checkpoint.pth")
     return folder / "checkpoint.pth"
 
 
-@pytest.mark.parametrize("form", ["official", "bare", "safetensors"])
+@pytest.mark.parametrize("form", ["official", "bare", "safetensors", "detrex"])
 def test_official_formats_import_and_predict(form, model, refine, micro, photo, tmp_path):
     """The imported detector has the detections of the published one, among the rows of COCO's 80 classes."""
     file = write_as(form, refine, tmp_path)
@@ -136,6 +149,25 @@ def test_h_deformable_detr_imports_and_predicts(home, photo, tmp_path, monkeypat
     assert len(found) == 5 and bool((found.pred_classes < 80).all())
     with pytest.raises(DataError, match="the first 300 learned queries are requested, but the file has 20"):
         store.check_file(replace(micro, options=real.options), tmp_path / "h.pth")
+
+
+def test_detic_s_deformable_detr_imports_and_predicts(home, photo, tmp_path, monkeypatch):
+    """A closed set with a row for each class of LVIS."""
+    real = records.RECORDS["detic-lvis-detr-r50"]
+    record = replace(real, overrides=(*real.overrides, *MICRO), structure="micro")
+    (tmp_path / "structures").mkdir()
+    monkeypatch.setattr(records, "ASSETS", tmp_path)
+    records.structure_path("micro").write_text(records.structure_text(pin_zoo.configured_structure(record)))
+    weights = published("two_stage", classes=1203).float().state_dict()
+    torch.save({"model": as_detic(weights), "iteration": 9}, tmp_path / "detic.pth")
+    path = store.import_file(record, tmp_path / "detic.pth")
+    detector = Detector(record.config, path, record.overrides)
+    assert detector.names == named_words("lvis").names
+    last = max(name for name in weights if "class_embed" in name and name.endswith("1.weight"))
+    branches = [name for name in detector.model.state_dict() if name.endswith("class_branches.1.weight")]
+    assert (
+        torch.equal(detector.model.state_dict()[branches[0]], weights[last]) and len(detector.predict(str(photo))) == 5
+    )
 
 
 def test_a_photograph_is_predicted_by_name_with_a_download(refine, micro, photo, tmp_path, monkeypatch):

@@ -17,13 +17,18 @@ import json
 import tempfile
 from pathlib import Path
 
+import open_clip
+import torch
 from detectron2.modeling import META_ARCH_REGISTRY
 
+import ovdet2.modeling  # noqa: F401  registers the architectures
 from ovdet2.config import load_config, settle_device
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.download import download
 from ovdet2.io.files import sha256_file, write_json, write_text
-from ovdet2.modeling.build import words_to_vocabulary
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vlm.teacher import register_embedded_models
+from ovdet2.vocabulary import Vocabulary
 from ovdet2.vocabulary.word_lists import named_words
 from ovdet2.zoo import records
 from ovdet2.zoo.page import zoo_page
@@ -58,14 +63,26 @@ def main(argv=None):
 
 
 def configured_structure(record):
-    """{name: shape} of the detector that the record's configuration builds."""
+    """{name: shape} of the detector that the record's configuration builds; no weights are filled or loaded."""
     cfg = load_config(record.config, record.overrides)
     settle_device(cfg)
     # A closed set has a row of weights for each word; otherwise no weight depends on the number of words.
-    names = named_words("coco").names if cfg.MODEL.OVD.CLASSIFIER == "closed_set" else ("word",)
-    words = words_to_vocabulary(cfg, list(names))
-    model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg, vocabulary=words)
+    closed = cfg.MODEL.OVD.CLASSIFIER == "closed_set"
+    words = placeholder(cfg, len(named_words(record.options.get("words", "coco")).names) if closed else 1)
+    with torch.device("meta"):
+        model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg, vocabulary=words)
     return structure_of(model.state_dict())
+
+
+def placeholder(cfg, count):
+    """Made-up words with as many dimensions as the embeddings of MODEL.TEACHER, whose weights may be absent."""
+    register_embedded_models()
+    dimensions = open_clip.get_model_config(cfg.MODEL.TEACHER.ARCHITECTURE)["embed_dim"]
+    rows = torch.nn.functional.normalize(torch.ones(count, dimensions), dim=1)
+    teacher = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+    return Vocabulary(
+        [f"word {number}" for number in range(count)], torch.ones(count, dtype=torch.bool), rows, teacher, "-"
+    )
 
 
 def pin(record, file=None):

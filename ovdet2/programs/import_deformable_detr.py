@@ -1,4 +1,4 @@
-r"""Import the weights of a published Deformable DETR: official, H-Deformable-DETR's, Detic's, those of ``transformers``.
+r"""Import the weights of a published Deformable DETR: official, H-Deformable-DETR's, Detic's, detrex', transformers'.
 
     # keep the classes of a registered data set, in its order; then measure the published figure on COCO
     ovdet2 import-weights r50_deformable_detr_plus_iterative_bbox_refinement-checkpoint.pth \

@@ -16,7 +16,7 @@ Exit codes: 2 usage, 3 data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ _WORDS = ".vocabulary."  # in the names of the buffers of a word bank
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns the manifest that was written."""
-    from ovdet2.methods.detic.import_weights import import_weights, unused_entries
+    from ovdet2.methods.detic.import_weights import import_weights, trained_words, unused_entries
 
     parser = command_parser("import-weights --kind detic", __doc__)
     parser.add_argument("weights", help="published checkpoint (.pth)")
@@ -78,19 +78,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(f"not used: {len(names)} entries, {kind}, such as {names[0]}")
     print(f"{args.output}: {len(imported)} tensors, {len(words) if words else 'no'} words")
     return manifest
-
-
-def trained_words(weights: Mapping[str, Tensor]) -> list[Tensor]:
-    """The embeddings of the training's words that each stage of a published file has: unit Tensors [K, D].
-
-    Raises:
-        DataError: there are none.
-    """
-    names = [name for name in weights if name.endswith("cls_score.zs_weight")]
-    if not names:
-        raise DataError("the file has no text classifier (cls_score.zs_weight): it is of no detector of Detic.")
-    # The last column is that of the background, zero.
-    return [F.normalize(weights[name].float()[:, :-1].T, dim=1) for name in names]
 
 
 def require_same_words(words: Vocabulary, tables: Sequence[Tensor]) -> None:

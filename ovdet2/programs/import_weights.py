@@ -12,6 +12,7 @@ from ovdet2.errors import exit_on_error
 KINDS = {
     "deformable-detr": "ovdet2.programs.import_deformable_detr",
     "detic": "ovdet2.programs.import_detic",
+    "detectron2": "ovdet2.programs.import_detectron2",
 }
 
 

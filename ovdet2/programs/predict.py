@@ -2,15 +2,15 @@ r"""Detect any words in your images and draw the detections.
 
     ovdet2 predict --config-file ovshapes-vild-ensemble --input a.jpg photos/ "*.png" \
         --vocabulary "striped moon, red star" --output out/
-    # a published detector, which is downloaded first; its words are those of COCO
-    ovdet2 predict --model deformable-detr-r50-refine --input a.jpg --output out/
+    # a published detector, which is downloaded first; its words are those of LVIS
+    ovdet2 predict --model detic-swinb-21k --input a.jpg --output out/
     ovdet2 predict --config-file ovcoco/vild_text_r50.yaml --input a.jpg --vocabulary words.txt --output out/ \
         --confidence-threshold 0.5 MODEL.WEIGHTS output/model_final.pth
     # a detector with semantic priors: give the words present in the images instead of predicting them
     ovdet2 predict --config-file ovshapes/cckt_full_r18.yaml --input a.jpg --present "red star, moon" \
         --output out/ MODEL.WEIGHTS output/model_final.pth
 
-Trained detectors by name, for --model or --config-file: {detectors}.
+Trained detectors by name, for --model or --config-file: {detectors}, and the published ones of `ovdet2 zoo list`.
 
 Writes a picture of each image and detections.json to the output folder. Unreadable images are skipped with a message. A
 detector with semantic priors requires the words present in each image: its teacher predicts them, or --present gives
@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line of this program."""
-    parser = command_parser("predict", (__doc__ or "").format(detectors=", ".join(DETECTORS)))
+    trained_here = ", ".join(name for name, named in DETECTORS.items() if not named.published)
+    parser = command_parser("predict", (__doc__ or "").format(detectors=trained_here))
     add_config_file(parser, aliases=("--model",))
     add_accept_license(parser)
     parser.add_argument(

@@ -129,6 +129,12 @@ class WordBank(nn.Module):
         self._store(self._with_trained_mask(vocabulary), background)
         self.num_detectable = count
 
+    def confirm_teacher(self, teacher: Fingerprint) -> None:
+        """Record the teacher of the words by its weights, after it was compared with their embeddings."""
+        count = self.num_detectable
+        self._store(replace(self.words, teacher=teacher))
+        self.num_detectable = count
+
     def adopt_saved_vocabulary(self, saved: Mapping[str, Tensor]) -> None:
         """Check the vocabulary of a checkpoint, and store which words had training boxes (see the class).
 

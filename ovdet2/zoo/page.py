@@ -12,21 +12,37 @@ _HEAD = """<!-- Written by `python tools/pin_zoo.py --page` from ovdet2/assets/z
 ```python
 from ovdet2 import Detector
 
-detector = Detector("deformable-detr-r50-refine")  # downloads, checks and converts on the first use
-found = detector.predict("photo.jpg")
+detector = Detector("detic-swinb-21k")  # downloads, checks and converts on the first use
+found = detector.predict("photo.jpg")  # the default words: LVIS's 1,203 classes
+detector.set_vocabulary("striped cat, teapot")  # own words: CLIP embeds them
 ```
 
 ```
-ovdet2 zoo list                                      # names, trust, licences, published figures
-ovdet2 zoo fetch deformable-detr-r50-refine          # download and convert
-ovdet2 zoo import deformable-detr-r50-refine FILE    # convert a file that you have downloaded
-ovdet2 zoo verify                                    # hashes, names and shapes of all that are here
-ovdet2 predict --model deformable-detr-r50-refine --input photo.jpg --output pictures
+ovdet2 zoo list                           # names, trust, licences, published figures
+ovdet2 zoo fetch detic-swinb-21k          # download and convert
+ovdet2 zoo import detic-swinb-21k FILE    # convert a file that you have downloaded
+ovdet2 zoo verify                         # hashes, names and shapes of all that are here
+ovdet2 predict --model detic-swinb-21k --input photo.jpg --output pictures
 ```
 
 The converted weights are in `$OVDET2_HOME/zoo/NAME/` (default: `~/.cache/ovdet2/zoo/NAME/`), as safetensors with a manifest. The second use needs no
 network. Without network, put the file to the path that the message names, or import it. No file was downloaded for this repository yet: the import
 is tested with random weights in the published formats, and no figure below was measured here.
+
+## Words
+
+The files of Detic, CoDet and VLDet hold the embeddings of the classes that they detect. These are the default words, and no CLIP is needed
+for them. The files of ImageNet-21k have 22,047 words, of which LVIS's 1,203 come first: only those are kept. Own words replace the default
+ones. They are embedded by the CLIP of the record, which `open_clip` downloads on the first use. Without network, give its weight file:
+
+```python
+detector = Detector("detic-swinb-21k", overrides=["MODEL.TEACHER.PRETRAINED", "ViT-B-32.pt"])
+detector.set_vocabulary("striped cat, teapot")
+```
+
+This CLIP must embed the default words as the file of the detector does. Another one is refused.
+
+VLDet's words were embedded in OpenAI's 80 prompts and the bare word; here without the bare word (`openclip80`).
 
 ## Trust
 
@@ -95,6 +111,13 @@ def _weights_licence(record):
     return record.licence.weights + ", non-commercial" * record.licence.non_commercial
 
 
+def _default_words(record):
+    """The row of the words that a converted file holds."""
+    name = record.options.get("words", "coco")
+    columns = f", the first of {record.options['columns']:,} in the file" if "columns" in record.options else ""
+    return "default words" if record.teacher else "classes", f"`{name}`{columns}"
+
+
 def _trust(record):
     return "pinned" if record.pinned else "structure, first use"
 
@@ -107,6 +130,7 @@ def _section(record):
         rows.append(("words", f"{record.teacher}, templates `{record.templates}`"))
     else:
         rows.append(("words", "a closed set: its classes cannot be changed"))
+    rows.append(_default_words(record))
     for source in record.sources:
         pin = f", {source.bytes:,} bytes, SHA-256 `{source.sha256}`" if source.sha256 else ""
         rows.append(("download by hand, then import" if source.by_hand else "file", f"<{source.url}>{pin}"))

@@ -32,7 +32,7 @@ _GAINS = {
     **{f"fpn_output{level}.weight": 0.6 for level in (3, 4, 5)},
 }
 # Larger factors of the deltas would turn the rounding of float32, which differs between processors, into 1e-3 pixels.
-_C4_GAINS = {
+C4_GAINS = {
     "conv3.norm.weight": 0.3, "stem.conv1.weight": 0.02, "anchor_deltas.weight": 0.03, "bbox_pred.2.weight": 0.1
 }  # fmt: skip
 _LAST_NORM = {"resnet18": {"bn2.weight": 0.4}, "resnet50": {"bn3.weight": 0.25}}
@@ -54,7 +54,7 @@ def picture():
 def weights(trunk):
     """A checkpoint of a published detector, filled by formula. Do not change the dict: it is kept."""
     if trunk == C4:
-        return filled(detic_c4.weight_shapes(WORDS), _C4_GAINS.items())
+        return filled(detic_c4.weight_shapes(WORDS), C4_GAINS.items())
     return filled(detic.weight_shapes(trunk, WORDS), gains(trunk))
 
 

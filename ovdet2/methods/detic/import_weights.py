@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from ovdet2.errors import DataError
-
-_SHOWN = 5  # entries named in an error message
+from ovdet2.io.matching import matched_weights
 
 # (pattern of an official name, its name here)
 _RENAMED = (
@@ -28,9 +28,12 @@ UNUSED = (
     (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.zs_weight", "text embeddings of the words of the training"),
     (r"roi_heads\.box_predictor\.(?:\d\.)?freq_weight", "image counts of the federated loss"),
     (r"roi_heads\.box_predictor\.(?:\d\.)?cls_score\.detection_weight", "embeddings for the losses of CoDet and VLDet"),
-    (r"roi_heads\.box_predictor\.(?:\d\.)?fc[12]\.(weight|bias)", "weights of proposals in CoDet's loss"),
+    (
+        r"roi_heads\.box_predictor\.(?:\d\.)?(fc[12]|weight_transform\.\d)\.(weight|bias)",
+        "weights of proposals in CoDet's loss",
+    ),
     (r"roi_heads\.box_predictor\.(?:\d\.)?prop_score\..*", "scores of proposals in losses on image labels"),
-    (r"text_encoder\..*", "the text tower of the caption loss"),
+    (r"(text_encoder|rn50_model)\..*", "the CLIP of the caption loss"),
     (r"freq_weight", "image counts of the sampled words"),
     (r"pixel_(mean|std)", "pixel normalisation, which the configuration gives"),
     (r".*\.num_batches_tracked", "step counts of batch norms"),
@@ -51,19 +54,7 @@ def import_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         DataError: an entry is unknown, missing, or of another shape; the message names the first ones.
     """
     renamed = {ours: (name, value) for name, value in weights.items() if (ours := our_name(name)) is not None}
-    unknown = [name for ours, (name, _) in renamed.items() if ours not in expected]
-    missing = [name for name in expected if name not in renamed]
-    misshaped = [
-        f"{name} ({list(value.shape)} in the file, {list(expected[ours].shape)} in the detector)"
-        for ours, (name, value) in renamed.items()
-        if ours in expected and value.shape != expected[ours].shape
-    ]
-    faults = [("has unknown entries", unknown), ("lacks weights", missing), ("has other shapes", misshaped)]
-    told = [f"{what}: {_few(names)}" for what, names in faults if names]
-    if told:
-        raise DataError(f"the file is not of this detector; it {'; it '.join(told)}. Choose its configuration.")
-    # Clones: tied or sliced tensors share storage, which safetensors refuses.
-    return {ours: value.detach().clone() for ours, (_, value) in renamed.items()}
+    return matched_weights(renamed, expected)
 
 
 def unused_entries(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -75,6 +66,29 @@ def unused_entries(weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
                 unused.setdefault(kind, []).append(name)
                 break
     return unused
+
+
+def trained_words(weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """The embeddings of the detection's words that each stage of a published file has.
+
+    CoDet and VLDet have two tables: "detection_weight" of the classes with boxes, and "zs_weight" of the words of
+    captions. Detic has "zs_weight" only.
+
+    Args:
+        weights: official name to tensor.
+
+    Returns:
+        A unit Tensor [K, D] for each stage.
+
+    Raises:
+        DataError: there are none.
+    """
+    for table in ("detection_weight", "zs_weight"):
+        names = [name for name in weights if name.endswith(f"cls_score.{table}")]
+        if names:
+            # The last column is that of the background, zero.
+            return [F.normalize(weights[name].float()[:, :-1].T, dim=1) for name in names]
+    raise DataError("the file has no text classifier (cls_score.zs_weight): it is of no detector of Detic.")
 
 
 def our_name(name: str) -> str | None:
@@ -90,8 +104,3 @@ def our_name(name: str) -> str | None:
         if re.fullmatch(pattern, name):
             return re.sub(pattern, ours, name)
     return name
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

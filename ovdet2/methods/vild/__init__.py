@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ovdet2.modeling.host import Host
 
 
+CROP_HEADS = "CropROIHeads"
+
+
 class ViLD(Method):
     """Distillation of cached region embeddings, and two sources of secondary scores."""
 
@@ -43,8 +46,9 @@ class ViLD(Method):
         cfg.MODEL.VILD.REGIONS_PER_IMAGE = 300
 
     def is_on(self, cfg: CfgNode) -> bool:
-        """Whether it distils, or computes the secondary scores."""
-        return cfg.MODEL.VILD.WEIGHT > 0 or cfg.MODEL.OVD.SECONDARY_SCORES in self.secondary_scores
+        """Whether it distils, computes the secondary scores, or classifies the crops of a closed set's boxes."""
+        scores = cfg.MODEL.OVD.SECONDARY_SCORES in self.secondary_scores
+        return cfg.MODEL.VILD.WEIGHT > 0 or scores or cfg.MODEL.ROI_HEADS.NAME == CROP_HEADS
 
     def trains_words(self, cfg: CfgNode) -> bool:
         """Whether the distillation loss is on."""
@@ -57,6 +61,13 @@ class ViLD(Method):
             UsageError: such a setting; the message names its key.
         """
         ovd, vild = cfg.MODEL.OVD, cfg.MODEL.VILD
+        if cfg.MODEL.ROI_HEADS.NAME == CROP_HEADS and (
+            vild.WEIGHT or ovd.SECONDARY_SCORES != "none" or cfg.MODEL.MASK_ON
+        ):
+            raise UsageError(
+                f"{CROP_HEADS} take all scores from CLIP and have no masks: set MODEL.VILD.WEIGHT to 0, "
+                "MODEL.OVD.SECONDARY_SCORES to none and MODEL.MASK_ON to False."
+            )
         if vild.WEIGHT < 0:
             raise UsageError(f"MODEL.VILD.WEIGHT is {vild.WEIGHT}: it must not be negative.")
         if (vild.WEIGHT > 0 or ovd.SECONDARY_SCORES == "image") and ovd.CLASSIFIER != "text":
@@ -70,12 +81,16 @@ class ViLD(Method):
             raise UsageError("MODEL.VILD.OWN_HEAD requires MODEL.VILD.WEIGHT above 0: no other loss trains that head.")
 
     def build(self, cfg: CfgNode, host: Host) -> ViLDPart | None:
-        """Build the part of an R-CNN host; None if ViLD is off."""
-        if not self.is_on(cfg):
+        """Build the part of an R-CNN host; None if ViLD is off, or without a part."""
+        if not self.is_on(cfg) or cfg.MODEL.ROI_HEADS.NAME == CROP_HEADS:
             return None
         from ovdet2.methods.vild.part import build_part
 
         return build_part(cfg, host)
+
+    def register(self) -> None:
+        """Import the RoI heads of CLIP on the boxes of a published detector."""
+        from ovdet2.methods.vild import crop_heads  # noqa: F401
 
     def steps(self, cfg: CfgNode, source: SourceSpec, is_train: bool) -> list[Step]:
         """Steps that attach cached regions to training images with boxes, if the weight is above 0."""

@@ -24,6 +24,7 @@ from ovdet2.modeling.detr.transformer import DeformableTransformer
 _DEPTHS = {6: 50, 23: 101}  # ResNet depth by the number of blocks of the third stage
 _SHOWN = 8  # names in an error message
 _DETIC = "detr."  # prefix of the names of Detic's files
+_DETREX = "neck.convs."  # only in the names of detrex's files
 
 _TRUNK = r"(?:backbone\.0\.body|model\.backbone(?:\.conv_encoder)?\.model)\."
 _QUERIES = "transformer.query_maker."
@@ -32,7 +33,7 @@ _RULES = [
     (rf"{_TRUNK}(?:fc\..*|.*num_batches_tracked)", None),
     (r"(?:.*\.)?total_(?:ops|params)", None),  # counters of the profiler thop
     (r"criterion\.fed_loss_weight", None),  # image counts of Detic's loss
-    (r"backbone\.0\.backbone\.((?:stem|res\d)\..*)", r"backbone.\1"),  # Detic
+    (r"backbone\.(?:0\.backbone\.)?((?:stem|res\d)\..*)", r"backbone.\1"),  # Detic, detrex
     (rf"{_TRUNK}conv1\.(.*)", r"backbone.stem.conv1.\1"),
     (rf"{_TRUNK}bn1\.(.*)", r"backbone.stem.conv1.norm.\1"),
     (rf"{_TRUNK}layer(\d)\.(\d+)\.conv(\d)\.(.*)", r"backbone.layer\1.\2.conv\3.\4"),
@@ -40,7 +41,15 @@ _RULES = [
     (rf"{_TRUNK}layer(\d)\.(\d+)\.downsample\.0\.(.*)", r"backbone.layer\1.\2.shortcut.\3"),
     (rf"{_TRUNK}layer(\d)\.(\d+)\.downsample\.1\.(.*)", r"backbone.layer\1.\2.shortcut.norm.\3"),
     (r"(?:model\.)?input_proj\.(.*)", r"neck.levels.\1"),
-    (r"(?:model|transformer)\.level_embed", "transformer.level_embed"),
+    # detrex; "extra_convs" follow those of the three maps of the trunk.
+    (r"neck\.convs\.(\d)\.conv\.(.*)", r"neck.levels.\1.0.\2"),
+    (r"neck\.convs\.(\d)\.norm\.(.*)", r"neck.levels.\1.1.\2"),
+    (r"neck\.extra_convs\.0\.conv\.(.*)", r"neck.levels.3.0.\1"),
+    (r"neck\.extra_convs\.0\.norm\.(.*)", r"neck.levels.3.1.\1"),
+    (r"(transformer\.(?:en|de)coder\.layers\.\d+)\.attentions\.0\.(?:attn\.)?(.*)", r"\1.self_attn.\2"),
+    (r"(transformer\.decoder\.layers\.\d+)\.attentions\.1\.(.*)", r"\1.cross_attn.\2"),
+    (r"query_embedding\.weight", "query_embed"),
+    (r"(?:model|transformer)\.level_embeds?", "transformer.level_embed"),
     (r"(?:model|transformer)\.reference_points\.(.*)", rf"{_QUERIES}reference.\1"),
     (r"(?:model|transformer)\.enc_output\.(.*)", rf"{_QUERIES}project.\1"),
     (r"(?:model|transformer)\.enc_output_norm\.(.*)", rf"{_QUERIES}norm.\1"),
@@ -60,6 +69,11 @@ _OFFICIAL = {
         "linear1": "ffn.linear1",
         "linear2": "ffn.linear2",
     },
+}
+_FFN = {"ffns.0.layers.0.0": "ffn.linear1", "ffns.0.layers.1": "ffn.linear2"}
+_DETREX_NAMES = {
+    "encoder": {"norms.0": "norm", "norms.1": "ffn.norm", **_FFN},
+    "decoder": {"norms.0": "self_norm", "norms.1": "cross_norm", "norms.2": "ffn.norm", **_FFN},
 }
 _MLP = {"fc1": "ffn.linear1", "fc2": "ffn.linear2", "mlp.fc1": "ffn.linear1", "mlp.fc2": "ffn.linear2"}
 _TRANSFORMERS = {
@@ -81,9 +95,10 @@ def import_weights(
     """Rename the weights of a published Deformable DETR.
 
     Args:
-        weights: dict of name to Tensor, official, of ``transformers`` or of Detic.
+        weights: dict of name to Tensor, official, of ``transformers``, of Detic or of detrex.
         class_rows: rows of the class layers to keep, in this order: the category ids of the classes, since the
-            published models have a row per COCO id; of Detic's files (:func:`has_row_per_class`) their ranks. None: all. An empty list: no class layer, for a text classifier.
+            published models have a row per COCO id; of files with a row per class (:func:`has_row_per_class`) their
+            ranks. None: all. An empty list: no class layer, for a text classifier.
         num_queries: keep only the first learned queries: those of H-Deformable-DETR after the first 300 are matched
             one-to-many and take part in training only. None: all.
 
@@ -115,13 +130,17 @@ def import_weights(
 
 
 def has_row_per_class(weights: Mapping[str, Any]) -> bool:
-    """Whether the class layers have a row per class by ascending category id, as Detic's, instead of one per id."""
-    return any(name.startswith(_DETIC) for name in weights)
+    """Whether the class layers have a row per class by ascending category id, as in the files of Detic and detrex,
+    instead of one per id."""
+    return any(name.startswith((_DETIC, _DETREX)) for name in weights)
 
 
 def _rename(weights):
     """(dict with names after ``_RULES``, unknown names)."""
-    official = any(".norm3." in name for name in weights)
+    if any(name.startswith(_DETREX) for name in weights):
+        dialect = _DETREX_NAMES
+    else:
+        dialect = _OFFICIAL if any(".norm3." in name for name in weights) else _TRANSFORMERS
     renamed, unknown = {}, []
     for name, value in weights.items():
         new = name
@@ -134,7 +153,7 @@ def _rename(weights):
             unknown.append(name)
         if new is None or name in unknown:
             continue
-        new = _within_layer(new, _OFFICIAL if official else _TRANSFORMERS)
+        new = _within_layer(new, dialect)
         if new in renamed and not torch.equal(renamed[new], value):
             raise DataError(f"{name} differs from the weight that it must be equal to: the file is inconsistent.")
         renamed[new] = value

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ovdet2.config import check_methods, methods_of
 from ovdet2.data.samples import BOXES, Sample, as_samples, of_kind
 from ovdet2.errors import UsageError
-from ovdet2.layers import CosineClassifier
+from ovdet2.layers import ClosedSetClassifier
 from ovdet2.modeling.build import build_word_bank
 from ovdet2.modeling.host import Host
 from ovdet2.modeling.part import build_parts, joined, register_parts, require_seen, weighted
@@ -119,7 +119,7 @@ class OpenVocabularyRCNN(GeneralizedRCNN):
         """Whether the score of a word depends on the other words of the vocabulary, which may be exchanged."""
         classifier = self.roi_heads.classifier
         secondary = any(type(part).secondary_probs is not RCNNPart.secondary_probs for part in self.parts)
-        return isinstance(classifier, CosineClassifier) and (secondary or not classifier.per_word)
+        return not isinstance(classifier, ClosedSetClassifier) and (secondary or not classifier.per_word)
 
     def forward(self, batched_inputs: Batch) -> dict[str, Tensor] | list[dict[str, Instances]]:
         """

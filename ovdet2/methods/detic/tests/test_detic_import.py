@@ -21,10 +21,11 @@ from tests.oracles import detic, detic_c4, detic_cases
 PREDICTOR = "roi_heads.box_predictor"
 # Entries that CoDet, VLDet and Detic's trainings add.
 EXTRA = {
-    **{f"{PREDICTOR}.{stage}.cls_score.detection_weight": (512, 20) for stage in range(3)},
-    f"{PREDICTOR}.0.fc1.weight": (8, 8), f"{PREDICTOR}.0.fc2.bias": (1,), f"{PREDICTOR}.0.freq_weight": (20,),
+    **{f"{PREDICTOR}.{stage}.cls_score.detection_weight": (512, 21) for stage in range(3)},
+    f"{PREDICTOR}.0.fc1.weight": (8, 8), f"{PREDICTOR}.0.fc2.bias": (1,), f"{PREDICTOR}.0.weight_transform.2.bias": (1,), f"{PREDICTOR}.0.freq_weight": (20,),
     f"{PREDICTOR}.1.prop_score.0.weight": (8, 8), "freq_weight": (20,), "pixel_mean": (3, 1, 1),
     "backbone.bottom_up.base.fc.weight": (11221, 4), "text_encoder.token_embedding.weight": (4, 4),
+    "rn50_model.text_projection": (4, 4),
 }  # fmt: skip
 
 
@@ -79,10 +80,10 @@ class TestProgram:
     def test_from_file_to_detections(self, tmp_path, capsys, monkeypatch):
         """The parity of test_detic_parity.py through files, with the words in the file."""
         vocabulary = words(detic_cases.text())
-        weights = detic_cases.weights("resnet18")
         table = torch.cat([vocabulary.embeddings.T, torch.zeros(512, 1)], dim=1)
-        tables = {name: table for name in weights if name.endswith("zs_weight")}
-        file_of(tmp_path / "r18.pth", tables | {name: torch.zeros(shape) for name, shape in EXTRA.items()})
+        # As CoDet and VLDet: the words of the detection are in a second table.
+        extra = {name: table if "detection_weight" in name else torch.zeros(shape) for name, shape in EXTRA.items()}
+        file_of(tmp_path / "r18.pth", extra)
         vocabulary.save(tmp_path / "words.safetensors")
         monkeypatch.setattr(import_detic, "load_vocabulary", lambda cfg, path: vocabulary)  # of a made-up teacher
         output = tmp_path / "out.safetensors"
