@@ -1,9 +1,9 @@
 """Runs all benchmarks: a benchmark is described by data (its candidates and cases), and this module runs it.
 
-Candidates take turns in one process (:mod:`ovdet2.bench.turns`). The first turn warms up. For every case and candidate
-one row of a markdown table is printed: the median of the seconds, its ratio to the reference's median with the range of
-the ratios within a turn, and the peak memory of two passes, above what is in use after the candidate is built, measured
-in a separate process. On a shared machine, --cpu-time with --threads 1 counts processor time and not waiting time.
+Candidates take turns in one process (:mod:`ovdet2.bench.turns`). The first turn warms up (--warm-up). For every case and
+candidate one row of a markdown table is printed: the median of the seconds, its ratio to the reference's median with the
+range of the ratios within a turn, and the peak memory of two passes, above what is in use after the candidate is built,
+measured in a separate process. On a shared machine, --cpu-time with --threads 1 counts processor time and not waiting time.
 """
 
 from __future__ import annotations
@@ -115,8 +115,9 @@ class Benchmark:
         """
         form = argparse.RawDescriptionHelpFormatter
         parser = argparse.ArgumentParser(description=self.description, formatter_class=form, exit_on_error=False)
-        turns = f"timed turns, after {self.warm_up} to warm up (default: {self.turns}; 0: measure memory only)"
+        turns = f"timed turns (default: {self.turns}; 0: measure memory only)"
         parser.add_argument("--turns", *self.turn_options, dest="turns", type=int, default=self.turns, help=turns)
+        parser.add_argument("--warm-up", type=int, default=self.warm_up, help="turns before them that are not timed")
         parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
         parser.add_argument("--cpu-time", action="store_true", help="processor time of the process, not the clock")
         parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -133,6 +134,8 @@ class Benchmark:
         except argparse.ArgumentError as error:
             raise UsageError(f"{error}.") from None
         require_device(args.device, "--device")
+        if args.warm_up < 0:
+            raise UsageError(f"--warm-up is {args.warm_up}: it is a number of turns, at least 0.")
         if args.turns < 0 or (args.turns == 0 and args.no_memory):
             raise UsageError(f"--turns {args.turns} measures nothing: it must be at least 1.")
         return args
@@ -187,7 +190,7 @@ class Benchmark:
             rows, times = dict.fromkeys(names, Row()), {}
             if args.turns:
                 passes = {c.name: partial(c.run, states[c.name], case.inputs) for c in comparison.candidates}
-                times = take_turns(passes, args.turns, clock, self.warm_up, ", ".join(case.columns.values()))
+                times = take_turns(passes, args.turns, clock, args.warm_up, ", ".join(case.columns.values()))
                 rows = rows_of(times, reference)
             for name, row in rows.items():
                 if not args.no_memory:

@@ -23,6 +23,7 @@ MODULES = {
     "train-step": ("ovdet2.bench.train_step", "a training step of this checkout against that of another"),
     "vild": ("ovdet2.methods.vild.bench", "training steps of ViLD against those of Faster R-CNN"),
     "vocabulary": ("ovdet2.bench.vocabulary", "latency of a detector by the number of its words"),
+    "zero-shot": ("ovdet2.bench.zero_shot", "Detic against OWLv2 and Grounding DINO of transformers"),
 }
 
 

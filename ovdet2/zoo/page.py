@@ -92,6 +92,8 @@ ovdet2 report compare output/ovcoco/vild_text_r50/inference/ov_coco_val_all outp
 More words than that go in several passes, which is printed. Their training data often have boxes of the classes that are novel here: their
 "novel" figures are then no open-vocabulary figures.
 
+Their time and memory on a CPU beside Detic's: [RESULTS.md](RESULTS.md#latency-of-detectors-of-any-words), `ovdet2 bench zero-shot`.
+
 ## Records
 """
 

@@ -51,14 +51,19 @@ def published(trunk):
     return detector
 
 
+def sample_of(jpeg, short_side, colours="RGB"):
+    """JPEG bytes as a dataloader gives them, resized; ``colours`` is INPUT.FORMAT."""
+    pixels = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    pixels = pixels if colours == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
+    resized = T.ResizeShortestEdge([short_side] * 2, 1333).get_transform(pixels).apply_image(pixels)
+    image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+    return Sample(image=image, height=pixels.shape[0], width=pixels.shape[1])
+
+
 @torch.no_grad()
 def detect(detector, jpeg, short_side):
     """Detections of JPEG bytes."""
-    pixels = np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))
-    pixels = pixels if detector.input_format == "RGB" else np.ascontiguousarray(pixels[:, :, ::-1])
-    resized = T.ResizeShortestEdge([short_side] * 2, 1333).get_transform(pixels).apply_image(pixels)
-    image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-    return detector([Sample(image=image, height=pixels.shape[0], width=pixels.shape[1])])[0]["instances"]
+    return detector([sample_of(jpeg, short_side, detector.input_format)])[0]["instances"]
 
 
 def micro(*overrides, rows=None):

@@ -9,16 +9,11 @@ from tests.oracles import detic, detic_cases
 HEAVY = [pytest.param(trunk, marks=pytest.mark.slow) for trunk in detic.TRUNKS if trunk != "resnet18"]
 
 
-def tolerance_of(trunk):
-    """Pixels by which boxes may differ. With another number of threads the oracle of C4 itself differs by 1.1e-3."""
-    return 2e-3 if trunk == detic_cases.C4 else 1e-3
-
-
-def require_equal(detections, expected, pixels=1e-3):
+def require_equal(detections, expected):
     """Boxes to 1e-3 pixels, scores to 1e-5, the same classes, and masks but for 1e-5 of the pixels."""
     assert len(detections) == len(expected["boxes"]) > 0
     assert torch.equal(detections.pred_classes, expected["classes"])
-    assert torch.allclose(detections.pred_boxes.tensor, expected["boxes"], atol=pixels, rtol=0)
+    assert torch.allclose(detections.pred_boxes.tensor, expected["boxes"], atol=1e-3, rtol=0)
     assert torch.allclose(detections.scores, expected["scores"], atol=1e-5, rtol=0)
     assert detections.has("pred_masks") == ("masks" in expected)
     if "masks" in expected:
@@ -28,7 +23,7 @@ def require_equal(detections, expected, pixels=1e-3):
 @pytest.mark.parametrize("trunk", ["resnet18", detic_cases.C4, *HEAVY])
 def test_detections_equal_the_oracle(trunk):
     detections = detect(published(trunk), detic_cases.picture(), detic_cases.SHORT_SIDE[trunk])
-    require_equal(detections, detic_cases.golden(trunk), tolerance_of(trunk))
+    require_equal(detections, detic_cases.golden(trunk))
     assert len(detections.pred_classes.unique()) > 1
     assert trunk == detic_cases.C4 or (
         detections.pred_masks.flatten(1).any(dim=1).all() and detections.has("pred_masks")
@@ -40,7 +35,7 @@ def test_detections_equal_the_oracle(trunk):
 def test_the_stored_outputs_are_those_of_the_oracle(trunk):
     now, stored = detic_cases.oracle(trunk), detic_cases.golden(trunk)
     assert torch.equal(now["classes"], stored["classes"])
-    assert torch.allclose(now["boxes"], stored["boxes"], atol=tolerance_of(trunk), rtol=0)
+    assert torch.allclose(now["boxes"], stored["boxes"], atol=1e-3, rtol=0)
     assert torch.allclose(now["scores"], stored["scores"], atol=1e-5, rtol=0)
     assert trunk == detic_cases.C4 or (now["masks"] != stored["masks"]).double().mean() < 1e-5
 
