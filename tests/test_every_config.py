@@ -29,9 +29,11 @@ FILES = sorted(
     for path in (*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "projects").glob("*/configs/*.yaml"))
     if path.parent.parent.name != "CLIM"
 )
-# Without a training set: bases of others, and the networks of published weights of Detic, which are not trained here.
+# Without a training set: bases of others, and the networks of published weights of Detic and Detectron2, which are not trained here.
 BASES = {"base/deformable_detr_r50", "base/detic", "base/fvlm_fpn", "base/vild_fpn"}
-PUBLISHED = {f"{path.parent.name}/{path.stem}" for path in FILES if path.stem.startswith("detic_")}
+PUBLISHED = {
+    f"{path.parent.name}/{path.stem}" for path in FILES if path.stem.startswith(("detic_", "clip_on_crops_r50"))
+}
 NETWORKS = BASES | PUBLISHED
 # The data set that a training is evaluated on here. Those of configs/transfer are evaluated on others.
 TESTS = {
