@@ -11,14 +11,12 @@ from ovdet2.errors import UsageError
 from ovdet2.vocabulary.word_lists import named_words
 
 pytest.importorskip("transformers")
-from tests.zero_shot_cases import tiny  # noqa: E402  needs transformers
+from tests.zero_shot_cases import tiny
 
 NARROW = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 TINY = {
     "detic-r18": bench.Setup(functools.partial(bench.detic, "lvis/detic_r18_21k.yaml", overrides=NARROW), (64, 96)),
-    "grounding-dino-t": bench.Setup(
-        functools.partial(bench.of_transformers, lambda: tiny("grounding-dino")), (64, 96)
-    ),
+    "grounding-dino-t": bench.Setup(functools.partial(bench.of_transformers, lambda: tiny("grounding-dino")), (64, 96)),
 }
 
 

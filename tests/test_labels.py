@@ -1,11 +1,14 @@
 """Labels in pictures: any text as it is, in any script, none over another."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
+from ovdet2.programs.predict import to_record
 from ovdet2.report import labels
 from ovdet2.report.detections import draw
 from ovdet2.report.labels import as_drawn, draw_labels, fonts_for, plain, word_colour
@@ -103,3 +106,32 @@ def test_a_line_can_be_read_on_its_dark_ground(colour):
     picture = visualizer.get_output().get_image()
     ys, xs = np.nonzero(picture.max(axis=2) > 150)
     assert 15 < xs.min() < 40 and 35 < ys.min() < 70  # the upper left of the text, in pixels of the scaled picture
+
+
+class TestMasks:
+    """Of a detector that has them."""
+
+    def found(self):
+        masks = torch.zeros(2, 480, 640, dtype=torch.bool)
+        masks[0, 100:300, 50:250] = True
+        masks[0, 150:200, 100:150] = False  # a hole
+        return Instances(
+            (480, 640), pred_boxes=Boxes(torch.tensor([[50.0, 100, 250, 300], [400, 400, 410, 410]])),
+            scores=torch.tensor([0.9, 0.8]), pred_classes=torch.tensor([1, 0]), pred_masks=masks,
+        )  # fmt: skip
+
+    def test_are_drawn_in_the_colour_of_the_word(self):
+        picture = draw(np.zeros((480, 640, 3), np.uint8), self.found(), ["cat", "dog"])
+        inside, hole, outside = picture[250, 200], picture[175, 125], picture[400, 200]
+        assert np.allclose(inside / inside.max(), np.array(word_colour(1)) / max(word_colour(1)), atol=0.05)
+        assert 60 < inside.max() < 130  # the image is seen through it
+        assert hole.max() == 0 and outside.max() == 0
+
+    def test_are_written_as_run_lengths(self):
+        from pycocotools import mask
+
+        found = self.found()
+        first, empty = to_record(Path("a.jpg"), found, ["cat", "dog"])["detections"]
+        assert np.array_equal(mask.decode(first["segmentation"]), found.pred_masks[0].numpy())
+        assert first["segmentation"]["size"] == [480, 640] and isinstance(first["segmentation"]["counts"], str)
+        assert mask.decode(empty["segmentation"]).sum() == 0

@@ -10,11 +10,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import detectron2.utils.comm as comm
 import numpy as np
-import pycocotools.mask as mask_api
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
@@ -26,6 +25,7 @@ from ovdet2.evaluation.proposal_recall import covered_iou
 from ovdet2.evaluation.provenance import provenance
 from ovdet2.evaluation.report import build_report, format_table, to_results
 from ovdet2.io.files import sha256_file, write_json
+from ovdet2.io.masks import run_lengths
 
 PROPOSAL_LIMITS = (100, 300, 1000)
 DETECTION_LIMITS = {"ov_coco": 100, "ov_voc": 100, "ov_lvis": 300}
@@ -243,11 +243,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
                 f"{size[1]}: give the loader's records of {self._dataset_name} to the model, whose post-processing "
                 "takes the size from there."
             )
-        counts = []
-        for row in kept.tolist():  # one at a time: 300 full-size masks in another memory order would be copies
-            mask = np.asfortranarray(masks[row].detach().cpu().numpy().astype(np.uint8))
-            counts.append(cast(bytes, mask_api.encode(mask)["counts"]).decode("ascii"))
-        return {"mask_size": size, "masks": counts}
+        # One at a time: 300 full-size masks in another memory order would be copies.
+        return {"mask_size": size, "masks": [run_lengths(masks[row]) for row in kept.tolist()]}
 
     def _covered(self, image_id, proposals):
         """IoU with which the best proposals cover this image's boxes: {"AR@100-novel": [G] list, ...}."""

@@ -43,6 +43,7 @@ from ovdet2.command_line import (
 from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
+from ovdet2.io.masks import run_lengths
 from ovdet2.io.progress import progress_bar
 from ovdet2.predictor import FEW_WORDS, Detector, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
@@ -234,7 +235,7 @@ def to_record(
 
     Args:
         path: of the image.
-        instances: its detections, boxes XYXY in pixels.
+        instances: its detections, boxes XYXY in pixels; a mask becomes the "segmentation" of COCO's json.
         names: K words.
         present: words present in the image, for a detector with semantic priors; the entry then has them, and the
             "prior" of each detection.
@@ -245,6 +246,10 @@ def to_record(
             instances.pred_boxes.tensor.tolist(), instances.scores.tolist(), instances.pred_classes.tolist()
         )
     ]
+    if instances.has("pred_masks"):
+        size = list(instances.image_size)
+        for detection, mask in zip(detections, instances.pred_masks):
+            detection["segmentation"] = {"size": size, "counts": run_lengths(mask)}
     if present is None:
         return {"image": str(path), "detections": detections}
     for detection, prior in zip(detections, instances.prior_words.tolist()):

@@ -13,20 +13,21 @@ from PIL import Image
 from ovdet2.io.files import atomic_path
 from ovdet2.report.labels import as_drawn, draw_labels, word_colour
 
+_MASK_ALPHA = 0.35
 _LEAST_SIDE = 640  # longer side of a picture, pixels: smaller ones would leave no room for the labels
 
 
 def draw(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.ndarray:
-    """An image with the box, word and score of each detection, in one colour per word, and with its prior word after
-    "<-" for a detector with semantic priors.
+    """An image with the box, word and score of each detection, in one colour per word; with its mask, if it has one,
+    and with its prior word after "<-" for a detector with semantic priors.
 
     A word that no installed font has the characters for is drawn as its number, see
     :func:`~ovdet2.report.labels.as_drawn`.
 
     Args:
         image: array [H, W, 3] uint8 RGB.
-        instances: detections on the CPU, in pixels of the image, by descending score; with ``prior_words`` of a
-            detector with semantic priors.
+        instances: detections on the CPU, in pixels of the image, by descending score; with ``pred_masks``, bool
+            Tensor [N, H, W], of a detector of masks, and ``prior_words`` of one with semantic priors.
         names: words that ``pred_classes`` and ``prior_words`` index.
 
     Returns:
@@ -41,6 +42,9 @@ def draw(image: np.ndarray, instances: Instances, names: Sequence[str]) -> np.nd
         ]
         labels = [f"{label} <- {prior}" for label, prior in zip(labels, priors)]
     rgb = [word_colour(word) for word in words]
+    if instances.has("pred_masks"):
+        for mask, colour in zip(instances.pred_masks.numpy(), rgb):
+            visualizer.draw_binary_mask(mask, colour, edge_color=colour, alpha=_MASK_ALPHA)
     for box, colour in zip(boxes, rgb):
         visualizer.draw_box(box, alpha=1.0, edge_color=colour)
     draw_labels(visualizer, boxes, labels, rgb)

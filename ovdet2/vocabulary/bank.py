@@ -166,7 +166,7 @@ class WordBank(nn.Module):
         if self.num_base == 0:
             self._store(self._with_trained_mask(self.words))
             logger.info("%d of %d words were base classes in training, by name.", self.num_base, len(self))
-        elif further := sorted(self.trained_base_names - base_names(self.words)):
+        elif self.training and (further := sorted(self.trained_base_names - base_names(self.words))):
             logger.info(
                 "%d words that had training boxes are not among the %d base words of this run. The detector remembers them "
                 "as base words (%s%s).",
