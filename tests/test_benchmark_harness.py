@@ -55,6 +55,8 @@ def test_the_number_of_warm_up_turns_is_an_option(options, passes):
     benchmark = Benchmark("none", "", {}, lambda _: iter([Comparison(counted)]), turns=2, warm_up=3, memory=False)
     benchmark.main([*options, "--device", "cpu"])
     assert len(calls) == passes
+    with pytest.raises(UsageError, match="--warm-up is -1: .* at least 0"):
+        benchmark.main(["--warm-up", "-1"])
 
 
 def test_a_pass_may_take_its_own_time():
@@ -102,8 +104,7 @@ def test_memory_is_measured_in_a_separate_process():
         benchmark_cases.main(["--turns", 0, "--sizes", "0"])
 
 
-@pytest.mark.parametrize("options", [["--turns", "-1"], ["--turns", "0", "--no-memory"], ["--threads", "0"],
-                                     ["--warm-up", "-1"]])  # fmt: skip
+@pytest.mark.parametrize("options", [["--turns", "-1"], ["--turns", "0", "--no-memory"], ["--threads", "0"]])
 def test_numbers_out_of_range(options):
     with pytest.raises(UsageError, match="at least 1"):
         benchmark_cases.main(options)
