@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ovdet2.bench.harness import positive, row_text, size_of, size_text, table_head
+from ovdet2.bench.harness import Benchmark, Candidate, Comparison, positive, row_text, size_of, size_text, table_head
 from ovdet2.bench.memory import peak_above
 from ovdet2.bench.turns import Elapsed, Row, naming, rows_of, take_turns
 from ovdet2.errors import NumericalError, SetupError, UsageError
@@ -46,6 +46,17 @@ def test_turns_alternate_and_the_first_is_not_counted():
     rows = rows_of(found, "a")
     assert rows["a"] == Row(2, 1, 1, 1) and rows["b"] == Row(6, 3, 2, 3)  # median of 6 / 2; within a turn 2, 3 and 2
     assert take_turns({"a": lambda: clock.sleep(5)}, 1, clock, warm_up=0)["a"] == [Elapsed(5)]
+
+
+@pytest.mark.parametrize("options, passes", [([], 5), (["--warm-up", "0"], 2), (["--warm-up", "1"], 3)])
+def test_the_number_of_warm_up_turns_is_an_option(options, passes):
+    calls = []
+    counted = [Candidate("counted", lambda: None, lambda *_: calls.append(1))]
+    benchmark = Benchmark("none", "", {}, lambda _: iter([Comparison(counted)]), turns=2, warm_up=3, memory=False)
+    benchmark.main([*options, "--device", "cpu"])
+    assert len(calls) == passes
+    with pytest.raises(UsageError, match="--warm-up is -1: .* at least 0"):
+        benchmark.main(["--warm-up", "-1"])
 
 
 def test_a_pass_may_take_its_own_time():

@@ -13,7 +13,7 @@ from ovdet2.vocabulary.word_lists import named_words
 pytest.importorskip("transformers")
 from tests.zero_shot_cases import tiny
 
-NARROW = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
+NARROW = ["MODEL.FPN.OUT_CHANNELS", 64, "MODEL.ROI_BOX_HEAD.FC_DIM", 16]
 TINY = {
     "detic-r18": bench.Setup(functools.partial(bench.detic, "lvis/detic_r18_21k.yaml", overrides=NARROW), (64, 96)),
     "grounding-dino-t": bench.Setup(functools.partial(bench.of_transformers, lambda: tiny("grounding-dino")), (64, 96)),
@@ -27,7 +27,20 @@ def lvis():
 
 def test_every_detector_is_timed_with_every_number_of_words(monkeypatch, capsys):
     monkeypatch.setattr(bench, "DETECTORS", TINY)
-    options = ["--words", "5", "20", "--turns", "2", "--no-memory", "--device", "cpu", "--detectors", *TINY]
+    options = [
+        "--words",
+        "5",
+        "20",
+        "--turns",
+        "1",
+        "--warm-up",
+        "0",
+        "--no-memory",
+        "--device",
+        "cpu",
+        "--detectors",
+        *TINY,
+    ]
     results = bench.main(options)
     assert list(results) == [(words, name) for words in ("5", "20") for name in TINY]
     assert all(row.seconds > 0 and row.peak is None for row in results.values())
@@ -54,6 +67,7 @@ def test_more_words_than_lvis_has():
         bench.main(["--words", "1204", "--no-memory"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make, millions", [(bench.owlv2, 155.0), (bench.grounding_dino, 172.3)])
 def test_the_networks_have_the_published_sizes(make, millions):
     with torch.device("meta"):

@@ -135,7 +135,7 @@ class Benchmark:
             raise UsageError(f"{error}.") from None
         require_device(args.device, "--device")
         if args.warm_up < 0:
-            raise UsageError(f"--warm-up is {args.warm_up}: it is a number of turns, at least 0.")
+            raise UsageError(f"--warm-up is {args.warm_up}: it is a number of turns and must be at least 0.")
         if args.turns < 0 or (args.turns == 0 and args.no_memory):
             raise UsageError(f"--turns {args.turns} measures nothing: it must be at least 1.")
         return args

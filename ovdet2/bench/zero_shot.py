@@ -68,7 +68,8 @@ def detic(config: str, size: tuple[int, int], device: str, overrides: Sequence[A
     """A network of Detic of a shipped configuration."""
     every_pair = ["MODEL.MASK_ON", False, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "TEST.DETECTIONS_PER_IMAGE", BOXES]
     cfg = load_config(config, [*every_pair, "MODEL.DEVICE", device, *overrides])
-    model, samples = build_detector(cfg, random_words(["word"], [False])).eval(), noise_samples(size, objects=0)
+    model: Any = build_detector(cfg, random_words(["word"], [False])).eval()
+    samples = noise_samples(size, objects=0)
 
     def set_words(names):
         model.vocabulary.set(random_words(names, [False] * len(names)))
@@ -116,7 +117,7 @@ def grounding_dino() -> tuple[Any, Any]:
     """
     transformers = _transformers()
     images = transformers.GroundingDinoImageProcessor()  # short side 800, at most 1333
-    config = transformers.GroundingDinoConfig()  # by default the one with Swin-T and BERT-base
+    config: Any = transformers.GroundingDinoConfig()  # by default the one with Swin-T and BERT-base
     return _network(config), transformers.GroundingDinoProcessor(images, piece_tokenizer(config.text_config.vocab_size))
 
 
@@ -139,7 +140,7 @@ def clip_tokenizer() -> Any:
     source = SimpleTokenizer()
     start, end = list(source.encoder)[-2:]
     names = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": "!"}  # its id is 0
-    merges = [tuple(pair) for pair in source.bpe_ranks]
+    merges: Any = list(source.bpe_ranks)  # pairs
     return _transformers().CLIPTokenizer(vocab=source.encoder, merges=merges, model_max_length=16, **names)
 
 
@@ -153,7 +154,7 @@ def piece_tokenizer(size: int) -> Any:
     pieces = [piece for piece in list(source.encoder)[: size - len(added)] if piece not in _OF_BERT.values()]
     places = (place for place in range(size) if place not in _OF_BERT)
     vocab = {token: place for place, token in _OF_BERT.items()} | dict(zip(pieces, places))
-    merges = [pair for pair in source.bpe_ranks if "".join(pair) in vocab]
+    merges: Any = [pair for pair in source.bpe_ranks if "".join(pair) in vocab]
     made = Tokenizer(models.BPE(vocab, merges, unk_token="[UNK]", end_of_word_suffix="</w>"))
     made.normalizer, made.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]", "unk_token": "[UNK]"}
