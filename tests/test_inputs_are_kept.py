@@ -3,10 +3,12 @@
 import importlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from ovdet2 import programs
 from ovdet2.command_line import keep_inputs
 from ovdet2.errors import UsageError
 from tests.micro_training import write_data
@@ -86,6 +88,21 @@ PROGRAMS = {
         "model.pth",
     ),
     "import-weights": ("import_deformable_detr", lambda i, o: [i, "--output", o], "detr.safetensors"),
+    "import-weights: detic": (
+        "import_detic",
+        lambda i, o: [i, "--config-file", "ovlvis/detic_r50.yaml", "--output", o],
+        "detic.safetensors",
+    ),
+    "import-weights: detic's words": (
+        "import_detic",
+        lambda i, o: ["in.pth", "--vocabulary", i, "--config-file", "ovlvis/detic_r50.yaml", "--output", o],
+        "detic.safetensors",
+    ),
+    "import-weights: detectron2": (
+        "import_detectron2",
+        lambda i, o: ["--config-file", "coco/clip_on_crops_r50.yaml", "--output", o, i],
+        "crops.safetensors",
+    ),
     "teacher": (
         "evaluate_teacher",
         lambda i, o: ["--dataset", "ov_micro_val", *CLIP, i, "--output", os.path.dirname(o)],
@@ -107,6 +124,16 @@ PROGRAMS = {
         "detections.json",
     ),
 }
+
+
+# It writes reports under fixed names, and reads a folder of a model and a registered data set.
+OF_RUNS = {"evaluate_zero_shot"}
+
+
+def test_every_program_is_tried():
+    files = (Path(programs.__file__).parent).glob("*.py")
+    writing = {file.stem for file in files if '"--output"' in file.read_text(encoding="utf-8")}
+    assert writing - OF_RUNS <= {module for module, *_ in PROGRAMS.values()}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ovdet2.command_line import add_config_file, command_parser
+from ovdet2.command_line import add_config_file, command_parser, keep_inputs
 from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
+    keep_inputs("--output", [args.output], args.weights, args.vocabulary)
     weights = {name: torch.as_tensor(value) for name, value in read_weights(args.weights)["model"].items()}
     cfg = load_config(args.config_file, ["MODEL.DEVICE", "cpu"])
     if not cfg.MODEL.ROI_HEADS.NAME.startswith("Detic"):
