@@ -56,6 +56,7 @@ FAMILIES = {
     "omdet-turbo": Family("{}", 64, independent=False, square=False, nms=0.5),
 }
 _DOT, _DELIMITERS = ".", ".?"  # between the words of a text of Grounding DINO; it would split a word with one of them
+_SHOWN = 3  # prompts named in a note
 
 
 class ZeroShotDetector:
@@ -145,7 +146,7 @@ class ZeroShotDetector:
             words: "cat, red mug", a list, or a word list, see :func:`~ovdet2.vocabulary.read_words`.
 
         Raises:
-            UsageError: no word, synonyms, or a word that is longer than the network's text.
+            UsageError: no word, synonyms, or a word that is longer than the one text of all words that Grounding DINO reads.
         """
         parsed = read_words(words)
         if parsed.synonyms is not None:
@@ -163,12 +164,13 @@ class ZeroShotDetector:
         """Yield (first word, text inputs, an empty span for each word) of each pass over separate prompts."""
         assert self.words_per_pass is not None
         limit = self.network.config.text_config.max_position_embeddings
-        for prompt in prompts:
-            tokens = len(self.processor.tokenizer(prompt)["input_ids"])  # with those of start and end
-            if tokens > limit:
-                raise UsageError(
-                    f"the prompt {prompt!r} has {tokens} tokens, {self.name} takes {limit}: shorten the word."
-                )
+        # With the tokens of start and end. With the usual prompt some names of LVIS are longer than OWLv2's 16.
+        long = [prompt for prompt in prompts if len(self.processor.tokenizer(prompt)["input_ids"]) > limit]
+        if long:
+            shown = ", ".join(map(repr, long[:_SHOWN])) + ", ..." * (len(long) > _SHOWN)
+            print(
+                f"{self.name} reads {limit} tokens of a prompt and not the end of {counted(len(long), 'prompt')}: {shown}"
+            )
         for first in range(0, len(prompts), self.words_per_pass):
             chunk = prompts[first : first + self.words_per_pass]
             yield first, {"prompts": chunk}, [range(0)] * len(chunk)
