@@ -6,8 +6,6 @@ import torch
 from ovdet2.methods.detic.tests.detic_cases import detect, published
 from tests.oracles import detic, detic_cases
 
-HEAVY = [pytest.param(trunk, marks=pytest.mark.slow) for trunk in detic.TRUNKS if trunk != "resnet18"]
-
 
 def require_equal(detections, expected):
     """Boxes to 1e-3 pixels, scores to 1e-5, the same classes, and masks but for 1e-5 of the pixels."""
@@ -20,7 +18,7 @@ def require_equal(detections, expected):
         assert (detections.pred_masks != expected["masks"]).double().mean() < 1e-5
 
 
-@pytest.mark.parametrize("trunk", ["resnet18", detic_cases.C4, *HEAVY])
+@pytest.mark.parametrize("trunk", [*detic.TRUNKS, detic_cases.C4])
 def test_detections_equal_the_oracle(trunk):
     detections = detect(published(trunk), detic_cases.picture(), detic_cases.SHORT_SIDE[trunk])
     require_equal(detections, detic_cases.golden(trunk))
