@@ -4,6 +4,11 @@ Images are drawn with replacement, and AP is computed as if each image were in t
 detections are matched once: a resample only changes the weights of images in the sums of true and false positives. Two
 evaluations on the same images are compared on the same resamples (paired).
 
+An interval has the width of the percentiles of the resamples and is centred on the figure: it is shifted by the
+difference between the figure and the mean of the resamples. AP takes the best precision at each recall or a larger one;
+repeated images make this maximum larger, so that the mean of the resamples lies above the figure, often by more than the
+interval is wide.
+
 Shapes: N images, B resamples, R detections of a class, T = 10 IoU thresholds. Arithmetic is float64.
 Names: ``gt_`` ground truth.
 """
@@ -191,10 +196,12 @@ def bootstrap(
         seed: of the resamples.
 
     Returns:
-        dict for ``json.dumps``: "resamples", "seed", "level" (percent), "intervals" {"AP50-novel": [low, high], ...}
-        and "values" {"AP50-novel": [B percentages], ...}; None where a figure does not exist.
+        dict for ``json.dumps``: "resamples", "seed", "level" (percent), "figures" {"AP50-novel": percent, ...} on the
+        data set, "intervals" {"AP50-novel": [low, high], ...} and "values" {"AP50-novel": [B percentages], ...}; None
+        where a figure does not exist.
     """
     weights = image_weights(len(truth.images), resamples, seed)
+    weights = np.concatenate([np.ones_like(weights[:1], shape=(1, len(truth.images))), weights])  # the data set first
     of_classes = {
         category_id: resampled_ap(matches, weights)
         for category_id, matches in match_classes(truth, detections, split.category_ids, "bbox", federation, crowds)
@@ -206,32 +213,37 @@ def bootstrap(
             for category_id, of_class in of_classes.items()
         }
         for subset, ids in subsets.items():
-            values[f"{name}-{subset}"] = _mean_of([of_name[i] for i in ids if i in of_name], resamples)
+            means = _mean_of([of_name[i] for i in ids if i in of_name], resamples + 1).tolist()
+            values[f"{name}-{subset}"] = [None if math.isnan(mean) else mean for mean in means]
+    intervals = {key: interval(figure, resampled) for key, (figure, *resampled) in values.items()}
     return {
         "resamples": resamples,
         "seed": seed,
         "level": LEVEL,
-        "intervals": {key: interval(of_figure) for key, of_figure in values.items()},
-        "values": {
-            key: [None if math.isnan(value) else value for value in of_figure.tolist()]
-            for key, of_figure in values.items()
-        },
+        "figures": {key: figure for key, (figure, *_) in values.items()},
+        "intervals": {key: ends and [max(ends[0], 0.0), min(ends[1], 100.0)] for key, ends in intervals.items()},
+        "values": {key: resampled for key, (_, *resampled) in values.items()},
     }
 
 
-def interval(values: Sequence[float | None] | np.ndarray, level: float = LEVEL) -> list[float] | None:
-    """The percentile interval of resampled figures: [low, high]; None if no resample has the figure.
+def interval(
+    figure: float | None, resampled: Sequence[float | None], level: float = LEVEL
+) -> list[float] | None:
+    """The interval of a figure: the percentiles of its resamples, shifted so that their mean is the figure.
 
     Args:
-        values: figures; None and nan are skipped.
+        figure: on the data set; None: it does not exist.
+        resampled: on the resamples; None is skipped.
         level: percent of the resamples that lie within.
+
+    Returns:
+        [low, high]; None without a figure or without resamples of it.
     """
-    array = np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-    array = array[~np.isnan(array)]
-    if not len(array):
+    known = np.array([value for value in resampled if value is not None], dtype=np.float64)
+    if figure is None or not len(known):
         return None
     tail = (100 - level) / 2
-    return [float(value) for value in np.percentile(array, [tail, 100 - tail])]
+    return [float(figure + value) for value in np.percentile(known - known.mean(), [tail, 100 - tail])]
 
 
 def paired_intervals(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> dict[str, list[float]]:
@@ -248,10 +260,15 @@ def paired_intervals(a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -
     intervals = {}
     for key in a["values"]:
         pairs = zip(a["values"][key], b["values"].get(key, []))
-        found = interval([None if None in pair else pair[1] - pair[0] for pair in pairs], a["level"])
+        difference = _difference(a["figures"].get(key), b["figures"].get(key))
+        found = interval(difference, [_difference(*pair) for pair in pairs], a["level"])
         if found is not None:
             intervals[key] = found
     return intervals
+
+
+def _difference(before, after):
+    return None if before is None or after is None else after - before
 
 
 def _mean_of(columns, resamples):
