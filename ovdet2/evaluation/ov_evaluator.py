@@ -19,12 +19,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ovdet2.errors import DataError, NumericalError, UsageError
-from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class
+from ovdet2.evaluation.bootstrap import LARGE, RESAMPLES
+from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class, resampled
 from ovdet2.evaluation.prediction_files import MERGED, PredictionWriter, merge, read_merged
 from ovdet2.evaluation.predictions import read_predictions
 from ovdet2.evaluation.proposal_recall import covered_iou
 from ovdet2.evaluation.provenance import provenance
 from ovdet2.evaluation.report import build_report, format_table, to_results
+from ovdet2.evaluation.setting import Setting
 from ovdet2.io.files import sha256_file, write_json
 
 PROPOSAL_LIMITS = (100, 300, 1000)
@@ -54,6 +56,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         decoder_layers: number of decoder layers, for a detector that gives the detections of every layer; else 0. The
             predictions of those before the last go to separate folders, ``decoder_layer_01`` and so on, the figures
             of all into "decoder_layers" of the report.
+        resamples: of the images, for the intervals of AP and AP50 ("bootstrap" of the report, see
+            :mod:`~ovdet2.evaluation.bootstrap`); 0: none. Large data sets have none, see :meth:`measure_again`.
 
     After :meth:`evaluate`, the first process has ``evaluation``, an
     :class:`~ovdet2.evaluation.evaluation.Evaluation`; it is None before, and on the others.
@@ -72,6 +76,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         distractors=(),
         facts=None,
         decoder_layers=0,
+        resamples=RESAMPLES,
     ):
         self._truth, self._split = load_truth(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
@@ -81,6 +86,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         self._proposal_limits = [limit for limit in PROPOSAL_LIMITS if limit <= proposals_per_image]
         self._distractors, self._facts = tuple(distractors), dict(facts or {})
         self._layer_folders = [self._output_dir / f"{_LAYER}{number:02d}" for number in range(1, decoder_layers)]
+        self._resamples, self._on_request = resamples, False
         self._writer: PredictionWriter | None = None
         self.evaluation: Evaluation | None = None
         self._layer_writers: list[PredictionWriter] = []
@@ -153,7 +159,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
     def measure_again(self) -> Evaluation:
         """Measure the predictions.jsonl of an evaluation that stopped after its inference, and write report.json.
 
-        Call it in one process.
+        Call it in one process. The intervals of AP are made for a large data set, too.
 
         Returns:
             :class:`~ovdet2.evaluation.evaluation.Evaluation`.
@@ -169,7 +175,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
                 raise DataError(
                     f"{path} does not have the images of {self._dataset_name}: give the data set of the predictions."
                 )
-        self._started = time.perf_counter()
+        self._started, self._on_request = time.perf_counter(), True
         return self._measure()
 
     def _close(self):
@@ -280,6 +286,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             "detections_per_image": self._max_detections,
             "distractors": list(self._distractors),
             "distractor_detections": predictions.distractor_detections,
+            "setting": Setting().to_report(),
             "processes": comm.get_world_size(),
             "seconds": round(time.perf_counter() - self._started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -287,7 +294,22 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             **self._facts,
         }
         objects = objects_per_class(self._truth, self._split)
-        return build_report(self._split, self._metric, figures, objects, predictions.recall, facts, layers)
+        report = build_report(self._split, self._metric, figures, objects, predictions.recall, facts, layers)
+        if intervals := self._bootstrap(predictions.detections):
+            report["bootstrap"] = intervals
+        return report
+
+    def _bootstrap(self, detections):
+        """The entry "bootstrap" of the report; None without it."""
+        if not self._resamples or (len(detections) > LARGE and not self._on_request):
+            if self._resamples:
+                logger.info(
+                    "%s detections: the intervals of AP are made by ovdet2 report make --bootstrap.", f"{len(detections):,}"
+                )
+            return None
+        return resampled(
+            self._truth, detections, self._split, self._metric, self._max_detections, self._resamples
+        )
 
     def _figures(self, detections):
         return measure(self._truth, detections, self._split, self._metric, self._max_detections)

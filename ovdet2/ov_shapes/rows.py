@@ -160,6 +160,7 @@ _ROWS = {
 ENTRIES = {name: replace(entry, settings_by="val") for name, entry in _ROWS.items()}
 
 COLUMNS = {
+    "setting": Column(("setting", "letters"), str),
     "novel AP50": Column(("bbox", "AP50-novel")),
     "unseen nouns": Column(("bbox", "AP50-unseen_nouns")),
     "unseen combinations": Column(("bbox", "AP50-unseen_combinations")),

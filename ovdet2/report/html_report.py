@@ -13,6 +13,7 @@ from ovdet2.errors import DataError
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.error_analysis import ERROR_KINDS, RECALLS, SUBSETS, analyse, telling_images
 from ovdet2.evaluation.matching import match
+from ovdet2.evaluation.setting import read_setting, setting_rows
 from ovdet2.io.files import write_text
 from ovdet2.report.html_parts import (
     bar,
@@ -33,7 +34,10 @@ from ovdet2.report.pictures import Pictures
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
-_SHOWN_APART = {"schema", "evaluator_type", "classes", "per_class", "decoder_layers", *TASKS}
+_SHOWN_APART = {
+    "schema", "evaluator_type", "classes", "per_class", "decoder_layers", "setting", "bootstrap", "scores_tell_nothing",
+    *TASKS,
+}  # fmt: skip
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
     "localisation": "right word, IoU of 0.1 to 0.5",
@@ -92,9 +96,12 @@ def write_html(
 def summary(report: dict[str, Any]) -> str:
     """What was measured, the main figures, and all of them."""
     main = next(iter(report["bbox"]), "AP50-novel").partition("-")[0]
+    intervals = (report.get("bootstrap") or {}).get("intervals", {})
+    letters = read_setting(report)["letters"]
     cards = "".join(
         f'<div class="card {subset}">{text(main)} {subset}<b>{number(report["bbox"].get(f"{main}-{subset}"), 1)}</b>'
-        f'<span class="quiet">{_classes(report["classes"][subset])} classes</span></div>'
+        f"{_interval(intervals.get(f'{main}-{subset}'))}"
+        f'<span class="quiet">{_classes(report["classes"][subset])} classes, setting {text(letters)}</span></div>'
         for subset in SUBSETS
         if subset in report["classes"]
     )
@@ -116,11 +123,21 @@ def summary(report: dict[str, Any]) -> str:
         if report.get(task)
     )
     note = "Classes: with ground truth / in the split; those without are not averaged."
+    if intervals:
+        note += (
+            f" Below a figure: its {report['bootstrap']['level']}% interval by {report['bootstrap']['resamples']} resamples of "
+            "the images."
+        )
     stated = [(key.replace("_", " "), _fact(value)) for key, value in report.items() if key not in _SHOWN_APART]
     return (
         f'{measured}<div class="cards">{cards}</div>{figures}<p class="quiet">{note}</p>'
+        f"<h3>What the training saw</h3>{facts([(title, text(said)) for title, said in setting_rows(report)])}"
         f"<h3>How it was measured</h3>{facts(stated)}"
     )
+
+
+def _interval(ends):
+    return f'<span class="quiet">{number(ends[0], 1)} to {number(ends[1], 1)}</span><br>' if ends else ""
 
 
 def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapping[str, int]]) -> str:
