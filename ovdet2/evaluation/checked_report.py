@@ -10,7 +10,7 @@ from ovdet2.io.files import read_json
 SCHEMA = "ovdet2/report/"
 _REMEDY = "give the report.json of an evaluation by ovdet2, or evaluate again"
 _COUNTS = ("images", "detections", "detections_per_image", "distractor_detections")
-_TEXTS = ("dataset", "split", "protocol", "metric", "evaluator_type")
+_TEXTS = ("dataset", "split", "protocol", "metric", "evaluator_type", "scores_tell_nothing")
 _TASKS = ("bbox", "segm", "proposals")
 
 

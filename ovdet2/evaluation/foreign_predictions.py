@@ -41,10 +41,12 @@ class ForeignDetections:
         detections: in the order of the file; ``scores`` are nan where the file has none.
         outside: {name: number} of detections of classes that the annotation file has and the split has not; they are
             among ``detections``, with their category ids.
+        unscored: the first entry without a score, as messages name it; "" if all have one.
     """
 
     detections: Detections
     outside: dict[str, int]
+    unscored: str = ""
 
 
 def read_foreign(
@@ -54,6 +56,7 @@ def read_foreign(
     names: Mapping[int, str],
     boxes: str = XYWH,
     masks: bool = False,
+    folder: str | Path | None = None,
 ) -> ForeignDetections:
     """Read the detections of a file.
 
@@ -67,11 +70,12 @@ def read_foreign(
         names: {category id: class name} of the annotation file, for classes outside of the split.
         boxes: form of "bbox", "xywh" or "xyxy".
         masks: read "segmentation"; all entries must have it, or none.
+        folder: of the unnamed file that holds the masks meanwhile; None: the system's for such files.
 
     Raises:
         DataError: the file is missing or has another form, or an entry is invalid; or the boxes are not ``boxes``.
     """
-    reader = _Reader(Path(path), truth, split, names, boxes, masks)
+    reader = _Reader(Path(path), truth, split, names, boxes, masks, folder)
     for index, entry in enumerate(entries_of(Path(path))):
         reader.add(index, entry)
     return reader.finish()
@@ -91,6 +95,7 @@ def entries_of(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path} is empty: give a list of detections in COCO's results form.")
             is_list, place = text[0] == "[", int(text[0] == "[")
             while True:
+                problem = None
                 place = _next(text, place, count)
                 if place >= len(text) or (is_list and text[place] == "]"):
                     if place < len(text):
@@ -107,16 +112,14 @@ def entries_of(path: Path) -> Iterator[Any]:
                         if len(text) - place > _LONGEST:
                             raise _damaged(path, count, error) from None
                         problem = error
-                    else:
-                        problem = None
                 more = handle.read(_CHUNK)
                 if not more:
-                    if place < len(text):
+                    if place < len(text) and problem is not None:
                         raise _damaged(path, count, problem)
                     break
                 text, place = text[place:] + more, 0
             if is_list and not ended:
-                raise DataError(f"{path} ends after entry {count - 1}, within the list: it was not written to its end.")
+                raise DataError(f"{path} ends within the list, after {count} entries: it was not written to its end.")
             if text[place:].strip() or handle.read(_CHUNK).strip():
                 raise DataError(f"{path} has text after the list of {count} entries: give the list only.")
     except FileNotFoundError:
@@ -141,15 +144,16 @@ def _damaged(path, count, error):
 class _Reader:
     """Collects entries in one growing buffer per column, and evidence about the form of the boxes."""
 
-    def __init__(self, path, truth, split, names, boxes, masks):
+    def __init__(self, path, truth, split, names, boxes, masks, folder):
         self._path, self._images, self._boxes, self._with_masks = path, truth.images, boxes, masks
         self._split, self._names = split, names
         self._ids = set(split.category_ids)
         self._id_of = {name: category_id for category_id, name in names.items()}
         self._id_of |= dict(zip(split.names, split.category_ids))
         self._buffers = {"image_ids": array("q"), "category_ids": array("q"), "scores": array("f"), "boxes": array("f")}
-        self._masks = _Codes(path.parent) if masks else None
+        self._masks = _Codes(folder) if masks else None
         self._outside: dict[str, int] = {}
+        self._unscored = ""
         self._leaves, self._no_xyxy, self._largest, self._leaver = 0, 0, 0.0, ""
 
     def add(self, index, entry):
@@ -243,6 +247,8 @@ class _Reader:
         self._largest = max(self._largest, abs(a), abs(b), abs(c), abs(d))
         if score is not None and not _is_number(score):
             raise self._fault(where, f"score is {_short(score)}", "give a finite number")
+        if score is None:
+            self._unscored = self._unscored or where
         self._buffers["image_ids"].append(image["image_id"] if "image_id" in image else image["id"])
         self._buffers["category_ids"].append(category_id)
         self._buffers["scores"].append(math.nan if score is None else score)
@@ -289,7 +295,7 @@ class _Reader:
         )
         masks = self._masks.finish() if self._masks is not None and len(self._masks) else None
         detections = Detections(image_ids, category_ids, scores, boxes.reshape(-1, 4), masks)
-        return ForeignDetections(detections, self._outside)
+        return ForeignDetections(detections, self._outside, self._unscored)
 
     def _fault(self, where, what, remedy):
         return DataError(f"{self._path}: {where}: {what}: {remedy}.")

@@ -72,6 +72,7 @@ def build_report(
     recall: dict[str, float],
     facts: dict[str, Any],
     earlier_layers: Sequence[dict[int, dict[str, float]]] = (),
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json.
 
@@ -83,6 +84,7 @@ def build_report(
         recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
         facts: further entries: dataset, images, detections_per_image, seconds, versions, ...
         earlier_layers: like ``figures["bbox"]``, for each decoder layer before the last; ``figures`` are of the last.
+        names: the figures; None: those of the metric, see :func:`figure_names`.
 
     Returns:
         dict for ``json.dumps``; no nan in it. "bbox", "segm" and "proposals" are flat: {"AP50-novel": percent, ...},
@@ -91,10 +93,10 @@ def build_report(
         with AP50 and AP (where the metric has it) of each layer, the last one's as in "bbox"; empty without
         ``earlier_layers``.
     """
-    names = figure_names(metric, facts["detections_per_image"])
+    names = figure_names(metric, facts["detections_per_image"]) if names is None else names
     means = {task: class_means(figures[task], split, names) if task in figures else {} for task in TASKS}
     if metric == "ov_lvis":
-        for of_task in filter(None, means.values()):
+        for of_task in (of_task for of_task in means.values() if "AP-all" in of_task):
             of_task.update((f"AP{group}", of_task[f"AP-{group}"]) for group in "rcf" if f"AP-{group}" in of_task)
     return {
         "schema": SCHEMA,
@@ -147,6 +149,8 @@ def format_table(report: dict[str, Any]) -> str:
         f"{report['metric']}; {report['detections_per_image']} detections per image",
         f"{report['images']} images, {report['detections']} detections, {report['seconds']:.1f} s",
     ]
+    if report.get("scores_tell_nothing"):
+        lines.append(f"no AP: {report['scores_tell_nothing']}")
     lines.append(f"setting {setting['letters']}: {meaning(setting['letters'])}")
     lines.append("trained on " + "; ".join(f"{title}: {text}" for title, text in setting_rows(report)[1:]))
     if report["distractors"]:

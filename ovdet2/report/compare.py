@@ -57,7 +57,8 @@ def compare(a: dict[str, Any], b: dict[str, Any], most: int = 10) -> dict[str, A
         rows = [(key, one.get(key), other.get(key)) for key in dict.fromkeys((*one, *other))]
         if rows:
             figures[task] = [(*row, _difference(*row[1:])) for row in rows]
-    metric = "AP50" if any(row.get("AP50") is not None for row in a["per_class"]) else "AP"
+    known = [key for key in ("AP50", "AP", "R50") if any(row.get(key) is not None for row in a["per_class"])]
+    metric = known[0] if known else "AP"
     of_a = {row["category_id"]: row.get(metric) for row in a["per_class"]}
     changes = [
         (row["name"], row["subset"], before, row[metric], row[metric] - before)

@@ -72,17 +72,18 @@ def write_html(
         DataError: a detection in an image that the data set does not have. A missing or damaged image file is no error
             but is stated in the report.
     """
+    title = f"{report['dataset']}: {report['split']}"
+    head = title, f"<h1>{text(title)}</h1>", summary(report), class_section(report["per_class"])
+    if report.get("scores_tell_nothing"):  # the other sections go by the order of the scores
+        write_text(path, page(*head))
+        return
     matches = match(truth, detections, crowds=report["evaluator_type"] != "ov_voc")
     analysis = analyse(truth, detections, split, matches)
     drawn = Pictures(truth, detections, split, matches)
-    title = f"{report['dataset']}: {report['split']}"
     write_text(
         path,
         page(
-            title,
-            f"<h1>{text(title)}</h1>",
-            summary(report),
-            class_section(report["per_class"]),
+            *head,
             curve_section(analysis["curves"]),
             error_section(analysis, report),
             confusion_section(analysis["confusion"]),
@@ -112,10 +113,11 @@ def summary(report: dict[str, Any]) -> str:
         if asked
         else "There were no distractor words"
     )
+    why = report.get("scores_tell_nothing")
     measured = (
         f"<p>{text(report['protocol'])}. {text(report['metric'])}. {report['images']:,} images, "
         f"{report['detections']:,} detections, at most {report['detections_per_image']} an image. {distractors}. "
-        "All figures are percent.</p>"
+        "All figures are percent.</p>" + (f'<p class="warning">No AP: {text(why)}</p>' if why else "")
     )
     figures = "".join(
         f"<h3>{title}</h3>{figure_table(report[task], report['classes'])}"
@@ -163,14 +165,14 @@ def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapp
 
 
 def class_section(per_class: Sequence[dict[str, Any]]) -> str:
-    """AP50 of each class, best first, novel ones in another colour; AP if there is no AP50.
+    """AP50 of each class, best first, novel ones in another colour; AP or recall if there is no AP50.
 
     Args:
         per_class: rows of the report, at least one: {"name", "subset", "boxes", "AP50", "AP", ...}, with masks also
             "segm", a dict of the figures of masks.
     """
-    columns = [key for key in ("AP50", "AP") if any(key in row for row in per_class)]
-    metric = "AP50" if any(row.get("AP50") is not None for row in per_class) else "AP"
+    columns = [key for key in ("AP50", "AP", "P50", "R50") if any(key in row for row in per_class)]
+    metric = next((key for key in ("AP50", "AP", "R50") if any(row.get(key) is not None for row in per_class)), "AP")
     rows = sorted(per_class, key=lambda row: -math.inf if row.get(metric) is None else row[metric], reverse=True)
     shown = [row for row in rows if row.get(metric) is not None]
     cells = [
