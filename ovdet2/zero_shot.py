@@ -293,7 +293,7 @@ def token_to_word_probs(token_probs: Tensor, spans: Sequence[range]) -> Tensor:
 
 
 def evaluate(
-    detector: ZeroShotDetector, dataset: str, output: str | Path, setting: Setting = Setting()
+    detector: ZeroShotDetector, dataset: str, output: str | Path, setting: Setting | None = None
 ) -> Mapping[str, Mapping[str, float]]:
     """Evaluate a zero-shot detector with the evaluator of all detectors: base, novel and all classes, one report.json.
 
@@ -301,7 +301,7 @@ def evaluate(
         detector: its vocabulary becomes that of the data set, and the number of detections that of its metric.
         dataset: of :func:`~ovdet2.data.datasets.register_ov_dataset`.
         output: folder of the report.
-        setting: what the training saw, for the report.
+        setting: what the training saw, for the report; None: unknown.
 
     Returns:
         As :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate`.
@@ -315,7 +315,9 @@ def evaluate(
         raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
     detector.set_vocabulary(list(split.names))
     detector.detections = DETECTION_LIMITS[MetadataCatalog.get(dataset).evaluator_type]
-    evaluator = OpenVocabularyEvaluator(dataset, output, facts=detector.facts | {"setting": setting.to_report()})
+    evaluator = OpenVocabularyEvaluator(
+        dataset, output, facts=detector.facts | {"setting": (setting or Setting()).to_report()}
+    )
     evaluator.reset()
     for record in progress_bar(DatasetCatalog.get(dataset), desc="detecting", unit="image"):
         evaluator.process([record], [{"instances": detector.predict(record["file_name"])}])

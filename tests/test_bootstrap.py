@@ -137,9 +137,7 @@ def test_a_paired_difference_uses_the_same_images():
     truth, found = columns_of(*random_set(6, images=40))
     a = bootstrap(truth, found, SPLIT, ("AP50",), SUBSETS)
     assert all(ends == [0.0, 0.0] for ends in paired_intervals(a, copy.deepcopy(a)).values())
-    fewer = type(found)(
-        *(getattr(found, name)[::2] for name in ("image_ids", "category_ids", "scores", "boxes_xyxy"))
-    )
+    fewer = type(found)(*(getattr(found, name)[::2] for name in ("image_ids", "category_ids", "scores", "boxes_xyxy")))
     b = bootstrap(truth, fewer, SPLIT, ("AP50",), SUBSETS)
     low, high = paired_intervals(a, b)["AP50-base"]
     differences = np.array([y - x for x, y in zip(a["values"]["AP50-base"], b["values"]["AP50-base"])])

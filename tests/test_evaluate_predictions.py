@@ -1,6 +1,7 @@
 """`ovdet2 eval --predictions`: files of other tools, without a hand edit; malformed files; no scores; scores from a CLIP."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -100,8 +101,11 @@ def test_a_json_of_transformers_is_evaluated_as_it_is(run, tmp_path):
     torch.manual_seed(0)
     network = transformers.YolosForObjectDetection(config).eval()
     processor, results = transformers.YolosImageProcessor(size={"height": 64, "width": 64}), []
-    pixels = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
+    for weights in network.class_labels_classifier.parameters():
+        torch.nn.init.normal_(weights)
+    random = np.random.default_rng(0)
     for image in data["images"]:
+        pixels = random.integers(0, 255, (SIDE, SIDE, 3), np.uint8)
         with torch.no_grad():
             output = network(**processor(images=pixels, return_tensors="pt"))
         [found] = processor.post_process_object_detection(output, threshold=0.0, target_sizes=[(SIDE, SIDE)])
@@ -164,7 +168,7 @@ HERE = r"entry 1 \(image id 9\)"
     [
         ("", "is empty"),
         ("{]", "entry 0 is not valid JSON"),
-        (json.dumps(good()[1])[:-1], "after 2 entries"),
+        (json.dumps(good()[1])[:-1], "within the list, at entry"),
         (json.dumps(good()[1])[:-30], "entry 1 is not valid JSON"),
         (json.dumps(good()[1]) + "[]", "after the list of 2 entries"),
         ({"annotations": good()[1]}, "entry 0: it has no image_id.*give the list 'annotations'"),
@@ -307,7 +311,15 @@ def test_rescoring_needs_no_scores_and_is_stated(run, micro_clip_weights, tmp_pa
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)).save(tmp_path / "1.jpg")
     for entry in entries:
         del entry["score"]
-    clip = ["--rescore", "--architecture", "micro-clip", "--pretrained", str(micro_clip_weights), "--templates", "single"]
+    clip = [
+        "--rescore",
+        "--architecture",
+        "micro-clip",
+        "--pretrained",
+        str(micro_clip_weights),
+        "--templates",
+        "single",
+    ]
     report = run(data, [*entries, {**entries[0], "category_id": 77}], *clip)
     assert "softmax" in report["scores"] and "1 detection of other classes dropped" in report["scores"]
     assert report["setting"]["teacher"].startswith("micro-clip") and report["bbox"]["AP50-base"] == 100
@@ -331,13 +343,18 @@ def test_the_verb_compares_with_a_report(make_evaluator, registered, tmp_path, c
     assert "setting: A unknown: what the training saw is not known; B VW" in printed
 
 
-def test_entries_are_read_in_constant_memory(tmp_path):
-    """A generator: the first entry comes before the file is read to its end."""
+def test_entries_are_read_in_constant_memory(tmp_path, monkeypatch):
+    """The file is longer than a chunk, which is all that is held."""
+    monkeypatch.setattr(foreign_predictions, "_CHUNK", 1000)
     path = tmp_path / "long.json"
-    path.write_text("[" + ",".join(json.dumps({"a": number}) for number in range(200_000)) + "]")
+    path.write_text("[" + ",".join(json.dumps({"a": number}) for number in range(20_000)) + "]")
     entries = entries_of(path)
     assert next(entries) == {"a": 0}
-    assert sum(1 for _ in entries) == 199_999
+    tracemalloc.start()
+    assert sum(1 for _ in entries) == 19_999
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50_000 < path.stat().st_size
 
 
 def test_a_split_without_novel_classes(run):

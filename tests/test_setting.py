@@ -37,11 +37,17 @@ def test_letters_follow_from_the_entries(entries, letters):
 
 def test_the_user_states_letters_and_entries():
     made = stated_setting("VW", ["boxes=Objects365, 365 classes", "captions=none"])
-    assert (made.letters, made.boxes, made.captions, made.novel_names) == ("VW", "Objects365, 365 classes", "none", "no")
+    assert (made.letters, made.boxes, made.captions, made.novel_names) == (
+        "VW",
+        "Objects365, 365 classes",
+        "none",
+        "no",
+    )
     assert (made.teacher, made.image_labels, made.stated_by) == ("unknown", "unknown", "the command line")
-    assert stated_setting("none", []).to_report() == Setting(
-        "unknown", "none", "none", "no", "none", "none", "", "the command line"
-    ).to_report()
+    assert (
+        stated_setting("none", []).to_report()
+        == Setting("unknown", "none", "none", "no", "none", "none", "", "the command line").to_report()
+    )
     assert stated_setting(None, []) == Setting()
     assert stated_setting(None, ["novel_names=yes"]).letters == "V?GW?"
 

@@ -76,7 +76,7 @@ def match_classes(
             ignored |= found["lvis_mark"]
         for image_id in np.intersect1d(gt["image_ids"], found["image_ids"]).tolist():
             rows, crowd = slice_of(found["image_ids"], image_id), gt["iscrowd"][slice_of(gt["image_ids"], image_id)]
-            overlaps = np.asarray(image_overlaps(gt, found, image_id, crowds), dtype=np.float64)
+            overlaps = image_overlaps(gt, found, image_id, crowds)
             _match_image(overlaps, crowd.astype(bool), true[:, rows], ignored[:, rows])
         order = np.lexsort((found["image_ids"], -found["score"]))
         gt_image_ids = gt["image_ids"][gt["iscrowd"] == 0]
@@ -226,9 +226,7 @@ def bootstrap(
     }
 
 
-def interval(
-    figure: float | None, resampled: Sequence[float | None], level: float = LEVEL
-) -> list[float] | None:
+def interval(figure: float | None, resampled: Sequence[float | None], level: float = LEVEL) -> list[float] | None:
     """The interval of a figure: the percentiles of its resamples, shifted so that their mean is the figure.
 
     Args:

@@ -67,7 +67,9 @@ def _bootstrap(made):
         yield "bootstrap", made
         return
     counts = ("resamples", "seed", "level")
-    yield from ((f"bootstrap.{key}", "missing") for key in (*counts, "figures", "intervals", "values") if key not in made)
+    yield from (
+        (f"bootstrap.{key}", "missing") for key in (*counts, "figures", "intervals", "values") if key not in made
+    )
     yield from _wrong(made, "bootstrap.", dict.fromkeys(counts, _is_count))
     yield from _figures(made.get("figures") or {}, "bootstrap.figures")
     for entry, length in (("intervals", 2), ("values", made.get("resamples"))):

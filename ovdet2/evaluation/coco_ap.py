@@ -102,7 +102,7 @@ def image_overlaps(gt: dict[str, Any], found: dict[str, Any], image_id: int, cro
     """
     of_gt, of_found = (slice_of(columns["image_ids"], image_id) for columns in (gt, found))
     by_share = (gt["by_share"][of_gt] & crowds).astype(int)
-    return mask_api.iou(found["shapes"][of_found], gt["shapes"][of_gt], by_share)
+    return np.asarray(mask_api.iou(found["shapes"][of_found], gt["shapes"][of_gt], by_share), dtype=np.float64)
 
 
 def mean_of(values: Iterable[float]) -> float:

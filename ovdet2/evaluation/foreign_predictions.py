@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pycocotools.mask as mask_api
+import pycocotools.mask
 
 from ovdet2.data.datasets.coco_json import Split, first_few
 from ovdet2.errors import DataError, did_you_mean
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.predictions import MaskColumn
 
+mask_api: Any = pycocotools.mask  # its types have no plain dicts
 XYWH, XYXY = "xywh", "xyxy"
 _CHUNK = 1 << 20  # characters
 _LONGEST = 64 * _CHUNK  # of one entry
@@ -119,7 +120,7 @@ def entries_of(path: Path) -> Iterator[Any]:
                     break
                 text, place = text[place:] + more, 0
             if is_list and not ended:
-                raise DataError(f"{path} ends within the list, after {count} entries: it was not written to its end.")
+                raise DataError(f"{path} ends within the list, at entry {count}: it was not written to its end.")
             if text[place:].strip() or handle.read(_CHUNK).strip():
                 raise DataError(f"{path} has text after the list of {count} entries: give the list only.")
     except FileNotFoundError:
@@ -184,17 +185,20 @@ class _Reader:
         ids, scores, boxes = (entry.get(key) for key in ("category_ids", "scores", "boxes_xyxy"))
         lists = (ids, scores, boxes)
         if not all(isinstance(each, list) for each in lists) or len({len(each) for each in lists}) > 1:
-            raise self._fault(where, "its category_ids, scores and boxes_xyxy are no lists of one length", "write it again")
-        codes = entry.get("masks") if self._masks is not None else None
+            raise self._fault(
+                where, "its category_ids, scores and boxes_xyxy are no lists of one length", "write it again"
+            )
+        masks = self._masks
+        codes = entry.get("masks") if masks is not None else None
         for number, (category_id, score, box) in enumerate(zip(*lists)):
             place = f"{where}, detection {number}"
             category_id = self._category_of(place, {"category_id": category_id})
             self._append(place, image, category_id, box, score, XYXY)
-            if codes is not None:
+            if masks is not None and codes is not None:
                 if not isinstance(codes, list) or len(codes) != len(scores):
                     raise self._fault(where, "its masks are no list of one for each box", "write it again")
                 segmentation = {"size": entry.get("mask_size"), "counts": codes[number]}
-                self._masks.add(self._code_of(place, {"segmentation": segmentation}, image))
+                masks.add(self._code_of(place, {"segmentation": segmentation}, image))
 
     def _image_of(self, index, entry):
         """(where, the image's record): ``where`` names the entry in messages."""
@@ -217,7 +221,9 @@ class _Reader:
                 remedy = f"use its names{did_you_mean(value, self._id_of)}"
                 raise self._fault(where, f"the data set has no class named {_short(value)}", remedy)
         if category_id is None:
-            raise self._fault(where, f"category_id is {_short(value)}", "give the id or the name of the annotation file")
+            raise self._fault(
+                where, f"category_id is {_short(value)}", "give the id or the name of the annotation file"
+            )
         if category_id not in self._ids:
             if category_id not in self._names:
                 raise self._fault(

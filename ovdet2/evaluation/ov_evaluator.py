@@ -324,12 +324,11 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         if self._scores_tell_nothing or not self._resamples or (len(detections) > LARGE and not self._on_request):
             if self._resamples and not self._scores_tell_nothing:
                 logger.info(
-                    "%s detections: the intervals of AP are made by ovdet2 report make --bootstrap.", f"{len(detections):,}"
+                    "%s detections: the intervals of AP are made by ovdet2 report make --bootstrap.",
+                    f"{len(detections):,}",
                 )
             return None
-        return resampled(
-            self._truth, detections, self._split, self._metric, self._max_detections, self._resamples
-        )
+        return resampled(self._truth, detections, self._split, self._metric, self._max_detections, self._resamples)
 
     def _figures(self, detections):
         if self._scores_tell_nothing:

@@ -104,7 +104,9 @@ class Setting:
     def _with_letters(self, letters):
         given = "" if letters == NONE else letters
         if not set(given) <= set(LETTERS) or len(set(given)) < len(given) or letters == "":
-            raise UsageError(f"the setting {letters!r} has other letters than {', '.join(LETTERS)}: give such as VW, or none.")
+            raise UsageError(
+                f"the setting {letters!r} has other letters than {', '.join(LETTERS)}: give such as VW, or none."
+            )
         for letter, value in self._holds().items():
             if value is not None and value is not (letter in given):
                 raise UsageError(
@@ -162,8 +164,9 @@ def add_setting_options(parser: ArgumentParser) -> None:
     )
 
 
-def stated_setting(letters: str | None, seen: Iterable[str], start: Setting = Setting()) -> Setting:
-    """The setting of the options of :func:`add_setting_options`; what they do not state is that of ``start``.
+def stated_setting(letters: str | None, seen: Iterable[str], start: Setting | None = None) -> Setting:
+    """The setting of the options of :func:`add_setting_options`; what they do not state is that of ``start``, or
+    unknown without one.
 
     Raises:
         UsageError: see :meth:`Setting.changed`; or a text without "=".
@@ -172,7 +175,7 @@ def stated_setting(letters: str | None, seen: Iterable[str], start: Setting = Se
     for name, equals, _ in pairs:
         if not equals:
             raise UsageError(f"--seen {name!r} has no '=': give such as boxes='Objects365' or novel_names=no.")
-    return start.changed({name: text for name, _, text in pairs}, letters, "the command line")
+    return (start or Setting()).changed({name: text for name, _, text in pairs}, letters, "the command line")
 
 
 def _used(text):
@@ -180,5 +183,3 @@ def _used(text):
     if text.endswith("(trunk)") and ("," not in text and ";" not in text):
         return False
     return {NONE: False, UNKNOWN: None}.get(text, True)
-
-

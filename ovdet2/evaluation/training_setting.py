@@ -119,9 +119,7 @@ def _novel_names(cfg, seen, novel, trained_names):
         known |= {clean_name(name) for name in split.names} if split else set()
     if wanted & known:
         return "yes"
-    foreign = any(
-        method.is_on(cfg) and not type(method).__module__.startswith("ovdet2.") for method in methods_of(cfg)
-    )
+    foreign = any(method.is_on(cfg) and not type(method).__module__.startswith("ovdet2.") for method in methods_of(cfg))
     return UNKNOWN if seen[CAPTIONS] or unresolved or foreign else "no"
 
 

@@ -160,7 +160,6 @@ _ROWS = {
 ENTRIES = {name: replace(entry, settings_by="val") for name, entry in _ROWS.items()}
 
 COLUMNS = {
-    "setting": Column(("setting", "letters"), str),
     "novel AP50": Column(("bbox", "AP50-novel")),
     "unseen nouns": Column(("bbox", "AP50-unseen_nouns")),
     "unseen combinations": Column(("bbox", "AP50-unseen_combinations")),
@@ -169,6 +168,7 @@ COLUMNS = {
     "all AP50": Column(("bbox", "AP50-all")),
     "novel AR@100": Column(("proposals", "AR@100-novel")),
     "base AR@100": Column(("proposals", "AR@100-base")),
+    "setting": Column(("setting", "letters"), str),
     "settings by": Column(("settings_by",), str),
 }
 

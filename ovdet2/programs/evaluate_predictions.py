@@ -111,16 +111,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_parser("eval", __doc__)
     parser.add_argument("--predictions", type=Path, required=True, metavar="FILE", help="detections of all images")
     parser.add_argument("--dataset", required=True, help="registered open-vocabulary data set")
-    parser.add_argument("--output", type=Path, required=True, help="folder of report.json, report.html and predictions.jsonl")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of report.json, report.html and predictions.jsonl"
+    )
     parser.add_argument("--boxes", choices=[XYWH, XYXY], default=XYWH, help="form of bbox in the file (xywh)")
     parser.add_argument("--detections", type=int, metavar="N", help="best of an image that count (100; LVIS: 300)")
-    parser.add_argument("--without-ap", action="store_true", help="accept missing or equal scores: precision and recall")
+    parser.add_argument(
+        "--without-ap", action="store_true", help="accept missing or equal scores: precision and recall"
+    )
     parser.add_argument("--rescore", action="store_true", help="score each box by a CLIP: its probability of the word")
     parser.add_argument("--architecture", default="", help="with --rescore: open_clip architecture")
     parser.add_argument("--pretrained", default="", help="with --rescore: tag, 'embedded' or a weight file")
     parser.add_argument("--templates", default="vild63", help="with --rescore: prompt template set (vild63)")
     parser.add_argument("--device", default="cpu", help="with --rescore: device of the CLIP (cpu)")
-    parser.add_argument("--bootstrap", type=int, default=RESAMPLES, metavar="N", help="resamples for intervals of AP (200)")
+    parser.add_argument(
+        "--bootstrap", type=int, default=RESAMPLES, metavar="N", help="resamples for intervals of AP (200)"
+    )
     parser.add_argument("--compare", type=Path, metavar="REPORT", help="report.json or its folder to compare with")
     add_setting_options(parser)
     add_config_file(parser, required=False, purpose="its DATASETS.OWN are registered")
@@ -191,11 +197,11 @@ def _rescored(
     vocabulary = Vocabulary.build(split.names, teacher, args.templates, split.base_mask, split.category_ids)
     scores = rescore(teacher, vocabulary.embeddings, images, detections, split)
     dropped = f"; {counted(len(foreign.detections) - len(kept), 'detection')} of other classes dropped"
-    return (
-        replace(foreign, detections=replace(detections, scores=scores), outside={}, unscored=""),
-        f"softmax of {teacher.fingerprint} over the {counted(len(split.names), 'word')} (templates {args.templates}), crops at "
-        f"1x and 1.5x{dropped if foreign.outside else ''}",
+    stated = (
+        f"softmax of {teacher.fingerprint} over the {counted(len(split.names), 'word')} (templates {args.templates}), crops "
+        f"at 1x and 1.5x{dropped if foreign.outside else ''}"
     )
+    return replace(foreign, detections=replace(detections, scores=scores), outside={}, unscored=""), stated
 
 
 def _why_scores_tell_nothing(foreign: ForeignDetections, args: argparse.Namespace) -> str:

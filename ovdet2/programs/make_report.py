@@ -84,7 +84,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="file to write; default: report.html in the folder")
     parser.add_argument("--pictures", type=int, default=6, help="number of worst, and of best, images to draw (6)")
     parser.add_argument(
-        "--bootstrap", type=int, metavar="N", help="resamples of the images for the intervals of AP, also in report.json"
+        "--bootstrap",
+        type=int,
+        metavar="N",
+        help="resamples of the images for the intervals of AP, also in report.json",
     )
     args = parser.parse_args(argv)
     if args.bootstrap is not None and args.bootstrap < 1:

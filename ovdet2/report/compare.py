@@ -121,7 +121,9 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
             f'<div class="warning"><b>Not measured in the same way: the differences mean little.</b>{facts(rows)}</div>'
         )
     parts.append(
-        table(["", "A", "B"], [[text(title), text(one), text(other)] for title, one, other in comparison["settings"]], ())
+        table(
+            ["", "A", "B"], [[text(title), text(one), text(other)] for title, one, other in comparison["settings"]], ()
+        )
     )
     runs = [(letter, _run(name, report)) for letter, name, report in zip("AB", names, reports)]
     parts.append(facts(runs))

@@ -20,8 +20,7 @@ from ovdet2.priors.concept_prior import ConceptPriors
 from ovdet2.priors.quality import quality
 from ovdet2.priors.truth import Truth, truth_of
 
-SETTING = {"setting": Column(("setting", "letters"), str)}
-FIGURES = SETTING | {f"{group} AP50": Column(("bbox", f"AP50-{group}")) for group in ("novel", "base", "all")}
+FIGURES = {f"{group} AP50": Column(("bbox", f"AP50-{group}")) for group in ("novel", "base", "all")}
 _NO_CLAIM = ("TEST.EXPECTED_RESULTS", "[]")
 
 
