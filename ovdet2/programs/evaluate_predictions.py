@@ -42,7 +42,7 @@ from ovdet2.evaluation.evaluation import REPORT, load_truth
 from ovdet2.evaluation.foreign_predictions import XYWH, XYXY, ForeignDetections, read_foreign
 from ovdet2.evaluation.ov_evaluator import DETECTION_LIMITS
 from ovdet2.evaluation.prediction_files import MERGED
-from ovdet2.evaluation.setting import UNKNOWN, Setting, add_setting_options, stated_setting
+from ovdet2.evaluation.setting import UNKNOWN, add_setting_options, stated_setting
 from ovdet2.io.files import sha256_file
 from ovdet2.report.compare import as_text, compare, require_comparable
 from ovdet2.report.html_report import write_html
