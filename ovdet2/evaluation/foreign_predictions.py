@@ -3,7 +3,7 @@
 The file is read entry by entry, so that memory does not grow with Python objects: 36 bytes a detection are held, with masks
 their run-length codes lie in an unnamed file. Every error names the entry (its position in the file, from 0) and its image.
 
-Shapes: R detections. Names: ``_xyxy`` boxes (left, top, right, bottom), ``_xywh`` boxes (left, top, width, height).
+Shapes: R detections. Names: ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations
