@@ -24,6 +24,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.errors import DataError, SetupError, UsageError, counted
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.evaluation.ov_evaluator import DETECTION_LIMITS
+from ovdet2.evaluation.setting import Setting
 from ovdet2.io.progress import progress_bar
 from ovdet2.predictor import Picture, to_rgb_array
 from ovdet2.vocabulary import read_words
@@ -293,13 +294,16 @@ def token_to_word_probs(token_probs: Tensor, spans: Sequence[range]) -> Tensor:
     return torch.stack([token_probs[:, span.start : span.stop].mean(dim=1) for span in spans], dim=1)
 
 
-def evaluate(detector: ZeroShotDetector, dataset: str, output: str | Path) -> Mapping[str, Mapping[str, float]]:
+def evaluate(
+    detector: ZeroShotDetector, dataset: str, output: str | Path, setting: Setting | None = None
+) -> Mapping[str, Mapping[str, float]]:
     """Evaluate a zero-shot detector with the evaluator of all detectors: base, novel and all classes, one report.json.
 
     Args:
         detector: its vocabulary becomes that of the data set, and the number of detections that of its metric.
         dataset: of :func:`~ovdet2.data.datasets.register_ov_dataset`.
         output: folder of the report.
+        setting: what the training saw, for the report; None: unknown.
 
     Returns:
         As :meth:`~ovdet2.evaluation.OpenVocabularyEvaluator.evaluate`.
@@ -313,7 +317,9 @@ def evaluate(detector: ZeroShotDetector, dataset: str, output: str | Path) -> Ma
         raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
     detector.set_vocabulary(list(split.names))
     detector.detections = DETECTION_LIMITS[MetadataCatalog.get(dataset).evaluator_type]
-    evaluator = OpenVocabularyEvaluator(dataset, output, facts=detector.facts)
+    evaluator = OpenVocabularyEvaluator(
+        dataset, output, facts=detector.facts | {"setting": (setting or Setting()).to_report()}
+    )
     evaluator.reset()
     for record in progress_bar(DatasetCatalog.get(dataset), desc="detecting", unit="image"):
         evaluator.process([record], [{"instances": detector.predict(record["file_name"])}])

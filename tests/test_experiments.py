@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError
 from ovdet2.experiments import Artefact, Column, Entry, Experiment, Plan, command
 from ovdet2.experiments.find import find_plan
-from ovdet2.experiments.runner import Runner
+from ovdet2.experiments.runner import Runner, _inputs_in
 from ovdet2.experiments.table import insert_table
 from ovdet2.io.files import write_json
 from ovdet2.programs import experiments
@@ -248,6 +249,15 @@ def test_program_runs_all_and_writes_the_table(programs, tmp_path, capsys):
     other = ["tests.test_experiments:PLAN", "--output", str(tmp_path / "other"), "--tabulate"]
     assert experiments.main([*other, "--rows", "first"]) == []
     assert "Not run to the end: first." in capsys.readouterr().out
+
+
+def test_keys_that_change_no_figure_are_no_inputs_of_a_run():
+    def inputs(*overrides):
+        return _inputs_in(load_config(CONFIG, list(overrides)))
+
+    plain = inputs()
+    assert inputs("TEST.SETTING.CAPTIONS", "CC3M", "TEST.BOOTSTRAP", "0") == plain
+    assert inputs("TEST.DETECTIONS_PER_IMAGE", "50") != plain and "SETTING" not in plain
 
 
 def test_a_document_without_markers(tmp_path):

@@ -298,6 +298,24 @@ def _add_data_and_test(cfg):
     # COCO classes that OV-COCO does not use. Their detections count towards DETECTIONS_PER_IMAGE and are then dropped;
     # the report lists the words.
     cfg.TEST.DISTRACTORS = []
+    # What the training saw, in the report ("setting"): each replaces what the configuration or the zoo record states; "" keeps
+    # that. Texts, "none" or "unknown"; NOVEL_NAMES (of the evaluation, used in training) is "yes", "no" or "unknown".
+    cfg.TEST.SETTING = CN()
+    # Data sets and classes whose boxes were used.
+    cfg.TEST.SETTING.BOXES = ""
+    # Data sets whose labels of images were used.
+    cfg.TEST.SETTING.IMAGE_LABELS = ""
+    # Data sets whose captions were used.
+    cfg.TEST.SETTING.CAPTIONS = ""
+    # Whether the names of the novel classes were used.
+    cfg.TEST.SETTING.NOVEL_NAMES = ""
+    # The vision-language model.
+    cfg.TEST.SETTING.TEACHER = ""
+    # What the vision-language model was trained on.
+    cfg.TEST.SETTING.TEACHER_DATA = ""
+    # Resamples of the images for the intervals of AP in the report; 0: no intervals. A data set with more than 3,000,000
+    # detections has intervals only by ovdet2 report make --bootstrap.
+    cfg.TEST.BOOTSTRAP = 200
     # Report AP of every decoder layer of OpenVocabularyDeformableDETR. With many words, the logits of all layers are
     # slow to compute.
     cfg.TEST.DECODER_LAYERS = False

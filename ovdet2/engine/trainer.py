@@ -348,6 +348,7 @@ class Trainer(DefaultTrainer):
             distractors=distractors(cfg),
             facts=facts,
             decoder_layers=cfg.MODEL.DETR.DECODER_LAYERS if cfg.TEST.DECODER_LAYERS else 0,
+            resamples=cfg.TEST.BOOTSTRAP,
         )
 
     @classmethod
@@ -373,7 +374,10 @@ class Trainer(DefaultTrainer):
             facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights)
             for method in methods_of(cfg):
                 facts |= method.facts(cfg)
-            evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]
+            evaluators = [
+                cls.build_evaluator(cfg, name, facts | {"setting": _setting_of(cfg, model, name, weights)})
+                for name in cfg.DATASETS.TEST
+            ]
         evaluators = [evaluators] if isinstance(evaluators, DatasetEvaluator) else evaluators
         with preserved_random_state():
             if cfg.DATASETS.TEST:
@@ -442,6 +446,17 @@ def _facts_of(model: nn.Module, weights: str) -> dict[str, Any]:
             logger.warning("%d novel words were trained on (%s, ...): they are not novel.", len(trained), trained[0])
             facts["novel_words_trained_on"] = trained
     return facts
+
+
+def _setting_of(cfg: CfgNode, model: nn.Module, dataset: str, weights: str | None) -> dict[str, str]:
+    """The entry "setting" of a report."""
+    from ovdet2.evaluation.training_setting import setting_of
+
+    vocabulary, split = _vocabulary_of(model), split_of(dataset)
+    names = None if vocabulary is None or not vocabulary.from_checkpoint else vocabulary.trained_base_names
+    novel = [] if split is None else [name for _, name in split.novel]
+    trains = weights is None and model.training
+    return setting_of(cfg, novel, cfg.MODEL.WEIGHTS if weights is None else weights, names, trains).to_report()
 
 
 def _draw_report(dataset_name: str, evaluation: Evaluation | None, folder: str) -> None:

@@ -10,7 +10,7 @@ from ovdet2.io.files import read_json
 SCHEMA = "ovdet2/report/"
 _REMEDY = "give the report.json of an evaluation by ovdet2, or evaluate again"
 _COUNTS = ("images", "detections", "detections_per_image", "distractor_detections")
-_TEXTS = ("dataset", "split", "protocol", "metric", "evaluator_type")
+_TEXTS = ("dataset", "split", "protocol", "metric", "evaluator_type", "scores_tell_nothing")
 _TASKS = ("bbox", "segm", "proposals")
 
 
@@ -45,11 +45,46 @@ def _faults(report):
     for number, layer in enumerate(layers if isinstance(layers, list) else [layers]):
         yield from _figures(layer, f"decoder_layers[{number}]")
     yield from _classes(report.get("classes", {}))
+    yield from _setting(report.get("setting") or {})
+    if report.get("bootstrap") is not None:
+        yield from _bootstrap(report["bootstrap"])
     rows = report.get("per_class", [])
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         yield from _row(row, f"per_class[{number}]")
     if not isinstance(report.get("distractors") or [], list):
         yield "distractors", report["distractors"]
+
+
+def _setting(setting):
+    if not isinstance(setting, Mapping):
+        yield "setting", setting
+        return
+    yield from _wrong(setting, "setting.", dict.fromkeys(setting, _is_text))
+
+
+def _bootstrap(made):
+    if not isinstance(made, Mapping):
+        yield "bootstrap", made
+        return
+    counts = ("resamples", "seed", "level")
+    yield from (
+        (f"bootstrap.{key}", "missing") for key in (*counts, "figures", "intervals", "values") if key not in made
+    )
+    yield from _wrong(made, "bootstrap.", dict.fromkeys(counts, _is_count))
+    yield from _figures(made.get("figures") or {}, "bootstrap.figures")
+    for entry, length in (("intervals", 2), ("values", made.get("resamples"))):
+        lists = made.get(entry) or {}
+        if not isinstance(lists, Mapping):
+            yield f"bootstrap.{entry}", lists
+            continue
+        for key, values in lists.items():
+            where = f"bootstrap.{entry}[{key[:40]!r}]"
+            if values is None and entry == "intervals":
+                continue
+            if not isinstance(values, list) or len(values) != length:
+                yield where, values
+            else:
+                yield from _figures(dict(enumerate(values)), where)
 
 
 def _classes(classes):

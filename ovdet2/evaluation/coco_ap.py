@@ -8,7 +8,8 @@ Names: ``gt_`` ground truth, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCOeval_faster
@@ -52,20 +53,56 @@ def evaluate_classes(
         percent: 101 recall points, IoU 0.50:0.05:0.95 unless the name gives another. nan without ground
         truth that is not crowd, of that size for s, m, l.
     """
+    figures = dict.fromkeys(category_ids, dict.fromkeys(_names(limits), math.nan))
+    for category_id, gt, found in class_columns(truth, detections, category_ids, task, federation):
+        figures[category_id] = _figures_of(_evaluate(gt, found, task, limits, crowds), limits)
+    return figures
+
+
+def class_columns(
+    truth: Truth,
+    detections: Detections,
+    category_ids: Sequence[int],
+    task: str = "bbox",
+    federation: Federation | None = None,
+) -> Iterator[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """The ground truth and the detections that count for each class that has ground truth other than crowds.
+
+    Args:
+        truth, detections, category_ids, task, federation: as of :func:`evaluate_classes`.
+
+    Yields:
+        (category id, columns of the ground truth, columns of the detections): dicts sorted by image id, the detections
+        of an image by descending score, with "image_ids" and "shapes" (XYWH boxes or run-length codes); of the truth
+        "iscrowd" and "by_share"; of the detections "score" and, in a federated data set, "lvis_mark": those that are
+        ignored if they match nothing.
+    """
     truth_rows, found_rows = _RowsByClass(truth.category_ids), _RowsByClass(detections.category_ids)
-    figures = {}
     for category_id in tqdm(category_ids, desc=f"evaluating {task}", unit="class", disable=None, leave=False):
         rows, found = truth_rows.of(category_id), found_rows.of(category_id)
         if truth.crowd[rows].all():  # True for no rows, too
-            figures[category_id] = dict.fromkeys(_names(limits), math.nan)
             continue
         exempt = ()
         if federation is not None:
             evaluated, exempt = federation.images_of(category_id, truth.image_ids[rows])
             found = found[np.isin(detections.image_ids[found], evaluated)]
-        columns = _truth_of(truth, rows, task), _found_of(detections, found, task, exempt)
-        figures[category_id] = _figures_of(_evaluate(*columns, task, limits, crowds), limits)
-    return figures
+        yield category_id, _truth_of(truth, rows, task), _found_of(detections, found, task, exempt)
+
+
+def image_overlaps(gt: dict[str, Any], found: dict[str, Any], image_id: int, crowds: bool) -> np.ndarray:
+    """Overlap of the detections and the ground truth of one class in one image.
+
+    Args:
+        gt, found: columns of :func:`class_columns`.
+        image_id: of an image with both.
+        crowds: as of :func:`evaluate_classes`.
+
+    Returns:
+        [R, G] float64: IoU, or the share of the detection that lies in a crowd.
+    """
+    of_gt, of_found = (slice_of(columns["image_ids"], image_id) for columns in (gt, found))
+    by_share = (gt["by_share"][of_gt] & crowds).astype(int)
+    return np.asarray(mask_api.iou(found["shapes"][of_found], gt["shapes"][of_gt], by_share), dtype=np.float64)
 
 
 def mean_of(values: Iterable[float]) -> float:
@@ -98,7 +135,7 @@ class _RowsByClass:
         self._sorted = np.asarray(category_ids)[self._order]
 
     def of(self, category_id):
-        return self._order[_slice_of(self._sorted, category_id)]
+        return self._order[slice_of(self._sorted, category_id)]
 
 
 class _OneClass(COCOeval_faster):
@@ -130,12 +167,10 @@ class _OneClass(COCOeval_faster):
                 target.append_ref(image_id, _CATEGORY, {"id": number, **dict(zip(keys, row))})
 
     def computeIoU(self, imgId, catId):
-        truth, found = (_slice_of(columns["image_ids"], imgId) for columns in (self._truth, self._found))
-        by_share = (self._truth["by_share"][truth] & self._crowds).astype(int)
-        return mask_api.iou(self._found["shapes"][found], self._truth["shapes"][truth], by_share)
+        return image_overlaps(self._truth, self._found, imgId, self._crowds)
 
 
-def _slice_of(ascending, value):
+def slice_of(ascending: np.ndarray, value: int) -> slice:
     """Where a value stands in an ascending array. (The next integer is no end: the largest int64 has none.)"""
     return slice(*(np.searchsorted(ascending, value, side) for side in ("left", "right")))
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -9,11 +10,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.data.datasets.register import split_of
 from ovdet2.errors import DataError, UsageError
+from ovdet2.evaluation.bootstrap import bootstrap
 from ovdet2.evaluation.coco_ap import evaluate_classes
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.federation import Federation
 from ovdet2.evaluation.prediction_files import MERGED
 from ovdet2.evaluation.predictions import read_predictions
+from ovdet2.evaluation.report import class_subsets, figure_names
 from ovdet2.io.files import read_json, sha256_file
 
 REPORT = "report.json"
@@ -95,6 +98,17 @@ def measure(
     tasks = ["bbox"] if truth.segmentations is None or detections.masks is None else ["bbox", "segm"]
     ids, crowds = split.category_ids, metric != "ov_voc"
     return {task: evaluate_classes(truth, detections, ids, task, (limit,), federation, crowds) for task in tasks}
+
+
+def resampled(
+    truth: Truth, detections: Detections, split: Split, metric: str, limit: int, resamples: int
+) -> dict[str, Any]:
+    """AP50 and, by other rules than VOC's, AP of boxes on resampled images: see
+    :func:`~ovdet2.evaluation.bootstrap.bootstrap`. Arguments as of :func:`measure`."""
+    names = [name for name in figure_names(metric, limit) if name in ("AP50", "AP")]
+    federation = Federation(truth.images) if metric == "ov_lvis" else None
+    crowds = metric != "ov_voc"
+    return bootstrap(truth, detections, split, names, class_subsets(split), federation, crowds, resamples)
 
 
 def objects_per_class(truth: Truth, split: Split) -> dict[int, int]:

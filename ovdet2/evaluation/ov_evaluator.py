@@ -8,7 +8,7 @@ Names: ``pred_`` predicted, ``gt_`` ground truth, ``_logits`` before softmax or 
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ovdet2.errors import DataError, NumericalError, UsageError
-from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class
+from ovdet2.evaluation.bootstrap import LARGE, RESAMPLES
+from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class, resampled
+from ovdet2.evaluation.precision_recall import PRECISION_RECALL, WITHOUT_AP, precision_and_recall
 from ovdet2.evaluation.prediction_files import MERGED, PredictionWriter, merge, read_merged
 from ovdet2.evaluation.predictions import read_predictions
 from ovdet2.evaluation.proposal_recall import covered_iou
 from ovdet2.evaluation.provenance import provenance
 from ovdet2.evaluation.report import build_report, format_table, to_results
+from ovdet2.evaluation.setting import Setting
 from ovdet2.io.files import sha256_file, write_json
 from ovdet2.io.masks import run_lengths
 
@@ -54,6 +57,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         decoder_layers: number of decoder layers, for a detector that gives the detections of every layer; else 0. The
             predictions of those before the last go to separate folders, ``decoder_layer_01`` and so on, the figures
             of all into "decoder_layers" of the report.
+        resamples: of the images, for the intervals of AP and AP50 ("bootstrap" of the report, see
+            :mod:`~ovdet2.evaluation.bootstrap`); 0: none. Large data sets have none, see :meth:`measure_again`.
+        scores_tell_nothing: why the scores do not order the detections; the report then has precision and recall
+            instead of AP. "": they do.
 
     After :meth:`evaluate`, the first process has ``evaluation``, an
     :class:`~ovdet2.evaluation.evaluation.Evaluation`; it is None before, and on the others.
@@ -72,6 +79,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         distractors=(),
         facts=None,
         decoder_layers=0,
+        resamples=RESAMPLES,
+        scores_tell_nothing="",
     ):
         self._truth, self._split = load_truth(dataset_name)
         metadata = MetadataCatalog.get(dataset_name)
@@ -81,6 +90,8 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
         self._proposal_limits = [limit for limit in PROPOSAL_LIMITS if limit <= proposals_per_image]
         self._distractors, self._facts = tuple(distractors), dict(facts or {})
         self._layer_folders = [self._output_dir / f"{_LAYER}{number:02d}" for number in range(1, decoder_layers)]
+        self._scores_tell_nothing = scores_tell_nothing
+        self._resamples, self._on_request = resamples, False
         self._writer: PredictionWriter | None = None
         self.evaluation: Evaluation | None = None
         self._layer_writers: list[PredictionWriter] = []
@@ -124,6 +135,17 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             writer.write(record)
             self._write_layers(image_id, output.get("decoder_layers", ()))
 
+    def process_records(self, records: Iterable[dict[str, Any]]) -> None:
+        """Write predictions that are in the form of predictions.jsonl already.
+
+        Args:
+            records: dicts with "image_id", "category_ids", "scores", "boxes_xyxy", by descending score and cut to
+                ``max_detections``; with masks also "mask_size" and "masks".
+        """
+        writer = self._open_writer()
+        for record in records:
+            writer.write(record)
+
     def evaluate(self) -> OrderedDict[str, OrderedDict[str, float]]:  # pyrefly: ignore[bad-override]  None in the base
         """Merge, evaluate, print the table and write report.json.
 
@@ -153,7 +175,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
     def measure_again(self) -> Evaluation:
         """Measure the predictions.jsonl of an evaluation that stopped after its inference, and write report.json.
 
-        Call it in one process.
+        Call it in one process. The intervals of AP are made for a large data set, too.
 
         Returns:
             :class:`~ovdet2.evaluation.evaluation.Evaluation`.
@@ -169,7 +191,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
                 raise DataError(
                     f"{path} does not have the images of {self._dataset_name}: give the data set of the predictions."
                 )
-        self._started = time.perf_counter()
+        self._started, self._on_request = time.perf_counter(), True
         return self._measure()
 
     def _close(self):
@@ -277,6 +299,7 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             "detections_per_image": self._max_detections,
             "distractors": list(self._distractors),
             "distractor_detections": predictions.distractor_detections,
+            "setting": Setting().to_report(),
             "processes": comm.get_world_size(),
             "seconds": round(time.perf_counter() - self._started, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -284,9 +307,29 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             **self._facts,
         }
         objects = objects_per_class(self._truth, self._split)
-        return build_report(self._split, self._metric, figures, objects, predictions.recall, facts, layers)
+        names = None
+        if self._scores_tell_nothing:
+            names = PRECISION_RECALL
+            facts |= {"metric": WITHOUT_AP, "scores_tell_nothing": self._scores_tell_nothing}
+        report = build_report(self._split, self._metric, figures, objects, predictions.recall, facts, layers, names)
+        if intervals := self._bootstrap(predictions.detections):
+            report["bootstrap"] = intervals
+        return report
+
+    def _bootstrap(self, detections):
+        """The entry "bootstrap" of the report; None without it."""
+        if self._scores_tell_nothing or not self._resamples or (len(detections) > LARGE and not self._on_request):
+            if self._resamples and not self._scores_tell_nothing:
+                logger.info(
+                    "%s detections: the intervals of AP are made by ovdet2 report make --bootstrap.",
+                    f"{len(detections):,}",
+                )
+            return None
+        return resampled(self._truth, detections, self._split, self._metric, self._max_detections, self._resamples)
 
     def _figures(self, detections):
+        if self._scores_tell_nothing:
+            return {"bbox": precision_and_recall(self._truth, detections, self._split, self._metric)}
         return measure(self._truth, detections, self._split, self._metric, self._max_detections)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.evaluation.coco_ap import mean_of
+from ovdet2.evaluation.setting import meaning, read_setting, setting_rows
 
 SCHEMA = "ovdet2/report/2"
 TASKS = ("bbox", "segm")
@@ -71,6 +72,7 @@ def build_report(
     recall: dict[str, float],
     facts: dict[str, Any],
     earlier_layers: Sequence[dict[int, dict[str, float]]] = (),
+    names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The content of report.json.
 
@@ -82,6 +84,7 @@ def build_report(
         recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
         facts: further entries: dataset, images, detections_per_image, seconds, versions, ...
         earlier_layers: like ``figures["bbox"]``, for each decoder layer before the last; ``figures`` are of the last.
+        names: the figures; None: those of the metric, see :func:`figure_names`.
 
     Returns:
         dict for ``json.dumps``; no nan in it. "bbox", "segm" and "proposals" are flat: {"AP50-novel": percent, ...},
@@ -90,10 +93,10 @@ def build_report(
         with AP50 and AP (where the metric has it) of each layer, the last one's as in "bbox"; empty without
         ``earlier_layers``.
     """
-    names = figure_names(metric, facts["detections_per_image"])
+    names = figure_names(metric, facts["detections_per_image"]) if names is None else names
     means = {task: class_means(figures[task], split, names) if task in figures else {} for task in TASKS}
     if metric == "ov_lvis":
-        for of_task in filter(None, means.values()):
+        for of_task in (of_task for of_task in means.values() if "AP-all" in of_task):
             of_task.update((f"AP{group}", of_task[f"AP-{group}"]) for group in "rcf" if f"AP-{group}" in of_task)
     return {
         "schema": SCHEMA,
@@ -140,11 +143,16 @@ def format_table(report: dict[str, Any]) -> str:
     Returns:
         String of several lines without a final newline.
     """
+    setting = read_setting(report)
     lines = [
         f"{report['dataset']}: {report['split']}, {report['protocol']}",
         f"{report['metric']}; {report['detections_per_image']} detections per image",
         f"{report['images']} images, {report['detections']} detections, {report['seconds']:.1f} s",
     ]
+    if report.get("scores_tell_nothing"):
+        lines.append(f"no AP: {report['scores_tell_nothing']}")
+    lines.append(f"setting {setting['letters']}: {meaning(setting['letters'])}")
+    lines.append("trained on " + "; ".join(f"{title}: {text}" for title, text in setting_rows(report)[1:]))
     if report["distractors"]:
         lines.append(
             f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them "
@@ -156,12 +164,14 @@ def format_table(report: dict[str, Any]) -> str:
     if report.get("decoder_layers"):  # older reports have none
         lines += ["", *_layer_table(report["decoder_layers"])]
     lines.append("classes: with ground truth / in the split; those without are not averaged")
+    lines += _interval_lines(report.get("bootstrap"))
     return "\n".join(lines)
 
 
 def _task_table(report, task, title):
     """Lines of one task: a row for each set of classes, a column for each figure."""
     names = list(OrderedDict.fromkeys(key.partition("-")[0] for key in report[task] if "-" in key))
+    title = f"{title}, {read_setting(report)['letters']}"
     lines = [f"{title:<20}" + "".join(f"{name:>9}" for name in names) + f"{'classes':>12}{'objects':>9}"]
     for subset, counts in report["classes"].items():
         values = [report[task].get(f"{name}-{subset}") for name in names]
@@ -172,6 +182,18 @@ def _task_table(report, task, title):
             f"{subset:<20}" + "".join(f"{_shown(value):>9}" for value in values) + f"{classes:>12}{counts['boxes']:>9}"
         )
     return lines
+
+
+def _interval_lines(bootstrap):
+    """Lines of the intervals of novel, base and all classes."""
+    shown = {
+        key: ends for key, ends in (bootstrap or {}).get("intervals", {}).items()
+        if ends and key.partition("-")[2] in ("novel", "base", "all")
+    }  # fmt: skip
+    if not shown:
+        return []
+    texts = ", ".join(f"{key} {low:.2f} to {high:.2f}" for key, (low, high) in shown.items())
+    return [f"{bootstrap['level']}% intervals by {bootstrap['resamples']} resamples of the images, boxes: {texts}"]
 
 
 def _layer_table(layers):

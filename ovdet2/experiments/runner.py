@@ -190,7 +190,7 @@ class Runner:
         """(configuration of an entry, without the claim of its yaml file, its hash); None for one with a program."""
         if (name, seed) not in self._configs:
             cfg = None if self.experiment.entries[name].command else self._load(name, seed)
-            self._configs[name, seed] = cfg, {"configuration": text_hash(cfg.dump())} if cfg else {}
+            self._configs[name, seed] = cfg, {"configuration": text_hash(_inputs_in(cfg))} if cfg else {}
         return self._configs[name, seed]
 
     def _load(self, name: str, seed: int, given: Sequence[str] = ()) -> CfgNode:
@@ -287,6 +287,15 @@ class Runner:
             words += [*self._passed_on, *entry.overrides, *(["SEED", str(seed)] if entry.is_seeded else []), *given]
             self._log_reading(name, seed if entry.is_seeded else None, weights, words)
             command.run_program(words)
+
+
+def _inputs_in(cfg: CfgNode) -> str:
+    """The text of a configuration without the keys that change no figure of a run."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key in ("SETTING", "BOOTSTRAP"):
+        cfg.TEST.pop(key, None)
+    return cfg.dump()
 
 
 def _state_file(path: Path) -> Path:

@@ -168,6 +168,7 @@ COLUMNS = {
     "all AP50": Column(("bbox", "AP50-all")),
     "novel AR@100": Column(("proposals", "AR@100-novel")),
     "base AR@100": Column(("proposals", "AR@100-base")),
+    "setting": Column(("setting", "letters"), str),
     "settings by": Column(("settings_by",), str),
 }
 

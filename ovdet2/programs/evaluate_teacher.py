@@ -31,6 +31,8 @@ from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.evaluation.evaluation import REPORT
 from ovdet2.evaluation.prediction_files import MERGED
+from ovdet2.evaluation.setting import NONE, Setting
+from ovdet2.evaluation.training_setting import teacher_data
 from ovdet2.io.files import write_json
 from ovdet2.io.images import read_image
 from ovdet2.io.progress import progress_bar
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         raise UsageError("--square is for the dense map: add --regions dense.")
     teacher = Teacher.load(args.architecture, args.pretrained, args.device)
     vocabulary = Vocabulary.build(split.names, teacher, args.templates, split.base_mask, split.category_ids)
-    evaluator = OpenVocabularyEvaluator(args.dataset, args.output)
+    evaluator = OpenVocabularyEvaluator(args.dataset, args.output, facts={"setting": _setting(teacher)})
     evaluator.reset()
     if args.regions == "dense":
         embed = partial(embed_regions_dense, side=args.side, square=args.square)
@@ -75,6 +77,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     print(", ".join(f"{name} {value:.2f}" for name, value in accuracy.items()))
     return accuracy
+
+
+def _setting(teacher: Teacher) -> dict[str, str]:
+    """The setting of a CLIP: ground-truth boxes are given to it, and it was trained on none."""
+    name = f"{teacher.fingerprint.architecture} {teacher.fingerprint.pretrained}"
+    data = teacher_data(teacher.fingerprint.pretrained)
+    setting = Setting(NONE, NONE, NONE, "no", name, data, stated_by="ovdet2 teacher")
+    return setting.to_report()
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

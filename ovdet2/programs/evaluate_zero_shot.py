@@ -5,7 +5,8 @@
 
 OWL-ViT, OWLv2, Grounding DINO, MM-Grounding-DINO and OmDet-Turbo: a folder of save_pretrained, or a name of the hub. The
 predictions and report.json are written to --output. Long vocabularies take several forward passes for each image. Such a
-detector may have been trained on boxes of the novel classes: "novel" is then only the name of these classes.
+detector may have been trained on boxes of the novel classes: "novel" is then only the name of these classes. State what its
+training saw with --setting and --seen; otherwise the report has "unknown".
 
 Exit codes: 2 usage, 3 data, 4 no transformers or no network.
 """
@@ -18,17 +19,19 @@ from collections.abc import Mapping, Sequence
 from ovdet2.command_line import add_config_file, command_parser
 from ovdet2.config import load_config
 from ovdet2.errors import UsageError, exit_on_error
+from ovdet2.evaluation.setting import add_setting_options, stated_setting
 from ovdet2.zero_shot import ZeroShotDetector, evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> Mapping[str, Mapping[str, float]]:
     """Command line; returns the results."""
     args = parse_args(argv)
+    setting = stated_setting(args.setting, args.seen)
     load_config(args.config_file)  # registers its DATASETS.OWN
     detector = ZeroShotDetector.load(
         args.model, args.device, template=args.template, words_per_pass=args.words_per_pass
     )
-    return evaluate(detector, args.dataset, args.output)
+    return evaluate(detector, args.dataset, args.output, setting)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,6 +47,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--template", help='prompt of a word, such as "a photo of a {}" (default: as published)')
     parser.add_argument("--words-per-pass", type=int, help="words of one forward pass (default: by the kind of model)")
     parser.add_argument("--device", default="cpu", help="device of the model (cpu)")
+    add_setting_options(parser)
     add_config_file(parser, required=False, purpose="its DATASETS.OWN are registered")
     args = parser.parse_args(argv)
     if args.words_per_pass is not None and args.words_per_pass < 1:

@@ -15,6 +15,7 @@ SIGTERM.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _EVALUATE = """Evaluate a trained detector.
     ovdet2 eval --config-file ovshapes-vild
     # the newest checkpoint of a run
     ovdet2 eval --config-file ovshapes/vild_text_r18.yaml --resume OUTPUT_DIR output/my_run
+    # detections that any tool wrote: ovdet2 eval --predictions --help
+    ovdet2 eval --predictions coco_instances_results.json --dataset ov_coco_val_all --output output/theirs
 
 The predictions, report.json and report.html are written to OUTPUT_DIR/inference/<data set>. Several processes or machines
 share the work, with the options of ovdet2 train.
@@ -85,8 +88,14 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def evaluate(argv: Sequence[str] | None = None) -> None:
-    """The program ``ovdet2 eval``."""
-    run(argv, "eval")
+    """The program ``ovdet2 eval``: of a detector, or with --predictions of a file."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(word.split("=")[0] == "--predictions" for word in words):
+        from ovdet2.programs.evaluate_predictions import main as evaluate_file
+
+        evaluate_file(words)
+    else:
+        run(words, "eval")
 
 
 def run(argv: Sequence[str] | None = None, verb: str = "train") -> None:

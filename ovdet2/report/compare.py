@@ -3,11 +3,16 @@
 from typing import Any
 
 from ovdet2.errors import DataError
+from ovdet2.evaluation.bootstrap import paired_intervals
+from ovdet2.evaluation.setting import setting_rows
 from ovdet2.report.html_parts import bar, css_class, facts, legend, number, page, table, text, word
 
 TASKS = {"bbox": "boxes", "segm": "masks", "proposals": "proposals"}
 # What two evaluations must share for their figures to mean the same.
 SAME = ("dataset", "json_sha256", "split", "protocol", "metric", "detections_per_image", "distractors")
+
+
+_IMAGES = {"dataset", "json_sha256"}  # if these differ, the images do
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -38,18 +43,22 @@ def compare(a: dict[str, Any], b: dict[str, Any], most: int = 10) -> dict[str, A
         most: classes listed of the largest gains, and of the largest losses.
 
     Returns:
-        dict with "unlike" (:func:`differences`), "figures" {task: [(figure, value of a, of b, difference b - a), ...]}
+        dict with "unlike" (:func:`differences`), "settings" (rows of what the two trainings saw: (title, text of a, of
+        b)), "intervals" of the differences of boxes on the same resamples of the images
+        (:func:`~ovdet2.evaluation.bootstrap.paired_intervals`; empty if the reports have none, or not on the same images),
+        "figures" {task: [(figure, value of a, of b, difference b - a), ...]}
         (None where one does not have it), "metric" of the classes, "gains" and "losses": lists of (name, subset, value
         of a, of b, difference), the largest first. Classes are paired by their category id, and skipped if either
         has no figure.
     """
-    figures = {}
+    figures, unlike = {}, differences(a, b)
     for task in TASKS:
         one, other = a.get(task) or {}, b.get(task) or {}
         rows = [(key, one.get(key), other.get(key)) for key in dict.fromkeys((*one, *other))]
         if rows:
             figures[task] = [(*row, _difference(*row[1:])) for row in rows]
-    metric = "AP50" if any(row.get("AP50") is not None for row in a["per_class"]) else "AP"
+    known = [key for key in ("AP50", "AP", "R50") if any(row.get(key) is not None for row in a["per_class"])]
+    metric = known[0] if known else "AP"
     of_a = {row["category_id"]: row.get(metric) for row in a["per_class"]}
     changes = [
         (row["name"], row["subset"], before, row[metric], row[metric] - before)
@@ -58,7 +67,9 @@ def compare(a: dict[str, Any], b: dict[str, Any], most: int = 10) -> dict[str, A
     ]
     changes.sort(key=lambda change: -change[-1])
     return {
-        "unlike": differences(a, b),
+        "unlike": unlike,
+        "settings": _settings(a, b),
+        "intervals": {} if _IMAGES & unlike.keys() else paired_intervals(a.get("bootstrap"), b.get("bootstrap")),
         "figures": figures,
         "metric": metric,
         "gains": [change for change in changes if change[-1] > 0][:most],
@@ -80,9 +91,17 @@ def as_text(comparison: dict[str, Any], names: tuple[str, str]) -> str:
     if comparison["unlike"]:
         lines.append("NOT MEASURED IN THE SAME WAY, the differences mean little:")
         lines += [f"  {key}: A {one!r}, B {other!r}" for key, (one, other) in comparison["unlike"].items()]
+    lines += [f"{title}: {a}" if a == b else f"{title}: A {a}; B {b}" for title, a, b in comparison["settings"]]
     for task, rows in comparison["figures"].items():
-        lines += ["", f"{TASKS[task]:<28}{'A':>9}{'B':>9}{'B - A':>9}"]
-        lines += [f"{key:<28}{number(a):>9}{number(b):>9}{number(d, sign=True):>9}" for key, a, b, d in rows]
+        intervals = comparison["intervals"] if task == "bbox" else {}
+        head = "   interval of B - A" if intervals else ""
+        lines += ["", f"{TASKS[task]:<28}{'A':>9}{'B':>9}{'B - A':>9}{head}"]
+        lines += [
+            f"{key:<28}{number(a):>9}{number(b):>9}{number(d, sign=True):>9}{_between(intervals.get(key), '   ')}"
+            for key, a, b, d in rows
+        ]
+    if comparison["intervals"]:
+        lines += ["", _PAIRED]
     for kind in ("gains", "losses"):
         lines += ["", f"largest {kind}, {comparison['metric']} of a class" + ("" if comparison[kind] else ": none")]
         lines += [
@@ -101,11 +120,23 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
         parts.append(
             f'<div class="warning"><b>Not measured in the same way: the differences mean little.</b>{facts(rows)}</div>'
         )
+    parts.append(
+        table(
+            ["", "A", "B"], [[text(title), text(one), text(other)] for title, one, other in comparison["settings"]], ()
+        )
+    )
     runs = [(letter, _run(name, report)) for letter, name, report in zip("AB", names, reports)]
     parts.append(facts(runs))
     for task, rows in comparison["figures"].items():
-        cells = [[text(key), number(a), number(b), number(d, sign=True)] for key, a, b, d in rows]
-        parts.append(f"<h2>{TASKS[task].capitalize()}</h2>" + table(["", "A", "B", "B − A"], cells, (1, 2, 3)))
+        intervals = comparison["intervals"] if task == "bbox" else {}
+        head = ["", "A", "B", "B − A", *(["interval"] if intervals else [])]
+        cells = [
+            [text(key), number(a), number(b), number(d, sign=True), _between(intervals.get(key))][: len(head)]
+            for key, a, b, d in rows
+        ]
+        parts.append(f"<h2>{TASKS[task].capitalize()}</h2>" + table(head, cells, range(1, len(head))))
+    if comparison["intervals"]:
+        parts.append(f"<p>{_PAIRED}</p>")
     parts.append(f"<h2>Classes</h2>{legend({'novel': 'novel', 'base': 'base'})}")
     largest = max((abs(row[-1]) for kind in ("gains", "losses") for row in comparison[kind]), default=0)
     for kind in ("gains", "losses"):
@@ -120,6 +151,24 @@ def as_html(comparison: dict[str, Any], reports: tuple[dict[str, Any], dict[str,
         listed = table(["class", comparison["metric"], "A", "B", "B − A"], cells, (2, 3, 4), "wide")
         parts.append(f"<h3>Largest {kind}</h3>{listed if cells else '<p>None.</p>'}")
     return page(title, *parts)
+
+
+_PAIRED = (
+    "The interval of a difference is by the same resamples of the images for A and B: a difference whose interval contains "
+    "0 may be due to the choice of images."
+)
+
+
+def _settings(a, b):
+    """(title, text of a, of b) of what the trainings saw."""
+    titles = dict.fromkeys(title for report in (a, b) for title, _ in setting_rows(report))
+    one, other = (dict(setting_rows(report)) for report in (a, b))
+    return [(title, one.get(title, ""), other.get(title, "")) for title in titles]
+
+
+def _between(ends, before=""):
+    """ "-1.20 to +0.30"; empty without an interval."""
+    return f"{before}{number(ends[0], sign=True)} to {number(ends[1], sign=True)}" if ends else ""
 
 
 def _run(name, report):

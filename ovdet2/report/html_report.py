@@ -13,6 +13,7 @@ from ovdet2.errors import DataError
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.error_analysis import ERROR_KINDS, RECALLS, SUBSETS, analyse, telling_images
 from ovdet2.evaluation.matching import match
+from ovdet2.evaluation.setting import read_setting, setting_rows
 from ovdet2.io.files import write_text
 from ovdet2.report.html_parts import (
     bar,
@@ -33,7 +34,10 @@ from ovdet2.report.pictures import Pictures
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
-_SHOWN_APART = {"schema", "evaluator_type", "classes", "per_class", "decoder_layers", *TASKS}
+_SHOWN_APART = {
+    "schema", "evaluator_type", "classes", "per_class", "decoder_layers", "setting", "bootstrap", "scores_tell_nothing",
+    *TASKS,
+}  # fmt: skip
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
     "localisation": "right word, IoU of 0.1 to 0.5",
@@ -68,17 +72,18 @@ def write_html(
         DataError: a detection in an image that the data set does not have. A missing or damaged image file is no error
             but is stated in the report.
     """
+    title = f"{report['dataset']}: {report['split']}"
+    head = title, f"<h1>{text(title)}</h1>", summary(report), class_section(report["per_class"])
+    if report.get("scores_tell_nothing"):  # the other sections go by the order of the scores
+        write_text(path, page(*head))
+        return
     matches = match(truth, detections, crowds=report["evaluator_type"] != "ov_voc")
     analysis = analyse(truth, detections, split, matches)
     drawn = Pictures(truth, detections, split, matches)
-    title = f"{report['dataset']}: {report['split']}"
     write_text(
         path,
         page(
-            title,
-            f"<h1>{text(title)}</h1>",
-            summary(report),
-            class_section(report["per_class"]),
+            *head,
             curve_section(analysis["curves"]),
             error_section(analysis, report),
             confusion_section(analysis["confusion"]),
@@ -92,9 +97,12 @@ def write_html(
 def summary(report: dict[str, Any]) -> str:
     """What was measured, the main figures, and all of them."""
     main = next(iter(report["bbox"]), "AP50-novel").partition("-")[0]
+    intervals = (report.get("bootstrap") or {}).get("intervals", {})
+    letters = read_setting(report)["letters"]
     cards = "".join(
         f'<div class="card {subset}">{text(main)} {subset}<b>{number(report["bbox"].get(f"{main}-{subset}"), 1)}</b>'
-        f'<span class="quiet">{_classes(report["classes"][subset])} classes</span></div>'
+        f"{_interval(intervals.get(f'{main}-{subset}'))}"
+        f'<span class="quiet">{_classes(report["classes"][subset])} classes, setting {text(letters)}</span></div>'
         for subset in SUBSETS
         if subset in report["classes"]
     )
@@ -105,10 +113,11 @@ def summary(report: dict[str, Any]) -> str:
         if asked
         else "There were no distractor words"
     )
+    why = report.get("scores_tell_nothing")
     measured = (
         f"<p>{text(report['protocol'])}. {text(report['metric'])}. {report['images']:,} images, "
         f"{report['detections']:,} detections, at most {report['detections_per_image']} an image. {distractors}. "
-        "All figures are percent.</p>"
+        "All figures are percent.</p>" + (f'<p class="warning">No AP: {text(why)}</p>' if why else "")
     )
     figures = "".join(
         f"<h3>{title}</h3>{figure_table(report[task], report['classes'])}"
@@ -116,11 +125,21 @@ def summary(report: dict[str, Any]) -> str:
         if report.get(task)
     )
     note = "Classes: with ground truth / in the split; those without are not averaged."
+    if intervals:
+        note += (
+            f" Below a figure: its {report['bootstrap']['level']}% interval by {report['bootstrap']['resamples']} resamples of "
+            "the images."
+        )
     stated = [(key.replace("_", " "), _fact(value)) for key, value in report.items() if key not in _SHOWN_APART]
     return (
         f'{measured}<div class="cards">{cards}</div>{figures}<p class="quiet">{note}</p>'
+        f"<h3>What the training saw</h3>{facts([(title, text(said)) for title, said in setting_rows(report)])}"
         f"<h3>How it was measured</h3>{facts(stated)}"
     )
+
+
+def _interval(ends):
+    return f'<span class="quiet">{number(ends[0], 1)} to {number(ends[1], 1)}</span><br>' if ends else ""
 
 
 def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapping[str, int]]) -> str:
@@ -146,14 +165,14 @@ def figure_table(figures: Mapping[str, float | None], classes: Mapping[str, Mapp
 
 
 def class_section(per_class: Sequence[dict[str, Any]]) -> str:
-    """AP50 of each class, best first, novel ones in another colour; AP if there is no AP50.
+    """AP50 of each class, best first, novel ones in another colour; AP or recall if there is no AP50.
 
     Args:
         per_class: rows of the report, at least one: {"name", "subset", "boxes", "AP50", "AP", ...}, with masks also
             "segm", a dict of the figures of masks.
     """
-    columns = [key for key in ("AP50", "AP") if any(key in row for row in per_class)]
-    metric = "AP50" if any(row.get("AP50") is not None for row in per_class) else "AP"
+    columns = [key for key in ("AP50", "AP", "P50", "R50") if any(key in row for row in per_class)]
+    metric = next((key for key in ("AP50", "AP", "R50") if any(row.get(key) is not None for row in per_class)), "AP")
     rows = sorted(per_class, key=lambda row: -math.inf if row.get(metric) is None else row[metric], reverse=True)
     shown = [row for row in rows if row.get(metric) is not None]
     cells = [
