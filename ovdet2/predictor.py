@@ -89,7 +89,7 @@ class Detector:
         cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg
-        saved = _saved_vocabulary(weights)
+        saved = saved_vocabulary(weights)
         self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, saved).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         self.competitors = _checked(competitors)
@@ -346,7 +346,7 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return image
 
 
-def _saved_vocabulary(weights: str) -> Vocabulary | None:
+def saved_vocabulary(weights: str) -> Vocabulary | None:
     """The vocabulary that a checkpoint of ovdet2 holds; None for another file, or a URL."""
     if not Path(weights).is_file():
         return None

@@ -241,7 +241,7 @@ def _precision_at_recalls(predicted, scores, image_ids, true, counts):
     return curves
 
 
-def positions_in(split, category_ids):
+def positions_in(split: Split, category_ids: np.ndarray) -> np.ndarray:
     """[N] int64 positions in the split of dataset category ids, -1 for those it does not have."""
     ids = np.asarray(split.category_ids)
     order = ids.argsort()

@@ -68,7 +68,14 @@ def main(argv: Sequence[str] | None = None) -> Vocabulary:
         print_prompts(args, words)  # reports a wrong template set before the teacher is loaded
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
         vocabulary = Vocabulary.build(
-            words.names, teacher, args.templates, words.base_mask, words.category_ids, True, words.synonyms, args.pooling
+            words.names,
+            teacher,
+            args.templates,
+            words.base_mask,
+            words.category_ids,
+            True,
+            words.synonyms,
+            args.pooling,
         )
     vocabulary.save(args.output)
     print_words(vocabulary, args.show, None if args.import_table else args.templates)

@@ -65,8 +65,8 @@ class Vocabulary:
         teacher: :class:`Fingerprint` of the model that embedded them.
         templates: name of the prompt template set; for imported tables the user's description of the prompts.
         category_ids: K dataset category ids, or None for words without a data set.
-        synonyms: K tuples of the names whose embeddings were averaged for each word, its own name first; None: no
-            synonyms were averaged.
+        synonyms: K tuples of the names whose embeddings were averaged for each word (with "max" compared), its own name
+            first, unless only other names were used (``ovdet2 synonyms``); None: every word has its name only.
         templates_sha256: hash of the templates; by default of the set ``templates``, None if there is no such set.
         thresholds: K scores in [0, 1], or None for a word without one: the detector's detections of a word count above
             its threshold. Chosen on a validation set for one detector (``ovdet2 vocab thresholds``). None: no thresholds.
@@ -254,8 +254,8 @@ class Vocabulary:
         try:
             vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
             if _NAME_ROWS in tensors:
-                names = {_NAME_ROWS: tensors[_NAME_ROWS], _NAME_WORDS: tensors[_NAME_WORDS]}
-                vocabulary = replace(vocabulary, **names)
+                rows, words = tensors[_NAME_ROWS], tensors[_NAME_WORDS]
+                vocabulary = replace(vocabulary, name_embeddings=rows, name_words=words)
         except (KeyError, OVDetError) as error:
             reason = f"it has no {error}." if isinstance(error, KeyError) else error
             raise DataError(f"{path}: {reason} Rebuild it with ovdet2 vocab.") from None
@@ -303,6 +303,7 @@ class Vocabulary:
         averaged = averaged_names(names, synonyms)
         rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
         word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
+        several = len(rows) > len(names)
         sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
         return cls(
             names,
@@ -311,9 +312,10 @@ class Vocabulary:
             teacher.fingerprint,
             set_title(templates),
             None if category_ids is None else tuple(category_ids),
-            averaged if len(rows) > len(names) else None,
+            averaged if several else None,
             templates_sha256(templates),
-            **({_NAME_ROWS: rows, _NAME_WORDS: word} if pooling == "max" and len(rows) > len(names) else {}),
+            name_embeddings=rows if several and pooling == "max" else None,
+            name_words=word if several and pooling == "max" else None,
         )
 
     @classmethod
@@ -379,12 +381,14 @@ def _check_names(rows: Tensor | None, words: Tensor | None, count: int, dim: int
     """Raise :class:`DataError` unless there is a unit row [M, D] for each name and each word has one."""
     if rows is None and words is None:
         return
-    fits = rows is not None and words is not None and rows.ndim == 2 and rows.shape[1] == dim
-    fits = fits and rows.dtype in _FLOATS and words.dtype == torch.int64 and words.shape == (len(rows),)
-    # Every word has a name, and the words ascend by steps of 0 and 1.
-    fits = fits and len(words) > 0 and words[0] == 0 and words[-1] == count - 1
-    if not fits or not bool(((words.diff() == 0) | (words.diff() == 1)).all()):
-        raise DataError(f"the embeddings of the names do not belong to the {count} words of {dim} dimensions.")
+    damaged = DataError(f"the embeddings of the names do not belong to the {count} words of {dim} dimensions.")
+    if rows is None or words is None or rows.ndim != 2 or rows.dtype not in _FLOATS or words.dtype != torch.int64:
+        raise damaged
+    if rows.shape[1] != dim or words.shape != (len(rows),) or not len(words):
+        raise damaged
+    steps = words.diff()  # every word has a name, so the words ascend by steps of 0 and 1
+    if words[0] != 0 or words[-1] != count - 1 or not bool(((steps == 0) | (steps == 1)).all()):
+        raise damaged
     if not bool(((rows.norm(dim=1) - 1).abs() < 1e-3).all()):
         raise DataError("an embedding of a name does not have norm 1.")
 
