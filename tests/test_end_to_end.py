@@ -427,7 +427,7 @@ def test_training_on_another_split_than_the_vocabulary_is_refused(run, monkeypat
 
 
 def test_predict_with_negative_words_and_thresholds(run, tmp_path, capsys):
-    """A negative word only lowers scores; thresholds of a vocabulary file drop what is below them, unless overridden."""
+    """Thresholds of a vocabulary file drop what is below them, unless overridden; a negative word is not detected."""
     image, weights = next((run[0] / "ov_shapes" / "val2017").glob("*.jpg")), str(run[1] / "model_final.pth")
     words = Vocabulary.build(["moon", "plain circle"], build_teacher(load_config(CONFIG, SMALL)), "single")
     replace(words, thresholds=(0.0, 1.0)).save(tmp_path / "v.safetensors")
@@ -438,14 +438,10 @@ def test_predict_with_negative_words_and_thresholds(run, tmp_path, capsys):
         [record] = json.loads((tmp_path / "out" / "detections.json").read_text())
         return record["detections"]
 
-    low = ["--confidence-threshold", "0"]
-    every = predicted("--vocabulary", str(tmp_path / "v.safetensors"), *low)
-    assert {detection["word"] for detection in every} == {"moon", "plain circle"}
-    assert {d["word"] for d in predicted("--vocabulary", str(tmp_path / "v.safetensors"))} == {"moon"}
+    assert {detection["word"] for detection in predicted("--vocabulary", str(tmp_path / "v.safetensors"))} == {"moon"}
     assert "thresholds of the vocabulary: 2 of 2 words" in capsys.readouterr().out
-    negative = predicted("--vocabulary", "moon, plain circle", "--negative-words", "red mug", *low)
-    assert {detection["word"] for detection in negative} <= {"moon", "plain circle"}
-    assert max(d["score"] for d in negative) < max(d["score"] for d in every)
+    further = ["--negative-words", "red mug", "--confidence-threshold", "0"]
+    assert {d["word"] for d in predicted("--vocabulary", str(tmp_path / "v.safetensors"), *further)} == set(words.names)
     with pytest.raises(UsageError, match="--negative-words and --pooling need --vocabulary"):
         demo.main([*command, "--negative-words", "red mug", *SMALL, "MODEL.WEIGHTS", weights])
 
@@ -474,13 +470,16 @@ def test_synonyms_scores_and_thresholds_of_a_run(run, tmp_path, monkeypatch, cap
     swap_names.main([*words, "--name", "mean", *options])
     assert report_of(tmp_path)["finished"] == before["finished"]  # not evaluated again
     folder = str(tmp_path / "inference" / "ov_shapes_val_all")
-    assert report_scores.main([folder])["calibration"]["subsets"]["all"]["detections"] > 0
-    file = str(tmp_path / "v.safetensors")
-    chosen = choose_thresholds.main([folder, "--weights", weights, "--min-objects", "1", "--output", file])
-    assert len(chosen) == 65 and None not in chosen.thresholds
+    scores = report_scores.main([folder, "--floor", "0", "--binning", "width"])  # untrained scores are low
+    assert scores["calibration"]["subsets"]["all"]["detections"] == before["detections"]
+    given = ["--weights", weights, "--output", str(tmp_path / "v.safetensors")]
+    saved = choose_thresholds.vocabulary_of(choose_thresholds.parse_args([folder, *given]))
+    assert saved.names == swapped.names
     detector = Detector(CONFIG, weights, SMALL)
-    detector.set_vocabulary(file)
     image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
-    every, kept = detector.predict(image, threshold=0.0), detector.predict(image)
-    limits = torch.tensor(chosen.thresholds)[every.pred_classes]
-    assert len(kept) == int((every.scores > limits).sum()) < len(every)
+    detector.set_vocabulary(saved)
+    every = detector.predict(image)
+    limit = float(every.scores.median())
+    detector.set_vocabulary(replace(saved, thresholds=(limit,) * 65))
+    assert 0 < len(detector.predict(image)) == int((every.scores.double() > limit).sum()) < len(every)
+    require_equal(detector.predict(image, threshold=0.0), every)
