@@ -17,6 +17,7 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.evaluation import OpenVocabularyEvaluator
 from ovdet2.evaluation.absent_words import AbsentDetections, absent_detections, absent_words
 from ovdet2.evaluation.calibration import bin_of, calibration
+from ovdet2.evaluation.checked_report import read_report
 from ovdet2.evaluation.matching import match
 from ovdet2.evaluation.name_swap import name_swap, other_names, swap_lines
 from ovdet2.evaluation.predictions import Predictions
@@ -245,10 +246,21 @@ def evaluated(tmp_path):
     MetadataCatalog.pop(name, None)
 
 
-def test_scores_of_an_evaluation_with_distractors(evaluated, capsys):
+def test_scores_of_an_evaluation_with_distractors(evaluated, tmp_path, capsys):
     folder, _ = evaluated
     report = json.loads((folder / "report.json").read_text())
     assert report["absent_words"]["words"] == 4  # "e" and "f" have no annotation
+    assert read_report(folder)["absent_words"] == report["absent_words"]
+    for entry, value, named in (
+        ("words", "4", "absent_words.words is '4'"),
+        ("threshold", None, "absent_words.threshold is 'None'"),
+        ("per_word", [{"word": 3}], r"absent_words.per_word\[0\]"),
+        ("score_quantiles", [0.5], "absent_words.score_quantiles"),
+    ):
+        damaged = report | {"absent_words": report["absent_words"] | {entry: value}}
+        (tmp_path / "report.json").write_text(json.dumps(damaged))
+        with pytest.raises(DataError, match=named):
+            read_report(tmp_path)
     options = [str(folder), "--threshold", "0.4", "--absent", "unicorn, street sign"]
     result = report_scores.main(options)
     absent = result["absent_words"]

@@ -3,7 +3,7 @@
 True and false positives are those of :func:`~ovdet2.evaluation.matching.match` at IoU 0.5; detections that the metric
 ignores do not count. Arithmetic is float64.
 
-Shapes: R detections, K words of the split, C groups of detections.
+Shapes: R detections, K words of the split, C groups of detections. Names: ``gt_`` ground truth.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,6 @@
 """The word bank of a detector: its vocabulary as buffers, which are saved in checkpoints and can be replaced.
 
 Shapes: K words, B base words, M names of all words, D embedding dimension.
-Names: ``_logits`` before softmax or sigmoid.
 """
 
 from __future__ import annotations
