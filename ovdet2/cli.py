@@ -30,11 +30,15 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("ovdet2.programs.train", "train a detector and evaluate it", "run"),
     "eval": Verb("ovdet2.programs.train", "evaluate a trained detector", "evaluate"),
+    "synonyms": Verb("ovdet2.programs.swap_names", "evaluate the same weights with other names of the classes"),
     "predict": Verb("ovdet2.programs.predict", "detect any words in your images and draw the detections"),
     "demo": Verb("ovdet2.ov_shapes.demo", "train, evaluate and draw ViLD on OV-Shapes, a small generated world"),
     "cache build": Verb("ovdet2.programs.build_region_cache", "embed regions of all training images with the teacher"),
     "cache inspect": Verb("ovdet2.programs.inspect_cache", "print what a region cache contains and draw regions"),
     "vocab": Verb("ovdet2.programs.build_vocabulary", "embed words, or import embeddings, as a vocabulary file"),
+    "vocab thresholds": Verb(
+        "ovdet2.programs.choose_thresholds", "choose a score threshold for each word on a validation set"
+    ),
     "prior": Verb("ovdet2.programs.build_concept_priors", "list the words present in each image of a data set"),
     "dataset prepare": Verb(
         "ovdet2.programs.prepare_dataset", "make the annotation files of a data set such as OV-COCO"
@@ -48,6 +52,7 @@ VERBS = {
     ),
     "report make": Verb("ovdet2.programs.make_report", "write report.html for the folder of an evaluation"),
     "report compare": Verb("ovdet2.programs.compare_reports", "compare two evaluations"),
+    "report scores": Verb("ovdet2.programs.report_scores", "calibration, and false positives on absent words"),
     "report queries": Verb("ovdet2.programs.draw_queries", "draw the best queries of a Deformable DETR"),
     "report score-maps": Verb("ovdet2.programs.draw_score_maps", "draw the encoder features of a Deformable DETR"),
     "teacher": Verb("ovdet2.programs.evaluate_teacher", "classify ground-truth boxes with a CLIP (zero-shot)"),

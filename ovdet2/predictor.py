@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,10 @@ class Detector:
     A softmax over words compares the words of the vocabulary: of a single word it makes nearly everything that word.
     If fewer than :data:`FEW_WORDS` words are set, the base words of the training therefore take part as competitors,
     which are never detected themselves. Evaluations never use competitors.
+
+    *Negative words* are words of the user that absorb detections ("none of these"). With a softmax they are further
+    competitors, with any number of words. Where each word has a separate sigmoid (the DETR family, Detic, federated
+    heads), a box whose best word is a negative one has no detections. No detection is of a negative word.
     """
 
     def __init__(
@@ -89,7 +94,7 @@ class Detector:
         cfg.MODEL.WEIGHTS = weights  # so that the backbone's pretrained weights are not read
         settle_device(cfg)
         self.cfg = cfg
-        saved = _saved_vocabulary(weights)
+        saved = saved_vocabulary(weights)
         self.model: OpenVocabularyRCNN | OpenVocabularyDeformableDETR = _build(cfg, saved).eval()
         AtomicCheckpointer(self.model).load_all(weights)
         self.competitors = _checked(competitors)
@@ -106,7 +111,13 @@ class Detector:
         return self.model.vocabulary.names[: self.model.vocabulary.num_detectable]
 
     def set_vocabulary(
-        self, words: Words | Vocabulary, templates: str | None = None, competitors: str | None = None
+        self,
+        words: Words | Vocabulary,
+        templates: str | None = None,
+        competitors: str | None = None,
+        *,
+        negative_words: Words | Vocabulary | None = None,
+        pooling: str | None = None,
     ) -> None:
         """Replace the vocabulary; the words need not be in any data set.
 
@@ -119,16 +130,21 @@ class Detector:
                 embeddings of a word and its synonyms ("sofa; couch") are averaged.
             templates: prompt template set; default MODEL.VOCABULARY.TEMPLATES.
             competitors: "auto" or "off"; None: as given to the constructor.
+            negative_words: words that absorb detections, see the class; in the forms of ``words``.
+            pooling: how the names of a word are joined. "mean": their embeddings are averaged. "max": the logit of a word
+                is the largest of its names. None: "mean", or as a vocabulary (file) states.
 
         Raises:
-            UsageError: no word, a duplicate word, an unknown template set.
+            UsageError: no word, a duplicate word, an unknown template set, a negative word that is also a name of a word,
+                or "max" for a vocabulary that holds averages.
             DataError: a file that cannot be read, or a vocabulary of another teacher.
             SetupError: MODEL.TEACHER must embed the words, and its weights cannot be downloaded.
         """
         competitors = self.competitors if competitors is None else _checked(competitors)
-        words = words_to_vocabulary(self.cfg, words, templates)
+        words = words_to_vocabulary(self.cfg, words, templates, pooling)
+        negative = None if negative_words is None else words_to_vocabulary(self.cfg, negative_words, templates, pooling)
         self._verify_teacher(words)
-        self._set(words, background_of(self.cfg, words, templates), competitors)
+        self._set(words, background_of(self.cfg, words, templates), competitors, negative)
 
     def _verify_teacher(self, words: Vocabulary) -> None:
         """Compare MODEL.TEACHER with the embeddings of a checkpoint that states its teacher by name only.
@@ -157,14 +173,20 @@ class Detector:
         self.model.vocabulary.confirm_teacher(given)
         self._known_words = replace(known, teacher=given)
 
-    def _set(self, words: Vocabulary, background: Tensor | None, competitors: str) -> None:
+    def _set(
+        self, words: Vocabulary, background: Tensor | None, competitors: str, negative: Vocabulary | None = None
+    ) -> None:
+        both = sorted(_names_of(words) & _names_of(negative)) if negative is not None else []
+        if both:
+            raise UsageError(f"{both[0]!r} is a word to detect and a negative word: remove one of the two.")
         wanted = competitors == "auto" and len(words) < FEW_WORDS and self.model.words_compete
-        self.model.vocabulary.set(words, background, self._base_words(words) if wanted else None)
+        competing = self._base_words(words, negative) if wanted else None
+        self.model.vocabulary.set(words, background, competing, negative)
 
-    def _base_words(self, vocabulary: Vocabulary) -> Vocabulary | None:
-        """The base words of the training that are no name of ``vocabulary``, synonyms included; None without any."""
-        names = {clean_name(name) for group in vocabulary.synonyms or () for name in group}
-        names |= set(map(clean_name, vocabulary.names))
+    def _base_words(self, vocabulary: Vocabulary, negative: Vocabulary | None) -> Vocabulary | None:
+        """The base words of the training that are no name of a word or negative word, synonyms included; None without
+        any."""
+        names = _names_of(vocabulary) | (set() if negative is None else _names_of(negative))
         if self._trained is None:
             self._trained = self._embedded_base_words()
         rows = [row for row, name in enumerate(self._trained.names) if clean_name(name) not in names]
@@ -177,6 +199,15 @@ class Detector:
         lacking = sorted(trained - {clean_name(known.names[row]) for row in rows})
         base_words = known.selected(rows)
         return base_words.joined(words_to_vocabulary(self.cfg, lacking)) if lacking else base_words
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """Tensor [K] float64, the thresholds of :attr:`names` (nan for a word without); None if the vocabulary has none."""
+        thresholds = self.model.vocabulary.words.thresholds
+        if thresholds is None or all(value is None for value in thresholds):
+            return None
+        values = [math.nan if value is None else value for value in thresholds[: len(self.names)]]
+        return torch.tensor(values, dtype=torch.float64)
 
     @property
     def has_priors(self) -> bool:
@@ -211,6 +242,7 @@ class Detector:
         *,
         together: bool = True,
         present: Sequence[str] | None = None,
+        threshold: float | None = None,
     ) -> Instances | list[Instances]:
         """Detect objects in one image or a batch.
 
@@ -223,6 +255,8 @@ class Detector:
                 :meth:`predict_present_words` of each image.
             together: whether a list is one forward pass, which is faster, or one for each image.
             present: former name of ``present_words``.
+            threshold: detections with a higher score are returned. None: the thresholds of the vocabulary, if it has any
+                (``ovdet2 vocab thresholds``), else all detections.
 
         Returns:
             :class:`~detectron2.structures.Instances` on the CPU, by descending score, with ``pred_boxes`` (XYXY pixels
@@ -244,6 +278,7 @@ class Detector:
         passes = [batch] if together else [[sample] for sample in batch]
         with _memory_explained(batch, len(self.names)):
             detections = [output["instances"].to("cpu") for each in passes for output in self.model(each)]
+        detections = [above(self.thresholds if threshold is None else threshold, each) for each in detections]
         return detections[0] if single else detections
 
     def prepare(self, image: Picture, present_words: Sequence[str] | None = None) -> Sample:
@@ -260,6 +295,21 @@ class Detector:
             for part in self._priors:
                 part.give_present_words(sample, words)
         return sample
+
+
+def above(thresholds: Tensor | float | None, instances: Instances) -> Instances:
+    """The detections whose score is above a threshold.
+
+    Args:
+        thresholds: Tensor [K] float64, one for each word; nan: all detections of the word remain. A number for all words.
+            None: all detections remain.
+        instances: detections on the CPU.
+    """
+    if thresholds is None:
+        return instances
+    limits = thresholds[instances.pred_classes] if isinstance(thresholds, Tensor) else thresholds
+    # Negated, so that nan keeps a detection.
+    return instances[~(instances.scores.double() <= limits)]
 
 
 @contextlib.contextmanager
@@ -297,6 +347,12 @@ def _checked(competitors: str) -> str:
     return competitors
 
 
+def _names_of(vocabulary: Vocabulary) -> set[str]:
+    """The cleaned names of the words and their synonyms."""
+    names = {name for group in vocabulary.synonyms or () for name in group}
+    return set(map(clean_name, names.union(vocabulary.names)))
+
+
 Predictor = Detector  # the name of earlier versions
 
 
@@ -324,7 +380,7 @@ def to_rgb_array(image: Picture) -> np.ndarray:
     return image
 
 
-def _saved_vocabulary(weights: str) -> Vocabulary | None:
+def saved_vocabulary(weights: str) -> Vocabulary | None:
     """The vocabulary that a checkpoint of ovdet2 holds; None for another file, or a URL."""
     if not Path(weights).is_file():
         return None

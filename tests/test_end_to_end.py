@@ -1,6 +1,7 @@
 """Train, evaluate, predict and draw on a small OV-Shapes, through the programs a user types."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from ovdet2.data.datasets.ov_shapes import ensure_generated
 from ovdet2.errors import DataError, UsageError
 from ovdet2.modeling import build_vocabulary
 from ovdet2.modeling.build import build_classifier, build_teacher
+from ovdet2.programs import choose_thresholds, report_scores, swap_names
 from ovdet2.programs import predict as demo
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.bank import WordBank
@@ -422,3 +424,62 @@ def test_training_on_another_split_than_the_vocabulary_is_refused(run, monkeypat
     for other in ("ov_coco_val_all", "coco_2017_val"):  # another split, and none
         with pytest.raises(UsageError, match=f"ov_shapes_train_base and {other} have different base classes"):
             build_train_loader(load_config(CONFIG, [*SMALL, "DATASETS.TEST", f"('{other}',)"]))
+
+
+def test_predict_with_negative_words_and_thresholds(run, tmp_path, capsys):
+    """Thresholds of a vocabulary file drop what is below them, unless overridden; a negative word is not detected."""
+    image, weights = next((run[0] / "ov_shapes" / "val2017").glob("*.jpg")), str(run[1] / "model_final.pth")
+    words = Vocabulary.build(["moon", "plain circle"], build_teacher(load_config(CONFIG, SMALL)), "single")
+    replace(words, thresholds=(0.0, 1.0)).save(tmp_path / "v.safetensors")
+    command = ["--config-file", CONFIG, "--input", str(image), "--output", str(tmp_path / "out"), "--overlap", "1"]
+
+    def predicted(*options):
+        demo.main([*command, *options, *SMALL, "MODEL.WEIGHTS", weights])
+        [record] = json.loads((tmp_path / "out" / "detections.json").read_text())
+        return record["detections"]
+
+    assert {detection["word"] for detection in predicted("--vocabulary", str(tmp_path / "v.safetensors"))} == {"moon"}
+    assert "thresholds of the vocabulary: 2 of 2 words" in capsys.readouterr().out
+    further = ["--negative-words", "red mug", "--confidence-threshold", "0"]
+    assert {d["word"] for d in predicted("--vocabulary", str(tmp_path / "v.safetensors"), *further)} == set(words.names)
+    with pytest.raises(UsageError, match="--negative-words and --pooling need --vocabulary"):
+        demo.main([*command, "--negative-words", "red mug", *SMALL, "MODEL.WEIGHTS", weights])
+
+
+@pytest.mark.slow
+def test_synonyms_scores_and_thresholds_of_a_run(run, tmp_path, monkeypatch, capsys):
+    """The programs on a run: swapped names change the embeddings only, and the first evaluation is reused."""
+    root, output = run
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    weights = str(output / "model_final.pth")
+    options = [*SMALL, *WITHOUT_PICTURES, "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", weights]
+    words = ["--config-file", CONFIG, "--names", "ov_shapes"]
+    result = swap_names.main([*words, "--name", "2", *options])
+    assert result["swapped"]["all"] == report_of(tmp_path)["classes"]["all"]["with_ground_truth"]
+    swapped = Vocabulary.load(tmp_path / "synonyms" / "other_names.safetensors")
+    teacher = build_teacher(load_config(CONFIG, SMALL))
+    row = swapped.names.index("striped moon")
+    [expected] = Vocabulary.build(["moon striped"], teacher, "single").embeddings
+    assert torch.allclose(swapped.embeddings[row], expected, atol=1e-6) and swapped.synonyms[row] == ("moon striped",)
+    before, after = report_of(tmp_path), report_of(tmp_path / "synonyms")
+    for subset in ("novel", "base", "all"):
+        assert result["figures"][subset]["before"] == pytest.approx(before["bbox"][f"AP50-{subset}"], abs=1e-9)
+        assert result["figures"][subset]["after"] == pytest.approx(after["bbox"][f"AP50-{subset}"], abs=1e-9)
+    same = ("weights", "dataset", "json_sha256")
+    assert [before[key] for key in same] == [after[key] for key in same]
+    swap_names.main([*words, "--name", "mean", *options])
+    assert report_of(tmp_path)["finished"] == before["finished"]  # not evaluated again
+    folder = str(tmp_path / "inference" / "ov_shapes_val_all")
+    scores = report_scores.main([folder, "--floor", "0", "--binning", "width"])  # untrained scores are low
+    assert scores["calibration"]["subsets"]["all"]["detections"] == before["detections"]
+    given = ["--weights", weights, "--output", str(tmp_path / "v.safetensors")]
+    saved = choose_thresholds.vocabulary_of(choose_thresholds.parse_args([folder, *given]))
+    assert saved.names == swapped.names
+    detector = Detector(CONFIG, weights, SMALL)
+    image = next((root / "ov_shapes" / "val2017").glob("*.jpg"))
+    detector.set_vocabulary(saved)
+    every = detector.predict(image)
+    limit = float(every.scores.median())
+    detector.set_vocabulary(replace(saved, thresholds=(limit,) * 65))
+    assert 0 < len(detector.predict(image)) == int((every.scores.double() > limit).sum()) < len(every)
+    require_equal(detector.predict(image, threshold=0.0), every)

@@ -440,6 +440,8 @@ def _facts_of(model: nn.Module, weights: str) -> dict[str, Any]:
         stated = vocabulary.words.manifest()
         kept = ("templates", "templates_sha256", "names_sha256", "synonyms_sha256", "teacher")
         facts["vocabulary"] = {"words": len(vocabulary), **{key: stated[key] for key in kept}}
+        if vocabulary.words.pooling:
+            facts["vocabulary"]["names_of_a_word"] = vocabulary.words.pooling
         pairs = zip(vocabulary.names, vocabulary.words.base_mask.tolist())
         trained = [n for n, base in pairs if not base and clean_name(n) in vocabulary.trained_base_names]
         if trained and vocabulary.from_checkpoint:

@@ -48,6 +48,7 @@ def _faults(report):
     yield from _setting(report.get("setting") or {})
     if report.get("bootstrap") is not None:
         yield from _bootstrap(report["bootstrap"])
+    yield from _absent_words(report.get("absent_words"))
     rows = report.get("per_class", [])
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
         yield from _row(row, f"per_class[{number}]")
@@ -101,6 +102,32 @@ def _classes(classes):
         yield from _wrong(counts, f"{where}.", dict.fromkeys(counts, _is_count))
 
 
+def _absent_words(entry):
+    """Of the entry, which is absent in most reports: what a page and a table read of it."""
+    if entry is None:
+        return
+    if not isinstance(entry, Mapping):
+        yield "absent_words", entry
+        return
+    numbers = ("threshold", "false_positives_per_image", "false_positives_per_image_and_word")
+    rules = dict.fromkeys((*numbers, "images_with_false_positives"), _is_number) | {
+        "words": _is_count,
+        "images": _is_count,
+    }
+    yield from ((f"absent_words.{key}", "missing") for key in rules if key not in entry)
+    yield from _wrong(entry, "absent_words.", rules)
+    for key in ("score_quantiles", "highest_score_quantiles"):
+        yield from _figures(entry.get(key), f"absent_words.{key}")
+    rows = entry.get("per_word")
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
+        where = f"absent_words.per_word[{number}]"
+        if not isinstance(row, Mapping) or not _is_text(row.get("word")):
+            yield where, row
+        else:
+            of_word = ("false_positives_per_image", "highest_score")
+            yield from _figures({key: row.get(key, "missing") for key in of_word}, where)
+
+
 def _row(row, where):
     if not isinstance(row, Mapping):
         yield where, row
@@ -130,6 +157,10 @@ def _is_count(value):
 
 def _is_figure(value):
     return value is None or type(value) in (int, float)
+
+
+def _is_number(value):
+    return type(value) in (int, float)
 
 
 def _is_text(value):

@@ -177,8 +177,8 @@ class _Columns:
 
     def __init__(self, truth, detections, split, matches):
         self._matches, self._scores, self._image_ids = matches, detections.scores, detections.image_ids
-        self._predicted = _positions(split, detections.category_ids)  # R
-        self._gt = _positions(split, truth.category_ids)  # G
+        self._predicted = positions_in(split, detections.category_ids)  # R
+        self._gt = positions_in(split, truth.category_ids)  # G
         self._counts = np.bincount(self._gt[~truth.crowd], minlength=len(split.category_ids))  # K
         base = np.array(split.base_mask)
         present = self._counts > 0
@@ -241,7 +241,7 @@ def _precision_at_recalls(predicted, scores, image_ids, true, counts):
     return curves
 
 
-def _positions(split, category_ids):
+def positions_in(split: Split, category_ids: np.ndarray) -> np.ndarray:
     """[N] int64 positions in the split of dataset category ids, -1 for those it does not have."""
     ids = np.asarray(split.category_ids)
     order = ids.argsort()

@@ -18,6 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from ovdet2.errors import DataError, NumericalError, UsageError
+from ovdet2.evaluation.absent_words import absent_detections, absent_words
 from ovdet2.evaluation.bootstrap import LARGE, RESAMPLES
 from ovdet2.evaluation.evaluation import REPORT, Evaluation, load_truth, measure, objects_per_class, resampled
 from ovdet2.evaluation.precision_recall import PRECISION_RECALL, WITHOUT_AP, precision_and_recall
@@ -250,7 +251,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             "boxes_xyxy": boxes[kept].tolist(),
         }
         if self._distractors:
-            record["distractor_detections"] = len(best) - len(kept)
+            others = best[classes[best] >= class_count]
+            record["distractor_detections"] = len(others)
+            record["distractor_words"] = (classes[others] - class_count).tolist()
+            record["distractor_scores"] = scores[others].tolist()
         if self._truth.segmentations is not None and instances.has("pred_masks"):
             record |= self._masks(image_id, instances.pred_masks, kept)
         return record
@@ -307,6 +311,9 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
             **self._facts,
         }
         objects = objects_per_class(self._truth, self._split)
+        found = absent_detections(self._truth, predictions, self._split, self._distractors)
+        if found is not None and self._truth.images and not self._scores_tell_nothing:
+            facts["absent_words"] = absent_words(found, len(self._truth.images))
         names = None
         if self._scores_tell_nothing:
             names = PRECISION_RECALL

@@ -20,6 +20,21 @@ from ovdet2.evaluation.proposal_recall import average_recall
 
 
 @dataclass(frozen=True)
+class DistractorDetections:
+    """Detections of distractor words, R of them.
+
+    Attributes:
+        image_ids: [R] int64.
+        words: [R] int64, index into the distractors of the evaluation.
+        scores: [R] float32.
+    """
+
+    image_ids: np.ndarray
+    words: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
 class Predictions:
     """What a merged file holds.
 
@@ -27,11 +42,14 @@ class Predictions:
         detections: :class:`~ovdet2.evaluation.columns.Detections` by ascending image id.
         recall: {"AR@100-novel": percent, ...}; empty when the model gave no proposals.
         distractor_detections: how many detections were of distractor words, which are not among ``detections``.
+        distractors: :class:`DistractorDetections`; None without distractors, and for files of earlier versions, which
+            have their number only.
     """
 
     detections: Detections
     recall: dict
     distractor_detections: int
+    distractors: DistractorDetections | None = None
 
 
 def read_predictions(path: str | Path) -> Predictions:
@@ -41,11 +59,13 @@ def read_predictions(path: str | Path) -> Predictions:
         DataError: proposals of some images only, or masks of some images with detections only.
     """
     columns, covered, masks = _Columns(), {}, _MaskWriter(Path(path).parent)
+    distractors = _DistractorColumns()
     images, with_proposals, with_masks, without_masks, distractor_detections = 0, 0, 0, 0, 0
     for record in read_merged(path):
         images += 1
         distractor_detections += record.get("distractor_detections", 0)
         columns.add(record)
+        distractors.add(record)
         if "masks" in record:
             with_masks += 1
             masks.add(record["mask_size"], record["masks"])
@@ -62,7 +82,31 @@ def read_predictions(path: str | Path) -> Predictions:
             raise DataError(f"{count} of {count + others} images have {kind}: give them for all images or for none.")
     recall = {key: average_recall(np.concatenate(values)) for key, values in covered.items()}
     detections = Detections(*columns.finish(), masks=masks.finish() if with_masks else None)
-    return Predictions(detections, recall, distractor_detections)
+    return Predictions(detections, recall, distractor_detections, distractors.finish())
+
+
+class _DistractorColumns:
+    """Collects the detections of distractor words image by image."""
+
+    def __init__(self):
+        self._columns = {"image_ids": array("q"), "words": array("q"), "scores": array("f")}
+        self._known = False
+
+    def add(self, record):
+        """Append those of one image."""
+        if "distractor_scores" not in record:
+            return
+        self._known = True
+        self._columns["scores"].extend(record["distractor_scores"])
+        self._columns["words"].extend(record["distractor_words"])
+        self._columns["image_ids"].extend([record["image_id"]] * len(record["distractor_scores"]))
+
+    def finish(self):
+        """:class:`DistractorDetections`, or None."""
+        types = {"image_ids": np.int64, "words": np.int64, "scores": np.float32}
+        if not self._known:
+            return None
+        return DistractorDetections(**{name: np.array(self._columns[name], dtype=kind) for name, kind in types.items()})
 
 
 class _Columns:

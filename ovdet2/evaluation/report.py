@@ -158,6 +158,11 @@ def format_table(report: dict[str, Any]) -> str:
             f"{len(report['distractors'])} distractor words, {report['distractor_detections']} detections of them "
             "ignored after the best of each image were selected"
         )
+    if absent := report.get("absent_words"):
+        lines.append(
+            f"{absent['words']} absent words, {absent['false_positives_per_image']:.3f} false positives per image above "
+            f"{absent['threshold']:g}"
+        )
     for task, title in (("bbox", "boxes"), ("segm", "masks"), ("proposals", "proposals")):
         if report[task]:
             lines += ["", *_task_table(report, task, title)]

@@ -7,6 +7,7 @@ Names: ``_logits`` before softmax or sigmoid.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -76,18 +77,25 @@ def cosine_logits(
         return logits if bias is None else logits + bias
 
 
-def column_probabilities(embeddings: Tensor, columns: Tensor, temperature: float | Tensor) -> Tensor:
+def column_probabilities(
+    embeddings: Tensor,
+    columns: Tensor,
+    temperature: float | Tensor,
+    pool: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Softmax of :func:`cosine_logits` over the columns.
 
     Args:
         embeddings: Tensor [R, D], unit rows.
         columns: Tensor [K, D], unit rows.
         temperature: tau > 0.
+        pool: joins columns before the softmax, such as :meth:`~ovdet2.vocabulary.bank.WordBank.best_names`.
 
     Returns:
         Tensor [R, K] float32.
     """
-    return cosine_logits(embeddings, columns, temperature=temperature).softmax(dim=1)
+    logits = cosine_logits(embeddings, columns, temperature=temperature)
+    return (logits if pool is None else pool(logits)).softmax(dim=1)
 
 
 class CosineClassifier(nn.Module):
@@ -200,7 +208,8 @@ class CosineClassifier(nn.Module):
 
     def classify_without_background(self, embeddings: Tensor) -> Tensor:
         """Softmax over all words without background, as in ViLD's image branch: Tensor [R, D] -> [R, K]."""
-        return cosine_logits(embeddings, self.vocabulary.embeddings, **self._factor()).softmax(dim=1)
+        logits = cosine_logits(embeddings, self.vocabulary.rows(training=False), **self._factor())
+        return self.vocabulary.best_names(logits).softmax(dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         """
@@ -213,6 +222,8 @@ class CosineClassifier(nn.Module):
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):
             logits = cosine_logits(embeddings, self._columns(), **self._factor(), bias=self.bias)
+            if not self.training:
+                logits = self.vocabulary.best_names(logits)
             return F.pad(logits, (0, 1)) if self.background_kind == "zero" else logits
 
     def _columns(self) -> Tensor:

@@ -117,7 +117,8 @@ def build_vocabulary(cfg: CfgNode) -> Vocabulary:
             f"of them, first {missing[:3]}: rebuild it with ovdet2 vocab --dataset."
         )
     chosen = vocabulary.selected([rows[clean_name(name)] for name in names])
-    return replace(chosen, names=names, base_mask=torch.tensor(base_mask), category_ids=ids)
+    # Thresholds were chosen for one detector; evaluation and training use none.
+    return replace(chosen, names=names, base_mask=torch.tensor(base_mask), category_ids=ids, thresholds=None)
 
 
 def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
@@ -140,7 +141,9 @@ def load_vocabulary(cfg: CfgNode, path: str | Path) -> Vocabulary:
     return vocabulary
 
 
-def words_to_vocabulary(cfg: CfgNode, words: Words | Vocabulary, templates: str | None = None) -> Vocabulary:
+def words_to_vocabulary(
+    cfg: CfgNode, words: Words | Vocabulary, templates: str | None = None, pooling: str | None = None
+) -> Vocabulary:
     """Build a vocabulary from user-provided words; MODEL.TEACHER embeds words without embeddings.
 
     Args:
@@ -148,17 +151,21 @@ def words_to_vocabulary(cfg: CfgNode, words: Words | Vocabulary, templates: str 
         words: "cat, red mug", a list, a dict of synonyms or a word list, see
             :func:`~ovdet2.vocabulary.read_words`; or a vocabulary file (``.safetensors``), or a :class:`Vocabulary`.
         templates: prompt template set of words to embed; default MODEL.VOCABULARY.TEMPLATES.
+        pooling: how the names of a word are joined, "mean" or "max", see :meth:`Vocabulary.build`; None: "mean", or as a
+            vocabulary (file) states.
 
     Raises:
-        UsageError: no word, a duplicate word, an unknown template set.
+        UsageError: no word, a duplicate word, an unknown template set; "max" for a vocabulary of averaged names.
         DataError: a file cannot be read, or is of another teacher.
     """
     if isinstance(words, Vocabulary):
-        return words
+        return words.pooled(pooling)
     if isinstance(words, (str, Path)) and str(words).endswith(".safetensors"):
-        return load_vocabulary(cfg, words)
+        return load_vocabulary(cfg, words).pooled(pooling)
     parsed, templates = read_words(words), templates or cfg.MODEL.VOCABULARY.TEMPLATES
-    return Vocabulary.build(parsed.names, build_teacher(cfg), templates, synonyms=parsed.synonyms)
+    return Vocabulary.build(
+        parsed.names, build_teacher(cfg), templates, synonyms=parsed.synonyms, pooling=pooling or "mean"
+    )
 
 
 def background_of(cfg: CfgNode, vocabulary: Vocabulary, templates: str | None = None) -> Tensor | None:

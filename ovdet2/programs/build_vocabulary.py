@@ -12,6 +12,9 @@ r"""Build a vocabulary file: embed words with a CLIP text encoder, or import emb
     ovdet2 vocab --dataset ov_coco_val_all --architecture ViT-B-32 --pretrained openai --output v.safetensors
     # the classes of a public data set by ascending id, here of LVIS with all synonyms averaged
     ovdet2 vocab --names lvis --synonyms --architecture ViT-B-32 --pretrained openai --output v.safetensors
+    # the score of a word is the maximum over its names, which keep their embeddings
+    ovdet2 vocab --words "sofa; couch; settee, cat" --pooling max \
+        --architecture ViT-B-32 --pretrained openai --output v.safetensors
     # an imported table with a row for each of COCO's 80 classes by id; its rows are reordered for --dataset
     ovdet2 vocab --dataset ov_coco_val_all --import-table table.npy --names coco \
         --architecture ViT-B-32 --pretrained openai --templates "a {name}" --output v.safetensors
@@ -45,7 +48,7 @@ from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vlm.neighbours import close_pairs, nearest_words
 from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
-from ovdet2.vocabulary import Vocabulary, averaged_names, check_words, repeated_words
+from ovdet2.vocabulary import POOLINGS, Vocabulary, averaged_names, check_words, repeated_words
 from ovdet2.vocabulary.templates import clean_name, get_templates, render
 from ovdet2.vocabulary.word_lists import NAMED, WordList, named_words, read_words, words_of_json
 
@@ -65,14 +68,22 @@ def main(argv: Sequence[str] | None = None) -> Vocabulary:
         print_prompts(args, words)  # reports a wrong template set before the teacher is loaded
         teacher = Teacher.load(args.architecture, args.pretrained, args.device)
         vocabulary = Vocabulary.build(
-            words.names, teacher, args.templates, words.base_mask, words.category_ids, True, words.synonyms
+            words.names,
+            teacher,
+            args.templates,
+            words.base_mask,
+            words.category_ids,
+            True,
+            words.synonyms,
+            args.pooling,
         )
     vocabulary.save(args.output)
     print_words(vocabulary, args.show, None if args.import_table else args.templates)
     warn_of_close_words(vocabulary)
-    averaged = 0 if vocabulary.synonyms is None else sum(len(names) > 1 for names in vocabulary.synonyms)
+    several = 0 if vocabulary.synonyms is None else sum(len(names) > 1 for names in vocabulary.synonyms)
+    joined = f"{several} {'by the maximum' if vocabulary.pooling == 'max' else 'averaged'} over synonyms"
     print(
-        f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base, {averaged} averaged over synonyms), "
+        f"{args.output}: {len(vocabulary)} words ({vocabulary.num_base} base, {joined}), "
         f"{vocabulary.embeddings.shape[1]} dimensions, teacher {vocabulary.teacher}, templates {vocabulary.templates}"
     )
     return vocabulary
@@ -94,6 +105,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--synonyms",
         action=argparse.BooleanOptionalAction,
         help="average over synonyms; default: only over those in --words",
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        default="mean",
+        help="a word's names: the mean of their embeddings, or the maximum of their scores (mean)",
     )
     parser.add_argument("--import-table", help=".npy, .pt or .pth file with raw embeddings [K, D]")
     parser.add_argument("--key", help="entry of a .pt file that holds several tensors")
@@ -127,6 +144,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--corrected requires --names")
     if args.import_table and args.synonyms:
         parser.error("--synonyms embeds words: for an imported table, note in --templates how it was made")
+    if args.import_table and args.pooling == "max":
+        parser.error("--pooling max embeds each name: an imported table has one row for each word")
     if not args.import_table and (args.key or args.transpose):
         parser.error("--key and --transpose require --import-table")
     if args.first_of_duplicates and (args.dataset or not args.import_table):

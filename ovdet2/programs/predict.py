@@ -6,6 +6,9 @@ r"""Detect any words in your images and draw the detections.
     ovdet2 predict --model detic-swinb-21k --input a.jpg --output out/
     ovdet2 predict --config-file ovcoco/vild_text_r50.yaml --input a.jpg --vocabulary words.txt --output out/ \
         --confidence-threshold 0.5 MODEL.WEIGHTS output/model_final.pth
+    # boxes that fit "plain circle" better than "striped moon" are not detected
+    ovdet2 predict --config-file ovshapes-vild --input a.jpg --vocabulary "striped moon" \
+        --negative-words "plain circle, plain ring" --output out/
     # a detector with semantic priors: give the words present in the images instead of predicting them
     ovdet2 predict --config-file ovshapes/cckt_full_r18.yaml --input a.jpg --present "red star, moon" \
         --output out/ MODEL.WEIGHTS output/model_final.pth
@@ -30,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.structures import Instances
+from torch import Tensor
 from tqdm import tqdm
 
 from ovdet2.command_line import (
@@ -45,13 +49,14 @@ from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
 from ovdet2.io.masks import run_lengths
 from ovdet2.io.progress import progress_bar
-from ovdet2.predictor import FEW_WORDS, Detector, to_rgb_array
+from ovdet2.predictor import FEW_WORDS, Detector, above, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
 from ovdet2.report.labels import fonts_for
-from ovdet2.vocabulary import parse_words
+from ovdet2.vocabulary import POOLINGS, parse_words
 from ovdet2.zoo import DETECTORS
 
 RECORDS = "detections.json"
+DEFAULT_THRESHOLD = 0.3
 _SHOWN = 20  # words printed
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -64,13 +69,10 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     pictures = picture_paths(find_images(args.input, output), output)
     written = [output / RECORDS, *pictures.values()]
     keep_inputs("--output", written, pictures.keys(), options_but(args, "output"))
-    detector = Detector(
-        args.config_file, overrides=args.opts, competitors=args.competitors, accept_license=args.accept_license
-    )
+    detector = build_detector(args)
     if args.present is not None and not detector.has_priors:
         raise UsageError("this detector takes no semantic priors: remove --present.")
-    if args.vocabulary is not None:
-        detector.set_vocabulary(args.vocabulary)
+    threshold = thresholds_of(detector, args.confidence_threshold)
     names = detector.names
     print(f"{counted(len(names), 'word')}: {', '.join(names[:_SHOWN])}{' ...' * (len(names) > _SHOWN)}")
     records, numbered = {}, {}
@@ -84,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             present = None
             if detector.has_priors:
                 present = detector.predict_present_words(image) if args.present is None else parse_words(args.present)
-            [instances] = detector.predict([image], present)
-            instances = nms_across_words(instances, args.confidence_threshold, args.overlap)
+            [instances] = detector.predict([image], present, threshold=0.0)
+            instances = nms_across_words(instances, threshold, args.overlap)
             save_picture(picture, draw(image, instances, names))
             records[picture] = to_record(path, instances, names, present)
             numbered |= {
@@ -123,7 +125,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--present", help='words present in the images, "cat, red mug", for a detector with semantic priors'
     )
     parser.add_argument(
-        "--confidence-threshold", type=float, default=0.3, help="draw detections with a higher score (0.3)"
+        "--negative-words",
+        help='words that absorb detections and are not detected, "mirror, poster", or a word list or vocabulary file',
+    )
+    parser.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        help="names of a word: the mean of their embeddings (default), or the maximum of their scores",
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        help=f"draw detections with a higher score; default: the thresholds of the vocabulary, else {DEFAULT_THRESHOLD}",
     )
     parser.add_argument(
         "--overlap", type=float, default=0.6, help="IoU threshold of the class-agnostic NMS across words (0.6)"
@@ -136,6 +149,31 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_overrides(parser)
     return parser.parse_args(argv)
+
+
+def build_detector(args: argparse.Namespace) -> Detector:
+    """The detector with the words of the options.
+
+    Raises:
+        UsageError: --negative-words or --pooling without --vocabulary.
+    """
+    if args.vocabulary is None and (args.negative_words is not None or args.pooling):
+        raise UsageError("--negative-words and --pooling need --vocabulary: name the words to detect as well.")
+    detector = Detector(
+        args.config_file, overrides=args.opts, competitors=args.competitors, accept_license=args.accept_license
+    )
+    if args.vocabulary is not None:
+        detector.set_vocabulary(args.vocabulary, negative_words=args.negative_words, pooling=args.pooling)
+    return detector
+
+
+def thresholds_of(detector: Detector, given: float | None) -> Tensor | float:
+    """The threshold of --confidence-threshold; without it Tensor [K] of those of the vocabulary, or the default."""
+    if given is not None or detector.thresholds is None:
+        return DEFAULT_THRESHOLD if given is None else given
+    chosen = int((~detector.thresholds.isnan()).sum())
+    print(f"thresholds of the vocabulary: {chosen} of {counted(len(detector.names), 'word')}, else {DEFAULT_THRESHOLD}")
+    return detector.thresholds.nan_to_num(DEFAULT_THRESHOLD)
 
 
 def find_images(inputs: Sequence[str], output: Path | None = None) -> list[Path]:
@@ -211,12 +249,12 @@ def picture_paths(images: Sequence[Path], output: Path) -> dict[Path, Path]:
     return pictures
 
 
-def nms_across_words(instances: Instances, threshold: float, overlap: float) -> Instances:
+def nms_across_words(instances: Instances, threshold: Tensor | float, overlap: float) -> Instances:
     """Class-agnostic NMS across words, so that an object is drawn with its best word only.
 
     Args:
         instances: detections of one image.
-        threshold: detections with a score of at most this are dropped.
+        threshold: detections with a score of at most this are dropped; or Tensor [K], one threshold for each word.
         overlap: IoU above which the worse of two detections is dropped.
 
     Returns:
@@ -224,7 +262,7 @@ def nms_across_words(instances: Instances, threshold: float, overlap: float) -> 
     """
     from detectron2.layers import nms
 
-    instances = instances[instances.scores > threshold]
+    instances = above(threshold, instances)
     return instances[nms(instances.pred_boxes.tensor, instances.scores, overlap)]  # pyrefly: ignore[bad-index]  indices
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ovdet2.data.datasets.coco_json import Split
 from ovdet2.errors import DataError
+from ovdet2.evaluation.calibration import calibration
 from ovdet2.evaluation.columns import Detections, Truth
 from ovdet2.evaluation.error_analysis import ERROR_KINDS, RECALLS, SUBSETS, analyse, telling_images
 from ovdet2.evaluation.matching import match
@@ -30,13 +31,14 @@ from ovdet2.report.html_parts import (
     word,
 )
 from ovdet2.report.pictures import Pictures
+from ovdet2.report.score_sections import absent_section, calibration_section
 
 TASKS = {"bbox": "Boxes", "segm": "Masks", "proposals": "Class-agnostic proposals"}
 _LINES = {"novel": "novel, solid", "base": "base, dashed", "all": "all, dotted"}
 _INTERLEAVED = 150  # most classes whose bars are drawn in one sequence
 _SHOWN_APART = {
     "schema", "evaluator_type", "classes", "per_class", "decoder_layers", "setting", "bootstrap", "scores_tell_nothing",
-    *TASKS,
+    "absent_words",     *TASKS,
 }  # fmt: skip
 _KINDS = {
     "classification": "right place (IoU ≥ 0.5 with a box of another class), wrong word",
@@ -87,6 +89,8 @@ def write_html(
             curve_section(analysis["curves"]),
             error_section(analysis, report),
             confusion_section(analysis["confusion"]),
+            calibration_section(calibration(detections, split, matches)),
+            absent_section(report.get("absent_words")),
             proposal_section(report.get("proposals") or {}),
             decoder_layer_section(report.get("decoder_layers") or []),
             image_section(drawn, analysis["image_quality"], pictures),

@@ -1,6 +1,7 @@
 """Words and their text embeddings: the vocabulary, its bank in a model, word lists, prompt templates."""
 
 from ovdet2.vocabulary.table import (
+    POOLINGS,
     SCHEMA,
     Vocabulary,
     averaged_names,
@@ -13,6 +14,7 @@ from ovdet2.vocabulary.table import (
 from ovdet2.vocabulary.word_lists import WordList, parse_words, read_words
 
 __all__ = [
+    "POOLINGS",
     "SCHEMA",
     "Vocabulary",
     "WordList",

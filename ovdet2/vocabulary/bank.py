@@ -1,6 +1,6 @@
 """The word bank of a detector: its vocabulary as buffers, which are saved in checkpoints and can be replaced.
 
-Shapes: K words, B base words, D embedding dimension.
+Shapes: K words, B base words, M names of all words, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class WordBank(nn.Module):
         words: the :class:`Vocabulary`.
         num_detectable: number of the first words, which can be detected; the others compete with them for the probability
             of a region, and are never detected. K without competitors, see :meth:`set`.
+        num_negative: number of the words after them that are negative words of the user; competitors follow.
         embeddings: Tensor [K, D] float32, unit rows.
         base_mask: Tensor [K] bool.
         background: Tensor [D], unit embedding of the word "background"; None for a detector that does not need it.
@@ -44,6 +45,9 @@ class WordBank(nn.Module):
 
     words: Vocabulary
     num_detectable: int
+    num_negative: int
+    name_rows: Tensor | None
+    name_words: Tensor | None
     embeddings: Tensor
     base_mask: Tensor
     manifest: Tensor
@@ -61,6 +65,8 @@ class WordBank(nn.Module):
         super().__init__()
         for name in ("embeddings", "base_mask", "manifest", "background"):
             self.register_buffer(name, None)
+        for name in ("name_rows", "name_words"):  # a checkpoint holds the mean of a word's names
+            self.register_buffer(name, None, persistent=False)
         self._store(vocabulary, background)
         self.trained_base_names = base_names(vocabulary)
         self.from_checkpoint = False
@@ -84,8 +90,30 @@ class WordBank(nn.Module):
         return self.words.teacher
 
     def rows(self, training: bool) -> Tensor:
-        """Tensor [B, D] of the base words in training, [K, D] of all words at test; see :attr:`training_embeddings`."""
-        return self.training_embeddings if training else self.embeddings
+        """Embeddings for cosines; :meth:`best_names` makes logits of words of them.
+
+        Tensor [B, D] of the base words in training (see :attr:`training_embeddings`); at test [K, D] of all words, or
+        [M, D] of all their names, if a word's logit is the maximum over its names.
+        """
+        if training:
+            return self.training_embeddings
+        return self.embeddings if self.name_rows is None else self.name_rows
+
+    def best_names(self, logits: Tensor) -> Tensor:
+        """Logits of words from logits of :meth:`rows` at test: the maximum over the names of each word.
+
+        Args:
+            logits: Tensor [..., M], or with further columns such as a background, which are kept.
+
+        Returns:
+            Tensor [..., K] or with the further columns; the same Tensor unless the vocabulary is pooled by maximum.
+        """
+        if self.name_words is None:
+            return logits
+        names, others = logits[..., : len(self.name_words)], logits[..., len(self.name_words) :]
+        lowest = names.new_full((*names.shape[:-1], len(self)), -torch.inf)
+        best = lowest.scatter_reduce(-1, self.name_words.expand_as(names), names, "amax")
+        return torch.cat([best, others], dim=-1) if others.shape[-1] else best
 
     @property
     def training_embeddings(self) -> Tensor:
@@ -100,7 +128,11 @@ class WordBank(nn.Module):
         return self.embeddings[:count]
 
     def set(
-        self, vocabulary: Vocabulary, background: Tensor | None = None, competitors: Vocabulary | None = None
+        self,
+        vocabulary: Vocabulary,
+        background: Tensor | None = None,
+        competitors: Vocabulary | None = None,
+        negative: Vocabulary | None = None,
     ) -> None:
         """Replace the words. Words that had training boxes become base; the vocabulary's base mask is ignored.
 
@@ -109,6 +141,8 @@ class WordBank(nn.Module):
             background: Tensor [D] as in the constructor; None keeps the current one, which is correct if the prompts
                 are the same.
             competitors: further words, which are never detected: see :attr:`num_detectable`.
+            negative: further words, which are not detected either. With a softmax they are competitors; where each word
+                has a separate sigmoid, a box whose best word is one of them is dropped.
 
         Raises:
             UsageError: ``vocabulary`` is no :class:`Vocabulary`.
@@ -123,11 +157,26 @@ class WordBank(nn.Module):
                 f"{self.embeddings.shape[1]}: embed the words with the model's teacher."
             )
         count = len(vocabulary)
-        if competitors is not None and len(competitors):
-            require_same_teacher(self.teacher, "the model", competitors.teacher, "the competitors")
-            vocabulary = vocabulary.joined(competitors)
+        for what, others in (("the negative words", negative), ("the competitors", competitors)):
+            if others is not None and len(others):
+                require_same_teacher(self.teacher, "the model", others.teacher, what)
+                vocabulary = vocabulary.joined(others)
         self._store(self._with_trained_mask(vocabulary), background)
-        self.num_detectable = count
+        self.num_detectable, self.num_negative = count, 0 if negative is None else len(negative)
+
+    def on_negative_words(self, scores: Tensor) -> Tensor:
+        """Whether the best word of a region is a negative one, for scores that are sigmoids.
+
+        Args:
+            scores: Tensor [..., K or K + 1], scores or logits, of all words and perhaps a background.
+
+        Returns:
+            Tensor [...] bool; False for a tie, and everywhere without negative words.
+        """
+        if not self.num_negative:
+            return torch.zeros(scores.shape[:-1], dtype=torch.bool, device=scores.device)
+        words = scores[..., : self.num_detectable].amax(dim=-1)
+        return scores[..., self.num_detectable : self.num_detectable + self.num_negative].amax(dim=-1) > words
 
     def confirm_teacher(self, teacher: Fingerprint) -> None:
         """Record the teacher of the words by its weights, after it was compared with their embeddings."""
@@ -179,8 +228,12 @@ class WordBank(nn.Module):
 
     def _store(self, vocabulary: Vocabulary, background: Tensor | None = None) -> None:
         device = self.embeddings.device if self.embeddings is not None else None
-        self.words, self.num_detectable = vocabulary, len(vocabulary)
+        self.words, self.num_detectable, self.num_negative = vocabulary, len(vocabulary), 0
         self.embeddings = vocabulary.embeddings.float().to(device)
+        self.name_rows = self.name_words = None
+        if vocabulary.pooling == "max":
+            rows, words = vocabulary.name_rows()
+            self.name_rows, self.name_words = rows.float().to(device), words.to(device)
         self.base_mask = vocabulary.base_mask.to(device)
         self.manifest = manifest_bytes(vocabulary).to(device)
         if background is not None:

@@ -1,6 +1,6 @@
 """The vocabulary: class names with their text embeddings and the teacher that made them.
 
-Shapes: K words, B of them base, D embedding dimension.
+Shapes: K words, B of them base, M names of all words, D embedding dimension.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ _FORM = {
     "category_ids": (None, [object]),
     "synonyms": Optional((None, [[str]])),
     "templates_sha256": Optional((None, str)),
+    "thresholds": Optional((None, [object])),
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FURTHER = "further_trained_names"  # key of a checkpoint's manifest
+_NAME_ROWS, _NAME_WORDS = "name_embeddings", "name_words"  # tensors of a vocabulary pooled by maximum
+POOLINGS = ("mean", "max")
 PROMPTS_AT_ONCE = 1024  # prompts per call of the text encoder
 _SHOWN = 10  # repeated words in a message
 
@@ -62,9 +65,14 @@ class Vocabulary:
         teacher: :class:`Fingerprint` of the model that embedded them.
         templates: name of the prompt template set; for imported tables the user's description of the prompts.
         category_ids: K dataset category ids, or None for words without a data set.
-        synonyms: K tuples of the names whose embeddings were averaged for each word, its own name first; None: no
-            synonyms were averaged.
+        synonyms: K tuples of the names whose embeddings were averaged for each word (with "max" compared), its own name
+            first, unless only other names were used (``ovdet2 synonyms``); None: every word has its name only.
         templates_sha256: hash of the templates; by default of the set ``templates``, None if there is no such set.
+        thresholds: K scores in [0, 1], or None for a word without one: the detector's detections of a word count above
+            its threshold. Chosen on a validation set for one detector (``ovdet2 vocab thresholds``). None: no thresholds.
+        name_embeddings: Tensor [M, D] float32, unit rows, of the names of all words, for words whose score is the
+            maximum over their names; ``embeddings`` are their means. None: the names are averaged.
+        name_words: Tensor [M] int64, ascending: the word of each row of ``name_embeddings``.
 
     Raises:
         UsageError: empty vocabulary, empty or duplicate word.
@@ -79,6 +87,9 @@ class Vocabulary:
     category_ids: tuple[int | str, ...] | None = field(default=None)
     synonyms: tuple | None = None
     templates_sha256: str | None = None
+    thresholds: tuple[float | None, ...] | None = None
+    name_embeddings: torch.Tensor | None = None
+    name_words: torch.Tensor | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(self.names))
@@ -106,6 +117,9 @@ class Vocabulary:
             raise DataError(f"{k} words but {len(self.category_ids)} category ids.")
         if self.synonyms is not None and len(self.synonyms) != k:
             raise DataError(f"{k} words but {len(self.synonyms)} lists of synonyms.")
+        if self.thresholds is not None:
+            object.__setattr__(self, "thresholds", checked_thresholds(self.thresholds, k))
+        _check_names(self.name_embeddings, self.name_words, k, self.embeddings.shape[1])
 
     def __len__(self):
         return len(self.names)
@@ -114,6 +128,13 @@ class Vocabulary:
     def num_base(self) -> int:
         """B, the number of base words."""
         return int(self.base_mask.sum())
+
+    @property
+    def pooling(self) -> str | None:
+        """How the names of a word are joined: "mean" of embeddings, "max" of scores; None without synonyms."""
+        if self.name_embeddings is not None:
+            return "max"
+        return None if self.synonyms is None else "mean"
 
     @property
     def names_sha256(self) -> str:
@@ -133,37 +154,41 @@ class Vocabulary:
 
     def select(self, mask: Tensor) -> Vocabulary:
         """The sub-vocabulary of a boolean mask [K]."""
-        keep = torch.nonzero(mask).flatten().tolist()
-        ids = None if self.category_ids is None else tuple(self.category_ids[i] for i in keep)
-        synonyms = None if self.synonyms is None else tuple(self.synonyms[i] for i in keep)
-        return replace(
-            self,
-            names=tuple(self.names[i] for i in keep),
-            base_mask=self.base_mask[keep],
-            embeddings=self.embeddings[keep],
-            category_ids=ids,
-            synonyms=synonyms,
-        )
+        return self.selected(torch.nonzero(mask).flatten().tolist())
 
     def selected(self, rows: Sequence[int]) -> Vocabulary:
         """The words at some positions, in that order."""
+        rows = list(rows)
+        name_embeddings, name_words = self.name_embeddings, self.name_words
+        if name_embeddings is not None and name_words is not None:
+            at, name_words = _names_of(name_words, rows, len(self))
+            name_embeddings = name_embeddings[at]
         return replace(
             self,
             names=tuple(self.names[row] for row in rows),
-            base_mask=self.base_mask[list(rows)],
-            embeddings=self.embeddings[list(rows)],
+            base_mask=self.base_mask[rows],
+            embeddings=self.embeddings[rows],
             category_ids=self.category_ids and tuple(self.category_ids[row] for row in rows),
             synonyms=self.synonyms and tuple(self.synonyms[row] for row in rows),
+            thresholds=self.thresholds and tuple(self.thresholds[row] for row in rows),
+            name_embeddings=name_embeddings,
+            name_words=name_words,
         )
 
     def joined(self, others: Vocabulary) -> Vocabulary:
         """This vocabulary followed by the words of ``others``, of the same teacher; their category ids become -1, -2,
         ..."""
         ids = self.category_ids and (*self.category_ids, *range(-1, -1 - len(others), -1))
-        synonyms = None
+        synonyms = thresholds = None
         if self.synonyms or others.synonyms:
             pairs = ((words.synonyms or ((name,) for name in words.names)) for words in (self, others))
             synonyms = tuple(names for part in pairs for names in part)
+        if self.thresholds or others.thresholds:
+            thresholds = tuple(each for part in (self, others) for each in part.thresholds or (None,) * len(part))
+        name_embeddings = name_words = None
+        if "max" in (self.pooling, others.pooling):
+            rows, words = zip(*(part.name_rows() for part in (self, others)))
+            name_embeddings, name_words = torch.cat(rows), torch.cat([words[0], words[1] + len(self)])
         return replace(
             self,
             names=(*self.names, *others.names),
@@ -171,7 +196,34 @@ class Vocabulary:
             embeddings=torch.cat([self.embeddings, others.embeddings]),
             category_ids=ids,
             synonyms=synonyms,
+            thresholds=thresholds,
+            name_embeddings=name_embeddings,
+            name_words=name_words,
         )
+
+    def name_rows(self) -> tuple[Tensor, Tensor]:
+        """(rows [M, D] whose scores are compared, word [M] of each): of all names, or ``embeddings`` without "max"."""
+        if self.name_embeddings is None or self.name_words is None:
+            return self.embeddings, torch.arange(len(self))
+        return self.name_embeddings, self.name_words
+
+    def pooled(self, pooling: str | None) -> Vocabulary:
+        """This vocabulary with the names of its words joined by "mean" or "max"; None: unchanged.
+
+        Raises:
+            UsageError: an unknown pooling, or "max" for averaged names, whose separate embeddings are not known.
+        """
+        if pooling is None:
+            return self
+        require_pooling(pooling)
+        if pooling == "mean":
+            return replace(self, name_embeddings=None, name_words=None)
+        if self.pooling == "mean":
+            raise UsageError(
+                "this vocabulary holds the mean over the names of each word: for their maximum, give the names, or build "
+                "the file with ovdet2 vocab --pooling max."
+            )
+        return self
 
     def manifest(self) -> dict[str, Any]:
         """JSON-serialisable description: words, templates, hashes, and the teacher's fingerprint."""
@@ -185,11 +237,15 @@ class Vocabulary:
             "synonyms": None if self.synonyms is None else list(map(list, self.synonyms)),
             "synonyms_sha256": self.synonyms_sha256,
             "teacher": self.teacher.to_dict(),
+            **({} if self.thresholds is None else {"thresholds": list(self.thresholds)}),
         }
 
     def save(self, path: str | Path) -> None:
         """Write the vocabulary file (safetensors, schema 1)."""
-        write_safetensors(path, {"embeddings": self.embeddings.float(), "base_mask": self.base_mask}, self.manifest())
+        tensors = {"embeddings": self.embeddings.float(), "base_mask": self.base_mask}
+        if self.name_embeddings is not None and self.name_words is not None:
+            tensors |= {_NAME_ROWS: self.name_embeddings.float(), _NAME_WORDS: self.name_words}
+        write_safetensors(path, tensors, self.manifest())
 
     @classmethod
     def load(cls, path: str | Path) -> Vocabulary:
@@ -197,6 +253,9 @@ class Vocabulary:
         tensors, manifest = read_safetensors(path, SCHEMA, remedy="build it with ovdet2 vocab")
         try:
             vocabulary = _from_parts(manifest, tensors["base_mask"], tensors["embeddings"], path)
+            if _NAME_ROWS in tensors:
+                rows, words = tensors[_NAME_ROWS], tensors[_NAME_WORDS]
+                vocabulary = replace(vocabulary, name_embeddings=rows, name_words=words)
         except (KeyError, OVDetError) as error:
             reason = f"it has no {error}." if isinstance(error, KeyError) else error
             raise DataError(f"{path}: {reason} Rebuild it with ovdet2 vocab.") from None
@@ -215,6 +274,7 @@ class Vocabulary:
         category_ids: Iterable[int | str] | None = None,
         progress: bool = False,
         synonyms: Iterable[Iterable[str]] | None = None,
+        pooling: str = "mean",
     ) -> Vocabulary:
         """Embed words: normalise each prompt's embedding, average over the templates, normalise again (ViLD, F-VLM).
 
@@ -230,16 +290,20 @@ class Vocabulary:
             category_ids: optional K ids.
             progress: show a progress bar.
             synonyms: optional K lists of further names; a name that cleans to an earlier one is skipped.
+            pooling: "mean" averages the embeddings of a word's names; with "max" the names keep their embeddings, and a
+                word's logit is the maximum over them.
 
         Raises:
-            UsageError: no word, an empty or duplicate word, an empty synonym, an unknown template set.
+            UsageError: no word, an empty or duplicate word, an empty synonym, an unknown template set or pooling.
             DataError: the template file cannot be read.
         """
         names = tuple(names)
         check_words(names)
+        require_pooling(pooling)
         averaged = averaged_names(names, synonyms)
         rows = _embed_names([name for group in averaged for name in group], teacher, templates, progress)
         word = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(group) for group in averaged]))
+        several = len(rows) > len(names)
         sums = torch.zeros(len(names), rows.shape[1]).index_add_(0, word, rows)
         return cls(
             names,
@@ -248,8 +312,10 @@ class Vocabulary:
             teacher.fingerprint,
             set_title(templates),
             None if category_ids is None else tuple(category_ids),
-            averaged if len(rows) > len(names) else None,
+            averaged if several else None,
             templates_sha256(templates),
+            name_embeddings=rows if several and pooling == "max" else None,
+            name_words=word if several and pooling == "max" else None,
         )
 
     @classmethod
@@ -288,6 +354,53 @@ class Vocabulary:
                 )
         ids = None if category_ids is None else tuple(category_ids)
         return cls(names, _mask(base_mask, len(names)), F.normalize(rows, dim=1), teacher, templates, ids)
+
+
+def require_pooling(pooling: str) -> None:
+    """Raise :class:`UsageError` for anything but "mean" and "max"."""
+    if pooling not in POOLINGS:
+        raise UsageError(f"the names of a word are joined by {pooling!r}: choose one of {', '.join(POOLINGS)}.")
+
+
+def checked_thresholds(thresholds: Sequence[Any], count: int) -> tuple[float | None, ...]:
+    """K thresholds as a tuple.
+
+    Raises:
+        DataError: another number of them than ``count``, or one that is neither None nor a number in [0, 1].
+    """
+    thresholds = tuple(thresholds)
+    if len(thresholds) != count:
+        raise DataError(f"{count} words but {len(thresholds)} thresholds.")
+    for row, value in enumerate(thresholds):
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= 1):
+            raise DataError(f"the threshold of word {row} is {value!r}, not a number from 0 to 1.")
+    return tuple(None if value is None else float(value) for value in thresholds)
+
+
+def _check_names(rows: Tensor | None, words: Tensor | None, count: int, dim: int) -> None:
+    """Raise :class:`DataError` unless there is a unit row [M, D] for each name and each word has one."""
+    if rows is None and words is None:
+        return
+    damaged = DataError(f"the embeddings of the names do not belong to the {count} words of {dim} dimensions.")
+    if rows is None or words is None or rows.ndim != 2 or rows.dtype not in _FLOATS or words.dtype != torch.int64:
+        raise damaged
+    if rows.shape[1] != dim or words.shape != (len(rows),) or not len(words):
+        raise damaged
+    steps = words.diff()  # every word has a name, so the words ascend by steps of 0 and 1
+    if words[0] != 0 or words[-1] != count - 1 or not bool(((steps == 0) | (steps == 1)).all()):
+        raise damaged
+    if not bool(((rows.norm(dim=1) - 1).abs() < 1e-3).all()):
+        raise DataError("an embedding of a name does not have norm 1.")
+
+
+def _names_of(name_words: Tensor, words: list[int], count: int) -> tuple[Tensor, Tensor]:
+    """(positions in ``name_words`` of the names of some words, their words 0, 1, ... in the order given)."""
+    counts = torch.bincount(name_words, minlength=count)
+    first = counts.cumsum(0) - counts
+    chosen = counts[words]  # names of each
+    new = torch.repeat_interleave(torch.arange(len(words)), chosen)
+    within = torch.arange(len(new)) - (chosen.cumsum(0) - chosen)[new]
+    return first[words][new] + within, new
 
 
 def _mask(base_mask: Sequence[bool] | Tensor | None, count: int) -> Tensor:
@@ -421,4 +534,5 @@ def _from_parts(manifest, base_mask, embeddings, source):
         manifest["category_ids"],
         manifest.get("synonyms"),
         manifest.get("templates_sha256"),
+        manifest.get("thresholds"),
     )

@@ -113,6 +113,11 @@ def read_words(words: Words) -> WordList:
     return _word_list(entries)
 
 
+def other_names_of_ov_shapes() -> WordList:
+    """The classes of OV-Shapes with four other names each, as the head of the file describes them."""
+    return _words_of_file(_ASSETS / "ov_shapes_other_names.txt")
+
+
 def parse_words(words: str | Path | Iterable[str]) -> list[str]:
     """The names of :func:`read_words`, where synonyms have no meaning.
 

@@ -279,11 +279,12 @@ class CCKT(DetrPart):
         """Set ``prior_words`` of the detections: the prior word of each detection's query, -1 for none."""
         carried = queries.attached(CarriedWords)
         if carried is not None:
-            instances.prior_words = carried.words[image][instances.queries]
+            words = carried.words[image][instances.queries]
+            instances.prior_words = words.where(words < self.bank.num_detectable, -1)  # negative words are not shown
 
     def _similarity(self, embeddings):
-        rows = self.bank.training_embeddings if self.training else self.bank.embeddings
-        return similarity_logits(embeddings, rows, self.temperature, self.bias)
+        logits = similarity_logits(embeddings, self.bank.rows(self.training), self.temperature, self.bias)
+        return logits if self.training else self.bank.best_names(logits)
 
     def _contrast(self, embeddings, targets, matches, crops):
         """The contrast of one layer, summed over pairs; ``embeddings`` [B, N, D]; ``crops`` None with "class"."""

@@ -42,5 +42,6 @@ class FVLMPart(RCNNPart):
         assert background is not None  # F-VLM requires it
         boxes = [of_image.proposal_boxes.tensor for of_image in batch.proposals]
         embeddings = backbone.embed_regions(batch.features, boxes)  # [R, D]
-        columns = torch.cat([bank.embeddings, background[None]])
-        return list(column_probabilities(embeddings, columns, self.temperature).split(batch.counts))
+        columns = torch.cat([bank.rows(training=False), background[None]])
+        probs = column_probabilities(embeddings, columns, self.temperature, bank.best_names)
+        return list(probs.split(batch.counts))

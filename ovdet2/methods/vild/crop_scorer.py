@@ -54,4 +54,4 @@ class CropScorer(nn.Module):
         if self.input_format == "BGR":
             rgb = rgb.flip(0)
         embeddings = teacher.logit_scale * embed_regions(teacher, rgb, boxes_xyxy)
-        return column_probabilities(embeddings, vocabulary.embeddings, 1.0)
+        return column_probabilities(embeddings, vocabulary.rows(training=False), 1.0, vocabulary.best_names)

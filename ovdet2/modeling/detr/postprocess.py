@@ -12,6 +12,7 @@ from torch import Tensor
 from ovdet2.errors import NumericalError
 from ovdet2.modeling.detr.boxes import cxcywh_to_xyxy
 from ovdet2.modeling.detr.outputs import DetrOutputs
+from ovdet2.vocabulary.bank import WordBank
 
 _BLOCK = 64  # values per block of top_values
 
@@ -41,6 +42,12 @@ def top_values(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return top, places.gather(1, order)
 
 
+def _without_negative(logits: Tensor, vocabulary: WordBank) -> Tensor:
+    """Logits [B, N, words that can be detected], minus infinity for queries whose best word is a negative one."""
+    detectable = logits[..., : vocabulary.num_detectable]
+    return detectable.masked_fill(vocabulary.on_negative_words(logits)[..., None], -torch.inf)
+
+
 class PostProcessor:
     """Every (query, word) pair is a candidate, scored by the sigmoid of its logit; the best ones are kept per image."""
 
@@ -54,12 +61,20 @@ class PostProcessor:
         self.score_threshold = score_threshold
 
     @torch.no_grad()
-    def __call__(self, outputs: DetrOutputs, sizes: Sequence[tuple[int, int]], layer: int = -1) -> list[Instances]:
+    def __call__(
+        self,
+        outputs: DetrOutputs,
+        sizes: Sequence[tuple[int, int]],
+        layer: int = -1,
+        vocabulary: WordBank | None = None,
+    ) -> list[Instances]:
         """
         Args:
             outputs: decoder outputs; the scores are the sigmoid of the logits.
             sizes: B pairs (height, width) in pixels: the image size that the boxes are scaled to.
             layer: index of the decoder layer to use.
+            vocabulary: the bank of the K words, if some of them may be negative: a query whose best word is a negative
+                one has no detections, and no detection is of a negative word.
 
         Returns:
             list of B :class:`Instances`, best first, with ``pred_boxes`` (XYXY pixels, within the image), ``scores``
@@ -69,10 +84,12 @@ class PostProcessor:
             NumericalError: a score or box is not finite. (Compared with a threshold, NaN would drop the detection.)
         """
         logits, boxes = outputs.pred_logits[layer].float(), outputs.pred_boxes[layer].float()
+        if vocabulary is not None and vocabulary.num_negative:
+            logits = _without_negative(logits, vocabulary)
         words = logits.shape[2]
         top, places = top_values(logits.flatten(1), self.detections_per_image)  # B x T
-        # A NaN or an infinity is among the highest logits.
-        if not (torch.isfinite(top).all() and torch.isfinite(boxes).all()):
+        # A NaN or an infinity is among the highest logits; minus infinity marks queries on negative words.
+        if top.isnan().any() or top.isposinf().any() or not torch.isfinite(boxes).all():
             raise NumericalError(
                 "a detection has a score or box that is not finite: the training has diverged; use an earlier checkpoint."
             )
@@ -80,7 +97,7 @@ class PostProcessor:
         corners = cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
         results = []
         for image, (height, width) in enumerate(sizes):
-            kept = scores[image] >= self.score_threshold
+            kept = (scores[image] >= self.score_threshold) & (top[image] > -torch.inf)
             pixels = Boxes(corners[image, kept] * corners.new_tensor([width, height, width, height]))
             pixels.clip((height, width))
             results.append(

@@ -149,13 +149,13 @@ class OpenVocabularyDeformableDETR(nn.Module):
         sizes = [
             (sample.height or size[0], sample.width or size[1]) for sample, size in zip(samples, images.image_sizes)
         ]
-        detections = self.postprocessor(outputs, sizes)
+        detections = self.postprocessor(outputs, sizes, vocabulary=self.vocabulary)
         for part in self.parts:
             for image, instances in enumerate(detections):
                 part.annotate(instances, queries, image)
         results: list[dict[str, Any]] = [{"instances": instances} for instances in detections]
         if self.every_layer:
-            layers = [self.postprocessor(outputs, sizes, layer) for layer in range(outputs.layers - 1)]
+            layers = [self.postprocessor(outputs, sizes, layer, self.vocabulary) for layer in range(outputs.layers - 1)]
             for image, result in enumerate(results):
                 result["decoder_layers"] = [of_layer[image] for of_layer in layers]
         return results

@@ -220,11 +220,14 @@ class OpenVocabularyOutputLayers(FastRCNNOutputLayers):
             As of :meth:`inference`.
         """
         results, kept = [], []
+        vocabulary = self.cls_score.vocabulary
         for boxes, probs, size in zip(boxes_of_images, probs_of_images, image_sizes):
             require_finite(probs, boxes)  # before clipping, which fails with an assertion
             clipped = Boxes(boxes.float())
             clipped.clip(size)
-            scores = probs[:, : self.cls_score.vocabulary.num_detectable]  # without competitors and background
+            scores = probs[:, : vocabulary.num_detectable]  # without negative words, competitors and background
+            if self.cls_score.per_word and vocabulary.num_negative:
+                scores = scores.masked_fill(vocabulary.on_negative_words(probs)[:, None], -torch.inf)
             regions, classes = class_wise_nms(
                 clipped.tensor, scores, self.test_score_thresh, self.test_nms_thresh, self.test_topk_per_image
             )
