@@ -1,0 +1,140 @@
+"""Caption embeddings and tags in a training sample.
+
+Shapes: n captions, D embedding dimension. Names: ``_xyxy`` boxes (left, top, right, bottom).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from torch import Tensor
+
+from ovdet2.caches.caption_cache import CaptionCache
+from ovdet2.data.readers.reader import CaptionReader
+from ovdet2.data.samples import CAPTIONS, Sample
+from ovdet2.data.source_spec import SourceSpec
+from ovdet2.data.steps.step import Step
+from ovdet2.errors import UsageError
+from ovdet2.vlm.fingerprint import Fingerprint
+from ovdet2.vocabulary.tags import TagMatcher
+
+
+@dataclass(frozen=True)
+class SubImage:
+    """A rectangle of an image that has texts. An ordinary image is one sub-image, a mosaic has one for each cell.
+
+    Attributes:
+        box_xyxy: left, top, right, bottom in pixels of the augmented image.
+        image_id: of the data set; texts of equal ids are never negatives of each other.
+        captions: Tensor [n, D] float32, unit rows: embeddings of captions used in this step; n may be 0.
+        tags: indices of concepts, ascending.
+    """
+
+    box_xyxy: tuple[float, float, float, float]
+    image_id: int
+    captions: Tensor
+    tags: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageTexts:
+    """The sub-images of a sample. Each method has a subclass, so that several can be attached.
+
+    Attributes:
+        cells: at least one :class:`SubImage`.
+    """
+
+    cells: tuple[SubImage, ...]
+
+
+class AttachTexts(Step):
+    """Attaches the :class:`ImageTexts` of an image with captions or image labels: one sub-image, all of the image.
+
+    One caption is drawn from numpy's global generator. Image labels are the tags, as they are.
+
+    Attributes:
+        cache: of the captions; None: no caption embeddings.
+        matcher: finds tags in captions; None: no tags.
+        all_captions: whether tags come from all captions of the image, not only from the first.
+        kind: class of the attached value.
+    """
+
+    def __init__(
+        self,
+        cache: CaptionCache | None,
+        matcher: TagMatcher | None,
+        all_captions: bool = True,
+        kind: type[ImageTexts] = ImageTexts,
+    ) -> None:
+        self.cache, self.matcher, self.all_captions, self.kind = cache, matcher, all_captions, kind
+
+    def __call__(self, sample: Sample) -> None:
+        """
+        Raises:
+            CacheError: the cache does not hold the captions of the image.
+        """
+        assert sample.image is not None, "augment the image first"
+        height, width = sample.image.shape[1:]
+        tags, rows = sample.labels, torch.zeros(0, self.cache.shape[1] if self.cache else 0)
+        if sample.captions:
+            if self.matcher is not None:
+                tags = self.matcher.find(sample.captions if self.all_captions else sample.captions[:1])
+            if self.cache is not None:
+                count = len(sample.captions)
+                rows = self.cache.embedding(sample.image_id, int(np.random.randint(count)), count)[None]
+        box = (0.0, 0.0, float(width), float(height))
+        sample.attach(self.kind((SubImage(box, sample.image_id, rows, tuple(tags)),)))
+
+    def require_teacher(self, teacher: Fingerprint, owner: str) -> None:
+        """Raise CacheError unless the captions are embedded by this teacher."""
+        if self.cache is not None:
+            self.cache.require_teacher(teacher, owner)
+
+
+def open_captions(path: str, source: SourceSpec, cfg: CfgNode, key: str) -> CaptionCache | None:
+    """The caption cache of a source, checked against its captions and MODEL.TEACHER; None for image labels.
+
+    Args:
+        path: of the cache.
+        source: of captions or image labels.
+        cfg: configuration; MODEL.TEACHER is read.
+        key: configuration key that holds the path, for messages.
+
+    Raises:
+        UsageError: the path is empty, or the source has several data sets, whose image ids may collide.
+        CacheError: see :class:`CaptionCache`; or it is of other captions or another teacher.
+    """
+    if source.kind != CAPTIONS:
+        return None
+    build = _build_command(source.datasets[0], cfg)
+    if not path:
+        raise UsageError(f"{key} is empty, but a loss reads caption embeddings: give the file of {build}.")
+    _require_one(source.datasets, key)
+    cache = CaptionCache(path)
+    cache.require_teacher(
+        Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED), "MODEL.TEACHER"
+    )
+    reader = DatasetCatalog.get(source.datasets[0])
+    assert isinstance(reader, CaptionReader)  # its kind is captions
+    cache.require_source(source.datasets[0], reader.identity())
+    return cache
+
+
+def _build_command(dataset: str, cfg: CfgNode) -> str:
+    teacher = cfg.MODEL.TEACHER
+    return (
+        f"ovdet2 cache captions --dataset {dataset} --architecture {teacher.ARCHITECTURE} --pretrained "
+        f"{teacher.PRETRAINED} --output FILE"
+    )
+
+
+def _require_one(datasets: Sequence[str], key: str) -> None:
+    if len(datasets) != 1:
+        raise UsageError(
+            f"{key} is the caption cache of one data set, and the source has {list(datasets)}: give each a source."
+        )
