@@ -55,17 +55,13 @@ class CaptionCache:
         try:
             with safe_open(str(path), framework="np") as file:
                 self.manifest: Any = parse_manifest(file.metadata())
-                fault = fault_of(self.manifest, _FORM) or (
-                    None if self.manifest["schema"] == SCHEMA else f"its schema is not {SCHEMA}"
-                )
-                if fault:
-                    raise CacheError(f"{path} is no caption cache ({fault}): {_BUILD}.")
                 ids, self._offsets = file.get_tensor("image_ids"), file.get_tensor("offsets")
                 self.shape: tuple[int, int] = tuple(file.get_slice("embeddings").get_shape())
         except (SafetensorError, OSError, ValueError) as error:
-            if isinstance(error, CacheError):
-                raise
             raise CacheError(f"{path} is no complete caption cache ({error}): {_BUILD}.") from None
+        fault = fault_of(self.manifest, _FORM)
+        if fault or self.manifest["schema"] != SCHEMA:
+            raise CacheError(f"{path} is no caption cache ({fault or f'its schema is not {SCHEMA}'}): {_BUILD}.")
         if len(self._offsets) != len(ids) + 1 or self._offsets[-1] != self.shape[0]:
             raise CacheError(f"{path} holds {self.shape[0]} rows, but its images have other numbers: {_BUILD}.")
         self._order = np.argsort(ids, kind="stable")
