@@ -24,6 +24,7 @@ from ovdet2.data.datasets.splits import distractors
 from ovdet2.data.loader import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from ovdet2.data.records import require_test_sets
 from ovdet2.data.sources import TrainSource
+from ovdet2.data.supervision import supervision_of
 from ovdet2.engine.batch_norm import average_batch_norm
 from ovdet2.engine.checkpoint import AtomicCheckpointer, DivergedWeights
 from ovdet2.engine.claim import check_claim
@@ -371,6 +372,7 @@ class Trainer(DefaultTrainer):
         if evaluators is None:
             _require_words(cfg, model)
             facts = _facts_of(model, cfg.MODEL.WEIGHTS if weights is None else weights)
+            facts["supervision"] = supervision_of(cfg)
             for method in methods_of(cfg):
                 facts |= method.facts(cfg)
             evaluators = [cls.build_evaluator(cfg, name, facts) for name in cfg.DATASETS.TEST]

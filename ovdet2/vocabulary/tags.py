@@ -47,7 +47,9 @@ class TagMatcher:
             for name in synonyms:
                 key = (_plain(name),) if rule == "published" else _words(name)
                 if not all(key) or not key:
-                    raise UsageError(f"the name {name!r} of concept {concept} has no letter or digit: correct the list.")
+                    raise UsageError(
+                        f"the name {name!r} of concept {concept} has no letter or digit: correct the list."
+                    )
                 self._concepts[key].add(concept)
         self._lengths = sorted({len(key) for key in self._concepts})
 

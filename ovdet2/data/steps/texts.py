@@ -5,6 +5,7 @@ Shapes: n captions, D embedding dimension. Names: ``_xyxy`` boxes (left, top, ri
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,13 +16,15 @@ from detectron2.data import DatasetCatalog
 from torch import Tensor
 
 from ovdet2.caches.caption_cache import CaptionCache
+from ovdet2.data.datasets.register import split_of
 from ovdet2.data.readers.reader import CaptionReader
-from ovdet2.data.samples import CAPTIONS, Sample
+from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, Sample
 from ovdet2.data.source_spec import SourceSpec
 from ovdet2.data.steps.step import Step
 from ovdet2.errors import UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.tags import TagMatcher
+from ovdet2.vocabulary.templates import clean_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class SubImage:
 
     Attributes:
         box_xyxy: left, top, right, bottom in pixels of the augmented image.
-        image_id: of the data set; texts of equal ids are never negatives of each other.
+        image_id: of :func:`identity_of`; texts of equal ids are never negatives of each other.
         captions: Tensor [n, D] float32, unit rows: embeddings of captions used in this step; n may be 0.
         tags: indices of concepts, ascending.
     """
@@ -50,6 +53,15 @@ class ImageTexts:
     """
 
     cells: tuple[SubImage, ...]
+
+
+def identity_of(source: str, image_id: int) -> int:
+    """A number that identifies an image among those of all sources: ids of two data sets may be equal.
+
+    The first 8 bytes of a hash, a signed 64-bit integer; the same in every run.
+    """
+    digest = hashlib.sha256(f"{source}\0{image_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
 
 
 class AttachTexts(Step):
@@ -88,12 +100,53 @@ class AttachTexts(Step):
                 count = len(sample.captions)
                 rows = self.cache.embedding(sample.image_id, int(np.random.randint(count)), count)[None]
         box = (0.0, 0.0, float(width), float(height))
-        sample.attach(self.kind((SubImage(box, sample.image_id, rows, tuple(tags)),)))
+        identity = identity_of(sample.source, sample.image_id)
+        sample.attach(self.kind((SubImage(box, identity, rows, tuple(tags)),)))
 
     def require_teacher(self, teacher: Fingerprint, owner: str) -> None:
         """Raise CacheError unless the captions are embedded by this teacher."""
         if self.cache is not None:
             self.cache.require_teacher(teacher, owner)
+
+
+def text_steps(
+    cfg: CfgNode, keys: CfgNode, group: str, source: SourceSpec, names: Sequence[Sequence[str]], kind: type[ImageTexts]
+) -> list[Step]:
+    """The step of a method with the keys of :func:`~ovdet2.config.text_keys.add_text_keys`; none for images with boxes.
+
+    Args:
+        cfg: configuration.
+        keys: the method's group of keys.
+        group: its name, such as "MODEL.DETIC", for messages.
+        source: of the images.
+        names: for each concept its names, at least one; empty: no tags.
+        kind: class of the attached value.
+
+    Raises:
+        UsageError, CacheError: see :func:`open_captions` and :class:`~ovdet2.vocabulary.tags.TagMatcher`; or the labels of
+            a data set are of other classes than the concepts.
+    """
+    if source.kind == BOXES:
+        return []
+    cache = (
+        open_captions(keys.CAPTION_CACHE, source, cfg, f"{group}.CAPTION_CACHE") if keys.CAPTION_WEIGHT > 0 else None
+    )
+    matcher = TagMatcher(names, keys.TAG_RULE) if names else None
+    if source.kind == IMAGE_LABELS and matcher is not None:
+        for dataset in source.datasets:
+            _require_classes(dataset, [of_concept[0] for of_concept in names], group)
+    return [AttachTexts(cache, matcher, keys.TAG_CAPTIONS == "all", kind)]
+
+
+def _require_classes(dataset: str, concepts: Sequence[str], group: str) -> None:
+    """Labels are indices of classes: they are tags only if the concepts are these classes in this order."""
+    split = split_of(dataset)
+    classes = [] if split is None else [clean_name(name) for name in split.names]
+    if classes != [clean_name(name) for name in concepts]:
+        raise UsageError(
+            f"the labels of {dataset} are of {len(classes)} classes, the concepts of {group} are {len(concepts)} others: "
+            "give a data set with the classes of DATASETS.TEST in their order, or remove it from DATASETS.SOURCES."
+        )
 
 
 def open_captions(path: str, source: SourceSpec, cfg: CfgNode, key: str) -> CaptionCache | None:

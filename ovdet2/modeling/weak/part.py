@@ -5,19 +5,23 @@ Shapes: R regions, D embedding dimension. Names: ``_xyxy`` boxes (left, top, rig
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
 from ovdet2.data.samples import CAPTIONS, IMAGE_LABELS
-from ovdet2.data.steps.texts import ImageTexts
+from ovdet2.data.steps.texts import AttachTexts, ImageTexts
+from ovdet2.errors import UsageError
 from ovdet2.modeling.rcnn.part import RCNNPart, WeakBatch
 from ovdet2.modeling.weak.samplers import RegionSampler
 from ovdet2.modeling.weak.text_batch import RegionSet, TextBatch
+
+if TYPE_CHECKING:
+    from ovdet2.data.sources import TrainSource
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,46 @@ class WeakPart(RCNNPart):
     sees = (CAPTIONS, IMAGE_LABELS)
     training_only = True
 
-    def __init__(self, terms: Mapping[str, Term], kind: type[ImageTexts]) -> None:
+    def __init__(
+        self,
+        terms: Mapping[str, Term],
+        kind: type[ImageTexts],
+        embed: Callable[[Sequence[str]], Tensor] | None = None,
+    ) -> None:
         """
         Args:
             terms: by the name of the loss, which begins with "loss_".
             kind: class of the texts that a step attaches.
+            embed: function of K names of concepts that gives their unit embeddings [K, D]; None: no term has a table.
         """
         super().__init__({name: term.weight for name, term in terms.items()})
         self.terms = nn.ModuleDict({name: term.loss for name, term in terms.items()})
         self.samplers = {name: term.sampler for name, term in terms.items()}
         self.kind = kind
+        self._embed = embed
+
+    def prepare_training(self, sources: Sequence[TrainSource]) -> None:
+        """Give the terms with a ``table`` the embeddings of the concepts that the steps find in captions.
+
+        Raises:
+            UsageError: no source has the step of this part, or two find other concepts.
+        """
+        tabled = [loss for loss in self.terms.values() if hasattr(loss, "table")]
+        steps = [step for source in sources for step in source.steps if isinstance(step, AttachTexts)]
+        steps = [step for step in steps if step.kind is self.kind]
+        if not steps:
+            raise UsageError(
+                f"{self.name} learns from captions or image labels, but no source has any: name one in DATASETS.SOURCES, "
+                f"or set the weights of {self.name} to 0."
+            )
+        if not tabled:
+            return
+        lists = {tuple(of[0] for of in step.matcher.names) for step in steps if step.matcher is not None}
+        if len(lists) != 1 or self._embed is None:
+            raise UsageError(f"the sources of {self.name} have {len(lists)} lists of concepts: give them one list.")
+        table = self._embed(list(lists.pop())).float()
+        for loss in tabled:
+            loss.table = table
 
     def weak_losses(self, batch: WeakBatch) -> dict[str, Tensor]:
         """The unweighted losses.

@@ -47,12 +47,6 @@ class TextLogits(nn.Module):
         bias = classifier.bias if self.bias is None else self.bias
         return cosine_logits(embeddings, rows, **classifier.factor(), bias=bias)
 
-    def nothing(self, embeddings: Tensor) -> Tensor:
-        """0 with a gradient to all that a loss would train, for a step without regions: all processes need one."""
-        return self(embeddings, embeddings.new_zeros(1, embeddings.shape[1])).sum() * 0 + (
-            0 if self.bias is None else self.bias * 0
-        )
-
 
 class TagLoss(nn.Module):
     """:func:`tag_bce` of regions and the tags of their sub-images, over the rows of a table of concepts."""
@@ -67,7 +61,7 @@ class TagLoss(nn.Module):
         assert self.table is not None, "set the table first"
         of_cells = texts.tag_targets(len(self.table))
         targets = (regions.members(len(texts)).float() @ of_cells.float()) > 0
-        return tag_bce(self.logits(embeddings, self.table), targets) + self.logits.nothing(embeddings)
+        return tag_bce(self.logits(embeddings, self.table), targets)
 
 
 class CaptionLoss(nn.Module):
@@ -82,11 +76,12 @@ class CaptionLoss(nn.Module):
         self.logits, self.queue, self.negative_weight = logits, queue, negative_weight
 
     def forward(self, embeddings: Tensor, regions: RegionSet, texts: TextBatch) -> Tensor:
-        """See the module. A collective call. Regions whose images have no caption count as all negatives."""
+        """See the module. A collective call. Regions whose images have no caption do not count."""
         rows, ids = self.queue.columns(texts.captions, texts.caption_ids)
         shown = regions.members(len(texts))  # [R, S]
         positive = (shown.float() @ (texts.ids[:, None] == ids).float()) > 0
-        return caption_bce(self.logits(embeddings, rows), positive, self.negative_weight)
+        described = positive.any(dim=1)
+        return caption_bce(self.logits(embeddings[described], rows), positive[described], self.negative_weight)
 
 
 class NounLoss(nn.Module):
@@ -103,7 +98,8 @@ class NounLoss(nn.Module):
     def forward(self, embeddings: Tensor, regions: RegionSet, texts: TextBatch) -> Tensor:
         """See the module; ``regions.group_of`` is the sub-image of each region."""
         assert self.table is not None, "set the table first"
-        logits, total = self.logits(embeddings, self.table), self.logits.nothing(embeddings)
+        logits = self.logits(embeddings, self.table)
+        total = logits.sum() * 0
         for cell, nouns in enumerate(texts.tags):
             others = [tags for place, tags in enumerate(texts.tags) if place != cell]
             other = torch.cat(others) if others else nouns[:0]
