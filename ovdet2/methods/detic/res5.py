@@ -138,11 +138,13 @@ class DeticRes5ROIHeads(Res5ROIHeads):
         # The RoI heads of ovdet2 have a box head of another form; a part sees the same members.
         heads = cast(OpenVocabularyROIHeads, self)
         batch = RegionBatch(samples, features, sampled, pooled, box_features, heads)
+        if self.mask_on:
+            raise UsageError("DeticRes5ROIHeads trains no masks: set MODEL.MASK_ON to False.")
         for part in parts:
-            if self.mask_on or part.own_boxes(samples) is not None:
+            if part.own_boxes(samples) is not None:
                 raise UsageError(
-                    f"DeticRes5ROIHeads trains neither masks nor {part.name}, which pools boxes: set MODEL.MASK_ON to "
-                    'False, and use MODEL.ROI_HEADS.NAME "OpenVocabularyROIHeads" for that method.'
+                    f"DeticRes5ROIHeads does not pool the boxes of {part.name}: use MODEL.ROI_HEADS.NAME "
+                    '"OpenVocabularyROIHeads" for that method.'
                 )
             losses = joined(losses, weighted(part.losses(batch), part))
         return losses
