@@ -72,7 +72,7 @@ def best_of_cells(proposals: Proposals, texts: TextBatch, topk: int) -> list[Ten
 
 
 def _joined(texts: TextBatch, boxes_of_cells: Sequence[Tensor]) -> RegionSet:
-    counts = torch.tensor([len(boxes) for boxes in boxes_of_cells], device=texts.ids.device)
+    counts = torch.tensor([len(boxes) for boxes in boxes_of_cells], dtype=torch.int64, device=texts.ids.device)
     cell_of = torch.arange(len(texts), device=texts.ids.device).repeat_interleave(counts)
     boxes = torch.cat(list(boxes_of_cells)) if boxes_of_cells else texts.boxes_xyxy[:0]
     return RegionSet.of_cells(texts, cell_of, boxes)
