@@ -55,8 +55,9 @@ def source(*datasets):
     return SourceSpec("captions", datasets or ("test_cached_captions",), 2, CAPTIONS)
 
 
-def cfg(architecture=TEACHER[0], pretrained=TEACHER[1]):
+def cfg(path, architecture=TEACHER[0], pretrained=TEACHER[1]):
     result = get_cfg()
+    result.DATASETS.CAPTION_CACHE = str(path)
     result.MODEL.TEACHER.ARCHITECTURE, result.MODEL.TEACHER.PRETRAINED = architecture, pretrained
     return result
 
@@ -87,7 +88,7 @@ def test_another_teacher_is_refused(cache):
     with pytest.raises(CacheError, match="Embeddings of two teachers cannot be compared"):
         cache.require_teacher(other, "the detector")
     with pytest.raises(CacheError, match="Embeddings of two teachers"):
-        open_captions(str(cache.path), source(), cfg("ovshapes-vit"), "MODEL.X.CAPTION_CACHE")
+        open_captions(cfg(cache.path, "ovshapes-vit"), source())
     with pytest.raises(CacheError, match="Embeddings of two teachers"):
         AttachTexts(cache, None).require_teacher(other, "the detector")
 
@@ -117,11 +118,17 @@ def test_damage_is_one_sentence(folder, tmp_path, damage):
 
 
 def test_keys_that_do_not_fit_are_refused(cache):
-    assert open_captions(str(cache.path), source(), cfg(), "MODEL.X.CAPTION_CACHE").shape == cache.shape
-    with pytest.raises(UsageError, match=r"MODEL.X.CAPTION_CACHE is empty.*ovdet2 cache captions --dataset test_cached"):
-        open_captions("", source(), cfg(), "MODEL.X.CAPTION_CACHE")
-    with pytest.raises(UsageError, match="of one data set"):
-        open_captions(str(cache.path), source("a", "b"), cfg(), "MODEL.X.CAPTION_CACHE")
+    assert open_captions(cfg(f"{cache.path}"), source()).shape == cache.shape
+    with pytest.raises(UsageError, match=r"CAPTION_CACHE is empty.*ovdet2 cache captions --dataset test_cached"):
+        open_captions(cfg(""), source())
+    with pytest.raises(UsageError, match="a caption cache is of one data set"):
+        open_captions(cfg(cache.path), source("a", "b"))
+    with pytest.raises(
+        CacheError, match=r"files of \['test_cached_captions'\], and the source captions needs one of other"
+    ):
+        open_captions(cfg(cache.path), source("other"))
+    with pytest.raises(CacheError, match="needs one of test_cached_captions"):  # twice
+        open_captions(cfg(f"{cache.path}, {cache.path}"), source())
 
 
 def test_the_program_refuses_other_data_sets():
@@ -166,6 +173,7 @@ class TestStep:
 
 def test_a_reader_of_ids_in_any_order(tmp_path):
     """Rows are found by image id, not by position."""
+
     class Teacherlike:
         fingerprint, embed_dim, mean = Fingerprint("a", "b", "0" * 64), 2, torch.zeros(1)
 

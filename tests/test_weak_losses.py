@@ -54,7 +54,8 @@ def stated_hungarian(own, other):
         default=[],
     )
     return sum(
-        bce(own[r, c].item(), True) + sum(bce(other[r, w].item(), False) for w in range(other.shape[1])) for r, c in chosen
+        bce(own[r, c].item(), True) + sum(bce(other[r, w].item(), False) for w in range(other.shape[1]))
+        for r, c in chosen
     )
 
 

@@ -164,7 +164,9 @@ class TestNouns:
         loss = NounLoss(logits())
         loss.table = WORDS.embeddings
         batch, embeddings = texts(cell(1, (0, 3)), cell(2, (3, 4)), cell(3, (4,))), unit(6, 8)
-        regions = RegionSet(torch.zeros(6, 4), torch.arange(6) // 2, (torch.arange(6) // 2)[:, None], torch.arange(6) // 2)
+        regions = RegionSet(
+            torch.zeros(6, 4), torch.arange(6) // 2, (torch.arange(6) // 2)[:, None], torch.arange(6) // 2
+        )
         z = (embeddings.double() @ WORDS.embeddings.double().T) / micro.TEMPERATURE + RARE_BIAS
         total = 0.0
         for image, (own, other) in enumerate((([0, 3], [4, 4]), ([3, 4], [0]), ([4], [0, 3, 3]))):
@@ -193,10 +195,14 @@ class TestDetector:
         sum(losses(network, captioned()).values()).backward()
         gradients = {name: parameter.grad for name, parameter in network.named_parameters() if parameter.requires_grad}
         silent = {name for name, gradient in gradients.items() if gradient is None or not gradient.any()}
-        boxes = {name for name in gradients if name.startswith(("proposal_generator.", "roi_heads.box_predictor.bbox_pred"))}
+        boxes = {
+            name for name in gradients if name.startswith(("proposal_generator.", "roi_heads.box_predictor.bbox_pred"))
+        }
         assert boxes and boxes <= silent
         bias = "roi_heads.box_predictor.cls_score.bias"
-        rest = {name for name in silent - boxes if not name.startswith("backbone.")}  # the lower levels have no large region
+        rest = {
+            name for name in silent - boxes if not name.startswith("backbone.")
+        }  # the lower levels have no large region
         assert rest == ({bias} if own_bias is not None else set())
 
     def test_with_boxes_too_the_gradients_of_rpn_and_box_regression_are_those_without(self):

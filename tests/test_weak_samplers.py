@@ -19,7 +19,14 @@ from ovdet2.modeling.weak.samplers import (
 )
 from tests.weak_cases import FULL, cell, proposals, texts
 
-SAMPLERS = [WholeImage(), MaxSize(8), TopK(4), RandomRegions(3), ConceptGroup(4, 2), NeighbourhoodBags(min_objectness=0.5)]
+SAMPLERS = [
+    WholeImage(),
+    MaxSize(8),
+    TopK(4),
+    RandomRegions(3),
+    ConceptGroup(4, 2),
+    NeighbourhoodBags(min_objectness=0.5),
+]
 
 
 def mosaic():

@@ -7,17 +7,10 @@ from ovdet2.errors import UsageError
 TAG_CAPTIONS = ("all", "first")
 
 
-def add_text_keys(keys: CN, caption_weight: float = 0.0) -> None:
-    """Add the shared keys to a method's group.
-
-    Args:
-        keys: such as ``cfg.MODEL.DETIC``.
-        caption_weight: default of CAPTION_WEIGHT.
-    """
-    # Weight of the caption loss; 0: off, and no caption cache is read.
-    keys.CAPTION_WEIGHT = caption_weight
-    # File of ovdet2 cache captions of the captioned images in DATASETS.SOURCES.
-    keys.CAPTION_CACHE = ""
+def add_text_keys(keys: CN) -> None:
+    """Add the shared keys to a method's group, such as ``cfg.MODEL.DETIC``."""
+    # Weight of the caption loss, which reads DATASETS.CAPTION_CACHE; 0: off.
+    keys.CAPTION_WEIGHT = 0.0
     # Weight of a negative caption; a positive has 1 (Detic: 1 on COCO, 0.125 on LVIS).
     keys.NEGATIVE_WEIGHT = 1.0
     # Captions of earlier steps that are negatives (CLIM: 256). 0: those of the step in all processes only.
@@ -53,10 +46,6 @@ def check_text_keys(cfg: CN, keys: CN, group: str, on: bool) -> None:
     for name, choices in (("TAG_RULE", RULES), ("TAG_CAPTIONS", TAG_CAPTIONS)):
         if keys[name] not in choices:
             raise UsageError(f"{group}.{name} is {keys[name]!r}: choose {' or '.join(choices)}.")
-    if keys.CAPTION_CACHE and not keys.CAPTION_WEIGHT:
-        raise UsageError(
-            f"{group}.CAPTION_CACHE is set, but {group}.CAPTION_WEIGHT is 0, so nothing reads it: set both."
-        )
     ovd = cfg.MODEL.OVD
     if on and (ovd.CLASSIFIER, ovd.CLS_LOSS) != ("text", "sigmoid"):
         raise UsageError(

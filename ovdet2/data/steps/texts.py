@@ -21,7 +21,7 @@ from ovdet2.data.readers.reader import CaptionReader
 from ovdet2.data.samples import BOXES, CAPTIONS, IMAGE_LABELS, Sample
 from ovdet2.data.source_spec import SourceSpec
 from ovdet2.data.steps.step import Step
-from ovdet2.errors import UsageError
+from ovdet2.errors import CacheError, UsageError
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary.tags import TagMatcher
 from ovdet2.vocabulary.templates import clean_name
@@ -128,9 +128,7 @@ def text_steps(
     """
     if source.kind == BOXES:
         return []
-    cache = (
-        open_captions(keys.CAPTION_CACHE, source, cfg, f"{group}.CAPTION_CACHE") if keys.CAPTION_WEIGHT > 0 else None
-    )
+    cache = open_captions(cfg, source) if keys.CAPTION_WEIGHT > 0 else None
     matcher = TagMatcher(names, keys.TAG_RULE) if names else None
     if source.kind == IMAGE_LABELS and matcher is not None:
         for dataset in source.datasets:
@@ -149,33 +147,41 @@ def _require_classes(dataset: str, concepts: Sequence[str], group: str) -> None:
         )
 
 
-def open_captions(path: str, source: SourceSpec, cfg: CfgNode, key: str) -> CaptionCache | None:
-    """The caption cache of a source, checked against its captions and MODEL.TEACHER; None for image labels.
-
-    Args:
-        path: of the cache.
-        source: of captions or image labels.
-        cfg: configuration; MODEL.TEACHER is read.
-        key: configuration key that holds the path, for messages.
+def open_captions(cfg: CfgNode, source: SourceSpec) -> CaptionCache | None:
+    """The cache of DATASETS.CAPTION_CACHE for a source, checked against its captions and MODEL.TEACHER; None for image
+    labels.
 
     Raises:
-        UsageError: the path is empty, or the source has several data sets, whose image ids may collide.
-        CacheError: see :class:`CaptionCache`; or it is of other captions or another teacher.
+        UsageError: the key is empty, or the source has several data sets, whose image ids may collide.
+        CacheError: see :class:`CaptionCache`; or no file is of the data set, or it is of other captions or another teacher.
     """
     if source.kind != CAPTIONS:
         return None
-    build = _build_command(source.datasets[0], cfg)
-    if not path:
-        raise UsageError(f"{key} is empty, but a loss reads caption embeddings: give the file of {build}.")
-    _require_one(source.datasets, key)
-    cache = CaptionCache(path)
-    cache.require_teacher(
-        Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED), "MODEL.TEACHER"
-    )
-    reader = DatasetCatalog.get(source.datasets[0])
+    if len(source.datasets) != 1:
+        raise UsageError(
+            f"a caption cache is of one data set, and the source {source.name} has {list(source.datasets)}: give each data "
+            "set an entry in DATASETS.SOURCES."
+        )
+    (dataset,) = source.datasets
+    paths = [path.strip() for path in cfg.DATASETS.CAPTION_CACHE.split(",") if path.strip()]
+    if not paths:
+        raise UsageError(
+            f"DATASETS.CAPTION_CACHE is empty, but a loss reads caption embeddings: give the file of "
+            f"{_build_command(dataset, cfg)}."
+        )
+    caches = [CaptionCache(path) for path in paths]
+    named = [cache for cache in caches if cache.manifest["dataset"] == dataset]
+    if len(named) != 1:
+        raise CacheError(
+            f"DATASETS.CAPTION_CACHE has files of {[cache.manifest['dataset'] for cache in caches]}, and the source "
+            f"{source.name} needs one of {dataset}: build it by {_build_command(dataset, cfg)}."
+        )
+    teacher = Fingerprint.stated(cfg.MODEL.TEACHER.ARCHITECTURE, cfg.MODEL.TEACHER.PRETRAINED)
+    named[0].require_teacher(teacher, "MODEL.TEACHER of the configuration")
+    reader = DatasetCatalog.get(dataset)
     assert isinstance(reader, CaptionReader)  # its kind is captions
-    cache.require_source(source.datasets[0], reader.identity())
-    return cache
+    named[0].require_source(dataset, reader.identity())
+    return named[0]
 
 
 def _build_command(dataset: str, cfg: CfgNode) -> str:
@@ -184,10 +190,3 @@ def _build_command(dataset: str, cfg: CfgNode) -> str:
         f"ovdet2 cache captions --dataset {dataset} --architecture {teacher.ARCHITECTURE} --pretrained "
         f"{teacher.PRETRAINED} --output FILE"
     )
-
-
-def _require_one(datasets: Sequence[str], key: str) -> None:
-    if len(datasets) != 1:
-        raise UsageError(
-            f"{key} is the caption cache of one data set, and the source has {list(datasets)}: give each a source."
-        )
