@@ -34,6 +34,7 @@ VERBS = {
     "predict": Verb("ovdet2.programs.predict", "detect any words in your images and draw the detections"),
     "demo": Verb("ovdet2.ov_shapes.demo", "train, evaluate and draw ViLD on OV-Shapes, a small generated world"),
     "cache build": Verb("ovdet2.programs.build_region_cache", "embed regions of all training images with the teacher"),
+    "cache captions": Verb("ovdet2.programs.build_caption_cache", "embed all captions of a data set with the teacher"),
     "cache inspect": Verb("ovdet2.programs.inspect_cache", "print what a region cache contains and draw regions"),
     "vocab": Verb("ovdet2.programs.build_vocabulary", "embed words, or import embeddings, as a vocabulary file"),
     "vocab thresholds": Verb(

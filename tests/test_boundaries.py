@@ -137,6 +137,8 @@ def test_no_module_outside_names_a_method(module):
 # Names of the core that only one method uses today, and why they are not its own.
 SHARED_ALL_THE_SAME = {
     "ovdet2.modeling.contrastive": "one InfoNCE for every method, gathered over processes",
+    "ovdet2.modeling.weak.region_word": "region-word losses, of which each method on captions takes some",
+    "ovdet2.modeling.weak.samplers": "region samplers, of which each method on captions takes some",
     "ovdet2.data.steps.regions": "read by ViLD and by projects",
     "ovdet2.experiments.command": "what the runner offers to the tables of any method",
 }

@@ -18,9 +18,10 @@ from torch import nn
 
 from ovdet2.config import load_config
 from ovdet2.data.datasets.ov_shapes import ensure_generated
+from ovdet2.data.datasets.ov_shapes_captions import ensure_captions
 from ovdet2.data.datasets.splits import OV_COCO, OV_COCO_UNUSED
 from ovdet2.engine import Trainer
-from ovdet2.programs import build_concept_priors, build_region_cache
+from ovdet2.programs import build_caption_cache, build_concept_priors, build_region_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 # CLIM's configurations have keys of that project, and a trainer: projects/CLIM/tests trains them.
@@ -31,8 +32,11 @@ FILES = sorted(
 )
 # Without a training set: bases of others, and the networks of published weights of Detic and Detectron2, which are not trained here.
 BASES = {"base/deformable_detr_r50", "base/detic", "base/fvlm_fpn", "base/vild_fpn"}
+LEARNING = ("detic_boxes_", "detic_tags_", "detic_captions_", "detic_both_")
 PUBLISHED = {
-    f"{path.parent.name}/{path.stem}" for path in FILES if path.stem.startswith(("detic_", "clip_on_crops_r50"))
+    f"{path.parent.name}/{path.stem}"
+    for path in FILES
+    if path.stem.startswith(("detic_", "clip_on_crops_r50")) and not path.stem.startswith(LEARNING)
 }
 NETWORKS = BASES | PUBLISHED
 # The data set that a training is evaluated on here. Those of configs/transfer are evaluated on others.
@@ -49,6 +53,7 @@ SMALL = {
     "MODEL.DEVICE": "cpu",
     "MODEL.VOCABULARY.TEMPLATES": "single",
     "DATALOADER.NUM_WORKERS": 0,
+    "DATALOADER.MIX": "parallel",  # every step has all losses
     "SEED": 3,
     "SOLVER.MAX_ITER": STEPS,
     "SOLVER.STEPS": (),
@@ -128,6 +133,9 @@ def data(tmp_path_factory):
     ):
         named = renamed(json.loads((drawn / f"{source}.json").read_text()), categories)
         (coco / f"{target}.json").write_text(json.dumps(named))
+    captions, images = ensure_captions(root, IMAGES, workers=1)
+    shutil.copy(captions, coco / "captions_train2017.json")
+    shutil.copytree(images, coco.parent / "train2017", dirs_exist_ok=True)
     for name in ("lvis_v1_train", "lvis_v1_val", "ov_lvis_train_base"):
         (lvis / f"{name}.json").write_text(json.dumps(with_polygons(json.loads((drawn / f"{name}.json").read_text()))))
     return root
@@ -161,6 +169,22 @@ def region_cache(data, tmp_path_factory):
     return cache
 
 
+@pytest.fixture(scope="module")
+def caption_cache(data, tmp_path_factory):
+    """Function of a data set of captions; gives its cache, made once."""
+    folder = tmp_path_factory.mktemp("captions")
+
+    def cache(dataset):
+        path = folder / f"{dataset}.safetensors"
+        if not path.is_file():
+            build_caption_cache.main([
+                "--dataset", dataset, "--architecture", "ovshapes-resnet", "--pretrained", "embedded", "--output", str(path),
+            ])  # fmt: skip
+        return str(path)
+
+    return cache
+
+
 def leaves(node, prefix=""):
     """(dotted key, value) of all keys of a configuration."""
     for key, value in node.items():
@@ -184,7 +208,7 @@ def concept_prior(data, tmp_path_factory):
     return prior
 
 
-def configured(path, region_cache, concept_prior, output):
+def configured(path, region_cache, concept_prior, caption_cache, output):
     """The frozen configuration of a yaml, narrowed."""
     plain = load_config(str(path))
     tower = plain.MODEL.BACKBONE.NAME.startswith("build_clip")
@@ -199,6 +223,11 @@ def configured(path, region_cache, concept_prior, output):
         "MODEL.TEACHER.ARCHITECTURE": teacher,
         "MODEL.TEACHER.PRETRAINED": "embedded",
     }
+    overrides["DATASETS.SOURCES"] = [
+        {"name": entry["name"], "images": 2, "min_size": [96], "max_size": 128} for entry in plain.DATASETS.SOURCES
+    ]
+    if plain.DATASETS.CAPTION_CACHE:
+        overrides["DATASETS.CAPTION_CACHE"] = caption_cache(plain.DATASETS.SOURCES[0]["name"])
     if plain.INPUT.SQUARE:
         overrides["INPUT.SQUARE"] = 128
     for key, value in leaves(plain):
@@ -230,11 +259,11 @@ def has_gradient(parameter):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", filter(trains, FILES), ids=name_of)
-def test_two_steps(path, data, region_cache, concept_prior, tmp_path, monkeypatch):
+def test_two_steps(path, data, region_cache, concept_prior, caption_cache, tmp_path, monkeypatch):
     """Losses are finite, every trained weight has a gradient, frozen ones do not move, and a report is written."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
     monkeypatch.chdir(ROOT)
-    cfg = configured(path, region_cache, concept_prior, tmp_path)
+    cfg = configured(path, region_cache, concept_prior, caption_cache, tmp_path)
     torch.manual_seed(0)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)

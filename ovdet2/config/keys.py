@@ -285,6 +285,9 @@ def _add_data_and_test(cfg):
     # "TrainingSampler"), min_size and max_size (default: INPUT.*_SIZE_TRAIN), ratio (for MIX "alternate"). Each source
     # has NUM_WORKERS loading workers.
     cfg.DATASETS.SOURCES = []
+    # File of ovdet2 cache captions of the captioned images in SOURCES, for methods that read caption embeddings; several
+    # files, of different data sets, are separated by commas.
+    cfg.DATASETS.CAPTION_CACHE = ""
     # "parallel": every step has images of all sources. "alternate": every step has images of one source; the sources
     # alternate in proportion to their ratios (DATASETS.TRAIN has 1).
     cfg.DATALOADER.MIX = "parallel"

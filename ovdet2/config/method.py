@@ -62,6 +62,10 @@ class Method:
         """Whether a loss of the method trains classification, so that the classification loss may have weight 0."""
         return False
 
+    def names_novel_classes(self, cfg: CfgNode) -> bool:
+        """Whether training uses names of novel classes, such as in a list of image tags; for the report."""
+        return False
+
     def for_evaluation(self, cfg: CfgNode) -> None:
         """Switch off, in a copy of a configuration, what only training uses, so that its files are not needed."""
 

@@ -109,6 +109,9 @@ def _of_configuration(cfg: CfgNode, novel: Sequence[str], trained_names: Iterabl
 
 def _novel_names(cfg, seen, novel, trained_names):
     """Whether novel names were trained on; captions, and methods from outside ovdet2, may hold them."""
+    methods = [method for method in methods_of(cfg) if method.is_on(cfg)]
+    if any(method.names_novel_classes(cfg) for method in methods):
+        return "yes"
     wanted, stated = {clean_name(name) for name in novel}, trained_names is not None
     known = {clean_name(name) for name in trained_names or ()}
     unresolved = [split for split in seen[IMAGE_LABELS].values() if split is None]
@@ -119,7 +122,7 @@ def _novel_names(cfg, seen, novel, trained_names):
         known |= {clean_name(name) for name in split.names} if split else set()
     if wanted & known:
         return "yes"
-    foreign = any(method.is_on(cfg) and not type(method).__module__.startswith("ovdet2.") for method in methods_of(cfg))
+    foreign = any(not type(method).__module__.startswith("ovdet2.") for method in methods)
     return UNKNOWN if seen[CAPTIONS] or unresolved or foreign else "no"
 
 

@@ -208,7 +208,7 @@ class CosineClassifier(nn.Module):
 
     def classify_without_background(self, embeddings: Tensor) -> Tensor:
         """Softmax over all words without background, as in ViLD's image branch: Tensor [R, D] -> [R, K]."""
-        logits = cosine_logits(embeddings, self.vocabulary.rows(training=False), **self._factor())
+        logits = cosine_logits(embeddings, self.vocabulary.rows(training=False), **self.factor())
         return self.vocabulary.best_names(logits).softmax(dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class CosineClassifier(nn.Module):
         """
         embeddings = self.embed(features)
         with torch.autocast(features.device.type, enabled=False):
-            logits = cosine_logits(embeddings, self._columns(), **self._factor(), bias=self.bias)
+            logits = cosine_logits(embeddings, self._columns(), **self.factor(), bias=self.bias)
             if not self.training:
                 logits = self.vocabulary.best_names(logits)
             return F.pad(logits, (0, 1)) if self.background_kind == "zero" else logits
@@ -236,7 +236,7 @@ class CosineClassifier(nn.Module):
             return torch.cat([words, background[None]])
         return words
 
-    def _factor(self) -> dict[str, float | Tensor]:
+    def factor(self) -> dict[str, float | Tensor]:
         """tau or s as a keyword argument of :func:`cosine_logits`."""
         log_scale = self.log_scale
         if self.temperature is not None:

@@ -63,6 +63,11 @@ ARTEFACTS = {
          "--output", "{path}"),
         _OF_TEACHER,
     ),
+    "caption_cache": Artefact(
+        "caption cache", "DATASETS.CAPTION_CACHE", "captions.safetensors",
+        ("ovdet2.programs.build_caption_cache", "--dataset", "ov_shapes_captions", *_CLIP, "--output", "{path}"),
+        _OF_TEACHER, training_only=True,
+    ),
     "clim": Artefact(
         "training by CLIM", "MODEL.TEACHER.PRETRAINED", "clim/clim_a1.safetensors",
         ("projects/CLIM/train.py", "--config-file", str(CHECKOUT / CLIM_CONFIG), "--resume", "OUTPUT_DIR", "{folder}"),
@@ -148,6 +153,11 @@ _ROWS = {
         "vild_text", "CLIP on cropped proposals, with objectness", "ovshapes/clip_on_crops_objectness_r18.yaml"
     ),
     "vild_text_clip": _on("vild_text", "ViLD-text + CLIP", "ovshapes/vild_text_clip_r18.yaml"),
+    "detic_boxes": Entry("Sigmoid text head, boxes only (control)", "ovshapes/detic_boxes_r18.yaml"),
+    "detic_tags": Entry("Detic: image tags", "ovshapes/detic_tags_r18.yaml"),
+    "detic_captions": Entry("Detic: captions", "ovshapes/detic_captions_r18.yaml", needs=("caption_cache",)),
+    "detic_both": Entry("Detic: image tags and captions", "ovshapes/detic_both_r18.yaml", needs=("caption_cache",)),
+    "vldet": Entry("VLDet", "ovshapes/vldet_r18.yaml", needs=("caption_cache",)),
     **_detr_rows(),
     "fvlm": Entry("F-VLM", "ovshapes/fvlm_resnet.yaml"),
     "fvlm_detector": Entry("F-VLM without fusion", "ovshapes/fvlm_resnet_detector.yaml", weights_of="fvlm"),

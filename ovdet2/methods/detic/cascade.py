@@ -42,6 +42,8 @@ class DeticOutputLayers(OpenVocabularyOutputLayers):
         self.bbox_pred = nn.Sequential(  # pyrefly: ignore[bad-assignment]
             nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, 4)
         )
+        nn.init.normal_(self.bbox_pred[-1].weight, std=0.001)  # as Detectron2's layer: proposals hardly move at first
+        nn.init.zeros_(self.bbox_pred[-1].bias)
 
 
 def detic_classifier(cfg: CfgNode, input_dim: int, bank: WordBank, owns_bank: bool = True) -> CosineClassifier:
@@ -120,7 +122,7 @@ class DeticCascadeROIHeads(CascadeROIHeads):
             NumericalError: a score or box is not finite.
         """
         if self.training:
-            raise UsageError("Detic's networks have no losses here: they take published weights for detection only.")
+            raise UsageError("the cascade of Detic has no losses here: it takes published weights for detection only.")
         features = {name: level.float() for name, level in features.items()}
         detections = self._forward_box(features, proposals)
         return self.forward_with_given_boxes(features, detections), {}

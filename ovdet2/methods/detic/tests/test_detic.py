@@ -4,15 +4,20 @@ import re
 
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from torch.nn import functional as F
 
 from ovdet2.config import check_methods, load_config
+from ovdet2.data.samples import as_samples
 from ovdet2.errors import NumericalError, UsageError
 from ovdet2.methods.detic.centernet import best_cells, boxes_of_cells, cell_centres, select_proposals
+from ovdet2.methods.detic.losses import DeticTexts
 from ovdet2.methods.detic.tests.detic_cases import config, images, micro, words
 from ovdet2.methods.detic.trunk import TimmTrunk
 from ovdet2.modeling import OpenVocabularyRCNN
+from tests import micro as two_stage
 from tests.oracles.formula import uniform
+from tests.weak_cases import captioned
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +184,24 @@ class TestRes5Heads:
         rows = F.normalize(2 * uniform("rows", (5, 8)).float() - 1, dim=1)
         return OpenVocabularyRCNN(load_config("ovcoco/detic_r50.yaml", narrow), vocabulary=words(rows)).eval()
 
-    def test_training_is_refused(self):
-        with pytest.raises(UsageError, match="published weights for detection only"):
-            self.of().roi_heads.train()(None, {}, [])
+    def test_a_training_step(self):
+        few = ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 6, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 10, "MODEL.DETIC.CAPTION_WEIGHT",
+               0.1, "MODEL.DETIC.QUEUE", 4, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8]  # fmt: skip
+        detector, samples = self.of(*few).train(), captioned(DeticTexts)
+        with EventStorage():
+            losses = detector([*as_samples(two_stage.images(2)), *samples])
+        assert set(losses) == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_captions"}
+        sum(losses.values()).backward()
+        idle = [name for name, weight in detector.named_parameters() if weight.requires_grad and weight.grad is None]
+        assert not idle and all(torch.isfinite(loss) for loss in losses.values())
+
+    def test_masks_and_boxes_of_other_parts_are_refused(self):
+        heads, proposals = self.of().roi_heads.train(), []
+        heads.mask_on, heads.label_and_sample_proposals = True, lambda *_: proposals
+        heads.pool = lambda *_: torch.zeros(0, 2048, 1, 1)
+        heads._predictor.losses = lambda *_: {}
+        with pytest.raises(UsageError, match="trains no masks"):
+            heads(None, {}, [], [])
 
     def test_no_word_competes(self):
         detector = self.of()
