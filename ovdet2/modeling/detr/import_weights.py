@@ -150,7 +150,7 @@ def rows_of_classes(weights: Mapping[str, Any], category_ids: Sequence[int]) -> 
         DataError: the file has a row per class, but of another number of classes: a rank would be of another class.
     """
     if not has_row_per_class(weights):
-        return [int(number) for number in category_ids]
+        return list(category_ids)
     counts = sorted({len(value) for name, value in weights.items() if _CLASS_LAYER.search(name)})
     if counts != [len(category_ids)]:
         raise DataError(

@@ -36,7 +36,8 @@ def closed_set(
     """
     classes = named_words(words)
     assert classes.category_ids is not None
-    imported, found = import_weights(weights, rows_of_classes(weights, classes.category_ids), num_queries)
+    rows = rows_of_classes(weights, [int(number) for number in classes.category_ids])
+    imported, found = import_weights(weights, rows, num_queries)
     if found != variant:
         raise DataError(
             f"the file is a Deformable DETR of the variant {found!r}, not {variant!r}: it is another model's."
