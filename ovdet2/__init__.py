@@ -27,4 +27,10 @@ _PLACES = {
 def __getattr__(name: str) -> object:
     if name not in _PLACES:
         raise AttributeError(f"module 'ovdet2' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "detectron2":
+            raise
+        message = f"ovdet2.{name} needs Detectron2, which is not installed. Run: ovdet2 doctor --install-detectron2"
+        raise ModuleNotFoundError(message, name=error.name) from None

@@ -23,7 +23,7 @@ from ovdet2.data.samples import Sample
 from ovdet2.engine.checkpoint import AtomicCheckpointer
 from ovdet2.errors import DataError, OVDetError, SetupError, UsageError, counted
 from ovdet2.io.images import MIN_SIDE, pixels_of, read_image
-from ovdet2.io.weights import read_weights
+from ovdet2.io.weights import read_entries
 from ovdet2.modeling import OpenVocabularyDeformableDETR, OpenVocabularyRCNN  # registers all architectures, too
 from ovdet2.modeling.build import background_of, build_teacher, load_vocabulary, words_to_vocabulary
 from ovdet2.modeling.part import Part
@@ -384,7 +384,7 @@ def saved_vocabulary(weights: str) -> Vocabulary | None:
     """The vocabulary that a checkpoint of ovdet2 holds; None for another file, or a URL."""
     if not Path(weights).is_file():
         return None
-    tensors = read_weights(weights)["model"]
+    tensors = read_entries(weights, "vocabulary.")
     prefix = next((name.removesuffix("manifest") for name in tensors if name.endswith("vocabulary.manifest")), None)
     if prefix is None:
         return None

@@ -139,8 +139,9 @@ def test_a_host_that_states_too_much_is_given_up(host, target):
     assert not target.exists()
 
 
-def test_a_length_must_be_stated(host, target):
-    host.stated = ""
+@pytest.mark.parametrize("stated", ["", "many", "-5"])
+def test_a_length_must_be_stated(stated, host, target):
+    host.stated = stated
     with pytest.raises(DataError, match="does not state the length"):
         download(host.url, target)
     assert names(target) == []
@@ -154,6 +155,12 @@ def test_redirects_to_another_scheme_are_refused(place, host, target):
     with pytest.raises(DownloadError, match=f"redirects to {place}: only https addresses are opened"):
         download(host.url, target)
     assert names(target) == []
+
+
+def test_redirects_to_what_is_no_address_are_refused(host, target):
+    host.status, host.location = 302, "https://[::1/x"
+    with pytest.raises(DownloadError, match=r"redirects to 'https://\[::1/x', which is no address"):
+        download(host.url, target)
 
 
 def test_redirects_on_this_machine_are_followed(host, target):

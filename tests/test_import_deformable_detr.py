@@ -246,15 +246,15 @@ def test_detic_names_are_those_of_its_files(state):
 def test_detic_has_a_row_per_class(tmp_path, monkeypatch):
     """By ascending category id; the official files have a row per id."""
     weights = {name: value.float() for name, value in published("two_stage").state_dict().items()}
-    ids = (9, 2, 40)
+    ids = (9, 2, 40, 50, 11, 12, 13)
     monkeypatch.setattr(tool, "split_of", lambda name: argparse.Namespace(category_ids=ids))
     torch.save({"model": as_detic(weights)}, tmp_path / "source.pth")
     tool.main([str(tmp_path / "source.pth"), "--output", str(tmp_path / "out.safetensors"), "--dataset", "any"])
     tensors, manifest = read_safetensors(tmp_path / "out.safetensors", tool.SCHEMA)
-    assert manifest["class_rows"] == [1, 0, 2] and manifest["variant"] == "two_stage"
+    assert manifest["class_rows"] == [1, 0, 5, 6, 2, 3, 4] and manifest["variant"] == "two_stage"
     every = import_weights(weights)[0]["class_branches.1.weight"]
-    assert torch.equal(tensors["network.class_branches.1.weight"], every[[1, 0, 2]])
-    assert tool.class_rows("any") == [9, 2, 40]
+    assert torch.equal(tensors["network.class_branches.1.weight"], every[[1, 0, 5, 6, 2, 3, 4]])
+    assert tool.class_rows("any", weights) == list(ids)
     with pytest.raises(DataError, match="1 unknown weights .detr.surprise"):
         import_weights({**as_detic(weights), "detr.surprise": torch.zeros(1)})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import ovdet2
 from ovdet2 import doctor
 from ovdet2.errors import SetupError
 from ovdet2.programs import install_detectron2 as installer
@@ -284,3 +285,15 @@ def _copy_checkout(target):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy(ROOT / name, target / name)
+
+
+def test_a_detector_without_detectron2_names_the_remedy(monkeypatch):
+    def refuse(missing):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(ovdet2.importlib, "import_module", lambda _: refuse("detectron2"))
+    with pytest.raises(ModuleNotFoundError, match="ovdet2.Detector needs Detectron2.*ovdet2 doctor --install-detect"):
+        ovdet2.__getattr__("Detector")
+    monkeypatch.setattr(ovdet2.importlib, "import_module", lambda _: refuse("torch"))
+    with pytest.raises(ModuleNotFoundError, match="No module named 'torch'"):
+        ovdet2.__getattr__("Detector")

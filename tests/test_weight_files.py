@@ -17,7 +17,7 @@ from torch import nn
 
 from ovdet2.errors import DataError, UsageError
 from ovdet2.io.files import write_safetensors
-from ovdet2.io.weights import DamagedFile, known_kind, read_weights, unwrapped
+from ovdet2.io.weights import DamagedFile, known_kind, read_entries, read_weights, unwrapped
 from ovdet2.vlm.tables import read_table
 from ovdet2.vlm.teacher import Teacher
 
@@ -347,3 +347,16 @@ def test_a_tokenizer_that_is_not_at_hand(hub_tokenizer, monkeypatch):
     with pytest.raises(DataError, match=r"(?s)tokenizer .*tokenizer of micro-hub is not on this machine .*HF_HOME"):
         Teacher.load("micro-hub", hub_tokenizer / "w.safetensors")
     assert not asked  # the weights, which take longer, are not read first
+
+
+def test_entries_are_read_without_the_others(tmp_path):
+    """Of a .safetensors file; a checkpoint may have none of them."""
+    weights = WEIGHTS | {"backbone.conv.weight": torch.full((2, 3), torch.nan)}  # not read, so not refused
+    save_file(weights, tmp_path / "weights.safetensors")
+    torch.save({"model": WEIGHTS}, tmp_path / "weights.pth")
+    for name in ("weights.safetensors", "weights.pth"):
+        entries = read_entries(tmp_path / name, "head.")
+        assert list(entries) == ["head.bias"] and torch.equal(entries["head.bias"], WEIGHTS["head.bias"])
+        assert read_entries(tmp_path / name, "vocabulary.") == {}
+    with pytest.raises(DamagedFile, match="not finite .backbone.conv.weight"):
+        read_entries(tmp_path / "weights.safetensors", "conv")

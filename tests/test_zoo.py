@@ -235,7 +235,19 @@ def test_an_interruption_before_the_manifest_leaves_no_entry(tiny, host, home, m
             store.fetch(tiny)
     assert not store.is_here(tiny) and store.trust_of(tiny) == store.STRUCTURE
     store.fetch(tiny)
-    assert files(home) == COMPLETE and store.verify(tiny) == store.FIRST_USE
+    assert files(home) == sorted([*COMPLETE, "tiny.pth"]) and store.verify(tiny) == store.FIRST_USE
+    assert len(host.requests) == 1  # the file of the first call was converted
+
+
+def test_a_disk_that_is_full_while_the_file_is_converted(tiny, host, home, monkeypatch):
+    """The download is kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_safetensors", lambda *_: (_ for _ in ()).throw(SetupError("full")))
+        with pytest.raises(SetupError, match="full"):
+            store.fetch(tiny)
+    assert files(home) == ["tiny.pth"] and not store.is_here(tiny)
+    store.fetch(tiny)
+    assert len(host.requests) == 1 and store.is_here(tiny)
 
 
 @pytest.mark.parametrize("case", ["html", "truncated", "pickled"])
@@ -311,7 +323,9 @@ def test_weights_that_forbid_commercial_use(record_with, host, home, capsys):
 def test_a_file_that_must_be_downloaded_by_hand(record_with, home, tmp_path, capsys):
     page = "https://drive.google.com/file/d/1/view"
     record = record_with(sources=[source(page, by_hand=True)])
-    with pytest.raises(SetupError, match=f"download {page} by hand.*then run: ovdet2 zoo import tiny FILE") as error:
+    with pytest.raises(
+        SetupError, match=f"download {page} by hand.*the file of: Two tensors.*then run: ovdet2 zoo import tiny FILE"
+    ) as error:
         store.fetch(record)
     assert error.value.exit_code == 4
     file = tmp_path / "any name.pth"
@@ -389,6 +403,23 @@ def test_a_folder_that_cannot_be_written(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("OVDET2_HOME", str(tmp_path / "file"))
     with pytest.raises(SetupError, match="cannot be written .*set OVDET2_HOME"):
+        store.fetch(tiny)
+
+
+def test_weights_in_a_folder_that_is_read_only(tiny, host, monkeypatch):
+    """As in an image of a container: nothing is written on the second use, not even a lock."""
+    path = store.fetch(tiny)
+    monkeypatch.setattr(store, "_only_process", lambda _: pytest.fail("the folder was locked"))
+    assert store.fetch(tiny) == path and len(host.requests) == 1
+
+
+def test_a_damaged_manifest_does_not_hide_the_list(tiny, home, capsys):
+    store.fetch(tiny)
+    (home / "zoo" / "tiny" / "manifest.json").write_text("{")
+    run("list")
+    out = capsys.readouterr().out
+    assert re.search(r"^tiny +damaged +- +MIT", out, re.M) and "ovshapes-vild" in out
+    with pytest.raises(DataError, match="manifest.json is not valid JSON .*delete .*tiny and fetch tiny again"):
         store.fetch(tiny)
 
 

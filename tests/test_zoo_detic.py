@@ -15,7 +15,7 @@ from ovdet2.errors import DataError, UsageError
 from ovdet2.io.weights import read_weights
 from ovdet2.methods.detic import zoo_weights
 from ovdet2.methods.detic.import_weights import our_name
-from ovdet2.methods.detic.tests.test_detic_parity import require_equal, tolerance_of
+from ovdet2.methods.detic.tests.test_detic_parity import require_equal
 from ovdet2.predictor import Detector
 from ovdet2.vlm.teacher import Teacher
 from ovdet2.vocabulary import Vocabulary
@@ -276,7 +276,7 @@ def test_full_size_files_have_the_detections_of_the_oracle(trunk, tmp_path, monk
     store.import_file(record, tmp_path / "file.pth")
     (tmp_path / "photo.jpg").write_bytes(detic_cases.picture())
     found = Detector(record.name, overrides=few).predict(tmp_path / "photo.jpg")
-    require_equal(found, detic_cases.golden(trunk), tolerance_of(trunk))
+    require_equal(found, detic_cases.golden(trunk))
     assert (
         len(read_weights(records.weights_path(record.name))["model"])
         == len(records.read_structure(record.structure)) + 3

@@ -130,6 +130,14 @@ def test_official_formats_import_and_predict(form, model, refine, micro, photo, 
     assert picture.is_file() and json.loads((tmp_path / "out" / "detections.json").read_text())
 
 
+@pytest.mark.parametrize("rename", [as_detic, as_detrex])
+def test_files_with_a_row_per_class_must_have_the_classes_of_the_record(rename, refine, micro, tmp_path):
+    """The first 80 of 91 rows, one for each category id, would be of other classes from "stop sign" on."""
+    torch.save({"model": rename(refine)}, tmp_path / "file.pth")
+    with pytest.raises(DataError, match="class layers have 91 rows, one for each class, but 80 classes are expected"):
+        store.import_file(micro, tmp_path / "file.pth")
+
+
 def test_h_deformable_detr_imports_and_predicts(home, photo, tmp_path, monkeypatch):
     """Of its queries, those that are matched one-to-many are dropped; WIDE_POSITION comes with the record."""
     real = records.RECORDS["h-deformable-detr-r50-12ep"]

@@ -134,7 +134,8 @@ def _receive(url: str, part: Path, num_bytes: int | None, patience: Patience) ->
 
 def _begin(url, response, part, num_bytes):
     """Check the stated length of a file, and note what identifies it; returns the notes."""
-    stated = response.headers.get("Content-Length")
+    stated = response.headers.get("Content-Length", "").strip()
+    stated = stated if stated.isdecimal() else None
     if stated is None and num_bytes is None:
         raise DataError(
             f"{url}: the host does not state the length, so that a cut would not be noticed: download it by hand."
@@ -210,9 +211,11 @@ class _SameScheme(urllib.request.HTTPRedirectHandler):
     def http_error_302(self, req, fp, code, msg, headers):  # pyrefly: ignore[bad-override]  the base is untyped
         place = headers.get("Location") or headers.get("URI")
         if place is not None:
-            target = urllib.parse.urljoin(req.full_url, place)
             try:
-                _require_scheme(target, req.full_url)
+                _require_scheme(urllib.parse.urljoin(req.full_url, place), req.full_url)
+            except ValueError as error:  # of urllib.parse
+                fp.close()
+                raise DownloadError(f"{req.full_url} redirects to {place!r}, which is no address ({error}).") from None
             except DownloadError:
                 fp.close()
                 raise

@@ -139,7 +139,7 @@ class _Watch:
                 self._found = self._found or f"{len(self.workers)} loading processes gave no batch for a long time."
             before = stopped
             if self._found is not None and left:
-                # One in each turn: the main thread is told by a signal, and two signals would raise two errors.
+                # One in each turn: the main thread gets a signal, and two signals would raise two errors.
                 left.sort(key=lambda worker: worker.pid not in lasting)
                 left.pop(0).kill()
 

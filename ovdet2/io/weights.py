@@ -60,6 +60,20 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return data
 
 
+def read_entries(path: str | Path, part: str) -> dict[str, Any]:
+    """The weights of a file whose names contain ``part``; of a .safetensors file, the others are not read.
+
+    Raises:
+        DataError: as :func:`read_weights`; a .safetensors file may hold no such entries.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {name: value for name, value in read_weights(path)["model"].items() if part in name}
+    entries = unwrapped(_read_safetensors(path, part))["model"]
+    require_finite(entries, path)
+    return entries
+
+
 def unwrapped(data: Mapping[Any, Any]) -> dict[str, Any]:
     """The weights of a checkpoint under the model's own names, whichever program saved it.
 
@@ -231,12 +245,13 @@ def _read_torch(path):
     return data
 
 
-def _read_safetensors(path):
+def _read_safetensors(path, part=""):
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            weights, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+            names, metadata = [name for name in file.keys() if part in name], file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, ValueError, OSError) as error:
         raise DamagedFile(f"{path} is not a complete safetensors file ({error}){look(path)}: {_REMEDY}") from None
     if metadata.get("matching_heuristics") == "true":  # backbone weights: Detectron2 matches their names to the model

@@ -25,7 +25,7 @@ Weights of Detic, CoDet and VLDet: ``ovdet2 import-weights --kind detic --help``
 Exit codes: 2 usage, 3 data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ovdet2.command_line import command_parser, dataset_files, keep_inputs
@@ -33,7 +33,7 @@ from ovdet2.data.datasets import split_of
 from ovdet2.errors import UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
 from ovdet2.io.weights import read_weights
-from ovdet2.modeling.detr.import_weights import has_row_per_class, import_weights
+from ovdet2.modeling.detr.import_weights import import_weights, rows_of_classes
 
 SCHEMA = "ovdet2/imported-detr/1"
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         raise UsageError(f"--output {args.output}: name a .safetensors file.")
     keep_inputs("--output", [args.output], args.weights, dataset_files(args.dataset or ""))
     published = read_weights(args.weights)["model"]
-    rows = [] if args.without_classes else class_rows(args.dataset, has_row_per_class(published))
+    rows = [] if args.without_classes else class_rows(args.dataset, published)
     weights, variant = import_weights(published, rows, args.queries)
     manifest = {
         "schema": SCHEMA,
@@ -71,25 +71,23 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     return manifest
 
 
-def class_rows(dataset: str | None, row_per_class: bool = False) -> list[int] | None:
+def class_rows(dataset: str | None, weights: Mapping[str, Any]) -> list[int] | None:
     """Rows of the class layers for the contiguous classes of a registered data set; None for no data set.
 
     Args:
         dataset: its name.
-        row_per_class: whether the layers have a row per class by ascending category id; else one per id.
+        weights: dict of name to Tensor, under published names.
 
     Raises:
         UsageError: the data set has no split.
+        DataError: see :func:`~ovdet2.modeling.detr.import_weights.rows_of_classes`.
     """
     if dataset is None:
         return None
     split = split_of(dataset)
     if split is None:
         raise UsageError(f"{dataset!r} is not a registered open-vocabulary data set: see datasets/README.md.")
-    if not row_per_class:
-        return list(split.category_ids)
-    ranks = {category_id: rank for rank, category_id in enumerate(sorted(split.category_ids))}
-    return [ranks[category_id] for category_id in split.category_ids]
+    return rows_of_classes(weights, split.category_ids)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from ovdet2.config import load_config
 from ovdet2.errors import DataError, UsageError, exit_on_error
 from ovdet2.io.files import sha256_file, write_safetensors
 from ovdet2.io.weights import read_weights
-from ovdet2.modeling import OpenVocabularyRCNN
 from ovdet2.modeling.build import load_vocabulary
 from ovdet2.vlm.fingerprint import Fingerprint
 from ovdet2.vocabulary import Vocabulary
@@ -41,6 +40,7 @@ _WORDS = ".vocabulary."  # in the names of the buffers of a word bank
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Command line; returns the manifest that was written."""
     from ovdet2.methods.detic.import_weights import import_weights, trained_words, unused_entries
+    from ovdet2.methods.detic.zoo_weights import skeleton
 
     parser = command_parser("import-weights --kind detic", __doc__)
     parser.add_argument("weights", help="published checkpoint (.pth)")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     words = load_vocabulary(cfg, args.vocabulary) if args.vocabulary else None
     if words is not None:
         require_same_words(words, tables)
-    detector = OpenVocabularyRCNN(cfg, vocabulary=words or _placeholder(tables)).state_dict()
+    detector = skeleton(cfg, words or _placeholder(tables))
     imported = import_weights(weights, {name: value for name, value in detector.items() if _WORDS not in name})
     if words is not None:
         imported |= {name: value for name, value in detector.items() if _WORDS in name}

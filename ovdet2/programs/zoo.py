@@ -18,7 +18,7 @@ _LIST = """List the published detectors that ovdet2 can load.
 
     ovdet2 zoo list
 
-For each: its name, whether it is on this machine, the level of trust in its file, the licence of the weights, and a
+For each: its name, whether it is on this machine ("damaged": see ovdet2 zoo verify), the level of trust in its file, the licence of the weights, and a
 published figure, which was not measured here. docs/ZOO.md has more. The detectors of `ovdet2 demo`, which are trained on
 this machine, come last.
 """
@@ -55,8 +55,11 @@ def list_main(argv: Sequence[str] | None = None) -> None:
     for record in RECORDS.values():
         figure = record.figures[0]
         licence = record.licence.weights + ", non-commercial" * record.licence.non_commercial
-        here = "yes" if store.is_here(record) else "no"
-        rows.append((record.name, here, store.trust_of(record), licence, f"{figure.metric} {figure.value}"))
+        try:
+            here, trust = "yes" if store.is_here(record) else "no", store.trust_of(record)
+        except DataError:  # ovdet2 zoo verify says what to do
+            here, trust = "damaged", "-"
+        rows.append((record.name, here, trust, licence, f"{figure.metric} {figure.value}"))
     for name, named in DETECTORS.items():
         if not named.published:
             here = "yes" if Path(named.weights).is_file() else "no"

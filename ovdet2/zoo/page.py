@@ -64,6 +64,7 @@ Files are read without running code from them. HTML pages, truncated files, and 
 | a redirect to another scheme than https | refused, exit code 4 |
 | 404 or no network | exit code 4; the message has the address, the path to put the file to, and the import command |
 | fewer than 1,000 bytes per second for 30 seconds | exit code 4; the part is kept, and the same command continues later |
+| the disk is full while the file is converted | exit code 4; the file is kept, and the same command converts it later |
 
 ## Other zero-shot detectors
 

@@ -85,9 +85,10 @@ def fetch(record: Record, accept_license: bool = False, patience: Patience | Non
         DataError: the file is not the record's.
     """
     path = weights_path(record.name)
+    if _is_usable(record):  # without the lock: the folder may be read-only
+        return path
     with _only_process(record):
-        if is_here(record):
-            _require_pinned(record, read_manifest(record))
+        if _is_usable(record):  # another process has fetched it meanwhile
             return path
         _require_licence(record, accept_license)
         for source in record.sources:
@@ -107,14 +108,20 @@ def fetch(record: Record, accept_license: bool = False, patience: Patience | Non
             ) from None
         try:
             _install(record, file, source.url, _pins_of(source))
-        finally:
+        except DataError:
             file.unlink()
+            raise
+        # After another error, such as a full disk, the next call converts the file without a download.
+        file.unlink()
     return path
 
 
 def by_hand(record: Record) -> str:
     """How to get a file that no program can download."""
-    return f"{record.name}: download {record.sources[0].url} by hand, in a browser; then run: ovdet2 zoo import {record.name} FILE"
+    return (
+        f"{record.name}: download {record.sources[0].url} by hand, in a browser (of a folder, the file of: {record.title}); "
+        f"then run: ovdet2 zoo import {record.name} FILE"
+    )
 
 
 def import_file(record: Record, file: str | Path, accept_license: bool = False) -> Path:
@@ -149,6 +156,18 @@ def verify(record: Record) -> str:
     _require_pinned(record, manifest)
     _require_structure(record, read_weights(path)["model"])
     return trust_of(record)
+
+
+def _is_usable(record: Record) -> bool:
+    """Whether the weights are on this machine.
+
+    Raises:
+        DataError: they are, but of another file than the pinned one, or the manifest is damaged.
+    """
+    if not is_here(record):
+        return False
+    _require_pinned(record, read_manifest(record))
+    return True
 
 
 def _require_pinned(record: Record, manifest: Mapping[str, Any] | None) -> None:
@@ -222,9 +241,7 @@ def convert(record: Record, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     module, function = record.converter.split(":")
     cfg = load_config(record.config, record.overrides)
-    tensors = getattr(importlib.import_module(module), function)(weights, cfg, **record.options)
-    # Tied tensors share their storage, which safetensors refuses.
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    return getattr(importlib.import_module(module), function)(weights, cfg, **record.options)
 
 
 def structure_of(tensors: Mapping[str, Tensor]) -> Structure:

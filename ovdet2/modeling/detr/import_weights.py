@@ -25,6 +25,7 @@ _DEPTHS = {6: 50, 23: 101}  # ResNet depth by the number of blocks of the third 
 _SHOWN = 8  # names in an error message
 _DETIC = "detr."  # prefix of the names of Detic's files
 _DETREX = "neck.convs."  # only in the names of detrex's files
+_CLASS_LAYER = re.compile(r"class_embed\.\d+\.(weight|bias)$")
 
 _TRUNK = r"(?:backbone\.0\.body|model\.backbone(?:\.conv_encoder)?\.model)\."
 _QUERIES = "transformer.query_maker."
@@ -97,8 +98,8 @@ def import_weights(
     Args:
         weights: dict of name to Tensor, official, of ``transformers``, of Detic or of detrex.
         class_rows: rows of the class layers to keep, in this order: the category ids of the classes, since the
-            published models have a row per COCO id; of files with a row per class (:func:`has_row_per_class`) their
-            ranks. None: all. An empty list: no class layer, for a text classifier.
+            published models have a row per COCO id; of files with a row per class their ranks, see
+            :func:`rows_of_classes`. None: all. An empty list: no class layer, for a text classifier.
         num_queries: keep only the first learned queries: those of H-Deformable-DETR after the first 300 are matched
             one-to-many and take part in training only. None: all.
 
@@ -133,6 +134,31 @@ def has_row_per_class(weights: Mapping[str, Any]) -> bool:
     """Whether the class layers have a row per class by ascending category id, as in the files of Detic and detrex,
     instead of one per id."""
     return any(name.startswith((_DETIC, _DETREX)) for name in weights)
+
+
+def rows_of_classes(weights: Mapping[str, Any], category_ids: Sequence[int]) -> list[int]:
+    """Rows of the class layers of a published file for classes of these category ids, in their order.
+
+    Args:
+        weights: dict of name to Tensor, under published names.
+        category_ids: of all classes that the file detects, if it has a row per class; else of any of them.
+
+    Returns:
+        The ids, or, if the file has a row per class (:func:`has_row_per_class`), their ranks.
+
+    Raises:
+        DataError: the file has a row per class, but of another number of classes: a rank would be of another class.
+    """
+    if not has_row_per_class(weights):
+        return list(category_ids)
+    counts = sorted({len(value) for name, value in weights.items() if _CLASS_LAYER.search(name)})
+    if counts != [len(category_ids)]:
+        raise DataError(
+            f"the class layers have {' and '.join(map(str, counts)) or 'no'} rows, one for each class, but "
+            f"{len(category_ids)} classes are expected: give the classes of the file's training, and no part of them."
+        )
+    ranks = {number: rank for rank, number in enumerate(sorted(category_ids))}
+    return [ranks[number] for number in category_ids]
 
 
 def _rename(weights):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ovdet2.errors import DataError
 from ovdet2.modeling.build import build_teacher
-from ovdet2.modeling.detr.import_weights import has_row_per_class, import_weights
+from ovdet2.modeling.detr.import_weights import import_weights, rows_of_classes
 from ovdet2.vocabulary import Vocabulary, manifest_bytes
 from ovdet2.vocabulary.word_lists import named_words
 
@@ -31,13 +31,12 @@ def closed_set(
         dict of name to tensor: "network.*" and "vocabulary.*".
 
     Raises:
-        DataError: see :func:`~ovdet2.modeling.detr.import_weights.import_weights`; or the file is of another variant.
+        DataError: see :func:`~ovdet2.modeling.detr.import_weights.import_weights`; or the file is of another
+            variant, or of another number of classes.
     """
     classes = named_words(words)
     assert classes.category_ids is not None
-    rows = [int(number) for number in classes.category_ids]
-    if has_row_per_class(weights):
-        rows = list(range(len(rows)))
+    rows = rows_of_classes(weights, [int(number) for number in classes.category_ids])
     imported, found = import_weights(weights, rows, num_queries)
     if found != variant:
         raise DataError(
