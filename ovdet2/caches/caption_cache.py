@@ -69,7 +69,8 @@ class CaptionCache:
         with open(path, "rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
             start = json.loads(stream.read(header))["embeddings"]["data_offsets"][0]
-        self._start, self._rows = 8 + header + start, None
+        self._start = 8 + header + start
+        self._rows: np.ndarray | None = None
 
     @property
     def teacher(self) -> Fingerprint:

@@ -98,7 +98,7 @@ class AttachTexts(Step):
                 tags = self.matcher.find(sample.captions if self.all_captions else sample.captions[:1])
             if self.cache is not None:
                 count = len(sample.captions)
-                rows = self.cache.embedding(sample.image_id, int(np.random.randint(count)), count)[None]
+                rows = self.cache.embedding(sample.image_id, np.random.randint(count), count)[None]
         box = (0.0, 0.0, float(width), float(height))
         identity = identity_of(sample.source, sample.image_id)
         sample.attach(self.kind((SubImage(box, identity, rows, tuple(tags)),)))

@@ -38,12 +38,13 @@ class DeticOutputLayers(OpenVocabularyOutputLayers):
         """
         super().__init__(input_shape, **kwargs)
         width = cast(int, input_shape.channels)
+        last = nn.Linear(width, 4)
+        nn.init.normal_(last.weight, std=0.001)  # as Detectron2's layer: proposals hardly move at first
+        nn.init.zeros_(last.bias)
         # Detectron2 annotates it as nn.Linear, but only calls it.
         self.bbox_pred = nn.Sequential(  # pyrefly: ignore[bad-assignment]
-            nn.Linear(width, width), nn.ReLU(inplace=True), nn.Linear(width, 4)
+            nn.Linear(width, width), nn.ReLU(inplace=True), last
         )
-        nn.init.normal_(self.bbox_pred[-1].weight, std=0.001)  # as Detectron2's layer: proposals hardly move at first
-        nn.init.zeros_(self.bbox_pred[-1].bias)
 
 
 def detic_classifier(cfg: CfgNode, input_dim: int, bank: WordBank, owns_bank: bool = True) -> CosineClassifier:
