@@ -44,6 +44,27 @@ def losses(output):
     return found
 
 
+def straight_and_resumed(root, folder, options, processes, config="ovshapes/vild_text_r18.yaml"):
+    """The last checkpoints of a run of 5 steps, and of one that is killed in step 3 and resumed; their weights are equal."""
+    done = train(root, folder / "straight", *options, processes=processes, config=config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # The part kills its process in the middle of step 3: the checkpoint of step 2 is the newest.
+    killed = train(
+        root, folder / "parts", *options, "MODEL.CAPTION_TEST.KILL_AT", "3", processes=processes, config=config
+    )
+    assert killed.returncode == (-signal.SIGKILL if processes == 1 else 4), killed.stderr[-2000:]
+    assert not (folder / "parts" / "model_final.pth").is_file()
+    done = train(root, folder / "parts", *options, processes=processes, config=config, resume=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    straight, parts = (
+        torch.load(folder / name / "model_final.pth", weights_only=True) for name in ("straight", "parts")
+    )
+    assert straight["model"].keys() == parts["model"].keys()
+    different = [name for name, value in straight["model"].items() if not torch.equal(value, parts["model"][name])]
+    assert not different
+    return straight, parts
+
+
 @pytest.mark.parametrize(
     ("processes", "mix"),
     [
@@ -55,23 +76,26 @@ def losses(output):
 )
 def test_a_killed_run_resumes_bit_for_bit(root, tmp_path, processes, mix):
     options = ["DATALOADER.MIX", mix]
-    done = train(root, tmp_path / "straight", *options, processes=processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    # The part kills its process in the middle of step 3: the checkpoint of step 2 is the newest.
-    killed = train(root, tmp_path / "parts", *options, "MODEL.CAPTION_TEST.KILL_AT", "3", processes=processes)
-    assert killed.returncode == (-signal.SIGKILL if processes == 1 else 4), killed.stderr[-2000:]
-    assert not (tmp_path / "parts" / "model_final.pth").is_file()
-    done = train(root, tmp_path / "parts", *options, processes=processes, resume=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    straight, parts = (
-        torch.load(tmp_path / name / "model_final.pth", weights_only=True) for name in ("straight", "parts")
-    )
-    assert straight["model"].keys() == parts["model"].keys()
-    different = [name for name, value in straight["model"].items() if not torch.equal(value, parts["model"][name])]
-    assert not different
+    straight, parts = straight_and_resumed(root, tmp_path, options, processes)
     data = [found["trainer"]["data"]["sources"] for found in (straight, parts)]
     assert data[0] == data[1]
     assert [of_source["consumed"] for of_source in data[0].values()] == ([5, 5] if mix == "parallel" else [3, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_queue_of_captions_resumes_bit_for_bit(root, tmp_path, processes):
+    cache = tmp_path / "captions.safetensors"
+    teacher = ["--architecture", "ovshapes-resnet", "--pretrained", "embedded"]
+    command = ["ovdet2/programs/build_caption_cache.py", "--dataset", "ov_shapes_captions", *teacher, "--output", cache]
+    done = run_program(*command, env={"DETECTRON2_DATASETS": str(root)})
+    assert done.returncode == 0, done.stderr[-2000:]
+    options = ["DATASETS.CAPTION_CACHE", cache, "MODEL.DETIC.QUEUE", "7"]
+    straight, parts = straight_and_resumed(root, tmp_path, options, processes, "ovshapes/detic_both_r18.yaml")
+    queue = "detic.terms.loss_captions.queue"
+    assert straight["model"][f"{queue}.place"] == 5 * 2 % 7  # two captions of each step, of all processes
+    assert torch.equal(straight["model"][f"{queue}.ids"], parts["model"][f"{queue}.ids"])
+    assert torch.isfinite(straight["model"][f"{queue}.embeddings"]).all()
 
 
 def test_both_sources_are_learned_from(root, tmp_path):

@@ -5,7 +5,7 @@ A sampler is a callable ``(proposals, texts) -> RegionSet``. Proposals are :clas
 torch's global generator, whose state is in the checkpoints.
 
 Shapes: N images, S sub-images, R regions, P proposals of an image.
-Names: ``_xyxy`` boxes (left, top, right, bottom).
+Names: ``_logits`` before softmax or sigmoid, ``_xyxy`` boxes (left, top, right, bottom).
 """
 
 from __future__ import annotations
