@@ -69,7 +69,10 @@ def declarations(source):
 def documented():
     """:func:`declarations` of the files that declare keys: the core's, and those of each method."""
     files = [ROOT / "ovdet2" / "config" / "keys.py", *(ROOT / "ovdet2" / "methods").glob("*/__init__.py")]
-    return {key: above for path in files for key, above in declarations(path.read_text()).items()}
+    found = {key: above for path in files for key, above in declarations(path.read_text()).items()}
+    # Keys that several methods add to their groups.
+    shared = declarations((ROOT / "ovdet2" / "config" / "text_keys.py").read_text().replace(" keys.", " cfg."))
+    return {key: shared[name] for key in ADDED if (name := key.rpartition(".")[2]) in shared} | found
 
 
 @pytest.mark.parametrize("key", ADDED)

@@ -87,6 +87,21 @@ PROGRAMS = {
         lambda i, o: [*SHAPES, "--dataset", "ov_micro_train", "--output", o, "MODEL.WEIGHTS", i],
         "model.pth",
     ),
+    "vocab thresholds": (
+        "choose_thresholds",
+        lambda i, o: ["in", "--vocabulary", i, "--output", o],
+        "with_thresholds.safetensors",
+    ),
+    "eval: predictions": (
+        "evaluate_predictions",
+        lambda i, o: ["--predictions", i, "--dataset", "ov_micro_val", "--output", os.path.dirname(o)],
+        "predictions.jsonl",
+    ),
+    "cache captions": (
+        "build_caption_cache",
+        lambda i, o: ["--dataset", "ov_micro_val", "--architecture", "micro-clip", "--pretrained", i, "--output", o],
+        "captions.safetensors",
+    ),
     "import-weights": ("import_deformable_detr", lambda i, o: [i, "--output", o], "detr.safetensors"),
     "import-weights: detic": (
         "import_detic",

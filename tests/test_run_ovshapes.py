@@ -131,12 +131,14 @@ def test_needs_of_a_row_are_what_its_configuration_reads():
     for name, row in rows.ENTRIES.items():
         if not row.config:
             continue
-        model = load_config(row.config).MODEL
+        cfg = load_config(row.config)
+        model = cfg.MODEL
         trained = not row.weights_of
         needed = {
             "region_cache": model.VILD.WEIGHT > 0 and trained,
             "annotation_cache": model.CCKT.ENABLED and model.CCKT.CONTRAST != "none" and trained,
             "clip_priors": model.CCKT.ENABLED and model.CCKT.PRIORS,
+            "caption_cache": any(model[name].CAPTION_WEIGHT > 0 for name in ("DETIC", "VLDET")) and trained,
             "clim": model.TEACHER.PRETRAINED.endswith(".safetensors"),
         }
         assert row.needs == tuple(need for need, wanted in needed.items() if wanted), name

@@ -455,7 +455,9 @@ def _setting_of(cfg: CfgNode, model: nn.Module, dataset: str, weights: str | Non
     from ovdet2.evaluation.training_setting import setting_of
 
     vocabulary, split = _vocabulary_of(model), split_of(dataset)
-    names = None if vocabulary is None or not vocabulary.from_checkpoint else vocabulary.trained_base_names
+    names = None
+    if vocabulary is not None and (vocabulary.from_checkpoint or model.training):  # in training, those of this run
+        names = vocabulary.trained_base_names
     novel = [] if split is None else [name for _, name in split.novel]
     trains = weights is None and model.training
     return setting_of(cfg, novel, cfg.MODEL.WEIGHTS if weights is None else weights, names, trains).to_report()

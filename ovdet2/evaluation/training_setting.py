@@ -61,7 +61,15 @@ def setting_of(
             setting = _joined(_of_record(record), setting)
     else:
         setting = _of_record(record)
-    stated = {name.lower(): text for name, text in cfg.TEST.SETTING.items()}
+    given = cfg.TEST.SETTING
+    stated = {
+        "boxes": given.BOXES,
+        "image_labels": given.IMAGE_LABELS,
+        "captions": given.CAPTIONS,
+        "novel_names": given.NOVEL_NAMES,
+        "teacher": given.TEACHER,
+        "teacher_data": given.TEACHER_DATA,
+    }
     return setting.changed(stated, by="TEST.SETTING")
 
 
@@ -127,12 +135,12 @@ def _novel_names(cfg, seen, novel, trained_names):
 
 
 def _datasets(specs: Sequence[SourceSpec], kind: str) -> dict[str, Split | None]:
-    """{data set: its split, if that is known without reading a file}."""
-    return {name: _split_in_memory(name) for spec in specs if spec.kind == kind for name in spec.datasets}
+    """{data set: its split, if the registration states the classes}; the same whatever was read before."""
+    return {name: _registered_split(name) for spec in specs if spec.kind == kind for name in spec.datasets}
 
 
-def _split_in_memory(name: str) -> Split | None:
-    if name not in DatasetCatalog.list() or not MetadataCatalog.get(name).get("thing_classes"):
+def _registered_split(name: str) -> Split | None:
+    if name not in DatasetCatalog.list() or not MetadataCatalog.get(name).get("ov_classes_known"):
         return None
     try:
         return split_of(name)

@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> Vocabulary:
     """Command line; returns the vocabulary that was written."""
     args = parse_args(argv)
     load_config(args.config_file)  # registers its DATASETS.OWN
+    keep_inputs("--output", [args.output], options_but(args, "output"), args.folder / REPORT, args.folder / MERGED)
     report = read_report(args.folder / REPORT)
     dataset = report["dataset"]
     require_choice_allowed(dataset, "the thresholds would be chosen on")
-    read = args.folder / REPORT, args.folder / MERGED, dataset_files(dataset)
-    keep_inputs("--output", [args.output], options_but(args, "output"), *read)
+    keep_inputs("--output", [args.output], dataset_files(dataset))
     vocabulary = vocabulary_of(args)
     evaluation = load_evaluation(args.folder, dataset)
     split = split_of(dataset)

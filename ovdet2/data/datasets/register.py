@@ -113,7 +113,7 @@ def register_dataset(
     DatasetCatalog.register(name, load)
     metadata = MetadataCatalog.get(name)
     metadata.set(ov_kind=BOXES, evaluator_type=metric, ov_masks=masks, ov_files=files, ov_split=resolve_split)
-    metadata.set(ov_validation_set=validation_set)
+    metadata.set(ov_validation_set=validation_set, ov_classes_known=not callable(split))
     if not callable(split):
         metadata.set(**class_metadata(split))
 

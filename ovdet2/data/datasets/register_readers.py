@@ -155,6 +155,7 @@ def register_image_labels(
         ov_files=images.files,
         ov_split=images.resolve_split,
         ov_novel_labels=novel_labels,
+        ov_classes_known=not callable(split),
     )
 
 
