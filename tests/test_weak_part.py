@@ -179,6 +179,7 @@ class TestNouns:
 
 
 class TestDetector:
+    @pytest.mark.slow
     def test_losses_enter_with_their_weights(self):
         network, samples = detector(), captioned()
         found = losses(network, samples)
@@ -189,7 +190,7 @@ class TestDetector:
         for name, weight in (("loss_tags", 0.1), ("loss_captions", 0.2), ("loss_nouns", 0.3)):
             assert torch.allclose(found[name], weight * plain[name])
 
-    @pytest.mark.parametrize("own_bias", [None, -2.0])
+    @pytest.mark.parametrize("own_bias", [None, pytest.param(-2.0, marks=pytest.mark.slow)])
     def test_a_weak_image_changes_no_gradient_of_rpn_and_box_regression(self, own_bias):
         network = detector(own_bias)
         sum(losses(network, captioned()).values()).backward()
@@ -205,6 +206,7 @@ class TestDetector:
         }  # the lower levels have no large region
         assert rest == ({bias} if own_bias is not None else set())
 
+    @pytest.mark.slow
     def test_with_boxes_too_the_gradients_of_rpn_and_box_regression_are_those_without(self):
         def gradients(samples):
             network = detector()
