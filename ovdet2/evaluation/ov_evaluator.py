@@ -29,7 +29,7 @@ from ovdet2.evaluation.provenance import provenance
 from ovdet2.evaluation.report import build_report, format_table, to_results
 from ovdet2.evaluation.setting import Setting
 from ovdet2.io.files import sha256_file, write_json
-from ovdet2.io.masks import run_lengths
+from ovdet2.io.masks import run_length_code
 
 PROPOSAL_LIMITS = (100, 300, 1000)
 DETECTION_LIMITS = {"ov_coco": 100, "ov_voc": 100, "ov_lvis": 300}
@@ -270,7 +270,10 @@ class OpenVocabularyEvaluator(DatasetEvaluator):
                 "takes the size from there."
             )
         # One at a time: 300 full-size masks in another memory order would be copies.
-        return {"mask_size": size, "masks": [run_lengths(masks[row]) for row in kept.tolist()]}
+        return {
+            "mask_size": size,
+            "masks": [run_length_code(masks[row].cpu().numpy())["counts"] for row in kept.tolist()],
+        }
 
     def _covered(self, image_id, proposals):
         """IoU with which the best proposals cover this image's boxes: {"AR@100-novel": [G] list, ...}."""

@@ -1,13 +1,12 @@
 """Masks as COCO's run-length codes."""
 
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from pycocotools import mask as mask_api
-from torch import Tensor
 
 
-def run_lengths(mask: Tensor) -> str:
-    """The compressed run-length code, "counts" in COCO's json, of a mask, bool Tensor [H, W]."""
-    columns = np.asfortranarray(mask.detach().cpu().numpy().astype(np.uint8))
-    return cast(bytes, mask_api.encode(columns)["counts"]).decode("ascii")
+def run_length_code(mask: np.ndarray) -> dict[str, Any]:
+    """The "segmentation" of COCO's json, {"size": [H, W], "counts": str}, of a mask, bool array [H, W]."""
+    code = mask_api.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(code["size"]), "counts": cast(bytes, code["counts"]).decode("ascii")}

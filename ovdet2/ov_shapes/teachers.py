@@ -90,11 +90,7 @@ def train(args: argparse.Namespace, images: torch.Tensor, captions: list[str]) -
     resume = args.output / f"{args.model}.resume.pt"
     first, saved = _read_resume(resume, args)
     torch.manual_seed(args.seed)
-    model = open_clip.create_model(args.model, force_image_size=args.small_side).train()
-    for name, parameter in _visual(model).named_parameters():
-        # open_clip initialises residual branches at zero, too slow to train from in a short run.
-        if name.endswith("bn3.weight"):
-            torch.nn.init.constant_(parameter, 0.5)
+    model = _new_model(args)
     guide = Guide(args.distil, model) if args.distil else None
     if first > args.small_steps:
         model = grow(model, args.model)
@@ -175,6 +171,16 @@ def resized(pixels: torch.Tensor, side: int) -> torch.Tensor:
 def _average(model, args):
     """The moving average of the weights and of the batch norms' statistics."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.average), use_buffers=True)
+
+
+def _new_model(args):
+    """The model at the side of the small images."""
+    model = open_clip.create_model(args.model, force_image_size=args.small_side).train()
+    for name, parameter in _visual(model).named_parameters():
+        # open_clip initialises residual branches at zero, too slow to train from in a short run.
+        if name.endswith("bn3.weight"):
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
 
 
 def grow(model: torch.nn.Module, name: str) -> torch.nn.Module:

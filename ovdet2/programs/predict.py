@@ -47,7 +47,7 @@ from ovdet2.command_line import (
 from ovdet2.engine.console import open_logs
 from ovdet2.errors import DataError, UsageError, counted, exit_on_error
 from ovdet2.io.files import write_json
-from ovdet2.io.masks import run_lengths
+from ovdet2.io.masks import run_length_code
 from ovdet2.io.progress import progress_bar
 from ovdet2.predictor import FEW_WORDS, Detector, above, to_rgb_array
 from ovdet2.report.detections import draw, save_picture
@@ -285,9 +285,8 @@ def to_record(
         )
     ]
     if instances.has("pred_masks"):
-        size = list(instances.image_size)
-        for detection, mask in zip(detections, instances.pred_masks):
-            detection["segmentation"] = {"size": size, "counts": run_lengths(mask)}
+        for detection, mask in zip(detections, instances.pred_masks.numpy()):
+            detection["segmentation"] = run_length_code(mask)
     if present is None:
         return {"image": str(path), "detections": detections}
     for detection, prior in zip(detections, instances.prior_words.tolist()):

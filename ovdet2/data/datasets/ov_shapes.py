@@ -131,9 +131,8 @@ def ensure_current(root: str | Path) -> None:
         raise DataError(
             f"{manifest_file.parent} is OV-Shapes of {manifest.get('schema')}, this version draws {SCHEMA}: {_REDO}."
         )
-    if not _has_files(
-        manifest_file.parent, ANNOTATION_FILES
-    ):  # a complete folder may be read-only: not even a lock is written
+    # A complete folder may be read-only: not even a lock is written.
+    if not _has_files(manifest_file.parent, ANNOTATION_FILES):
         ensure_generated(root, manifest["seed"], manifest["images"])
 
 

@@ -71,7 +71,8 @@ def register_dataset(
 ) -> None:
     """Register a data set under ``name`` in Detectron2's DatasetCatalog and MetadataCatalog.
 
-    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, ov_validation_set, and ov_files, a callable that returns the
+    Metadata: ov_kind ("boxes"), evaluator_type (``metric``), ov_masks, ov_validation_set, ov_classes_known (no file
+    must be read for them), and ov_files, a callable that returns the
     current (json path, image root). If ``split`` is a Split, and otherwise once the data set is loaded: thing_classes
     (K names, base first) and thing_dataset_id_to_contiguous_id. Once it is loaded also json_file, image_root and
     ov_image_counts (number of images with each class). :func:`split_of` returns the split.

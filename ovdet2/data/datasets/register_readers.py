@@ -114,8 +114,8 @@ def register_image_labels(
 ) -> None:
     """Register images with image-level labels and without boxes.
 
-    Metadata: ov_kind and evaluator_type ("image_labels", which have no evaluator), ov_novel_labels, ov_split, and
-    ov_files, a callable that returns the current (json or None, image root). Once it is loaded also ov_image_counts
+    Metadata: ov_kind and evaluator_type ("image_labels", which have no evaluator), ov_novel_labels, ov_split,
+    ov_classes_known (no file must be read for them), and ov_files, a callable that returns the current (json or None, image root). Once it is loaded also ov_image_counts
     (number of images with each class) and the entries of the classes, see
     :func:`~ovdet2.data.datasets.register.register_dataset`. Loading gives an
     :class:`~ovdet2.data.readers.image_labels.ImageLabels`.

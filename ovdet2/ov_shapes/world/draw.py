@@ -8,12 +8,11 @@ import multiprocessing
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 from PIL import Image
-from pycocotools.mask import encode
 
+from ovdet2.io.masks import run_length_code
 from ovdet2.io.progress import progress_bar
 from ovdet2.ov_shapes.world.classes import CLASS_NAMES
 from ovdet2.ov_shapes.world.scenes import class_index, detection_scene
@@ -102,15 +101,9 @@ def draw_image(
     return (
         image,
         objects,
-        [_run_length_code(mask) for mask in scene.masks],
+        [run_length_code(mask) for mask in scene.masks],
         hashlib.sha256(scene.image.tobytes()).digest(),
     )
-
-
-def _run_length_code(mask):
-    """COCO's compressed run-length code of a (H, W) bool mask, ready for json."""
-    code = encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(code["size"]), "counts": cast(bytes, code["counts"]).decode("ascii")}
 
 
 def annotations_hash(data: Mapping[str, Any]) -> str:
